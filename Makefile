@@ -1,0 +1,40 @@
+# Every target sets itself up: `make translate` or `make test` on a clean clone is all it takes.
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+READY  := $(VENV)/.ready
+
+.DEFAULT_GOAL := help
+.PHONY: help setup translate test lint clean
+
+help:
+	@echo "make translate   train a small English-German Transformer with FNGD on the embedded corpus (CPU, minutes)"
+	@echo "make test        run the tests"
+	@echo "make lint        formatter, linter, type checker"
+	@echo "make setup       create $(VENV) with the pinned versions of constraints.txt"
+	@echo "make clean       remove what the targets above made"
+
+setup: $(READY)
+
+# torch first and by its exact version: any other request may pull a CUDA build of several gigabytes.
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit("hf_fngd needs Python 3.11 or newer: make PYTHON=python3.11 ...") if sys.version_info < (3, 11) else None'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check torch==2.13.0
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[recipes,test]'
+	touch $@
+
+translate: setup
+	$(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
+		recipes/translate.py --config recipes/configs/quickstart.yaml
+
+test: setup
+	$(BIN)/python -m pytest
+
+lint: setup
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+clean:
+	rm -rf $(VENV) outputs build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -1,0 +1,1 @@
+"""Inverse-free fast natural gradient descent for the Hugging Face Trainer."""
