@@ -1,1 +1,23 @@
-"""Inverse-free fast natural gradient descent for the Hugging Face Trainer."""
+"""Inverse-free fast natural gradient descent (FNGD, arXiv 2403.03473) for the Hugging Face Trainer."""
+
+from hf_fngd.config import FNGDConfig
+from hf_fngd.coverage import CoverageReport
+from hf_fngd.optimizer import FNGD
+from hf_fngd.preconditioner import FNGDPreconditioner, detach
+from hf_fngd.sharing import add_index, policy_names
+from hf_fngd.trainer import FNGDCallback, FNGDFactory
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "FNGD",
+    "CoverageReport",
+    "FNGDCallback",
+    "FNGDConfig",
+    "FNGDFactory",
+    "FNGDPreconditioner",
+    "__version__",
+    "add_index",
+    "detach",
+    "policy_names",
+]

@@ -1,0 +1,320 @@
+"""FNGD: the preconditioner and an update rule, as one torch optimizer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from hf_fngd.arguments import validate
+from hf_fngd.coefficients import damping_from_gradient, natural_step
+from hf_fngd.coverage import CoverageReport
+from hf_fngd.groups import parameter_groups
+from hf_fngd.preconditioner import FNGDPreconditioner
+from hf_fngd.rules import FALLBACK_RULES, RULES
+from hf_fngd.selection import Modules
+from hf_fngd.sharing import SharingPolicy
+
+# Decay of the running mean of ||p||^2 in step_scale="rms".
+_NORM_DECAY = 0.95
+_STATE_KEY = "fngd"
+
+
+class FNGD(torch.optim.Optimizer):
+    """Inverse-free fast natural gradient descent (arXiv 2403.03473).
+
+    The gradients of Linear and Conv1D layers arrive preconditioned, ``p = lambda' (F + lambda I)^-1 g`` (Eq. 9),
+    from the backward pass itself; `step` applies an update rule to them, and the fallback rule to everything
+    else (embeddings, norms, tied heads). Construct it on the model that is trained, before or without
+    wrapping it for distributed training.
+
+    Args:
+        model: the module that is called with the batch.
+        lr: learning rate. With update "muon" or "adam" the root mean square of an update is about 0.2 to 1
+            times lr; with "momentum" see ``step_scale``.
+        momentum: decay of the first moment, in [0, 1).
+        damping: alpha of Eq. 14, dimensionless: lambda = alpha ||K||_F. Infinity would be plain averaging.
+        weight_decay: decoupled; biases and norms are not decayed.
+        sharing: a policy's name, ``"replay" | "last" | "ranked" | "index" | "uniform" | "never"``, or an object.
+        refresh: optimizer steps between coefficient steps after the first epoch; 0: none (the paper's).
+        coefficient_steps: cap of the first-epoch phase, in optimizer steps.
+        step_scale: scale of a layer's gradient under update "momentum" (the other updates are scale-free).
+            ``"rms"``: ``sqrt(size) / sqrt(rho mean(||p||^2))``, so that lr is the root mean square of an update
+            at rho = 1, whatever the layer's width and the damping. ``"ngd"``: the paper's ``1/lambda'``, within a
+            trust region: no layer's update has a root mean square above lr.
+        update: rule of the preconditioned layers, ``"momentum" | "adam" | "muon"``.
+        fallback: rule of all other parameters, ``"adamw"`` or ``"sgd"`` (the paper's plain gradient).
+        fallback_lr: its learning rate; None: lr.
+        beta2: decay of the second moment of "adam" and "adamw".
+        eps: their denominator's floor.
+        memory_budget: bound in bytes of the temporary memory of a coefficient step, and of the store.
+        target_modules: ``"all-linear"``, a regular expression, or a list of names or dotted suffixes (PEFT's).
+        exclude_modules: a regular expression or a list, or None.
+        strict: raise, instead of warning, where a selected layer cannot be preconditioned.
+
+    Raises:
+        ValueError: an argument's value is wrong, or nothing is left to precondition.
+        TypeError: an argument's type is wrong, or ``model`` is no module.
+        RuntimeError: the model is attached to another FNGD.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        lr: float = 1e-3,
+        momentum: float = 0.9,
+        damping: float = 0.003,
+        weight_decay: float = 0.0,
+        *,
+        sharing: str | SharingPolicy = "ranked",
+        refresh: int = 10,
+        coefficient_steps: int = 1000,
+        step_scale: str = "rms",
+        update: str = "muon",
+        fallback: str = "adamw",
+        fallback_lr: float | None = None,
+        beta2: float = 0.999,
+        eps: float = 1e-8,
+        memory_budget: int = 2**28,
+        target_modules: Modules = "all-linear",
+        exclude_modules: Modules = None,
+        strict: bool = False,
+    ) -> None:
+        validate(
+            {
+                "lr": lr,
+                "momentum": momentum,
+                "weight_decay": weight_decay,
+                "step_scale": step_scale,
+                "update": update,
+                "fallback": fallback,
+                "fallback_lr": fallback_lr,
+                "beta2": beta2,
+                "eps": eps,
+            }
+        )
+        self.preconditioner = FNGDPreconditioner(
+            model,
+            damping,
+            sharing=sharing,
+            refresh=refresh,
+            coefficient_steps=coefficient_steps,
+            memory_budget=memory_budget,
+            target_modules=target_modules,
+            exclude_modules=exclude_modules,
+            strict=strict,
+        )
+        self.step_scale = step_scale
+        self._norms: Tensor | None = None
+        self._checked = False
+        groups = parameter_groups(
+            model,
+            self.preconditioner.layers,
+            lr=lr,
+            weight_decay=weight_decay,
+            update=update,
+            fallback=FALLBACK_RULES[fallback],
+            fallback_lr=lr if fallback_lr is None else fallback_lr,
+        )
+        super().__init__(groups, {"lr": lr, "momentum": momentum, "beta2": beta2, "eps": eps})
+
+    @classmethod
+    def from_config(cls, model: nn.Module, config: Any, **overrides: Any) -> Self:
+        """Build the optimizer that an `FNGDConfig` describes; ``overrides`` are arguments of `FNGD`."""
+        return cls(model, **(config.optimizer_arguments() | overrides))
+
+    @classmethod
+    def from_training_args(cls, model: nn.Module, args: Any, config: Any = None) -> Self:
+        """Build from `TrainingArguments`, whose ``learning_rate`` and ``weight_decay`` win over the config's."""
+        overrides = {"lr": args.learning_rate, "weight_decay": args.weight_decay}
+        return cls(model, **overrides) if config is None else cls.from_config(model, config, **overrides)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Update the parameters from their ``grad``.
+
+        Args:
+            closure: evaluates the model anew and returns the loss; its backward is the one that counts.
+
+        Returns:
+            The closure's loss, or None.
+
+        Raises:
+            RuntimeError: in the first step, where the optimizer's parameters are not the model's trainable
+                ones, or no gradient reached any of them.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        if not self._checked:
+            self._check_parameters()
+        self.preconditioner.step()
+        scales = self._scales()
+        for group in self.param_groups:
+            self._update_group(group, scales)
+        return loss
+
+    def _update_group(self, group: dict[str, Any], scales: Tensor | None) -> None:
+        rule = RULES[group["rule"]]
+        live = [place for place, p in enumerate(group["params"]) if p.grad is not None]
+        if not live:
+            return
+        params: list[Tensor] = [group["params"][place] for place in live]
+        grads: list[Tensor] = [p.grad for p in params if p.grad is not None]
+        if scales is not None and group["layers"]:
+            factors = scales.to(params[0].device).unbind()
+            of_layer = [factors[group["layers"][place]] for place in live]
+            grads = [g * factor.to(g.dtype) for g, factor in zip(grads, of_layer, strict=True)]
+        states = [self.state[p] for p in params]
+        for state, p in zip(states, params, strict=True):
+            if not state:
+                state["step"] = 0
+                state.update({name: torch.zeros_like(p) for name in rule.state})
+            state["step"] += 1
+        rule.update(
+            params,
+            grads,
+            [[state[name] for state in states] for name in rule.state],
+            [state["step"] for state in states],
+            lr=group["lr"],
+            momentum=group["momentum"],
+            beta2=group["beta2"],
+            eps=group["eps"],
+            weight_decay=group["weight_decay"],
+        )
+
+    # Step scale ------------------------------------------------------------------------------------------
+
+    def _preconditioned(self) -> Iterator[tuple[int, Tensor, Tensor | None]]:
+        for group in self.param_groups:
+            for layer, p in zip(group["layers"], group["params"], strict=False):
+                yield layer, p, p.grad
+
+    def _squared_norms(self) -> tuple[Tensor, Tensor]:
+        """``||p||^2`` and the number of entries of every layer that has a gradient, both ``[L]``, float64."""
+        layers, grads = [], []
+        for layer, _, grad in self._preconditioned():
+            if grad is not None:
+                layers.append(layer)
+                grads.append(grad)
+        rho = self.preconditioner.rho
+        total = torch.zeros(len(rho), dtype=torch.float64)
+        sizes = torch.zeros_like(total)
+        if grads:
+            device = grads[0].device
+            place = torch.tensor(layers, device=device)
+            norms = torch.stack([norm.to(device) for norm in torch._foreach_norm(grads)])
+            total = total.to(device).index_add_(0, place, norms.double().square())
+            sizes = sizes.to(device).index_add_(
+                0, place, torch.tensor([float(g.numel()) for g in grads], dtype=torch.float64, device=device)
+            )
+        return total, sizes
+
+    def _scales(self) -> Tensor | None:
+        if all(group["rule"] != "momentum" for group in self.param_groups if group["layers"]):
+            return None
+        squared, sizes = self._squared_norms()
+        # A layer that never measured rho gets a plain gradient; rho = 1 then makes lr the RMS of its update.
+        rho = self.preconditioner.rho.to(squared).nan_to_num(nan=1.0)
+        if self.step_scale == "ngd":
+            spread = self.preconditioner.spread.to(squared)
+            scales = natural_step(rho, spread, squared, self.preconditioner.damping)
+            scales = torch.minimum(scales, sizes.sqrt() / squared.sqrt())
+        else:
+            if self._norms is None:
+                self._norms = squared.clone()
+            unseen = self._norms == 0
+            self._norms = torch.where(unseen, squared, torch.lerp(squared, self._norms, _NORM_DECAY))
+            scales = sizes.sqrt() / (rho * self._norms).sqrt()
+        return torch.where(squared > 0, scales, 0.0).float()
+
+    # Safety ----------------------------------------------------------------------------------------------
+
+    def _check_parameters(self) -> None:
+        trainable = {id(p): n for n, p in self.preconditioner.model.named_parameters() if p.requires_grad}
+        held = {id(p) for group in self.param_groups for p in group["params"]}
+        if missing := [name for key, name in trainable.items() if key not in held]:
+            raise RuntimeError(
+                f"{len(missing)} trainable parameters of the model are in no group of this optimizer "
+                f"({', '.join(missing[:3])}, ...): build FNGD after the model is complete (after PEFT wrapped it, "
+                "after freezing or unfreezing layers), or through FNGDFactory"
+            )
+        if foreign := [p for group in self.param_groups for p in group["params"] if id(p) not in trainable]:
+            raise RuntimeError(
+                f"{len(foreign)} parameters of this optimizer are not trainable parameters of its model: build FNGD "
+                "after the model is complete, on the very instance that is trained, or through FNGDFactory"
+            )
+        if all(p.grad is None for group in self.param_groups for p in group["params"]):
+            raise RuntimeError(
+                "no gradient reached any parameter of this optimizer: it was built on another instance of the model "
+                "than the one that is trained, or step() came before backward()"
+            )
+        self._checked = True
+
+    # Passed on -------------------------------------------------------------------------------------------
+
+    def end_epoch(self) -> None:
+        """Say that an epoch ended: in a plain loop, after its last `step`. Trainer needs no such call."""
+        self.preconditioner.end_epoch()
+
+    def detach(self) -> None:
+        """Restore the model; see `FNGDPreconditioner.detach`."""
+        self.preconditioner.detach()
+
+    def coverage(self) -> CoverageReport:
+        """Which parameters are preconditioned, which are not, and why; complete once a step was done."""
+        return self.preconditioner.coverage()
+
+    @torch.no_grad()
+    def diagnostics(self) -> dict[str, float]:
+        """`FNGDPreconditioner.diagnostics`, and ``lambda``: the geometric mean over the layers, from ``p.grad``.
+
+        Call it between `step` and ``zero_grad``.
+        """
+        squared, _ = self._squared_norms()
+        damping = damping_from_gradient(self.preconditioner.rho.to(squared), squared, self.preconditioner.damping)
+        known = damping[damping > 0]
+        mean = float(known.log().mean().exp()) if known.numel() else float("nan")
+        return self.preconditioner.diagnostics() | {"lambda": mean}
+
+    # State -----------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """Torch's, with FNGD's own state in the first parameter group.
+
+        There, unlike in the per-parameter state, nothing is cast to the parameters' dtype on loading, and
+        nothing is dropped by torch.distributed.checkpoint. Loads with ``weights_only=True``.
+        """
+        state = super().state_dict()
+        state["param_groups"][0][_STATE_KEY] = {
+            "engine": self.preconditioner.state_dict(),
+            "norms": self._norms,
+        }
+        return state
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """The inverse of `state_dict`.
+
+        Raises:
+            ValueError: the state is not FNGD's, or of another update rule, sharing policy or model.
+        """
+        groups = state_dict["param_groups"]
+        if _STATE_KEY not in groups[0]:
+            raise ValueError(
+                "this optimizer state was not written by FNGD: resume with the optimizer that wrote it, or start "
+                "from the checkpoint's model weights alone"
+            )
+        rules = [[g["rule"] for g in of] for of in (groups, self.param_groups)]
+        if rules[0] != rules[1]:
+            raise ValueError(
+                f"the checkpoint's update rules are {rules[0]}, this optimizer's are {rules[1]}: construct FNGD with "
+                "the update and fallback that the checkpoint was made with"
+            )
+        first = {key: value for key, value in groups[0].items() if key != _STATE_KEY}
+        super().load_state_dict({**state_dict, "param_groups": [first, *groups[1:]]})
+        own = groups[0][_STATE_KEY]
+        self.preconditioner.load_state_dict(own["engine"])
+        self._norms = None if own["norms"] is None else own["norms"].clone()

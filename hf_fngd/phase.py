@@ -1,0 +1,87 @@
+"""Which steps compute coefficients: the first-epoch phase, then one step in ``refresh``."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass, field
+
+from hf_fngd.sharing.base import State
+
+
+@dataclass
+class Phase:
+    """The schedule of coefficient steps (Algorithm 1, with the refresh that it lacks).
+
+    The first phase ends at the end of the first epoch or after ``coefficient_steps`` steps, whichever comes
+    first. Afterwards the step that follows the end of the phase by ``refresh - 1`` steps, and every
+    ``refresh``-th from there, is a coefficient step; none is where refresh is 0.
+
+    Attributes:
+        coefficient_steps: cap of the first phase, in optimizer steps.
+        refresh: distance of later coefficient steps, in optimizer steps; 0 for none.
+        always: every step is a coefficient step.
+        steps: optimizer steps done.
+        shared_since: value of ``steps`` at which the first phase ended; None while it lasts.
+    """
+
+    coefficient_steps: int
+    refresh: int
+    always: bool = False
+    steps: int = 0
+    shared_since: int | None = None
+
+    @property
+    def sharing(self) -> bool:
+        """Whether the first phase is over."""
+        return self.shared_since is not None
+
+    @property
+    def computes(self) -> bool:
+        """Whether the step under way is a coefficient step."""
+        if self.always or self.shared_since is None:
+            return True
+        return self.refresh > 0 and (self.steps - self.shared_since) % self.refresh == self.refresh - 1
+
+    def advance(self) -> None:
+        """An optimizer step was done."""
+        self.steps += 1
+        if self.shared_since is None and self.steps >= self.coefficient_steps:
+            self.shared_since = self.steps
+
+    def end_epoch(self) -> None:
+        """An epoch ended. Ends the first phase if it lasts and has seen a step; idempotent."""
+        if self.shared_since is None and self.steps > 0:
+            self.shared_since = self.steps
+
+    def state_dict(self) -> State:
+        """The two counters."""
+        return {"steps": self.steps, "shared_since": self.shared_since}
+
+    def load_state_dict(self, state: State) -> None:
+        """The inverse of `state_dict`."""
+        self.steps, self.shared_since = state["steps"], state["shared_since"]
+
+
+@dataclass
+class EpochEdge:
+    """Sees the end of an epoch through Accelerate's data loaders, without a callback.
+
+    A prepared data loader raises a flag with its last batch. What counts is the edge, from down to up between
+    two optimizer steps: after a Trainer run the flag stays up for whoever trains next.
+    """
+
+    up: bool = field(default_factory=lambda: _last_batch())
+
+    def passed(self) -> bool:
+        """Whether the step that calls this was the last of an epoch."""
+        before, self.up = self.up, _last_batch()
+        return self.up and not before
+
+
+def _last_batch() -> bool:
+    # Looked up, not imported: a plain PyTorch loop has no use for accelerate.
+    state = sys.modules.get("accelerate.state")
+    if state is None or not state.GradientState._shared_state:
+        return False
+    loaders = state.GradientState().dataloader_references
+    return any(getattr(loader, "end_of_dataloader", False) for loader in loaders if loader is not None)

@@ -1,0 +1,346 @@
+"""FNGDPreconditioner: the engine alone. After backward, ``p.grad`` is the preconditioned gradient."""
+
+from __future__ import annotations
+
+import logging
+import weakref
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hf_fngd.arguments import validate
+from hf_fngd.attach import restore_forward, swap_forward
+from hf_fngd.backward import LayerSlot, MicroBatch, call_layer
+from hf_fngd.coverage import NEVER_CALLED, CoverageReport
+from hf_fngd.phase import EpochEdge, Phase
+from hf_fngd.selection import Modules, Selected, select_layers
+from hf_fngd.sharing import INDEX_COLUMN, BatchInfo, SharingPolicy, make_policy
+from hf_fngd.sharing.base import State
+
+logger = logging.getLogger(__name__)
+
+_LAYER_ATTRIBUTE = "_fngd_layer"
+_MODEL_ATTRIBUTE = "_fngd_model"
+# Where the batch is to be looked for among a model's inputs, before any other tensor.
+_BATCH_KEYS = ("input_ids", "inputs_embeds", "pixel_values", "input_features", "input_values")
+_MAX_MICRO_BATCHES = 4096
+# How much a coefficient step's log rho counts in the average that shared steps use.
+_RHO_RATE = 0.2
+
+
+class FNGDPreconditioner:
+    """Natural-gradient weights for a model's gradients, computed in some steps and shared in the others.
+
+    Attach it, train with any optimizer, and call `step` once after every optimizer step (or let `follow` do
+    so). Each backward then leaves ``sum_n w_n h_n == lambda' (F + lambda I)^-1 g`` in the ``grad`` of the
+    preconditioned layers (Eq. 9), and the plain gradient everywhere else.
+
+    Args:
+        model: the module that is called with the batch; its first dimension is the sample.
+        damping: alpha of Eq. 14: lambda is alpha times the Frobenius norm of the layer's Gram matrix.
+        sharing: a policy's name (`hf_fngd.sharing.policy_names`) or a policy object.
+        refresh: optimizer steps between coefficient steps after the first epoch; 0 for none.
+        coefficient_steps: cap of the first-epoch phase, in optimizer steps.
+        memory_budget: bound in bytes of the temporary memory of a coefficient step, and of the store.
+        target_modules: ``"all-linear"``, a regular expression, or a list of names or dotted suffixes (PEFT's).
+        exclude_modules: a regular expression or a list, or None.
+        strict: raise, instead of warning, where a selected layer cannot be preconditioned.
+
+    Raises:
+        ValueError: an argument's value is wrong, or nothing is left to precondition.
+        TypeError: an argument's type is wrong, or ``model`` is no module.
+        RuntimeError: the model is attached already.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        damping: float = 0.003,
+        *,
+        sharing: str | SharingPolicy = "ranked",
+        refresh: int = 10,
+        coefficient_steps: int = 1000,
+        memory_budget: int = 2**28,
+        target_modules: Modules = "all-linear",
+        exclude_modules: Modules = None,
+        strict: bool = False,
+    ) -> None:
+        if not isinstance(model, nn.Module):
+            raise TypeError(
+                f"the first argument is the model, a torch.nn.Module, got {type(model).__name__}; with "
+                "Trainer's optimizer_cls_and_kwargs use (FNGDFactory, {...}), which is handed the model"
+            )
+        values: dict[str, object] = {
+            "damping": damping,
+            "refresh": refresh,
+            "coefficient_steps": coefficient_steps,
+            "memory_budget": memory_budget,
+            "target_modules": target_modules,
+            "exclude_modules": exclude_modules,
+            "strict": strict,
+        }
+        if not isinstance(sharing, SharingPolicy):
+            values["sharing"] = sharing
+        validate(values)
+        _refuse_distributed()
+        self.damping = damping
+        self.strict = strict
+        self.policy = make_policy(sharing)
+        self.phase = Phase(coefficient_steps, refresh, always=self.policy.always)
+        selection = select_layers(model, target_modules, exclude_modules)
+        self.layers: list[Selected] = selection.layers
+        self.policy.prepare(len(self.layers), coefficient_steps, memory_budget)
+        self._plain = selection.plain
+        self._model = weakref.ref(model)
+        self._edge = EpochEdge()
+        self._batch: MicroBatch | None = None
+        self._batches: list[MicroBatch] = []
+        self._place = 0
+        self._reported = False
+        self._rho_average: Tensor | None = None
+        self.rho: Tensor = torch.full((len(self.layers),), torch.nan)
+        self.spread: Tensor = torch.ones(len(self.layers))
+        self._slots = [
+            LayerSlot(place, layer.name, layer.kernel, self.policy, damping, memory_budget)
+            for place, layer in enumerate(self.layers)
+        ]
+        for layer, slot in zip(self.layers, self._slots, strict=True):
+            swap_forward(layer.module, _LAYER_ATTRIBUTE, partial(self._layer_forward, slot))
+        swap_forward(model, _MODEL_ATTRIBUTE, self._model_forward)
+
+    # Attached forwards -----------------------------------------------------------------------------------
+
+    def _layer_forward(
+        self, slot: LayerSlot, module: nn.Module, own: Callable[..., Tensor], *args: Any, **kwargs: Any
+    ) -> Tensor:
+        batch = self._batch
+        weight = module.weight
+        assert isinstance(weight, Tensor)
+        if (
+            batch is None
+            or not module.training
+            or not torch.is_grad_enabled()
+            or not weight.requires_grad
+            or len(args) != 1
+            or kwargs
+        ):
+            return own(*args, **kwargs)
+        return call_layer(module, args[0], slot, batch)
+
+    def _model_forward(self, module: nn.Module, own: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        index = kwargs.pop(INDEX_COLUMN, None)
+        if module.training and torch.is_grad_enabled():
+            self._begin(_batch_size(args, kwargs), index)
+        return own(*args, **kwargs)
+
+    def _begin(self, size: int | None, index: Tensor | None) -> None:
+        if size is None:
+            self._batch = None
+            return
+        if self.policy.needs_index and index is None:
+            raise ValueError(
+                f'sharing="{self.policy.name}" needs the column {INDEX_COLUMN!r} in every training batch: '
+                "train on hf_fngd.add_index(dataset), with remove_unused_columns=False under Trainer"
+            )
+        if len(self._batches) >= _MAX_MICRO_BATCHES:
+            self._batches = [batch for batch in self._batches if batch.touched]
+            if len(self._batches) >= _MAX_MICRO_BATCHES:
+                raise RuntimeError(
+                    f"{_MAX_MICRO_BATCHES} backward passes without a step: call preconditioner.step() after each "
+                    "optimizer.step(), or preconditioner.follow(optimizer) once"
+                )
+        place = self._place + sum(batch.touched for batch in self._batches)
+        info = BatchInfo(size, place, None if index is None else index.detach().flatten())
+        computes = self.phase.computes
+        stored = None if computes else self.policy.lookup(info)
+        self._batch = MicroBatch(info, computes, stored, [0] * len(self.layers))
+        self._batches.append(self._batch)
+
+    # The optimizer's side --------------------------------------------------------------------------------
+
+    @property
+    def model(self) -> nn.Module:
+        """The model that this preconditioner is attached to.
+
+        Raises:
+            ReferenceError: the model no longer exists.
+        """
+        model = self._model()
+        if model is None:
+            raise ReferenceError("the model of this FNGDPreconditioner no longer exists")
+        return model
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """Close an optimizer step: store its coefficients, update rho, advance the phase.
+
+        Sets `rho` and `spread` (``mean(w^2)``), both ``[L]``, to those of the step that it closes. A call
+        without a backward pass since the last one does nothing.
+        """
+        batches = [batch for batch in self._batches if batch.touched]
+        self._batches, self._batch = [], None
+        ended = self._edge.passed()
+        if batches:
+            self._measure(batches)
+            for batch in batches:
+                if batch.fresh is not None and batch.rho is not None:
+                    self.policy.commit(batch.fresh, ~batch.rho.isnan(), batch.info)
+            self._place += len(batches)
+            sharing = self.phase.sharing
+            self.phase.advance()
+            if self.phase.sharing and not sharing:
+                self._place = 0
+            self._report()
+        if ended:
+            self.end_epoch()
+
+    def _measure(self, batches: list[MicroBatch]) -> None:
+        rhos = [batch.rho for batch in batches if batch.rho is not None]
+        weights = [batch.fresh if batch.computes else batch.stored for batch in batches]
+        spreads = [w.square().mean(dim=1) for w in weights if w is not None]
+        if rhos:
+            fresh = torch.stack(rhos).nanmean(dim=0)
+            average = fresh if self._rho_average is None else self._rho_average
+            average = torch.where(average.isnan(), fresh, average)
+            averaged = torch.exp(torch.lerp(average.log(), fresh.log(), _RHO_RATE))
+            self._rho_average = torch.where(fresh.isnan(), average, averaged)
+            self.rho = torch.where(fresh.isnan(), self._rho_average, fresh)
+        elif self._rho_average is not None:
+            self.rho = self._rho_average
+        if spreads:
+            self.spread = torch.stack(spreads).mean(dim=0)
+        else:
+            self.spread = torch.ones_like(self.rho)
+
+    def end_epoch(self) -> None:
+        """Say that an epoch ended: in a plain loop, after its last `step`. Idempotent."""
+        self.phase.end_epoch()
+        self._place = 0
+
+    def follow(self, optimizer: torch.optim.Optimizer) -> None:
+        """Call `step` after every step of an optimizer, from now on."""
+        optimizer.register_step_post_hook(lambda *_: self.step())
+
+    def detach(self) -> None:
+        """Restore the model: afterwards it is the model that it was before attaching."""
+        self._batch, self._batches = None, []
+        if (model := self._model()) is not None:
+            detach(model)
+
+    # Reports ---------------------------------------------------------------------------------------------
+
+    def coverage(self) -> CoverageReport:
+        """What is preconditioned, what is not, and why; complete once a step was done."""
+        preconditioned: list[str] = []
+        missed: dict[str, str] = {}
+        for layer, slot in zip(self.layers, self._slots, strict=True):
+            names = [
+                f"{layer.name}.{leaf}" if layer.name else leaf
+                for leaf, parameter in layer.module.named_parameters(recurse=False)
+                if parameter.requires_grad
+            ]
+            reasons = sorted(slot.fallbacks)
+            if not reasons and not slot.preconditioned:
+                reasons = [NEVER_CALLED]
+            if reasons:
+                missed.update(dict.fromkeys(names, "; ".join(reasons)))
+            else:
+                preconditioned += names
+        return CoverageReport(tuple(preconditioned), dict(self._plain), missed)
+
+    def _report(self) -> None:
+        if self._reported:
+            return
+        self._reported = True
+        report = self.coverage()
+        if not report.missed:
+            logger.info("%s", report)
+        elif self.strict:
+            raise RuntimeError(f"strict=True: {report}\nExclude these layers with exclude_modules.")
+        else:
+            logger.warning("%s", report)
+
+    def diagnostics(self) -> dict[str, float]:
+        """What a user wants to see, as plain numbers (waits for the device).
+
+        Returns:
+            ``phase`` (0: first epoch, 1: sharing), ``rho`` (geometric mean over the layers) and
+            ``weight_spread`` (standard deviation of w, root mean square over the layers).
+        """
+        known = self.rho[~self.rho.isnan()]
+        return {
+            "phase": float(self.phase.sharing),
+            "rho": float(known.log().mean().exp()) if known.numel() else float("nan"),
+            "weight_spread": float((self.spread.mean() - 1).clamp(min=0).sqrt()),
+        }
+
+    # State -----------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> State:
+        """Phase, counters, coefficients and rho: tensors, numbers and dictionaries only."""
+        return {
+            "phase": self.phase.state_dict(),
+            "place": self._place,
+            "rho": self._rho_average,
+            "sharing": self.policy.name,
+            "policy": self.policy.state_dict(),
+        }
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """The inverse of `state_dict`.
+
+        Raises:
+            ValueError: the state belongs to another policy or to another number of layers.
+        """
+        if state_dict["sharing"] != self.policy.name:
+            raise ValueError(
+                f"the checkpoint was made with sharing={state_dict['sharing']!r}, this optimizer has "
+                f"sharing={self.policy.name!r}; resume with the former, or start a new run"
+            )
+        device = next(self.layers[0].module.parameters()).device
+        self.policy.load_state_dict(_to_device(state_dict["policy"], device))
+        self.phase.load_state_dict(state_dict["phase"])
+        self._place = state_dict["place"]
+        rho = state_dict["rho"]
+        self._rho_average = None if rho is None else rho.to(device, copy=True)
+        self._batch, self._batches = None, []
+
+
+def detach(model: nn.Module) -> None:
+    """Restore a model that an `FNGDPreconditioner` or an `FNGD` was built on; others are left as they are."""
+    for attribute in (_MODEL_ATTRIBUTE, _LAYER_ATTRIBUTE):
+        for module in model.modules():
+            if attribute in module.__dict__:
+                restore_forward(module, attribute)
+
+
+def _batch_size(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int | None:
+    """Dim 0 of the input that carries the samples; None where no input is a tensor with a dimension."""
+    for key in _BATCH_KEYS:
+        if isinstance(value := kwargs.get(key), Tensor) and value.dim() > 0:
+            return value.shape[0]
+    for value in (*args, *kwargs.values()):
+        if isinstance(value, Mapping):
+            if (size := _batch_size((), value)) is not None:
+                return size
+        elif isinstance(value, Tensor) and value.dim() > 0:
+            return value.shape[0]
+    return None
+
+
+def _to_device(state: State, device: torch.device) -> State:
+    return {key: value.to(device) if isinstance(value, Tensor) else value for key, value in state.items()}
+
+
+def _refuse_distributed() -> None:
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        world = torch.distributed.get_world_size()
+        if world > 1:
+            raise RuntimeError(
+                f"FNGD does not yet run on several processes (this is one of {world}): its coefficients and step "
+                "scales would drift apart. Launch one process (accelerate launch --num_processes 1), with "
+                "gradient_accumulation_steps for larger batches"
+            )

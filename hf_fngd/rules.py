@@ -1,0 +1,159 @@
+"""Update rules: free functions on lists of tensors, and the table that names them.
+
+Every function updates ``params`` and its state in place, by multi-tensor operations, with decoupled weight
+decay (Loshchilov & Hutter 2019): ``p <- p (1 - lr weight_decay)``. ``lr`` is in units of the parameter for
+"adam" and "muon", whose updates are scale-free, and multiplies the gradient as it comes for "momentum".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+Tensors = list[Tensor]
+
+# Quintic Newton-Schulz iteration of Muon (Jordan et al. 2024): maps singular values in (0, 1] to about 1.
+_NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
+_NEWTON_SCHULZ_STEPS = 5
+# Root mean square of an orthogonalized update, that of a typical AdamW step (Liu et al. 2025, Sec. 2.2).
+_MUON_RMS = 0.2
+
+
+class Rule(Protocol):
+    """The signature that all rules share; ``state`` holds one list of tensors for each name of the rule."""
+
+    def __call__(
+        self,
+        params: Tensors,
+        grads: Tensors,
+        state: Sequence[Tensors],
+        steps: Sequence[int],
+        *,
+        lr: float,
+        momentum: float,
+        beta2: float,
+        eps: float,
+        weight_decay: float,
+    ) -> None:
+        """Do one update; ``steps`` counts each parameter's updates, this one included."""
+
+
+def momentum_update(
+    params: Tensors,
+    grads: Tensors,
+    state: Sequence[Tensors],
+    steps: Sequence[int],
+    *,
+    lr: float,
+    momentum: float,
+    weight_decay: float,
+    **_: Any,
+) -> None:
+    """Heavy-ball momentum: ``m <- momentum m + g``, ``p <- p - lr m``."""
+    (buffers,) = state
+    torch._foreach_mul_(buffers, momentum)
+    torch._foreach_add_(buffers, grads)
+    _decay(params, lr, weight_decay)
+    torch._foreach_add_(params, buffers, alpha=-lr)
+
+
+def adam_update(
+    params: Tensors,
+    grads: Tensors,
+    state: Sequence[Tensors],
+    steps: Sequence[int],
+    *,
+    lr: float,
+    momentum: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+) -> None:
+    """Adam (Kingma & Ba 2015) with decoupled weight decay; ``momentum`` is its beta1."""
+    means, squares = state
+    torch._foreach_lerp_(means, grads, 1 - momentum)
+    torch._foreach_mul_(squares, beta2)
+    torch._foreach_addcmul_(squares, grads, grads, 1 - beta2)
+    denominators = torch._foreach_sqrt(squares)
+    torch._foreach_div_(denominators, [(1 - beta2**step) ** 0.5 for step in steps])
+    torch._foreach_add_(denominators, eps)
+    _decay(params, lr, weight_decay)
+    torch._foreach_addcdiv_(params, means, denominators, [-lr / (1 - momentum**step) for step in steps])
+
+
+def muon_update(
+    params: Tensors,
+    grads: Tensors,
+    state: Sequence[Tensors],
+    steps: Sequence[int],
+    *,
+    lr: float,
+    momentum: float,
+    weight_decay: float,
+    **_: Any,
+) -> None:
+    """Orthogonalized Nesterov momentum (Muon, Jordan et al. 2024), scaled to a root mean square of 0.2 lr.
+
+    The scale lets one learning rate serve matrices of any shape and AdamW on the parameters beside them.
+    """
+    (buffers,) = state
+    torch._foreach_lerp_(buffers, grads, 1 - momentum)
+    directions = torch._foreach_lerp(grads, buffers, momentum)
+    _decay(params, lr, weight_decay)
+    for shape in sorted({p.shape for p in params}):
+        members = [place for place, p in enumerate(params) if p.shape == shape]
+        updates = orthogonalize(torch.stack([directions[place] for place in members]))
+        scale = lr * _MUON_RMS * max(shape) ** 0.5
+        torch._foreach_add_(
+            [params[place] for place in members],
+            [u.to(params[0].dtype) for u in updates.unbind()],
+            alpha=-scale,
+        )
+
+
+def orthogonalize(matrices: Tensor) -> Tensor:
+    """Bring the singular values of each matrix ``[B, rows, columns]`` near 1 by Newton-Schulz iterations.
+
+    Runs in bfloat16 on CUDA, where it is enough and fastest, and in float32 or float64 elsewhere.
+    """
+    x = matrices.bfloat16() if matrices.is_cuda else matrices.to(torch.promote_types(matrices.dtype, torch.float32))
+    tall = x.shape[-2] > x.shape[-1]
+    if tall:
+        x = x.mT
+    # First by the largest entry: squares of very small or large gradients leave the range.
+    tiny = torch.finfo(x.dtype).tiny
+    x = x / x.abs().amax(dim=(-2, -1), keepdim=True).clamp(min=tiny)
+    x = x / torch.linalg.matrix_norm(x, keepdim=True).clamp(min=tiny)
+    a, b, c = _NEWTON_SCHULZ
+    for _ in range(_NEWTON_SCHULZ_STEPS):
+        gram = x @ x.mT
+        polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+        x = torch.baddbmm(x, polynomial, x, beta=a)
+    return x.mT if tall else x
+
+
+def _decay(params: Tensors, lr: float, weight_decay: float) -> None:
+    if weight_decay:
+        torch._foreach_mul_(params, 1 - lr * weight_decay)
+
+
+@dataclass(frozen=True)
+class UpdateRule:
+    """A rule and the names of the state tensors, shaped like the parameter, that it wants."""
+
+    update: Rule
+    state: tuple[str, ...]
+
+
+RULES: dict[str, UpdateRule] = {
+    "momentum": UpdateRule(momentum_update, ("momentum_buffer",)),
+    "adam": UpdateRule(adam_update, ("exp_avg", "exp_avg_sq")),
+    "muon": UpdateRule(muon_update, ("momentum_buffer",)),
+}
+
+# The names that the argument `fallback` gives to two of them.
+FALLBACK_RULES: dict[str, str] = {"adamw": "adam", "sgd": "momentum"}

@@ -1,0 +1,180 @@
+"""How coefficients outlive the step that computed them: the policy interface and the registry.
+
+A policy sees whole micro-batches: ``w`` is ``[L, N]``, one row of weights for each of the L preconditioned
+layers. Four calls, in the order in which a run makes them:
+
+* coefficient step: `encode` (in backward, a layer at a time) brings a layer's fresh weights into the order
+  in which the policy keeps them, `commit` (in the optimizer's step, all layers at once) stores them;
+* shared step: `lookup` (before forward, all layers at once) fetches the stored weights for a batch, `decode`
+  (in backward, a layer at a time) brings them into the order of the batch at hand.
+
+Whatever a batch's N, the weights that `lookup` and `decode` yield have mean 1 in every layer.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from hf_fngd.coefficients import Coefficients, coefficients
+
+State = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class BatchInfo:
+    """What a policy may know of a micro-batch before its forward pass.
+
+    Attributes:
+        size: number of samples N.
+        place: how many micro-batches came before it since the epoch (or the sharing phase) began.
+        index: dataset indices of its samples ``[N]`` (int64), where the dataset carries them, else None.
+    """
+
+    size: int
+    place: int
+    index: Tensor | None = None
+
+
+class SharingPolicy(ABC):
+    """A rule that reuses coefficients; subclasses are registered with `register_policy`.
+
+    Class attributes:
+        name: what the argument ``sharing`` calls it.
+        always: True where every step is a coefficient step.
+        needs_norms: True where `encode` and `decode` read the sample norms.
+        needs_index: True where the dataset has to carry an index column.
+    """
+
+    name: ClassVar[str]
+    always: ClassVar[bool] = False
+    needs_norms: ClassVar[bool] = False
+    needs_index: ClassVar[bool] = False
+
+    def prepare(self, layers: int, coefficient_steps: int, memory_budget: int) -> None:
+        """Called once, when the policy is attached to a model.
+
+        Args:
+            layers: number of preconditioned layers L.
+            coefficient_steps: the cap of the first-epoch phase, in steps.
+            memory_budget: bound of the store in bytes.
+        """
+        self.layers = layers
+
+    def solve(self, k: Tensor, damping: float) -> Coefficients:
+        """What a coefficient step takes from one layer's Gram matrix ``[N, N]``."""
+        return coefficients(k, damping)
+
+    def encode(self, w: Tensor, norms: Tensor | None) -> Tensor:
+        """One layer's fresh weights ``[N]``, in the order that the store keeps (default: the batch's)."""
+        return w
+
+    def decode(self, w: Tensor, norms: Tensor | None) -> Tensor:
+        """The inverse of `encode` for the batch at hand, ``[N]`` to ``[N]``."""
+        return w
+
+    @abstractmethod
+    def lookup(self, batch: BatchInfo) -> Tensor | None:
+        """Stored weights ``[L, N]`` for a shared step; None where there are none (w = 1)."""
+
+    @abstractmethod
+    def commit(self, w: Tensor, valid: Tensor, batch: BatchInfo) -> None:
+        """Store encoded weights.
+
+        Args:
+            w: ``[L, N]``, in float32 or better.
+            valid: ``[L]``, False where a layer's coefficients were unusable (its stored ones must survive).
+            batch: the micro-batch that they come from.
+        """
+
+    def state_dict(self) -> State:
+        """Tensors and numbers only, loadable with ``weights_only=True``."""
+        return {}
+
+    def load_state_dict(self, state: State) -> None:  # noqa: B027 - a policy without a store has nothing to load
+        """The inverse of `state_dict`.
+
+        Raises:
+            ValueError: the state was written for another number of layers.
+        """
+
+
+_POLICIES: dict[str, Callable[[], SharingPolicy]] = {}
+
+
+def register_policy(policy: type[SharingPolicy]) -> type[SharingPolicy]:
+    """Class decorator: make a policy available by its name.
+
+    Raises:
+        ValueError: the name is taken.
+    """
+    if policy.name in _POLICIES:
+        raise ValueError(f"there is already a sharing policy named {policy.name!r}")
+    _POLICIES[policy.name] = policy
+    return policy
+
+
+def policy_names() -> tuple[str, ...]:
+    """The registered names, sorted."""
+    return tuple(sorted(_POLICIES))
+
+
+def make_policy(sharing: str | SharingPolicy) -> SharingPolicy:
+    """A policy from its name; an object passes through.
+
+    Raises:
+        ValueError: the name is unknown; the message lists those that exist.
+    """
+    if isinstance(sharing, SharingPolicy):
+        return sharing
+    if sharing not in _POLICIES:
+        raise ValueError(f"sharing={sharing!r} is not a policy; there are {', '.join(policy_names())}")
+    return _POLICIES[sharing]()
+
+
+def with_mean_one(w: Tensor) -> Tensor:
+    """Rescale the weights of each layer ``[..., N]`` to mean 1; rows whose mean is not positive become ones."""
+    mean = w.mean(dim=-1, keepdim=True)
+    return torch.where(mean > 0, w / torch.where(mean > 0, mean, 1), 1)
+
+
+def repeat_to(w: Tensor, size: int) -> Tensor:
+    """Fit weights in batch order ``[..., M]`` to another N: the first N of them, repeated where N > M, mean 1.
+
+    Samples of a shuffled batch have no order to interpolate in, so a prefix is as good as any other choice,
+    and it gives a row that was lengthened its own weights back.
+    """
+    if w.shape[-1] == size:
+        return w
+    picks = torch.arange(size, device=w.device) % w.shape[-1]
+    return with_mean_one(w[..., picks])
+
+
+def interpolate_to(w: Tensor, size: int) -> Tensor:
+    """Fit weights in rank order ``[..., M]`` to another N by linear interpolation over quantiles, mean 1."""
+    m = w.shape[-1]
+    if m == size:
+        return w
+    quantiles = (torch.arange(size, device=w.device, dtype=w.dtype) + 0.5) / size
+    places = (quantiles * m - 0.5).clamp(0, m - 1)
+    low = places.floor().long()
+    high = (low + 1).clamp(max=m - 1)
+    return with_mean_one(torch.lerp(w[..., low], w[..., high], places - low))
+
+
+def check_layers(found: int, expected: int) -> None:
+    """Refuse a stored state of another model.
+
+    Raises:
+        ValueError: the numbers of layers differ.
+    """
+    if found != expected:
+        raise ValueError(
+            f"the stored coefficients are for {found} layers, this model has {expected} preconditioned layers; "
+            "build the optimizer with the target_modules and exclude_modules that the checkpoint was made with"
+        )

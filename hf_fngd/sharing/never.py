@@ -1,0 +1,24 @@
+"""``never``: nothing is shared; every step computes its own coefficients (natural gradient descent)."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from torch import Tensor
+
+from hf_fngd.sharing.base import BatchInfo, SharingPolicy, register_policy
+
+
+@register_policy
+class NeverSharing(SharingPolicy):
+    """Plain natural gradient descent, the paper's "w/o sharing" (Tab. IV)."""
+
+    name: ClassVar[str] = "never"
+    always: ClassVar[bool] = True
+
+    def lookup(self, batch: BatchInfo) -> Tensor | None:
+        """Nothing is stored."""
+        return None
+
+    def commit(self, w: Tensor, valid: Tensor, batch: BatchInfo) -> None:
+        """Nothing is stored."""

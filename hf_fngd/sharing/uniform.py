@@ -1,0 +1,32 @@
+"""``uniform``: all weights are 1, to tell what the weights themselves contribute."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from torch import Tensor
+
+from hf_fngd.coefficients import Coefficients, averaging
+from hf_fngd.sharing.base import BatchInfo, SharingPolicy, register_policy
+
+
+@register_policy
+class UniformSharing(SharingPolicy):
+    """Averaging, as first-order methods do.
+
+    Coefficient steps take place on the same schedule as elsewhere, since rho sets the step scale; they apply
+    none of the weights.
+    """
+
+    name: ClassVar[str] = "uniform"
+
+    def solve(self, k: Tensor, damping: float) -> Coefficients:
+        """See `SharingPolicy.solve`; the damping has no effect."""
+        return averaging(k)
+
+    def lookup(self, batch: BatchInfo) -> Tensor | None:
+        """W = 1."""
+        return None
+
+    def commit(self, w: Tensor, valid: Tensor, batch: BatchInfo) -> None:
+        """Nothing is stored."""

@@ -1,0 +1,67 @@
+"""FNGDCallback: tells the optimizer about epochs and Trainer's logs about the optimizer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from hf_fngd.optimizer import FNGD
+
+
+class FNGDCallback(TrainerCallback):  # type: ignore[misc]
+    """Adds ``fngd_phase``, ``fngd_lambda``, ``fngd_rho`` and ``fngd_weight_spread`` to Trainer's logs.
+
+    FNGD trains rightly without it. What it adds to the phases: the end of an epoch is known even where
+    Accelerate does not show it (iterable datasets under gradient accumulation).
+
+    Raises:
+        ValueError: at the start of training, where the optimizer is not FNGD.
+    """
+
+    def __init__(self) -> None:
+        self._values: dict[str, float] = {}
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Check the optimizer."""
+        _fngd(kwargs["optimizer"])
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """End the first-epoch phase."""
+        _fngd(kwargs["optimizer"]).end_epoch()
+
+    def on_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Measure while the gradients still exist, in the steps that Trainer logs."""
+        step = state.global_step + 1
+        if step == 1 or step % max(1, state.logging_steps or 1) == 0 or step == state.max_steps:
+            self._values = {f"fngd_{name}": value for name, value in _fngd(kwargs["optimizer"]).diagnostics().items()}
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Add the values to training logs, and to the history that Trainer saves."""
+        if logs is not None and "loss" in logs and self._values:
+            logs.update(self._values)
+            if state.log_history:
+                state.log_history[-1].update(self._values)
+
+
+def _fngd(optimizer: Any) -> FNGD:
+    optimizer = getattr(optimizer, "optimizer", optimizer)  # Accelerate's wrapper
+    if not isinstance(optimizer, FNGD):
+        raise ValueError(
+            f"FNGDCallback needs FNGD as the optimizer, found {type(optimizer).__name__}: pass "
+            "optimizers=(FNGD(model), scheduler) to Trainer, or remove the callback"
+        )
+    return optimizer
