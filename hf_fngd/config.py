@@ -30,6 +30,7 @@ PRESETS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
                 "damping": 0.003,
                 "sharing": "replay",
                 "refresh": 0,
+                "coefficient_steps": 100_000,
                 "step_scale": "ngd",
                 "update": "momentum",
                 "fallback": "sgd",
@@ -55,7 +56,9 @@ class FNGDConfig(HubMixin):
 
     lr: float = field(
         default=1e-3,
-        metadata={"help": "Learning rate, >= 0. With step_scale 'rms': the RMS of an update at rho = 1."},
+        metadata={
+            "help": "Learning rate, >= 0. The RMS of an update is 0.2 lr with update 'muon', about lr with the others."
+        },
     )
     momentum: float = field(default=0.9, metadata={"help": "Momentum of the preconditioned gradient, in [0, 1)."})
     damping: float = field(
@@ -78,7 +81,7 @@ class FNGDConfig(HubMixin):
         metadata={"help": "Steps between coefficient steps after the first epoch; 0: never, as in the paper."},
     )
     coefficient_steps: int = field(
-        default=1000,
+        default=100,
         metadata={"help": "Most steps of the first phase, in which every step computes coefficients; >= 1."},
     )
     step_scale: str = field(

@@ -70,7 +70,7 @@ class FNGD(torch.optim.Optimizer):
         *,
         sharing: str | SharingPolicy = "ranked",
         refresh: int = 10,
-        coefficient_steps: int = 1000,
+        coefficient_steps: int = 100,
         step_scale: str = "rms",
         update: str = "muon",
         fallback: str = "adamw",
@@ -229,7 +229,7 @@ class FNGD(torch.optim.Optimizer):
             unseen = self._norms == 0
             self._norms = torch.where(unseen, squared, torch.lerp(squared, self._norms, _NORM_DECAY))
             scales = sizes.sqrt() / (rho * self._norms).sqrt()
-        return torch.where(squared > 0, scales, 0.0).float()
+        return torch.where(squared > 0, scales, 0.0)
 
     # Safety ----------------------------------------------------------------------------------------------
 
@@ -313,8 +313,9 @@ class FNGD(torch.optim.Optimizer):
                 f"the checkpoint's update rules are {rules[0]}, this optimizer's are {rules[1]}: construct FNGD with "
                 "the update and fallback that the checkpoint was made with"
             )
+        own = groups[0][_STATE_KEY]
+        # First, since it may refuse the state.
+        self.preconditioner.load_state_dict(own["engine"])
         first = {key: value for key, value in groups[0].items() if key != _STATE_KEY}
         super().load_state_dict({**state_dict, "param_groups": [first, *groups[1:]]})
-        own = groups[0][_STATE_KEY]
-        self.preconditioner.load_state_dict(own["engine"])
         self._norms = None if own["norms"] is None else own["norms"].clone()

@@ -77,7 +77,7 @@ def weighted_sum(a: Tensor, g: Tensor, w: Tensor | None) -> Tensor:
 def weighted_bias_sum(g: Tensor, w: Tensor | None) -> Tensor:
     """The bias column of `weighted_sum`: ``sum_n w_n sum_t g[n, t, :]``, shape ``[o]``."""
     sums = g.sum(dim=1)
-    return sums.sum(dim=0) if w is None else w.to(g.dtype) @ sums
+    return (sums if w is None else sums * w.to(g.dtype)[:, None]).sum(dim=0)
 
 
 def sample_norms(a: Tensor, g: Tensor) -> Tensor:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass, field
+import weakref
+from dataclasses import dataclass
+from typing import Any
 
 from hf_fngd.sharing.base import State
 
@@ -62,26 +64,26 @@ class Phase:
         self.steps, self.shared_since = state["steps"], state["shared_since"]
 
 
-@dataclass
 class EpochEdge:
     """Sees the end of an epoch through Accelerate's data loaders, without a callback.
 
-    A prepared data loader raises a flag with its last batch. What counts is the edge, from down to up between
-    two optimizer steps: after a Trainer run the flag stays up for whoever trains next.
+    A prepared data loader raises a flag with its last batch. What counts is the edge, a loader that was not up
+    at this optimizer's last step and is now: flags of finished loaders stay up for whoever trains next.
     """
 
-    up: bool = field(default_factory=lambda: _last_batch())
+    def __init__(self) -> None:
+        self._up = _loaders_at_their_end()
 
     def passed(self) -> bool:
         """Whether the step that calls this was the last of an epoch."""
-        before, self.up = self.up, _last_batch()
-        return self.up and not before
+        before, self._up = self._up, _loaders_at_their_end()
+        return any(loader not in before for loader in self._up)
 
 
-def _last_batch() -> bool:
+def _loaders_at_their_end() -> weakref.WeakSet[Any]:
     # Looked up, not imported: a plain PyTorch loop has no use for accelerate.
     state = sys.modules.get("accelerate.state")
     if state is None or not state.GradientState._shared_state:
-        return False
+        return weakref.WeakSet()
     loaders = state.GradientState().dataloader_references
-    return any(getattr(loader, "end_of_dataloader", False) for loader in loaders if loader is not None)
+    return weakref.WeakSet(loader for loader in loaders if getattr(loader, "end_of_dataloader", False))

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from hf_fngd.arguments import validate
 from hf_fngd.attach import restore_forward, swap_forward
@@ -17,7 +18,7 @@ from hf_fngd.backward import LayerSlot, MicroBatch, call_layer
 from hf_fngd.coverage import NEVER_CALLED, CoverageReport
 from hf_fngd.phase import EpochEdge, Phase
 from hf_fngd.selection import Modules, Selected, select_layers
-from hf_fngd.sharing import INDEX_COLUMN, BatchInfo, SharingPolicy, make_policy
+from hf_fngd.sharing import INDEX_COLUMN, BatchInfo, SharingPolicy, make_policy, policy_names
 from hf_fngd.sharing.base import State
 
 logger = logging.getLogger(__name__)
@@ -26,7 +27,7 @@ _LAYER_ATTRIBUTE = "_fngd_layer"
 _MODEL_ATTRIBUTE = "_fngd_model"
 # Where the batch is to be looked for among a model's inputs, before any other tensor.
 _BATCH_KEYS = ("input_ids", "inputs_embeds", "pixel_values", "input_features", "input_values")
-_MAX_MICRO_BATCHES = 4096
+_MAX_MICRO_BATCHES = 1024
 # How much a coefficient step's log rho counts in the average that shared steps use.
 _RHO_RATE = 0.2
 
@@ -62,7 +63,7 @@ class FNGDPreconditioner:
         *,
         sharing: str | SharingPolicy = "ranked",
         refresh: int = 10,
-        coefficient_steps: int = 1000,
+        coefficient_steps: int = 100,
         memory_budget: int = 2**28,
         target_modules: Modules = "all-linear",
         exclude_modules: Modules = None,
@@ -84,8 +85,9 @@ class FNGDPreconditioner:
         }
         if not isinstance(sharing, SharingPolicy):
             values["sharing"] = sharing
-        validate(values)
+        validate(values, choices={"sharing": policy_names()})
         _refuse_distributed()
+        _refuse_attached(model)
         self.damping = damping
         self.strict = strict
         self.policy = make_policy(sharing)
@@ -100,6 +102,7 @@ class FNGDPreconditioner:
         self._batches: list[MicroBatch] = []
         self._place = 0
         self._reported = False
+        self._hooks: list[RemovableHandle] = []
         self._rho_average: Tensor | None = None
         self.rho: Tensor = torch.full((len(self.layers),), torch.nan)
         self.spread: Tensor = torch.ones(len(self.layers))
@@ -221,19 +224,21 @@ class FNGDPreconditioner:
         self._place = 0
 
     def follow(self, optimizer: torch.optim.Optimizer) -> None:
-        """Call `step` after every step of an optimizer, from now on."""
-        optimizer.register_step_post_hook(lambda *_: self.step())
+        """Call `step` after every step of an optimizer, until `detach`."""
+        self._hooks.append(optimizer.register_step_post_hook(lambda *_: self.step()))
 
     def detach(self) -> None:
         """Restore the model: afterwards it is the model that it was before attaching."""
         self._batch, self._batches = None, []
+        while self._hooks:
+            self._hooks.pop().remove()
         if (model := self._model()) is not None:
             detach(model)
 
     # Reports ---------------------------------------------------------------------------------------------
 
     def coverage(self) -> CoverageReport:
-        """What is preconditioned, what is not, and why; complete once a step was done."""
+        """What is preconditioned, what is not, and why; before the first step, what is going to be."""
         preconditioned: list[str] = []
         missed: dict[str, str] = {}
         for layer, slot in zip(self.layers, self._slots, strict=True):
@@ -243,7 +248,7 @@ class FNGDPreconditioner:
                 if parameter.requires_grad
             ]
             reasons = sorted(slot.fallbacks)
-            if not reasons and not slot.preconditioned:
+            if self._reported and not reasons and not slot.preconditioned:
                 reasons = [NEVER_CALLED]
             if reasons:
                 missed.update(dict.fromkeys(names, "; ".join(reasons)))
@@ -333,6 +338,15 @@ def _batch_size(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int | None:
 
 def _to_device(state: State, device: torch.device) -> State:
     return {key: value.to(device) if isinstance(value, Tensor) else value for key, value in state.items()}
+
+
+def _refuse_attached(model: nn.Module) -> None:
+    # Before anything is swapped, so that a refusal leaves the model as it is.
+    for name, module in model.named_modules():
+        if _MODEL_ATTRIBUTE in module.__dict__ or _LAYER_ATTRIBUTE in module.__dict__:
+            raise RuntimeError(
+                f"{type(module).__name__} {name!r} is attached to another FNGD already; call hf_fngd.detach(model) first"
+            )
 
 
 def _refuse_distributed() -> None:

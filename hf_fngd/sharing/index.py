@@ -77,8 +77,7 @@ class IndexSharing(SharingPolicy):
         """See `SharingPolicy.commit`."""
         assert batch.index is not None
         index = batch.index.to(w.device)
-        if self.size is None or self.table is None:
-            self._reserve(int(index.max()) + 1, w)
+        self._reserve(int(index.max()) + 1, w)
         assert self.table is not None
         self.table[:, index] = torch.where(valid[:, None], w, self.table[:, index])
 
@@ -86,8 +85,14 @@ class IndexSharing(SharingPolicy):
         rows = 0 if self.table is None else self.table.shape[1]
         if needed <= rows:
             return
-        capacity = max(needed, 2 * rows) if self.size is None else self.size
-        if capacity * self.layers * w.element_size() > self.memory_budget:
+        if self.size is not None and needed > self.size:
+            raise ValueError(
+                f"a batch holds the sample {needed - 1}, beyond IndexSharing(size={self.size}): give it the number of "
+                "rows of the dataset"
+            )
+        affordable = self.memory_budget // (self.layers * w.element_size())
+        capacity = max(needed, min(2 * rows, affordable)) if self.size is None else self.size
+        if capacity > affordable:
             raise ValueError(
                 f'sharing="index" needs {capacity * self.layers * w.element_size()} bytes for {capacity} samples and '
                 f'{self.layers} layers, memory_budget is {self.memory_budget}; raise it, or use sharing="ranked"'

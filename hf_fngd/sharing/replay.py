@@ -40,9 +40,7 @@ class ReplaySharing(SharingPolicy):
         if self.store is None:
             self.store = w.new_empty(self._capacity(w), *w.shape)
         elif self.store.shape[2] < batch.size:  # the first batch was a short one
-            wider = self.store.new_empty(*self.store.shape[:2], batch.size)
-            wider[: self.recorded] = repeat_to(self.store[: self.recorded], batch.size)
-            self.store = wider
+            self._restore(repeat_to(self.store[: self.recorded], batch.size))
         place = batch.place % self.store.shape[0]
         if place >= self.recorded:
             self.store[self.recorded : place + 1] = 1
@@ -53,18 +51,23 @@ class ReplaySharing(SharingPolicy):
     def _capacity(self, w: Tensor) -> int:
         return max(1, min(self.coefficient_steps, self.memory_budget // (w.numel() * w.element_size())))
 
+    def _restore(self, rows: Tensor) -> None:
+        self.store = rows.new_empty(self._capacity(rows[:1]), *rows.shape[1:])
+        self.recorded = min(len(rows), len(self.store))
+        self.store[: self.recorded] = rows[: self.recorded]
+
     def state_dict(self) -> State:
         """See `SharingPolicy.state_dict`; rows never recorded are left out."""
         if self.store is None:
             return {}
-        return {"rows": self.store[: self.recorded], "capacity": self.store.shape[0]}
+        # A view would be saved with its whole storage, rows never written included.
+        return {"rows": self.store[: self.recorded].clone()}
 
     def load_state_dict(self, state: State) -> None:
         """See `SharingPolicy.load_state_dict`."""
-        self.store, self.recorded = None, 0
-        if "rows" in state:
-            rows = state["rows"]
+        rows = state.get("rows")
+        if rows is None:
+            self.store, self.recorded = None, 0
+        else:
             check_layers(rows.shape[1], self.layers)
-            self.store = rows.new_empty(state["capacity"], *rows.shape[1:])
-            self.recorded = rows.shape[0]
-            self.store[: self.recorded] = rows
+            self._restore(rows)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from tqdm.auto import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from hf_fngd.optimizer import FNGD
@@ -13,7 +14,8 @@ class FNGDCallback(TrainerCallback):  # type: ignore[misc]
     """Adds ``fngd_phase``, ``fngd_lambda``, ``fngd_rho`` and ``fngd_weight_spread`` to Trainer's logs.
 
     FNGD trains rightly without it. What it adds to the phases: the end of an epoch is known even where
-    Accelerate does not show it (iterable datasets under gradient accumulation).
+    Accelerate does not show it (iterable datasets under gradient accumulation). ``fngd_phase`` is 0 in the first
+    epoch and 1 from its last step on, which ends it. The coverage report is printed once, after the first step.
 
     Raises:
         ValueError: at the start of training, where the optimizer is not FNGD.
@@ -21,6 +23,7 @@ class FNGDCallback(TrainerCallback):  # type: ignore[misc]
 
     def __init__(self) -> None:
         self._values: dict[str, float] = {}
+        self._told = False
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -38,6 +41,10 @@ class FNGDCallback(TrainerCallback):  # type: ignore[misc]
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Measure while the gradients still exist, in the steps that Trainer logs."""
+        optimizer = _fngd(kwargs["optimizer"])
+        if not self._told and state.is_world_process_zero:
+            tqdm.write(str(optimizer.coverage()))  # print() would break the progress bar
+            self._told = True
         step = state.global_step + 1
         if step == 1 or step % max(1, state.logging_steps or 1) == 0 or step == state.max_steps:
             self._values = {f"fngd_{name}": value for name, value in _fngd(kwargs["optimizer"]).diagnostics().items()}

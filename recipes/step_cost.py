@@ -1,0 +1,159 @@
+"""What a step costs: medians of interleaved steps, and the operations that each kind of step is made of.
+
+    python recipes/step_cost.py
+    python recipes/step_cost.py --d_model 512 --ffn_dim 2048 --layers 6 --heads 8
+
+All arms train copies of one Transformer on one batch, one step each in turn, so that a change of the machine's
+speed meets all of them; what counts is the ratio to SGD with momentum.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import statistics
+import time
+from collections import Counter
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from hf_fngd import FNGD, FNGDPreconditioner
+from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
+from tqdm import tqdm
+from transformers import MarianConfig, MarianMTModel
+
+Step = Callable[[], None]
+NEVER = 10**9
+# Operations that a shared step must not add to SGD's: products, solves, and what forms per-sample tensors.
+WATCHED = ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "aten::linalg_cholesky_ex", "aten::cholesky_solve")
+
+
+def build_model(options: argparse.Namespace) -> MarianMTModel:
+    """The Transformer of Vaswani et al. (2017), at the size asked for."""
+    return MarianMTModel(
+        MarianConfig(
+            vocab_size=options.vocab_size,
+            d_model=options.d_model,
+            encoder_layers=options.layers,
+            decoder_layers=options.layers,
+            encoder_ffn_dim=options.ffn_dim,
+            decoder_ffn_dim=options.ffn_dim,
+            encoder_attention_heads=options.heads,
+            decoder_attention_heads=options.heads,
+            activation_function="relu",
+            pad_token_id=0,
+            eos_token_id=1,
+            decoder_start_token_id=0,
+        )
+    ).to(options.device)
+
+
+def sgd(model: nn.Module) -> Step:
+    """SGD with momentum, the yardstick."""
+    return torch.optim.SGD(model.parameters(), lr=1e-4, momentum=0.9, foreach=True).step
+
+
+def adamw(model: nn.Module) -> Step:
+    """AdamW."""
+    return torch.optim.AdamW(model.parameters(), lr=1e-5, foreach=True).step
+
+
+def engine(sharing: str, computes: bool, model: nn.Module) -> Step:
+    """The preconditioner in front of the yardstick, in shared or in coefficient steps alone."""
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-4, momentum=0.9, foreach=True)
+    preconditioner = FNGDPreconditioner(
+        model, sharing=sharing, refresh=1 if computes else 0, coefficient_steps=NEVER if computes else 1
+    )
+    preconditioner.follow(optimizer)
+    return optimizer.step
+
+
+def fngd(update: str, sharing: str, model: nn.Module) -> Step:
+    """The whole optimizer in shared steps."""
+    return FNGD(model, lr=1e-5, update=update, sharing=sharing, refresh=0, coefficient_steps=1).step
+
+
+ARMS: dict[str, Callable[[nn.Module], Step]] = {
+    "SGD-m": sgd,
+    "AdamW": adamw,
+    "engine + SGD-m, shared step, replay": partial(engine, "replay", False),
+    "engine + SGD-m, shared step, ranked": partial(engine, "ranked", False),
+    "engine + SGD-m, coefficient step": partial(engine, "ranked", True),
+    "FNGD momentum, shared step, replay": partial(fngd, "momentum", "replay"),
+    "FNGD adam, shared step, ranked": partial(fngd, "adam", "ranked"),
+    "FNGD muon, shared step, ranked": partial(fngd, "muon", "ranked"),
+    "FNGD muon, w = 1": partial(fngd, "muon", "uniform"),
+}
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--d_model", type=int, default=128)
+    parser.add_argument("--ffn_dim", type=int, default=512)
+    parser.add_argument("--layers", type=int, default=2, help="encoder layers, and decoder layers")
+    parser.add_argument("--heads", type=int, default=4)
+    parser.add_argument("--vocab_size", type=int, default=8000)
+    parser.add_argument("--batch_size", type=int, default=64)
+    parser.add_argument("--length", type=int, default=16, help="tokens of source and target")
+    parser.add_argument("--rounds", type=int, default=30)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    torch.manual_seed(0)
+
+    first = build_model(options)
+    shape = (options.batch_size, options.length)
+    batch = {
+        name: torch.randint(2, options.vocab_size, shape, device=options.device) for name in ("input_ids", "labels")
+    }
+    runs: dict[str, Step] = {}
+    for name, arm in ARMS.items():
+        model = copy.deepcopy(first).train()
+        runs[name] = partial(full_step, model, arm(model), batch)
+    for run in runs.values():  # the first step of a shared arm is its coefficient step
+        run()
+        run()
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    for _ in tqdm(range(options.rounds), desc="rounds"):
+        for name, run in runs.items():
+            synchronize(options.device)
+            start = time.perf_counter()
+            run()
+            synchronize(options.device)
+            times[name].append(time.perf_counter() - start)
+    yardstick = statistics.median(times["SGD-m"])
+    print(f"| step | ratio to SGD-m | {' | '.join(name.removeprefix('aten::') for name in WATCHED)} |")
+    print("|---" * (len(WATCHED) + 2) + "|")
+    for name, run in runs.items():
+        counts = operations(run)
+        ratio = statistics.median(times[name]) / yardstick
+        print(f"| {name} | {ratio:.2f} | {' | '.join(str(counts[operation]) for operation in WATCHED)} |")
+    print(f"\nSGD-m: {1000 * yardstick:.1f} ms a step, median of {options.rounds}.")
+
+
+def full_step(model: nn.Module, step: Step, batch: dict[str, Tensor]) -> None:
+    """Forward, backward, update."""
+    model(**batch).loss.backward()
+    step()
+    model.zero_grad()
+
+
+def operations(run: Step) -> Counter[str]:
+    """How often each watched operation runs in one step."""
+    with profile(activities=[ProfilerActivity.CPU]) as trace:
+        run()
+    return Counter({event.key: event.count for event in trace.key_averages() if event.key in WATCHED})
+
+
+def synchronize(device: str) -> None:
+    """Wait for the device."""
+    if device.startswith("cuda"):
+        torch.cuda.synchronize()
+
+
+if __name__ == "__main__":
+    main()

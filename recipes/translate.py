@@ -1,0 +1,141 @@
+"""Train a Transformer to translate, from scratch, and score it.
+
+Run it under accelerate, on one device or several:
+
+    accelerate launch recipes/translate.py --config recipes/configs/quickstart.yaml
+    accelerate launch recipes/translate.py --config recipes/configs/multi30k_small.yaml --optimizer adamw
+
+The output folder holds the model and its tokenizer, README.md, all_results.json, predictions.txt and
+learning_curve.png. A run that was interrupted resumes from its last checkpoint when it is started again.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoTokenizer, enable_full_determinism, set_seed
+from transformers.trainer_utils import get_last_checkpoint
+from translation.arguments import TranslationTrainingArguments, parse_arguments
+from translation.card import render_card
+from translation.data import encode, hold_out, load_pairs, make_collator, training_texts
+from translation.model import build_model
+from translation.optimizers import callbacks, describe, fngd_config, optimizer_cls_and_kwargs
+from translation.plot import plot_learning_curve
+from translation.tokenizer import train_tokenizer
+from translation.trainer import StepTimer, TranslationTrainer, make_bleu, make_loss
+
+from hf_fngd.sharing.index import add_index
+
+
+def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
+    """Train, evaluate, and write the output folder.
+
+    Args:
+        argv: The command line behind the program's name; `sys.argv[1:]` where None.
+
+    Returns:
+        What all_results.json holds.
+    """
+    data_args, model_args, optimizer_args, args = parse_arguments(argv)
+    config = fngd_config(optimizer_args, args)
+    optimizer = optimizer_cls_and_kwargs(optimizer_args, config, args)
+    checkpoint = find_checkpoint(args, data_args.overwrite_output_dir)
+    if checkpoint is not None and args.process_index == 0:
+        print(f"Resuming from {checkpoint}; --overwrite_output_dir starts anew.")
+
+    with args.main_process_first(desc="loading the dataset"):  # the other processes find the download
+        pairs = load_pairs(data_args)
+    if checkpoint is None:
+        tokenizer = train_tokenizer(training_texts(pairs["train"]), model_args.vocab_size)
+    else:
+        tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    train = encode(pairs["train"], tokenizer, data_args, "Tokenizing train")
+    validation = hold_out(pairs["validation"], tokenizer, data_args, "Tokenizing validation")
+    test = hold_out(pairs["test"], tokenizer, data_args, "Tokenizing test")
+    if config is not None and config.sharing == "index":
+        train = add_index(train)
+
+    enable_full_determinism(args.seed) if args.full_determinism else set_seed(args.seed)
+    model = build_model(tokenizer, model_args, data_args)
+    report: dict[str, Any] = {
+        "dataset_name": data_args.dataset_name,
+        "source_lang": data_args.source_lang,
+        "target_lang": data_args.target_lang,
+        "num_beams": data_args.num_beams,
+        "parameters": model.num_parameters(only_trainable=True),
+        "train_samples": len(train),
+        "seed": args.seed,
+    }
+    timer = StepTimer()
+    trainer = TranslationTrainer(
+        optimizer_cls_and_kwargs=optimizer,
+        render_card=lambda: render_card(report | describe(trainer.optimizer, config), args),
+        model=model,
+        args=args,
+        train_dataset=train,
+        eval_dataset=validation.encoded,
+        data_collator=make_collator(tokenizer, model),
+        processing_class=tokenizer,
+        compute_loss_func=make_loss(args.label_smoothing_factor),
+        compute_metrics=make_bleu(tokenizer, len(validation.order)) if args.predict_with_generate else None,
+        callbacks=[timer, *callbacks(config)],
+    )
+    metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics
+    if checkpoint is None:
+        report |= metrics  # after resuming, Trainer divides the rest's loss and time by the steps of the whole run
+    report |= describe(trainer.optimizer, config) | {"step_seconds_median": timer.median()}
+    trainer.save_model()
+    trainer.save_state()
+
+    output_dir = Path(args.output_dir)
+    if args.do_eval:
+        report |= trainer.translate(validation, "eval")[1]
+    if args.do_predict:
+        translations, metrics = trainer.translate(test, "predict")
+        report |= metrics
+        if trainer.is_world_process_zero():
+            (output_dir / "predictions.txt").write_text("\n".join(translations) + "\n", encoding="utf-8")
+    trainer.save_metrics("all", report, combined=False)
+    trainer.create_model_card()
+    if trainer.is_world_process_zero():
+        title = f"{report['optimizer']}, {data_args.source_lang} to {data_args.target_lang}"
+        plot_learning_curve(trainer.state.log_history, output_dir / "learning_curve.png", title)
+        for split in ("eval", "predict"):
+            if f"{split}_bleu" in report:
+                print(f"{split}: BLEU {report[f'{split}_bleu']:.2f} ({report[f'{split}_bleu_signature']})")
+    if args.push_to_hub:
+        trainer.push_to_hub()
+    return report
+
+
+def find_checkpoint(args: TranslationTrainingArguments, overwrite: bool) -> str | None:
+    """Return the checkpoint to resume from: the one that was named, or the last one in the output folder.
+
+    Args:
+        args: `output_dir` and `resume_from_checkpoint` (a folder, or "true" for the last checkpoint).
+        overwrite: Delete the folder's checkpoints, so that none is resumed, now or after an interruption.
+
+    Raises:
+        ValueError: A checkpoint was asked for and there is none, or the output folder holds something else.
+    """
+    named = args.resume_from_checkpoint
+    output_dir = Path(args.output_dir)
+    if named is not None and named.lower() not in ("true", "false"):
+        if not Path(named).is_dir():
+            raise ValueError(f"resume_from_checkpoint {named!r} is no folder.")
+        return named
+    with args.main_process_first(local=False, desc="looking for checkpoints"):
+        if overwrite and args.process_index == 0:
+            for folder in output_dir.glob("checkpoint-*"):
+                shutil.rmtree(folder)
+        last = get_last_checkpoint(output_dir) if output_dir.is_dir() else None
+    if last is None and named is not None and named.lower() == "true":
+        raise ValueError(f"{output_dir} holds no checkpoint to resume from.")
+    return last
+
+
+if __name__ == "__main__":
+    main()

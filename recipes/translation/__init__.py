@@ -1,0 +1,1 @@
+"""The parts of `recipes/translate.py`: one file a purpose."""

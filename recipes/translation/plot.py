@@ -1,0 +1,41 @@
+"""The learning curve of a run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure  # no pyplot: it would look for a display
+
+_CURVES = (("loss", "train loss", "tab:blue"), ("eval_loss", "validation loss", "tab:orange"))
+
+
+def plot_learning_curve(log_history: list[dict[str, Any]], path: Path, title: str) -> None:
+    """Draw losses, and validation BLEU where it was measured, against epochs.
+
+    Args:
+        log_history: `trainer.state.log_history`: one dictionary an event, each with `epoch`.
+        path: The PNG file to write.
+        title: What the run was.
+    """
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = figure.add_subplot()
+    for key, label, color in _CURVES:
+        axes.plot(*_series(log_history, key), "o-", markersize=3, label=label, color=color)
+    axes.set(title=title, xlabel="epoch", ylabel="loss (nats a token)")
+    axes.grid(alpha=0.3)
+    lines = axes.get_lines()
+    epochs, scores = _series(log_history, "eval_bleu")
+    if scores:
+        right = axes.twinx()
+        right.plot(epochs, scores, "s--", markersize=3, label="validation BLEU", color="tab:green")
+        right.set_ylabel("BLEU")
+        lines = [*lines, *right.get_lines()]
+    axes.legend(lines, [line.get_label() for line in lines], loc="center right")
+    figure.savefig(path, dpi=120)
+
+
+def _series(log_history: list[dict[str, Any]], key: str) -> tuple[list[float], list[float]]:
+    """Return epochs and values of the events that have the key."""
+    events = [event for event in log_history if key in event]
+    return [event["epoch"] for event in events], [event[key] for event in events]

@@ -1,0 +1,52 @@
+"""A byte-level BPE tokenizer, trained on both sides of the training split."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import PreTrainedTokenizerFast
+
+PAD, EOS = "<pad>", "</s>"
+_SMALLEST = 256 + 2  # every byte, and the two special tokens
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
+    """Train one vocabulary for both languages, which is what shared embeddings need.
+
+    Bytes are the alphabet, so that no text is out of vocabulary, and decoding gives back any text that does not
+    start with white space.
+
+    Args:
+        texts: Sentences of both languages.
+        vocab_size: Upper bound of the vocabulary's size; a small corpus may not fill it.
+
+    Returns:
+        A tokenizer that ends every sequence with `</s>` and saves and loads as any other.
+
+    Raises:
+        ValueError: vocab_size is too small for the alphabet.
+    """
+    if vocab_size < _SMALLEST:
+        raise ValueError(f"vocab_size is {vocab_size}; 256 bytes and 2 special tokens need at least {_SMALLEST}.")
+    tokenizer = Tokenizer(models.BPE())
+    # With the prefix space a word has the same tokens at the start of a sentence as inside it.
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    tokenizer.decoder = decoders.Sequence([decoders.ByteLevel(), decoders.Strip(" ", 1, 0)])
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[PAD, EOS],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"$A {EOS}", special_tokens=[(EOS, tokenizer.token_to_id(EOS))]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token=PAD,
+        eos_token=EOS,
+        model_input_names=["input_ids", "attention_mask"],
+        clean_up_tokenization_spaces=False,
+    )

@@ -1,0 +1,82 @@
+"""Small networks and data that several tests share."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+FEATURES, CLASSES = 5, 4
+
+# Layer type and what becomes of its bias; a Conv1D always has one.
+LAYERS = [
+    ("Linear", "trained"),
+    ("Linear", "frozen"),
+    ("Linear", "none"),
+    ("Conv1D", "trained"),
+    ("Conv1D", "frozen"),
+]
+
+
+def layer(layer_type: str, bias: str, i: int, o: int) -> nn.Module:
+    if layer_type == "Linear":
+        made: nn.Module = nn.Linear(i, o, bias=bias != "none")
+    else:
+        made = Conv1D(o, i)
+        nn.init.normal_(made.weight, std=i**-0.5)
+        nn.init.normal_(made.bias)
+    if bias == "frozen":
+        made.bias.requires_grad_(False)
+    return made
+
+
+class Net(nn.Module):
+    """Two layers around a norm; the outputs are averaged over whatever lies between batch and classes."""
+
+    def __init__(self, layer_type: str = "Linear", bias: str = "trained", width: int = 7) -> None:
+        super().__init__()
+        self.fc1 = layer(layer_type, bias, FEATURES, width)
+        self.norm = nn.LayerNorm(width)
+        self.fc2 = layer(layer_type, bias, width, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.fc2(torch.tanh(self.norm(self.fc1(x))))
+        return y if y.dim() == 2 else y.flatten(1, -2).mean(1)
+
+
+def net(seed: int = 0, dtype: torch.dtype = torch.float64, **kwargs: Any) -> Net:
+    torch.manual_seed(seed)
+    return Net(**kwargs).to(dtype)
+
+
+def data(samples: int, *between: int, seed: int = 1, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
+    """Inputs ``[samples, *between, FEATURES]`` and class labels."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(samples, *between, FEATURES, generator=generator, dtype=torch.float64)
+    return x.to(dtype), torch.randint(CLASSES, (samples,), generator=generator)
+
+
+def loss(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    """The mean of the samples' losses."""
+    return F.cross_entropy(model(x), y)
+
+
+def trained(module: nn.Module) -> list[nn.Parameter]:
+    return [p for p in module.parameters() if p.requires_grad]
+
+
+def graph_nodes(output: Tensor) -> Iterator[str]:
+    """The names of the autograd nodes behind a tensor."""
+    seen, stack = set(), [output.grad_fn]
+    while stack:
+        node = stack.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            yield type(node).__name__
+            stack += [following for following, _ in node.next_functions]
+
+
+def relative_error(found: Tensor, expected: Tensor) -> float:
+    return float(torch.linalg.vector_norm(found - expected) / torch.linalg.vector_norm(expected))

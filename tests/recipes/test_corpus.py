@@ -1,0 +1,381 @@
+import hashlib
+import re
+from typing import get_args
+
+import pytest
+from translation import corpus
+from translation.corpus import Phrase, Predicate, Subject, Text
+
+SPLITS = get_args(corpus.Split)
+# sha256 of generate("train", 200): a change of the grammar or of the drawing changes every published score.
+DIGEST = "1607f1a8b8a5674d56677d672d105fcd90140109415313c896efcef5908a3987"
+
+
+def words(sentences, side):
+    return {word for sentence in sentences for word in re.findall(r"\w+", getattr(sentence, side).lower())}
+
+
+@pytest.fixture(scope="module")
+def train():
+    return corpus.sentences("train", 10_000)
+
+
+@pytest.fixture(scope="module")
+def held_out():
+    return {split: corpus.sentences(split, 500) for split in ("validation", "test")}
+
+
+# --- The splits ---
+
+
+def test_train_is_the_same_everywhere():
+    lines = "\n".join(f"{pair['en']}\t{pair['de']}" for pair in corpus.generate("train", 200))
+    assert hashlib.sha256(lines.encode()).hexdigest() == DIGEST
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_arguments_decide_the_pairs(split):
+    first = corpus.generate(split, 50, seed=3)
+    assert corpus.generate(split, 80, seed=3)[:50] == first
+    assert corpus.generate(split, 50, seed=4) != first
+
+
+def test_20000_pairs_are_distinct_and_of_bounded_length():
+    pairs = corpus.generate("train", 20_000)
+    for side in ("en", "de"):
+        assert len({pair[side] for pair in pairs}) == 20_000
+        lengths = [len(pair[side].split()) for pair in pairs]
+        assert min(lengths) >= 5
+        assert max(lengths) <= 20
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_every_sentence_keeps_to_the_pairs_of_its_split(split, train, held_out):
+    for sentence in {"train": train, **held_out}[split]:
+        assert sentence.pairs
+        assert {corpus.split_of(noun, verb) for noun, verb in sentence.pairs} == {split}
+
+
+@pytest.mark.parametrize("split", ["validation", "test"])
+def test_held_out_pairs_and_sentences_never_occur_in_training(split, train, held_out):
+    trained = frozenset().union(*(sentence.pairs for sentence in train))
+    for sentence in held_out[split]:
+        assert not sentence.pairs & trained
+    for side in ("en", "de"):
+        assert not {getattr(s, side) for s in train} & {getattr(s, side) for s in held_out[split]}
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_recorded_pairs_are_those_of_the_text(split, train, held_out):
+    # Read off the words alone, where one subject noun and one verb leave no doubt: so the record cannot err.
+    forms = {form: noun.en for noun in corpus.SUBJECTS for form in (noun.en, noun.en_plural)}
+    checked = 0
+    for sentence in {"train": train, **held_out}[split]:
+        nouns = [forms[word] for word in re.findall(r"\w+", sentence.en.lower()) if word in forms]
+        verbs = [verb.en for verb in corpus.VERBS if re.search(rf"\b{verb.en}\b", sentence.en)]
+        if len(nouns) == len(verbs) == 1:
+            assert sentence.pairs == {(nouns[0], verbs[0])}
+            checked += 1
+    assert checked > 100
+
+
+@pytest.mark.parametrize("side", ["en", "de"])
+def test_every_held_out_word_occurs_in_training(side, train, held_out):
+    trained = words(train, side)
+    for sentences in held_out.values():
+        assert words(sentences, side) <= trained
+    assert 150 <= len(trained) <= 300
+
+
+def test_every_subject_and_verb_occurs_in_training(train):
+    pairs = frozenset().union(*(sentence.pairs for sentence in train))
+    assert {noun for noun, _ in pairs} == {noun.en for noun in corpus.SUBJECTS}
+    assert {verb for _, verb in pairs} == {verb.en for verb in corpus.VERBS}
+
+
+def test_load_gives_a_dataset_of_three_splits():
+    splits = corpus.load(train_size=30, validation_size=20, test_size=10)
+    assert {name: len(split) for name, split in splits.items()} == {"train": 30, "validation": 20, "test": 10}
+    assert splits["test"].to_list() == corpus.generate("test", 10)
+
+
+def test_bad_arguments_name_the_fix():
+    with pytest.raises(ValueError, match="choose one of train, validation, test"):
+        corpus.generate("dev", 10)
+    with pytest.raises(ValueError, match="at least 1"):
+        corpus.generate("train", 0)
+
+
+def test_too_many_sentences_are_refused(monkeypatch):
+    only = corpus.Sentence("One sentence is all there is.", "Ein Satz ist alles, was es gibt.", frozenset())
+    monkeypatch.setattr(corpus.Grammar, "sentence", lambda self: only)
+    with pytest.raises(ValueError, match="gave only 1 of 2 sentences; lower the size"):
+        corpus.generate("train", 2)
+
+
+# --- German phrases, by hand ---
+
+
+@pytest.mark.parametrize(
+    ("phrase", "en", "nom", "acc", "dat"),
+    [
+        # Masculine, feminine, neuter after ein: mixed endings.
+        (
+            Phrase(corpus.A, corpus.HAT, corpus.RED),
+            "a red hat",
+            "ein roter Hut",
+            "einen roten Hut",
+            "einem roten Hut",
+        ),
+        (
+            Phrase(corpus.A, corpus.LADY, corpus.OLD),
+            "an old lady",
+            "eine alte Dame",
+            "eine alte Dame",
+            "einer alten Dame",
+        ),
+        (
+            Phrase(corpus.A, corpus.HORSE, corpus.WHITE),
+            "a white horse",
+            "ein weißes Pferd",
+            "ein weißes Pferd",
+            "einem weißen Pferd",
+        ),
+        # After der: weak endings.
+        (
+            Phrase(corpus.THE, corpus.COOK, corpus.TALL),
+            "the tall cook",
+            "der große Koch",
+            "den großen Koch",
+            "dem großen Koch",
+        ),
+        (
+            Phrase(corpus.THE, corpus.BRIDGE, corpus.HIGH),
+            "the high bridge",
+            "die hohe Brücke",
+            "die hohe Brücke",
+            "der hohen Brücke",
+        ),
+        (
+            Phrase(corpus.THE, corpus.GIRL, corpus.LITTLE),
+            "the little girl",
+            "das kleine Mädchen",
+            "das kleine Mädchen",
+            "dem kleinen Mädchen",
+        ),
+        (
+            Phrase(corpus.THE_PLURAL, corpus.CHILD, corpus.YOUNG),
+            "the young children",
+            "die jungen Kinder",
+            "die jungen Kinder",
+            "den jungen Kindern",
+        ),
+        # Plural without der: strong endings; the dative takes -n, but not after -n or -s.
+        (
+            Phrase(corpus.TWO, corpus.MAN, corpus.YOUNG),
+            "two young men",
+            "zwei junge Männer",
+            "zwei junge Männer",
+            "zwei jungen Männern",
+        ),
+        (
+            Phrase(corpus.SEVERAL, corpus.WORKER, corpus.OLD),
+            "several old workers",
+            "mehrere alte Arbeiter",
+            "mehrere alte Arbeiter",
+            "mehreren alten Arbeitern",
+        ),
+        (
+            Phrase(corpus.BARE, corpus.SHIRT, corpus.BLUE),
+            "blue shirts",
+            "blaue Hemden",
+            "blaue Hemden",
+            "blauen Hemden",
+        ),
+        (Phrase(corpus.THREE, corpus.CAR), "three cars", "drei Autos", "drei Autos", "drei Autos"),
+        (Phrase(corpus.TWO, corpus.HOUSE), "two houses", "zwei Häuser", "zwei Häuser", "zwei Häusern"),
+        # Weak nouns: -n or -en in every form but the nominative singular.
+        (
+            Phrase(corpus.A, corpus.BOY, corpus.LITTLE),
+            "a little boy",
+            "ein kleiner Junge",
+            "einen kleinen Jungen",
+            "einem kleinen Jungen",
+        ),
+        (
+            Phrase(corpus.THE, corpus.POLICEMAN),
+            "the policeman",
+            "der Polizist",
+            "den Polizisten",
+            "dem Polizisten",
+        ),
+        (
+            Phrase(corpus.TWO, corpus.TOURIST),
+            "two tourists",
+            "zwei Touristen",
+            "zwei Touristen",
+            "zwei Touristen",
+        ),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_phrase(phrase, en, nom, acc, dat):
+    assert phrase.english() == en
+    assert [phrase.german(case) for case in ("nom", "acc", "dat")] == [nom, acc, dat]
+
+
+@pytest.mark.parametrize(
+    ("preposition", "phrase", "en", "de"),
+    [
+        # Where: dative. Where to: accusative.
+        (corpus.IN, Phrase(corpus.A, corpus.FOREST), "in a forest", "in einem Wald"),
+        (corpus.INTO, Phrase(corpus.A, corpus.FOREST), "into a forest", "in einen Wald"),
+        (corpus.ON_TOP, Phrase(corpus.THE, corpus.WALL), "on the wall", "auf der Mauer"),
+        (corpus.ONTO, Phrase(corpus.THE, corpus.WALL), "onto the wall", "auf die Mauer"),
+        (corpus.OVER, Phrase(corpus.A, corpus.BENCH), "over a bench", "über eine Bank"),
+        (
+            corpus.BETWEEN,
+            Phrase(corpus.TWO, corpus.TREE, corpus.TALL),
+            "between two tall trees",
+            "zwischen zwei großen Bäumen",
+        ),
+        # Contractions.
+        (corpus.IN, Phrase(corpus.THE, corpus.PARK), "in the park", "im Park"),
+        (corpus.BY, Phrase(corpus.THE, corpus.LAKE, corpus.SMALL), "by the small lake", "am kleinen See"),
+        (corpus.TO, Phrase(corpus.THE, corpus.BEACH), "to the beach", "zum Strand"),
+        (corpus.TO, Phrase(corpus.THE, corpus.CHURCH), "to the church", "zur Kirche"),
+        (corpus.INTO, Phrase(corpus.THE, corpus.HOUSE, corpus.OLD), "into the old house", "ins alte Haus"),
+        # None where German writes both words.
+        (corpus.BEHIND, Phrase(corpus.THE, corpus.TENT), "behind the tent", "hinter dem Zelt"),
+        (corpus.INTO, Phrase(corpus.THE, corpus.GARDEN), "into the garden", "in den Garten"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_preposition(preposition, phrase, en, de):
+    assert preposition.before(phrase) == Text(en, de)
+
+
+# --- Clauses, by hand ---
+
+VERBS = {verb.en: verb for verb in corpus.VERBS}
+BOYS = Phrase(corpus.TWO, corpus.BOY)
+GIRL = Phrase(corpus.A, corpus.GIRL)
+IN_THE_PARK = Text("in the park", "im Park")
+A_DOG = Text("a dog", "einem Hund")
+A_BALL = Text("a ball", "einen Ball")
+WATCH = Predicate(VERBS["watching"], A_DOG, IN_THE_PARK)
+PICK_UP = Predicate(VERBS["picking up"], A_BALL)
+GUITAR = Predicate(VERBS["playing the guitar"], place=IN_THE_PARK)
+
+
+@pytest.mark.parametrize(
+    ("text", "en", "de"),
+    [
+        # The verb is second and its prefix last.
+        (
+            corpus.main_clause(Subject.of(GIRL), WATCH),
+            "a girl is watching a dog in the park",
+            "ein Mädchen sieht im Park einem Hund zu",
+        ),
+        (
+            corpus.main_clause(Subject.of(BOYS), PICK_UP),
+            "two boys are picking up a ball",
+            "zwei Jungen heben einen Ball auf",
+        ),
+        # Something else first: the subject steps behind the verb.
+        (
+            corpus.fronted_clause(IN_THE_PARK, Subject.of(BOYS), Predicate(VERBS["playing the guitar"])),
+            "in the park, two boys are playing the guitar",
+            "im Park spielen zwei Jungen Gitarre",
+        ),
+        (
+            corpus.fronted_clause(corpus.TIMES[0], Subject.of(GIRL), WATCH),
+            "in the morning, a girl is watching a dog in the park",
+            "am Morgen sieht ein Mädchen im Park einem Hund zu",
+        ),
+        # A subordinate clause ends in its verb, one word with the prefix.
+        (
+            corpus.subordinate_clause(corpus.WHILE, Subject.of(BOYS), WATCH),
+            "while two boys are watching a dog in the park",
+            "während zwei Jungen im Park einem Hund zusehen",
+        ),
+        (
+            corpus.subordinate_clause(corpus.WHILE, Subject.of(GIRL), GUITAR),
+            "while a girl is playing the guitar in the park",
+            "während ein Mädchen im Park Gitarre spielt",
+        ),
+        (
+            corpus.relative_clause(GIRL, PICK_UP),
+            "who is picking up a ball",
+            "das einen Ball aufhebt",
+        ),
+        (corpus.relative_clause(BOYS, GUITAR), "who are playing the guitar in the park", "die im Park Gitarre spielen"),
+        (
+            corpus.relative_clause(Phrase(corpus.A, corpus.DOG), Predicate(VERBS["drinking water"])),
+            "that is drinking water",
+            "der Wasser trinkt",
+        ),
+        # The pronoun follows the German gender.
+        (corpus.because_clause(GIRL, corpus.TIRED), "because she is tired", "weil es müde ist"),
+        (
+            corpus.because_clause(Phrase(corpus.THE, corpus.CAT), corpus.THIRSTY),
+            "because it is thirsty",
+            "weil sie durstig ist",
+        ),
+        (corpus.because_clause(BOYS, corpus.HAPPY), "because they are happy", "weil sie glücklich sind"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_clause(text, en, de):
+    assert text == Text(en, de)
+
+
+@pytest.mark.parametrize(
+    ("en", "singular", "plural"),
+    [
+        ("sleeping", "schläft", "schlafen"),
+        ("reading", "liest", "lesen"),
+        ("holding", "hält", "halten"),
+        ("working", "arbeitet", "arbeiten"),
+        ("helping", "hilft", "helfen"),
+        ("eating", "isst", "essen"),
+        ("cycling", "fährt", "fahren"),
+    ],
+)
+def test_verb_agrees_in_number(en, singular, plural):
+    predicate = Predicate(VERBS[en])
+    assert [predicate.finite(plural=False), predicate.finite(plural=True)] == [singular, plural]
+
+
+# --- Rules that every German sentence keeps ---
+
+CONTRACTED = r"\b([Ii]n dem|[Ii]n das|[Aa]n dem|[Zz]u dem|[Zz]u der)\b"
+
+
+def test_generated_german_is_punctuated_and_contracted(train):
+    for sentence in train:
+        assert re.fullmatch(r"[A-ZÄÖÜ][\wäöüß, ]*\.", sentence.de), sentence.de
+        assert not re.search(CONTRACTED, sentence.de), sentence.de
+        # One comma before each clause that a conjunction opens, and one behind it where the sentence goes on.
+        assert not re.search(r"[^,] (während|weil) ", sentence.de), sentence.de
+        assert not re.search(r",,| ,|  |,\.", sentence.de), sentence.de
+
+
+def test_generated_english_has_the_right_article(train):
+    for sentence in train:
+        assert not re.search(r"\b[Aa] [aeiou]|\b[Aa]n [^aeiou]", sentence.en), sentence.en
+
+
+def test_every_construction_occurs(train):
+    german = " ".join(sentence.de for sentence in train)
+    for construction in (
+        r"\. Während [^,.]+, \w+ ",  # a fronted clause, then the verb
+        r", während [^,.]+\.",
+        r", weil (er|sie|es|sie) \w+ (ist|sind)\.",
+        r"[^,.]+, (der|die|das) [^,.]+, \w+",  # a relative clause in the middle
+        r" zu, (der|die|das) [^,.]+\.",  # and one behind a prefix
+        r"\. Eine Gruppe von \w+n ",
+        r"\. (Im|Am|Vor|Auf) ",
+        r" und (liest|hört|singt) ",
+    ):
+        assert re.search(construction, german), construction

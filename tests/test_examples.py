@@ -1,0 +1,114 @@
+"""Every script in examples/ runs as a reader would run it, and prints what it is there to show."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from hf_fngd import FNGDConfig
+
+EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
+
+
+def table(output: str, title: str) -> list[list[str]]:
+    """The cells of the rows below the line that begins with the title, up to an empty line.
+
+    Two spaces part the cells, for a name in the first column may have one in it.
+    """
+    lines = output.splitlines()
+    begin = next(number for number, line in enumerate(lines) if line.lstrip().startswith(title)) + 1
+    end = next((number for number in range(begin, len(lines)) if not lines[number].strip()), len(lines))
+    return [re.split(r"\s{2,}", line.strip()) for line in lines[begin:end]]
+
+
+def numbers(output: str, title: str) -> list[list[float]]:
+    """A table of numbers alone."""
+    return [[float(cell) for cell in " ".join(row).split()] for row in table(output, title)]
+
+
+def trainer_in_five_lines(output: str) -> None:
+    losses = [float(loss) for loss in re.findall(r"'loss': '([\d.]+)'", output)]
+    assert len(losses) == 6
+    assert losses[-1] < losses[0] / 2
+
+
+def plain_pytorch_loop(output: str) -> None:
+    rows = numbers(output, "epoch ")
+    assert rows[-1][1] < rows[0][1] / 2
+    assert [phase for _, _, phase, *_ in rows] == [0] + [1] * (len(rows) - 1)
+    assert "FNGD preconditions 6 parameters" in output
+    assert "LayerNorm is not a preconditioned layer type" in output
+
+
+def gpt2_conv1d(output: str) -> None:
+    rows = numbers(output, "step ")
+    assert rows[-1][2] < rows[0][2] / 2
+    assert [phase for _, epoch, _, phase, _ in rows] == [float(epoch >= 1) for _, epoch, *_ in rows]
+    assert "FNGD preconditions 16 parameters" in output  # four Conv1D layers a block, weight and bias
+    assert "tied to another module (lm_head.weight)" in output
+
+
+def bert_classifier(output: str) -> None:
+    rows = table(output, "optimizer ")
+    assert [row[0] for row in rows] == ["FNGD, robust preset", "FNGD, all weights 1", "AdamW"]
+    for _, first, last, test, fitted in rows:
+        assert float(last) < float(first)
+        assert float(test) > 0.5  # guessing: 0.25
+        assert float(fitted) > 0.5
+    assert len({tuple(row[1:]) for row in rows}) == 3  # three optimizers were compared, not one thrice
+
+
+def any_optimizer(output: str) -> None:
+    rows = table(output, "optimizer ")
+    assert [row[:2] for row in rows] == [
+        [name, damping] for name in ("AdamW", "NAdam", "SGD with momentum") for damping in ("None", "0.1")
+    ]
+    for _, _, first, last in rows:
+        assert float(last) < float(first) / 2
+    for plain, preconditioned in zip(rows[::2], rows[1::2], strict=True):
+        assert plain[2:] != preconditioned[2:]
+
+
+def share_a_config(output: str) -> None:
+    written = re.search(r"^\{.*?^\}", output, flags=re.DOTALL | re.MULTILINE)
+    assert written is not None
+    config = FNGDConfig.from_dict(json.loads(written.group()))
+    assert config == FNGDConfig.preset("robust", lr=1e-2, weight_decay=0.01, exclude_modules=["classifier"])
+    assert "equal the saved ones: True" in output
+    assert "among exclude_modules (classifier.weight, classifier.bias)" in output
+
+
+CHECKS: dict[str, Callable[[str], None]] = {
+    "01_trainer_in_five_lines.py": trainer_in_five_lines,
+    "02_plain_pytorch_loop.py": plain_pytorch_loop,
+    "03_gpt2_conv1d.py": gpt2_conv1d,
+    "04_bert_classifier.py": bert_classifier,
+    "05_any_optimizer.py": any_optimizer,
+    "06_share_a_config.py": share_a_config,
+}
+
+
+@pytest.mark.parametrize("script", sorted(path.name for path in EXAMPLES.glob("*.py")))
+def test_example_runs_and_shows_what_it_is_for(script: str, tmp_path: Path) -> None:
+    # A process of its own: scripts set seeds and leave hooks behind. Its warnings are errors as well.
+    done = subprocess.run(
+        [sys.executable, "-W", "error", str(EXAMPLES / script)],
+        cwd=tmp_path,
+        env=os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    CHECKS[script](done.stdout)
+
+
+def test_readme_lists_every_example_and_no_other() -> None:
+    linked = re.findall(r"\]\(([^)]+\.py)\)", (EXAMPLES / "README.md").read_text(encoding="utf-8"))
+    assert linked == sorted(path.name for path in EXAMPLES.glob("*.py"))

@@ -1,0 +1,136 @@
+"""Parameter groups: who is decayed (Trainer's own rule), and who is updated by which rule."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    BertConfig,
+    GPT2Config,
+    LlamaConfig,
+    MarianConfig,
+    PreTrainedModel,
+    T5Config,
+    Trainer,
+)
+
+from hf_fngd.groups import decays, parameter_groups
+from hf_fngd.selection import select_layers
+from tests.nets import net, trained
+
+TINY: dict[str, Callable[[], PreTrainedModel]] = {
+    "BERT": lambda: AutoModel.from_config(
+        BertConfig(vocab_size=9, hidden_size=4, num_hidden_layers=1, num_attention_heads=1, intermediate_size=6)
+    ),
+    "T5": lambda: AutoModelForSeq2SeqLM.from_config(
+        T5Config(vocab_size=9, d_model=4, d_kv=4, d_ff=6, num_layers=1, num_heads=1)
+    ),
+    "Marian": lambda: AutoModelForSeq2SeqLM.from_config(
+        MarianConfig(
+            vocab_size=9,
+            d_model=4,
+            encoder_layers=1,
+            decoder_layers=1,
+            encoder_attention_heads=1,
+            decoder_attention_heads=1,
+            encoder_ffn_dim=6,
+            decoder_ffn_dim=6,
+            pad_token_id=8,
+            decoder_start_token_id=8,
+        )
+    ),
+    "GPT-2": lambda: AutoModelForCausalLM.from_config(
+        GPT2Config(vocab_size=9, n_embd=4, n_layer=1, n_head=1, bos_token_id=0, eos_token_id=0)
+    ),
+    "Llama": lambda: AutoModelForCausalLM.from_config(
+        LlamaConfig(
+            vocab_size=9, hidden_size=4, intermediate_size=6, num_hidden_layers=1, num_attention_heads=1, head_dim=4
+        )
+    ),
+}
+
+
+class WithNorm(nn.Module):
+    """Names that the rule is about: `norm` as a whole word, and as a part of another."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(2)
+        self.normal = nn.Linear(2, 2)
+        self.post_norm = nn.GroupNorm(1, 2)
+        self.RMSNorm = nn.RMSNorm(2)
+        self.plain = nn.LayerNorm(2)
+        self.temperature = nn.Parameter(torch.ones(()))
+
+
+MODELS: dict[str, Callable[[], nn.Module]] = {**TINY, "names": WithNorm, "net": net}
+
+
+@pytest.mark.parametrize("make", MODELS.values(), ids=MODELS)
+def test_decay_follows_trainers_rule(make: Callable[[], nn.Module]) -> None:
+    model = make()
+    assert decays(model) == set(Trainer.get_decay_parameter_names(None, model))
+
+
+def groups_of(model: nn.Module, **kwargs: Any) -> list[dict[str, Any]]:
+    layers = select_layers(model, kwargs.pop("target_modules", "all-linear"), None).layers
+    settings = {"lr": 0.1, "weight_decay": 0.01, "update": "momentum", "fallback": "adam", "fallback_lr": 0.2}
+    return parameter_groups(model, layers, **(settings | kwargs))
+
+
+@pytest.mark.parametrize("make", MODELS.values(), ids=MODELS)
+def test_every_trainable_parameter_is_in_one_group(make: Callable[[], nn.Module]) -> None:
+    model = make()
+    held = [id(p) for group in groups_of(model) for p in group["params"]]
+    assert len(held) == len(set(held))
+    assert set(held) == {id(p) for p in trained(model)}
+
+
+@pytest.mark.parametrize("make", MODELS.values(), ids=MODELS)
+def test_the_decayed_groups_hold_what_is_decayed(make: Callable[[], nn.Module]) -> None:
+    model = make()
+    decayed = decays(model)
+    expected = {id(p) for name, p in model.named_parameters() if name in decayed and p.requires_grad}
+    held = {id(p) for group in groups_of(model) if group["weight_decay"] for p in group["params"]}
+    assert held == expected
+
+
+@pytest.mark.parametrize(("update", "of_biases"), [("momentum", "momentum"), ("adam", "adam"), ("muon", "adam")])
+def test_the_groups_of_a_small_network(update: str, of_biases: str) -> None:
+    model = net()
+    found = groups_of(model, update=update)
+    fields = ["name", "rule", "lr", "weight_decay", "layers"]
+    assert [[group[key] for key in fields] for group in found] == [
+        ["preconditioned", update, 0.1, 0.01, [0, 1]],
+        ["preconditioned_no_decay", of_biases, 0.1, 0.0, [0, 1]],
+        ["plain_no_decay", "adam", 0.2, 0.0, []],
+    ]
+    expected = [
+        [model.fc1.weight, model.fc2.weight],
+        [model.fc1.bias, model.fc2.bias],
+        [model.norm.weight, model.norm.bias],
+    ]
+    for group, parameters in zip(found, expected, strict=True):
+        assert all(p is q for p, q in zip(group["params"], parameters, strict=True))
+
+
+def test_layers_that_are_not_selected_get_the_fallback() -> None:
+    model = net()
+    names = {group["name"]: group for group in groups_of(model, target_modules=["fc2"])}
+    assert names["plain"]["params"] == [model.fc1.weight]
+    assert names["plain"]["rule"] == "adam"
+    assert names["plain"]["weight_decay"] == 0.01
+    assert names["preconditioned"]["layers"] == [0]
+
+
+def test_frozen_parameters_are_in_no_group() -> None:
+    model = net()
+    model.fc1.requires_grad_(False)
+    model.norm.requires_grad_(False)
+    held = {id(p) for group in groups_of(model) for p in group["params"]}
+    assert held == {id(model.fc2.weight), id(model.fc2.bias)}

@@ -1,0 +1,183 @@
+"""The schedule of coefficient steps, and the end of an epoch as Accelerate shows it."""
+
+import sys
+from collections.abc import Iterator
+
+import pytest
+import torch
+from accelerate import Accelerator
+from accelerate.data_loader import skip_first_batches
+from accelerate.state import AcceleratorState, GradientState
+from torch.utils.data import DataLoader, TensorDataset
+
+from hf_fngd.phase import EpochEdge, Phase
+
+
+def schedule(phase: Phase, steps: int, epoch: int | None = None) -> list[int]:
+    """The coefficient steps among the next ones."""
+    computed = []
+    for step in range(steps):
+        if phase.computes:
+            computed.append(step)
+        phase.advance()
+        if epoch and (step + 1) % epoch == 0:
+            phase.end_epoch()
+    return computed
+
+
+@pytest.mark.parametrize(
+    ("cap", "refresh", "epoch", "expected"),
+    [
+        (100, 0, 4, [0, 1, 2, 3]),
+        (3, 0, 4, [0, 1, 2]),
+        (4, 0, 4, [0, 1, 2, 3]),
+        (1, 0, None, [0]),
+        (100, 3, 4, [0, 1, 2, 3, 6, 9, 12, 15, 18]),
+        (2, 5, None, [0, 1, 6, 11, 16]),
+        (2, 1, 4, list(range(20))),
+        (100, 7, None, list(range(20))),
+        (5, 30, None, [0, 1, 2, 3, 4]),
+    ],
+)
+def test_coefficient_steps_of_a_run(cap: int, refresh: int, epoch: int | None, expected: list[int]) -> None:
+    assert schedule(Phase(cap, refresh), 20, epoch) == expected
+
+
+@pytest.mark.parametrize("refresh", [0, 4])
+def test_always_means_every_step(refresh: int) -> None:
+    assert schedule(Phase(2, refresh, always=True), 20, 3) == list(range(20))
+
+
+def test_the_first_phase_ends_once() -> None:
+    phase = Phase(100, 5)
+    schedule(phase, 3)
+    assert not phase.sharing
+    phase.end_epoch()
+    assert phase.sharing
+    assert phase.shared_since == 3
+    schedule(phase, 2)
+    phase.end_epoch()
+    assert phase.shared_since == 3
+
+
+def test_an_epoch_without_a_step_ends_nothing() -> None:
+    phase = Phase(100, 0)
+    phase.end_epoch()
+    assert not phase.sharing
+
+
+@pytest.mark.parametrize("steps", [0, 2, 3, 5])
+def test_a_restored_phase_goes_on_as_it_would_have(steps: int) -> None:
+    phase, resumed = Phase(3, 2), Phase(3, 2)
+    schedule(phase, steps)
+    resumed.load_state_dict(phase.state_dict())
+    assert resumed == phase
+    assert schedule(resumed, 9) == schedule(phase, 9)
+
+
+# Epochs under Accelerate ---------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def accelerator() -> Iterator[Accelerator]:
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+    yield Accelerator()
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+
+
+def loader(accelerator: Accelerator, samples: int = 8, batch_size: int = 2, **kwargs: object) -> DataLoader:
+    return accelerator.prepare(DataLoader(TensorDataset(torch.arange(samples)), batch_size=batch_size, **kwargs))
+
+
+def edges(batches: DataLoader, edge: EpochEdge, epochs: int, accumulation: int = 1) -> list[int]:
+    """The numbers of the steps that saw an epoch end; a step is due as Trainer and Accelerate count them."""
+    found, steps = [], 0
+    for _ in range(epochs):
+        for place, _batch in enumerate(batches, start=1):
+            if place % accumulation == 0 or place == len(batches):
+                steps += 1
+                if edge.passed():
+                    found.append(steps)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("samples", "batch_size", "drop_last", "accumulation", "expected"),
+    [
+        (8, 2, False, 1, [4, 8, 12]),
+        (7, 2, False, 1, [4, 8, 12]),
+        (7, 2, True, 1, [3, 6, 9]),
+        (8, 2, False, 2, [2, 4, 6]),
+        (10, 2, False, 2, [3, 6, 9]),  # a remainder of one micro-batch
+        (10, 2, False, 4, [2, 4, 6]),
+        (2, 2, False, 1, [1]),  # the flag never falls between two steps; one end is all that the phase needs
+        (4, 2, False, 4, [1]),
+    ],
+)
+def test_the_edge_comes_with_the_last_step_of_each_epoch(
+    accelerator: Accelerator,
+    samples: int,
+    batch_size: int,
+    drop_last: bool,
+    accumulation: int,
+    expected: list[int],
+) -> None:
+    batches = loader(accelerator, samples, batch_size, drop_last=drop_last)
+    assert edges(batches, EpochEdge(), 3, accumulation) == expected
+
+
+def test_an_evaluation_in_mid_epoch_is_no_end(accelerator: Accelerator) -> None:
+    batches, held_out, edge = loader(accelerator), loader(accelerator, 4), EpochEdge()
+    found = []
+    for step, _batch in enumerate(batches, start=1):
+        if edge.passed():
+            found.append(step)
+        for _other in held_out:
+            pass
+    assert found == [4]
+
+
+def test_a_resumed_epoch_ends_where_it_would_have(accelerator: Accelerator) -> None:
+    batches = skip_first_batches(loader(accelerator), 3)
+    assert edges(batches, EpochEdge(), 1) == [1]
+
+
+def test_another_loader_left_open_masks_nothing(accelerator: Accelerator) -> None:
+    batches, edge = loader(accelerator), EpochEdge()
+    other = iter(loader(accelerator))
+    next(other)
+    assert edges(batches, edge, 1) == [4]
+
+
+def test_a_flag_left_up_by_an_earlier_run_is_no_edge(accelerator: Accelerator) -> None:
+    batches = loader(accelerator)
+    for _ in batches:
+        last_of_earlier_run = GradientState().end_of_dataloader
+        edge = EpochEdge()
+    assert last_of_earlier_run
+    assert not edge.passed()
+    assert not edge.passed()
+    assert edges(batches, edge, 1) == [4]
+
+
+def test_an_iterable_dataset_ends_with_its_last_batch(accelerator: Accelerator) -> None:
+    class Stream(torch.utils.data.IterableDataset):
+        def __iter__(self) -> Iterator[torch.Tensor]:
+            yield from torch.arange(6)
+
+    batches, edge, found = accelerator.prepare(DataLoader(Stream(), batch_size=2)), EpochEdge(), []
+    for step, _batch in enumerate(batches, start=1):
+        if edge.passed():
+            found.append(step)
+    assert found == [3]
+
+
+def test_accelerate_is_neither_needed_nor_set_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    GradientState._reset_state()
+    edge = EpochEdge()
+    assert not edge.passed()
+    assert GradientState._shared_state == {}
+    monkeypatch.delitem(sys.modules, "accelerate.state")
+    assert not edge.passed()

@@ -1,0 +1,168 @@
+"""The update rules against torch's own optimizers, and Muon against a statement by singular values."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from hf_fngd.rules import FALLBACK_RULES, RULES, orthogonalize
+
+SHAPES = [(4, 6), (6, 4), (5,), (4, 6), (3, 3)]
+MATRICES = [(4, 6), (6, 4), (4, 6), (3, 3), (1, 5)]
+STEPS = 20
+SETTINGS = {"lr": 0.05, "momentum": 0.9, "beta2": 0.98, "eps": 1e-7, "weight_decay": 0.1}
+
+
+def start(shapes: list[tuple[int, ...]]) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes]
+
+
+def gradients(shapes: list[tuple[int, ...]], step: int) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(100 + step)
+    return [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes]
+
+
+def ours(rule: str, shapes: list[tuple[int, ...]], **changes: Any) -> list[Tensor]:
+    params = start(shapes)
+    state = [[torch.zeros_like(p) for p in params] for _ in RULES[rule].state]
+    for step in range(STEPS):
+        counts = [step + 1] * len(params)
+        RULES[rule].update(params, gradients(shapes, step), state, counts, **(SETTINGS | changes))
+    return params
+
+
+def theirs(make: Callable[[list[Tensor]], torch.optim.Optimizer], shapes: list[tuple[int, ...]]) -> list[Tensor]:
+    params = [p.requires_grad_() for p in start(shapes)]
+    optimizer = make(params)
+    for step in range(STEPS):
+        for p, g in zip(params, gradients(shapes, step), strict=True):
+            p.grad = g
+        optimizer.step()
+    return [p.detach() for p in params]
+
+
+def assert_equal(found: list[Tensor], expected: list[Tensor], **tolerance: float) -> None:
+    for p, q in zip(found, expected, strict=True):
+        torch.testing.assert_close(p, q, **(tolerance or {"rtol": 1e-11, "atol": 1e-12}))
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_momentum_is_sgd(momentum: float) -> None:
+    found = ours("momentum", SHAPES, momentum=momentum, weight_decay=0.0)
+    assert_equal(found, theirs(lambda p: torch.optim.SGD(p, lr=0.05, momentum=momentum), SHAPES))
+
+
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_adam_is_adamw(momentum: float, weight_decay: float) -> None:
+    def make(params: list[Tensor]) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(params, lr=0.05, betas=(momentum, 0.98), eps=1e-7, weight_decay=weight_decay)
+
+    assert_equal(ours("adam", SHAPES, momentum=momentum, weight_decay=weight_decay), theirs(make, SHAPES))
+
+
+def test_adam_counts_the_steps_of_each_parameter() -> None:
+    apart = []
+    for count in (1, 7):
+        params, state = start([(5,)]), [[torch.zeros(5, dtype=torch.float64)] for _ in range(2)]
+        RULES["adam"].update(params, gradients([(5,)], 0), state, [count], **SETTINGS)
+        apart += params
+    params, state = start([(5,)]) * 2, [[torch.zeros(5, dtype=torch.float64) for _ in range(2)] for _ in range(2)]
+    params = [p.clone() for p in params]
+    RULES["adam"].update(params, gradients([(5,)], 0) * 2, state, [1, 7], **SETTINGS)
+    assert_equal(params, apart)
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_weight_decay_is_decoupled(rule: str) -> None:
+    params = start([(4, 6)])
+    state = [[torch.zeros_like(params[0])] for _ in RULES[rule].state]
+    RULES[rule].update(params, [torch.zeros(4, 6, dtype=torch.float64)], state, [1], **SETTINGS)
+    assert_equal(params, [start([(4, 6)])[0] * (1 - 0.05 * 0.1)])
+
+
+def polynomial(matrix: Tensor) -> Tensor:
+    """What five quintic iterations make of the singular values, those of a matrix of unit Frobenius norm."""
+    u, s, vh = torch.linalg.svd(matrix, full_matrices=False)
+    s = s / s.square().sum().sqrt()
+    for _ in range(5):
+        s = 3.4445 * s - 4.7750 * s**3 + 2.0315 * s**5
+    return u @ torch.diag(s) @ vh
+
+
+@pytest.mark.parametrize("shape", MATRICES)
+def test_orthogonalize_acts_on_the_singular_values(shape: tuple[int, int]) -> None:
+    matrices = torch.stack([gradients([shape], step)[0] for step in range(3)])
+    found = orthogonalize(matrices)
+    assert found.shape == matrices.shape
+    for matrix, result in zip(matrices, found, strict=True):
+        torch.testing.assert_close(result, polynomial(matrix), rtol=1e-9, atol=1e-10)
+
+
+def test_orthogonalize_brings_singular_values_near_one() -> None:
+    matrices = torch.stack([gradients([(16, 24)], step)[0] for step in range(8)])
+    s = torch.linalg.svdvals(orthogonalize(matrices))
+    assert s.min() > 0.3
+    assert s.max() < 1.3
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e-15, 1e15, 1e30])
+def test_orthogonalize_does_not_see_the_scale(scale: float) -> None:
+    matrix = gradients([(4, 6)], 0)[0].float()[None]
+    torch.testing.assert_close(orthogonalize(scale * matrix), orthogonalize(matrix), rtol=1e-4, atol=1e-4)
+
+
+def test_orthogonalize_of_nothing_is_nothing() -> None:
+    assert torch.equal(orthogonalize(torch.zeros(2, 3, 4)), torch.zeros(2, 3, 4))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_orthogonalize_widens_half_precision(dtype: torch.dtype) -> None:
+    matrix = gradients([(4, 6)], 0)[0].to(dtype)[None]
+    torch.testing.assert_close(
+        orthogonalize(matrix), polynomial(matrix[0].double())[None].float(), rtol=1e-4, atol=1e-4
+    )
+
+
+def test_muon_is_nesterov_momentum_through_the_singular_values() -> None:
+    params, buffers = start(MATRICES), [torch.zeros(shape, dtype=torch.float64) for shape in MATRICES]
+    for step in range(STEPS):
+        for p, buffer, g in zip(params, buffers, gradients(MATRICES, step), strict=True):
+            buffer.mul_(0.9).add_(0.1 * g)
+            direction = polynomial(0.9 * buffer + 0.1 * g)
+            p.mul_(1 - 0.05 * 0.1).sub_(0.05 * 0.2 * max(p.shape) ** 0.5 * direction)
+    assert_equal(ours("muon", MATRICES), params, rtol=1e-8, atol=1e-9)
+
+
+def test_muon_is_torchs_muon_up_to_its_bfloat16() -> None:
+    def make(params: list[Tensor]) -> torch.optim.Optimizer:
+        return torch.optim.Muon(params, lr=0.05, momentum=0.9, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
+
+    moved = ours("muon", MATRICES)
+    for found, expected, first in zip(moved, theirs(make, MATRICES), start(MATRICES), strict=True):
+        assert torch.linalg.norm(found - expected) < 0.02 * torch.linalg.norm(found - first)
+
+
+@pytest.mark.parametrize("shape", [(32, 32), (32, 256), (256, 32)])
+def test_the_root_mean_square_of_muons_update_is_a_fifth_of_lr(shape: tuple[int, int]) -> None:
+    params, state = [torch.zeros(shape, dtype=torch.float64)], [[torch.zeros(shape, dtype=torch.float64)]]
+    RULES["muon"].update(params, gradients([shape], 0), state, [1], **(SETTINGS | {"weight_decay": 0.0}))
+    assert float(params[0].square().mean().sqrt()) == pytest.approx(0.2 * 0.05, rel=0.25)
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_rules_work_in_place(rule: str) -> None:
+    params = start([(4, 6)])
+    state = [[torch.zeros_like(params[0])] for _ in RULES[rule].state]
+    pointers = [x.data_ptr() for x in (*params, *(tensors[0] for tensors in state))]
+    g = gradients([(4, 6)], 0)
+    RULES[rule].update(params, g, state, [1], **SETTINGS)
+    assert pointers == [x.data_ptr() for x in (*params, *(tensors[0] for tensors in state))]
+    assert torch.equal(g[0], gradients([(4, 6)], 0)[0])
+
+
+def test_fallbacks_name_rules() -> None:
+    assert set(FALLBACK_RULES.values()) <= set(RULES)

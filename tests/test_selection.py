@@ -1,0 +1,146 @@
+"""Which layers are preconditioned: by type, by training, by ownership and by name."""
+
+import pytest
+import torch
+from torch import nn
+
+from hf_fngd.selection import Modules, select_layers
+from tests.nets import net
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc1, self.fc2 = nn.Linear(3, 3), nn.Linear(3, 3, bias=False)
+
+
+class Model(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(7, 3)
+        self.layers = nn.ModuleList([Block(), Block()])
+        self.norm = nn.LayerNorm(3)
+        self.myfc1 = nn.Linear(3, 3)
+        self.head = nn.Linear(3, 7, bias=False)
+        self.scale = nn.Parameter(torch.ones(()))
+
+
+ALL = ["layers.0.fc1", "layers.0.fc2", "layers.1.fc1", "layers.1.fc2", "myfc1", "head"]
+
+
+@pytest.mark.parametrize(
+    ("targets", "excluded", "expected"),
+    [
+        ("all-linear", None, ALL),
+        ("all-linear", "head", ALL[:-1]),
+        ("all-linear", ["head", "fc2"], ["layers.0.fc1", "layers.1.fc1", "myfc1"]),
+        ("all-linear", [], ALL),
+        (r".*\.fc1", None, ["layers.0.fc1", "layers.1.fc1"]),
+        ("fc1|head", None, ["head"]),  # a regular expression matches the whole name
+        (["fc1"], None, ["layers.0.fc1", "layers.1.fc1"]),  # a suffix ends at a dot
+        (["0.fc1", "head"], None, ["layers.0.fc1", "head"]),
+        (("layers.1.fc2",), None, ["layers.1.fc2"]),
+        (["fc1"], r"layers\.0\..*", ["layers.1.fc1"]),
+        (["fc1", "embedding"], None, ["layers.0.fc1", "layers.1.fc1"]),
+    ],
+)
+def test_names_choose_as_in_peft(targets: Modules, excluded: Modules, expected: list[str]) -> None:
+    assert [layer.name for layer in select_layers(Model(), targets, excluded).layers] == expected
+
+
+def test_layers_come_with_their_module_and_kernel_in_the_models_order() -> None:
+    model = Model()
+    for layer in select_layers(model, "all-linear", None).layers:
+        assert layer.module is model.get_submodule(layer.name)
+        assert layer.kernel.features(layer.module.weight) == (layer.module.in_features, layer.module.out_features)
+
+
+def test_every_trainable_parameter_is_accounted_for() -> None:
+    model = Model()
+    selection = select_layers(model, "all-linear", "head")
+    taken = {f"{layer.name}.{leaf}" for layer in selection.layers for leaf, _ in layer.module.named_parameters()}
+    assert taken.isdisjoint(selection.plain)
+    assert taken | set(selection.plain) == {name for name, _ in model.named_parameters()}
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("embedding.weight", "Embedding is not a preconditioned layer type"),
+        ("norm.bias", "LayerNorm is not a preconditioned layer type"),
+        ("scale", "Model is not a preconditioned layer type"),
+        ("myfc1.weight", "not among target_modules"),
+        ("layers.0.fc1.bias", "among exclude_modules"),
+    ],
+)
+def test_plain_parameters_have_a_reason(name: str, reason: str) -> None:
+    assert select_layers(Model(), ["fc1", "fc2", "head"], ["0.fc1"]).plain[name] == reason
+
+
+def test_a_tied_head_stays_plain() -> None:
+    model = Model()
+    model.head.weight = model.embedding.weight
+    selection = select_layers(model, "all-linear", None)
+    assert [layer.name for layer in selection.layers] == ALL[:-1]
+    assert selection.plain["head.weight"] == "the weight is tied to another module"
+
+
+def test_layers_that_share_a_bias_stay_plain() -> None:
+    model = Model()
+    model.layers[0].fc1.bias = model.layers[1].fc1.bias
+    names = [layer.name for layer in select_layers(model, "all-linear", None).layers]
+    assert names == ["layers.0.fc2", "layers.1.fc2", "myfc1", "head"]
+
+
+def test_frozen_weights_are_left_out_and_their_trained_biases_stay_plain() -> None:
+    model = Model()
+    model.myfc1.weight.requires_grad_(False)
+    model.layers[0].requires_grad_(False)
+    selection = select_layers(model, "all-linear", None)
+    assert [layer.name for layer in selection.layers] == ["layers.1.fc1", "layers.1.fc2", "head"]
+    assert selection.plain["myfc1.bias"] == "the layer's weight is frozen"
+    assert not any(name.startswith("layers.0") for name in selection.plain)
+
+
+def test_a_frozen_bias_does_not_keep_the_weight_out() -> None:
+    model = Model()
+    model.myfc1.bias.requires_grad_(False)
+    assert "myfc1" in [layer.name for layer in select_layers(model, "all-linear", None).layers]
+
+
+def test_subclasses_are_not_preconditioned() -> None:
+    attention = nn.MultiheadAttention(4, 2)  # its out_proj is a subclass of Linear that is never called
+    with pytest.raises(ValueError, match="no trainable layer of exactly the types Conv1D, Linear"):
+        select_layers(attention, "all-linear", None)
+
+
+def test_a_model_that_is_a_layer_is_selected() -> None:
+    assert [layer.name for layer in select_layers(nn.Linear(2, 2), "all-linear", None).layers] == [""]
+
+
+def test_a_shared_module_counts_once() -> None:
+    model = net()
+    model.again = model.fc1
+    assert [layer.name for layer in select_layers(model, "all-linear", None).layers] == ["fc1", "fc2"]
+
+
+@pytest.mark.parametrize(
+    ("targets", "excluded", "message"),
+    [
+        (["fc1", "fc9"], None, "target_modules lists 'fc9', which is no module of the model; .*'layers.0.fc1'"),
+        (["c1"], None, "target_modules lists 'c1'"),
+        ("all-linear", ["fc9"], "exclude_modules lists 'fc9'"),
+        ("fc1", None, "target_modules='fc1' and exclude_modules=None select"),
+        ("all-linear", ".*", "nothing to precondition"),
+        (["norm"], None, "nothing to precondition"),
+    ],
+)
+def test_what_selects_nothing_is_an_error_that_says_so(targets: Modules, excluded: Modules, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        select_layers(Model(), targets, excluded)
+
+
+@pytest.mark.parametrize("model", [nn.Embedding(3, 2), nn.Sequential(), nn.Linear(2, 2).requires_grad_(False)])
+def test_a_model_without_layers_is_an_error(model: nn.Module) -> None:
+    with pytest.raises(ValueError, match="nothing to precondition"):
+        select_layers(model, "all-linear", None)
