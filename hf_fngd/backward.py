@@ -165,8 +165,12 @@ def call_layer(module: nn.Module, x: Tensor, slot: LayerSlot, batch: MicroBatch)
     device = x.device.type
     if torch.is_autocast_enabled(device):
         # Outside the Function, where autograd casts the gradients back.
-        dtype = torch.get_autocast_dtype(device)
-        x, weight = x.to(dtype), weight.to(dtype)
-        bias = None if bias is None else bias.to(dtype)
+        x, weight = _autocast(x), _autocast(weight)
+        bias = None if bias is None else _autocast(bias)
     output: Tensor = PreconditionedFunction.apply(x, weight, bias, slot, batch)  # type: ignore[no-untyped-call]
     return output
+
+
+def _autocast(x: Tensor) -> Tensor:
+    # As autocast itself does, which leaves float64 alone.
+    return x if x.dtype == torch.float64 else x.to(torch.get_autocast_dtype(x.device.type))

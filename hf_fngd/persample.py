@@ -75,9 +75,14 @@ def weighted_sum(a: Tensor, g: Tensor, w: Tensor | None) -> Tensor:
 
 
 def weighted_bias_sum(g: Tensor, w: Tensor | None) -> Tensor:
-    """The bias column of `weighted_sum`: ``sum_n w_n sum_t g[n, t, :]``, shape ``[o]``."""
-    sums = g.sum(dim=1)
-    return (sums if w is None else sums * w.to(g.dtype)[:, None]).sum(dim=0)
+    """The bias column of `weighted_sum`: ``sum_n w_n sum_t g[n, t, :]``, shape ``[o]``.
+
+    A matrix-vector product: the reduction that SGD does anyway, without the per-sample sums in between.
+    """
+    flat = g.flatten(0, 1)
+    if w is None:
+        return flat.sum(dim=0)
+    return torch.mv(flat.t(), w.to(g.dtype)[:, None].expand(g.shape[:2]).reshape(-1))
 
 
 def sample_norms(a: Tensor, g: Tensor) -> Tensor:

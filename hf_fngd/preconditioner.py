@@ -102,6 +102,7 @@ class FNGDPreconditioner:
         self._batches: list[MicroBatch] = []
         self._place = 0
         self._reported = False
+        self._reported_fallbacks = 0
         self._hooks: list[RemovableHandle] = []
         self._rho_average: Tensor | None = None
         self.rho: Tensor = torch.full((len(self.layers),), torch.nan)
@@ -257,9 +258,10 @@ class FNGDPreconditioner:
         return CoverageReport(tuple(preconditioned), dict(self._plain), missed)
 
     def _report(self) -> None:
-        if self._reported:
+        fallbacks = sum(len(slot.fallbacks) for slot in self._slots)
+        if self._reported and fallbacks == self._reported_fallbacks:
             return
-        self._reported = True
+        self._reported, self._reported_fallbacks = True, fallbacks
         report = self.coverage()
         if not report.missed:
             logger.info("%s", report)
@@ -345,7 +347,7 @@ def _refuse_attached(model: nn.Module) -> None:
     for name, module in model.named_modules():
         if _MODEL_ATTRIBUTE in module.__dict__ or _LAYER_ATTRIBUTE in module.__dict__:
             raise RuntimeError(
-                f"{type(module).__name__} {name!r} is attached to another FNGD already; call hf_fngd.detach(model) first"
+                f"the module {name!r} is attached to another FNGD already; call hf_fngd.detach(model) first"
             )
 
 

@@ -73,8 +73,9 @@ def select_layers(model: nn.Module, target_modules: Modules, exclude_modules: Mo
                 plain.setdefault(f"{name}.{leaf}" if name else leaf, reason or "")
     if not layers:
         raise ValueError(
-            f"nothing to precondition: the model has no trainable layer of exactly the types {', '.join(known_layers())} "
-            f"that target_modules={target_modules!r} and exclude_modules={exclude_modules!r} select"
+            "nothing to precondition: the model has no trainable layer of exactly the types "
+            f"{', '.join(known_layers())} that target_modules={target_modules!r} and "
+            f"exclude_modules={exclude_modules!r} select"
         )
     return Selection(layers, plain)
 

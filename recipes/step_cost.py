@@ -18,11 +18,12 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
-from hf_fngd import FNGD, FNGDPreconditioner
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 from tqdm import tqdm
 from transformers import MarianConfig, MarianMTModel
+
+from hf_fngd import FNGD, FNGDPreconditioner
 
 Step = Callable[[], None]
 NEVER = 10**9

@@ -18,6 +18,8 @@ from typing import Any
 
 from transformers import AutoTokenizer, enable_full_determinism, set_seed
 from transformers.trainer_utils import get_last_checkpoint
+
+from hf_fngd import add_index
 from translation.arguments import TranslationTrainingArguments, parse_arguments
 from translation.card import render_card
 from translation.data import encode, hold_out, load_pairs, make_collator, training_texts
@@ -26,8 +28,6 @@ from translation.optimizers import callbacks, describe, fngd_config, optimizer_c
 from translation.plot import plot_learning_curve
 from translation.tokenizer import train_tokenizer
 from translation.trainer import StepTimer, TranslationTrainer, make_bleu, make_loss
-
-from hf_fngd.sharing.index import add_index
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
@@ -115,15 +115,15 @@ def find_checkpoint(args: TranslationTrainingArguments, overwrite: bool) -> str 
     """Return the checkpoint to resume from: the one that was named, or the last one in the output folder.
 
     Args:
-        args: `output_dir` and `resume_from_checkpoint` (a folder, or "true" for the last checkpoint).
+        args: `output_dir` and `resume_from_checkpoint`: a folder, or "true" for the last one in `output_dir`, which
+            must exist then.
         overwrite: Delete the folder's checkpoints, so that none is resumed, now or after an interruption.
 
     Raises:
-        ValueError: A checkpoint was asked for and there is none, or the output folder holds something else.
+        ValueError: A checkpoint was asked for and there is none.
     """
-    named = args.resume_from_checkpoint
-    output_dir = Path(args.output_dir)
-    if named is not None and named.lower() not in ("true", "false"):
+    named, output_dir = args.resume_from_checkpoint, Path(args.output_dir)
+    if named is not None and named.lower() != "true":
         if not Path(named).is_dir():
             raise ValueError(f"resume_from_checkpoint {named!r} is no folder.")
         return named
@@ -132,7 +132,7 @@ def find_checkpoint(args: TranslationTrainingArguments, overwrite: bool) -> str 
             for folder in output_dir.glob("checkpoint-*"):
                 shutil.rmtree(folder)
         last = get_last_checkpoint(output_dir) if output_dir.is_dir() else None
-    if last is None and named is not None and named.lower() == "true":
+    if last is None and named is not None:
         raise ValueError(f"{output_dir} holds no checkpoint to resume from.")
     return last
 

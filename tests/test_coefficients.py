@@ -121,3 +121,9 @@ def test_one_sample_has_weight_one(damping: float) -> None:
     found = coefficients(torch.tensor([[3.0]]), damping)
     assert torch.equal(found.w, torch.ones(1))
     assert float(found.rho) == 1
+
+
+@pytest.mark.parametrize("n", [2, 16, 64])
+def test_rho_is_one_for_equal_gradients_and_sqrt_n_for_orthogonal_ones(n: int) -> None:
+    assert averaging(torch.ones(n, n).double()).rho == pytest.approx(1)
+    assert averaging(torch.eye(n).double()).rho == pytest.approx(n**0.5)

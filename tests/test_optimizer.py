@@ -157,16 +157,17 @@ def test_a_later_rms_update_is_measured_by_a_running_mean() -> None:
     assert float(optimizer._norms) == pytest.approx(squared * (0.95 / 100 + 0.05))
 
 
-@pytest.mark.parametrize("step_scale", ["ngd", "rms"])
+@pytest.mark.parametrize("update", UPDATES)
 @pytest.mark.parametrize("power", [-16, 16])
-def test_a_trajectory_does_not_see_the_loss_scale(power: int, step_scale: str) -> None:
-    models = [net(dtype=torch.float32), net(dtype=torch.float32)]
-    arguments = {"lr": 0.01, "update": "momentum", "fallback_lr": 0.0, "step_scale": step_scale, "refresh": 2}
+def test_a_trajectory_does_not_see_the_loss_scale(power: int, update: str) -> None:
+    models = [net(bias="none"), net(bias="none")]
     for model, scale in zip(models, (1.0, 2.0**power), strict=True):
-        train(model, FNGD(model, coefficient_steps=3, **arguments), 8, scale=scale)
-    if step_scale == "rms":
-        assert_equal(*models)
-    assert all(torch.isfinite(p).all() for p in models[1].parameters())
+        optimizer = FNGD(
+            model, 0.01, update=update, step_scale="rms", fallback_lr=0.0, refresh=2, coefficient_steps=3, eps=1e-300
+        )
+        train(model, optimizer, 8, scale=scale)
+    assert_equal(*models)
+    assert not torch.equal(models[0].fc1.weight, net(bias="none").fc1.weight)
 
 
 @pytest.mark.parametrize("update", ["adam", "muon"])
@@ -250,8 +251,7 @@ def test_every_update_and_policy_trains(update: str, sharing: str) -> None:
         value = F.cross_entropy(model(x[picked], **{INDEX_COLUMN: picked}), y[picked])
         value.backward()
         optimizer.step()
-        losses.append(float(value))
-    print(update, sharing, sum(losses[:3]), sum(losses[-3:]))
+        losses.append(value.item())
     assert sum(losses[-3:]) < 0.5 * sum(losses[:3])
 
 

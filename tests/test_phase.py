@@ -162,6 +162,14 @@ def test_a_flag_left_up_by_an_earlier_run_is_no_edge(accelerator: Accelerator) -
     assert edges(batches, edge, 1) == [4]
 
 
+def test_a_flag_left_up_does_not_hide_the_end_of_another_loader(accelerator: Accelerator) -> None:
+    stopped = iter(loader(accelerator, 4))
+    next(stopped)
+    next(stopped)  # the last batch, whose end nobody asks for
+    assert GradientState().end_of_dataloader
+    assert edges(loader(accelerator), EpochEdge(), 2) == [4, 8]
+
+
 def test_an_iterable_dataset_ends_with_its_last_batch(accelerator: Accelerator) -> None:
     class Stream(torch.utils.data.IterableDataset):
         def __iter__(self) -> Iterator[torch.Tensor]:

@@ -389,9 +389,10 @@ def test_a_forgotten_step_is_an_error_and_unused_forwards_are_not(monkeypatch: p
     FNGDPreconditioner(model)
     for _ in range(20):
         model(x)
+    for _ in range(5):
+        loss(model, x, y).backward()
     with pytest.raises(RuntimeError, match=r"call preconditioner.step\(\) after each optimizer.step\(\)"):
-        for _ in range(6):
-            loss(model, x, y).backward()
+        model(x)
 
 
 def test_following_an_optimizer_closes_its_steps() -> None:
@@ -404,6 +405,11 @@ def test_following_an_optimizer_closes_its_steps() -> None:
         optimizer.step()
     assert preconditioner.phase.steps == 3
     assert preconditioner.phase.sharing
+    loss(model, *data(4)).backward()
+    preconditioner.detach()
+    optimizer.step()
+    assert preconditioner.phase.steps == 3
+    assert not optimizer._optimizer_step_post_hooks
 
 
 def test_shared_steps_use_a_running_geometric_mean_of_the_ratio() -> None:
@@ -568,7 +574,7 @@ def test_strict_raises_in_the_first_step(
     model = model_type().double()
     preconditioner = FNGDPreconditioner(model, strict=True)
     loss(model, *data(7, *between)).backward()
-    with pytest.raises(RuntimeError, match="(?s)strict=True: .*exclude_modules"):
+    with pytest.raises(RuntimeError, match=r"(?s)strict=True: .*exclude_modules"):
         preconditioner.step()
     preconditioner.detach()
     others = [layer for layer in LAYER_NAMES if layer not in reasons]
@@ -578,12 +584,47 @@ def test_strict_raises_in_the_first_step(
         preconditioner.step()
 
 
+class Later(Net):
+    """Calls its first layer twice once it is told to."""
+
+    twice = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = super().forward(x)
+        return y + self.fc1(x).sum() if self.twice else y
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_what_goes_wrong_later_is_told_then(strict: bool, caplog: pytest.LogCaptureFixture) -> None:
+    torch.manual_seed(0)
+    model, (x, y) = Later().double(), data(7)
+    preconditioner = FNGDPreconditioner(model, strict=strict)
+    for _ in range(2):
+        loss(model, x, y).backward()
+        preconditioner.step()
+    assert not caplog.records
+    model.twice = True
+    loss(model, x, y).backward()
+    if strict:
+        with pytest.raises(RuntimeError, match=CALLED_AGAIN):
+            preconditioner.step()
+        return
+    preconditioner.step()
+    loss(model, x, y).backward()
+    preconditioner.step()
+    (record,) = caplog.records
+    assert CALLED_AGAIN in record.getMessage()
+    assert "fc2" not in record.getMessage()
+
+
 def test_the_report_tells_what_became_of_every_parameter() -> None:
     model = net()
     preconditioner = FNGDPreconditioner(model, exclude_modules="fc1")
+    before = preconditioner.coverage()
     loss(model, *data(4)).backward()
     preconditioner.step()
     report = preconditioner.coverage()
+    assert before == report
     assert report.preconditioned == ("fc2.weight", "fc2.bias")
     assert report.plain == {
         "fc1.weight": "among exclude_modules",
@@ -649,6 +690,14 @@ def test_autocast_preconditions_in_bfloat16(layer_type: str, shared: bool) -> No
         assert all(p.grad.dtype == torch.float32 for p in model.parameters())
         found.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
     assert relative_error(*found) < 0.03
+
+
+def test_autocast_leaves_float64_alone() -> None:
+    model, plain, (x, _) = net(), net(), data(7, 3)
+    FNGDPreconditioner(model)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert plain(x).dtype == torch.float64
+        assert torch.equal(model(x), plain(x))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -736,7 +785,7 @@ def test_the_preconditioner_does_not_keep_its_model_alive() -> None:
 def test_several_processes_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
-    with pytest.raises(RuntimeError, match="does not yet run on several processes .* 2"):
+    with pytest.raises(RuntimeError, match=r"does not yet run on several processes .* 2"):
         FNGDPreconditioner(net())
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 1)
     FNGDPreconditioner(net())

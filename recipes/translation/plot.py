@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure  # no pyplot: it would look for a display
+from matplotlib.ticker import MaxNLocator
 
 _CURVES = (("loss", "train loss", "tab:blue"), ("eval_loss", "validation loss", "tab:orange"))
 
@@ -23,6 +24,7 @@ def plot_learning_curve(log_history: list[dict[str, Any]], path: Path, title: st
     for key, label, color in _CURVES:
         axes.plot(*_series(log_history, key), "o-", markersize=3, label=label, color=color)
     axes.set(title=title, xlabel="epoch", ylabel="loss (nats a token)")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(alpha=0.3)
     lines = axes.get_lines()
     epochs, scores = _series(log_history, "eval_bleu")

@@ -3,6 +3,7 @@ import re
 from typing import get_args
 
 import pytest
+
 from translation import corpus
 from translation.corpus import Phrase, Predicate, Subject, Text
 

@@ -8,12 +8,12 @@ import sys
 
 import pytest
 import torch
-import translate
 from safetensors.torch import load_file
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
-from translation.trainer import StepTimer
 
+import translate
 from tests.recipes.translate_pairs import PAIRS, TINY_MODEL, write_splits
+from translation.trainer import StepTimer
 
 CLASSES = {"fngd": "FNGD", "adamw": "AdamW", "sgd": "SGD"}
 

@@ -6,10 +6,10 @@ import dataclasses
 from pathlib import Path
 
 import pytest
-from translation.arguments import OptimizerArguments, parse_arguments
-from translation.optimizers import fngd_config
 
 from hf_fngd import FNGDConfig
+from translation.arguments import OptimizerArguments, parse_arguments
+from translation.optimizers import fngd_config
 
 CONFIGS = Path(__file__).parents[2] / "recipes" / "configs"
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 from transformers import AutoTokenizer
+
+from tests.recipes.translate_pairs import PAIRS, write_splits
 from translation.arguments import DataArguments, ModelArguments
 from translation.data import encode, hold_out, load_pairs, make_collator, training_texts
 from translation.model import build_model
 from translation.sampler import ShuffledLengthGroups
 from translation.tokenizer import train_tokenizer
-
-from tests.recipes.translate_pairs import PAIRS, write_splits
 
 TEXTS = [pair[lang] for lang in ("en", "de") for pair in PAIRS]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import sacrebleu
+
 from translation.metric import SacreBleu
 
 REFERENCES = ["Zwei Männer warten draußen.", "Ein Hund läuft über die Wiese.", "Eine Frau schläft auf dem Sofa."]

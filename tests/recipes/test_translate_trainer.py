@@ -8,15 +8,15 @@ import pytest
 import torch
 from torch import nn
 from transformers.trainer_pt_utils import LabelSmoother
+
+from hf_fngd import FNGDFactory
+from tests.recipes.translate_pairs import PAIRS
 from translation.arguments import DataArguments, ModelArguments, OptimizerArguments, TranslationTrainingArguments
 from translation.model import build_model
 from translation.optimizers import describe, fngd_config, optimizer_cls_and_kwargs
 from translation.plot import plot_learning_curve
 from translation.tokenizer import train_tokenizer
 from translation.trainer import StepTimer, make_loss
-
-from hf_fngd import FNGDFactory
-from tests.recipes.translate_pairs import PAIRS
 
 
 @pytest.fixture(scope="module")

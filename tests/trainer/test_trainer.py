@@ -8,8 +8,6 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
-from hf_fngd import FNGD, FNGDCallback, FNGDConfig, FNGDFactory, FNGDPreconditioner, add_index
-from hf_fngd.sharing import IndexSharing
 from transformers import (
     BertConfig,
     BertForSequenceClassification,
@@ -20,6 +18,9 @@ from transformers import (
     TrainerCallback,
     TrainingArguments,
 )
+
+from hf_fngd import FNGD, FNGDCallback, FNGDConfig, FNGDFactory, FNGDPreconditioner, add_index
+from hf_fngd.sharing import IndexSharing
 
 SAMPLES, BATCH, EPOCHS = 48, 8, 3
 PER_EPOCH = SAMPLES // BATCH
@@ -247,7 +248,7 @@ def test_resumed_run_equals_the_uninterrupted_one(sharing: str, stop: int, tmp_p
         resume = options.pop("resume", None)
         trainer = Trainer(
             model=model,
-            args=arguments(tmp_path / folder, save_strategy="steps", save_steps=1, **options),
+            args=arguments(tmp_path / folder, save_strategy="steps", save_steps=stop, **options),
             train_dataset=text(model),
             optimizers=(optimizer, None),
         )

@@ -1,0 +1,77 @@
+"""What a shared step is made of: SGD's own matrix products, and nothing per sample."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from functools import partial
+
+import pytest
+import step_cost
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+
+def options() -> argparse.Namespace:
+    return argparse.Namespace(
+        d_model=16, ffn_dim=32, layers=1, heads=2, vocab_size=40, batch_size=6, length=5, device="cpu"
+    )
+
+
+def run_of(arm: str) -> step_cost.Step:
+    torch.manual_seed(0)
+    model = step_cost.build_model(options()).train()
+    batch = {name: torch.randint(2, 40, (6, 5)) for name in ("input_ids", "labels")}
+    run = partial(step_cost.full_step, model, step_cost.ARMS[arm](model), batch)
+    run()
+    run()
+    return run
+
+
+def test_shared_step_has_the_products_of_sgd_and_no_solve() -> None:
+    plain = step_cost.operations(run_of("SGD-m"))
+    assert plain["aten::mm"] > 0
+    for sharing in ("replay", "ranked"):
+        assert step_cost.operations(run_of(f"engine + SGD-m, shared step, {sharing}")) == plain
+
+
+def test_coefficient_step_solves_once_a_layer() -> None:
+    counts = step_cost.operations(run_of("engine + SGD-m, coefficient step"))
+    model = step_cost.build_model(options())
+    layers = sum(isinstance(module, torch.nn.Linear) for module in model.modules()) - 1  # the head is tied
+    assert counts["aten::linalg_cholesky_ex"] == counts["aten::cholesky_solve"] == layers
+
+
+class LargestSize(TorchDispatchMode):
+    """The largest tensor that any operation returned."""
+
+    size = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        out = func(*args, **(kwargs or {}))
+        for tensor in out if isinstance(out, tuple | list) else [out]:
+            if isinstance(tensor, torch.Tensor):
+                self.size = max(self.size, tensor.untyped_storage().nbytes())
+        return out
+
+
+@pytest.mark.parametrize("sharing", ["replay", "ranked"])
+def test_shared_step_forms_no_tensor_larger_than_sgds(sharing: str) -> None:
+    sizes = []
+    for arm in ("SGD-m", f"engine + SGD-m, shared step, {sharing}"):
+        run = run_of(arm)
+        with LargestSize() as mode:
+            run()
+        sizes.append(mode.size)
+    assert sizes[0] >= sizes[1]
+
+
+def test_the_script_prints_a_row_an_arm(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    sizes = "--d_model 16 --ffn_dim 32 --layers 1 --heads 2 --vocab_size 40 --batch_size 4 --length 5 --rounds 2"
+    monkeypatch.setattr(sys, "argv", ["step_cost.py", *sizes.split(), "--device", "cpu"])
+    threads = torch.get_num_threads()
+    step_cost.main()
+    torch.set_num_threads(threads)
+    rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
+    assert len(rows) == 1 + len(step_cost.ARMS)
+    assert rows[1].startswith("| SGD-m | 1.00 |")
