@@ -101,6 +101,7 @@ class FNGDPreconditioner:
         self._batch: MicroBatch | None = None
         self._batches: list[MicroBatch] = []
         self._place = 0
+        self.epoch_ended = False
         self._reported = False
         self._reported_fallbacks = 0
         self._hooks: list[RemovableHandle] = []
@@ -181,12 +182,13 @@ class FNGDPreconditioner:
     def step(self) -> None:
         """Close an optimizer step: store its coefficients, update rho, advance the phase.
 
-        Sets `rho` and `spread` (``mean(w^2)``), both ``[L]``, to those of the step that it closes. A call
-        without a backward pass since the last one does nothing.
+        Sets `rho` and `spread` (``mean(w^2)``), both ``[L]``, to those of the step that it closes, and
+        `epoch_ended` to whether Accelerate's data loaders say that it was the last of an epoch. A call without a
+        backward pass since the last one changes no coefficients.
         """
         batches = [batch for batch in self._batches if batch.touched]
         self._batches, self._batch = [], None
-        ended = self._edge.passed()
+        self.epoch_ended = self._edge.passed()
         if batches:
             self._measure(batches)
             for batch in batches:
@@ -198,7 +200,7 @@ class FNGDPreconditioner:
             if self.phase.sharing and not sharing:
                 self._place = 0
             self._report()
-        if ended:
+        if self.epoch_ended:
             self.end_epoch()
 
     def _measure(self, batches: list[MicroBatch]) -> None:

@@ -46,7 +46,11 @@ class FNGDCallback(TrainerCallback):  # type: ignore[misc]
             tqdm.write(str(optimizer.coverage()))  # print() would break the progress bar
             self._told = True
         step = state.global_step + 1
-        if step == 1 or step % max(1, state.logging_steps or 1) == 0 or step == state.max_steps:
+        if args.logging_strategy == "epoch":
+            due = optimizer.preconditioner.epoch_ended
+        else:
+            due = step % max(1, state.logging_steps) == 0
+        if due or step in (1, state.max_steps):
             self._values = {f"fngd_{name}": value for name, value in _fngd(kwargs["optimizer"]).diagnostics().items()}
 
     def on_log(

@@ -104,7 +104,7 @@ def losses(trainer: Trainer) -> list[float]:
 @pytest.mark.parametrize("make", [gpt2, bert])
 def test_trains_without_a_callback_and_switches_at_the_end_of_the_first_epoch(make: Any, tmp_path: Path) -> None:
     model = make()
-    optimizer = FNGD(model, lr=3e-3, refresh=5)
+    optimizer = FNGD(model, lr=1e-2, refresh=5)
     phases = Phases(optimizer.preconditioner)
     trainer = Trainer(
         model=model,
@@ -148,6 +148,21 @@ def test_callback_adds_plain_numbers_to_the_logs(tmp_path: Path, capsys: pytest.
     assert [entry["fngd_phase"] for entry in entries] == [0.0] * (PER_EPOCH - 1) + [1.0] * (2 * PER_EPOCH + 1)
     assert all(entry["fngd_rho"] > 0 and entry["fngd_lambda"] > 0 for entry in entries)
     assert "fngd_rho" in capsys.readouterr().out  # the progress bar's own line of the logs
+
+
+def test_callback_measures_for_logs_of_epochs(tmp_path: Path) -> None:
+    model = bert()
+    trainer = Trainer(
+        model=model,
+        args=arguments(tmp_path, logging_strategy="epoch", logging_steps=500),
+        train_dataset=text(model),
+        optimizers=(FNGD(model, lr=1e-3), None),
+        callbacks=[FNGDCallback()],
+    )
+    trainer.train()
+    entries = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert [entry["fngd_phase"] for entry in entries] == [1.0] * EPOCHS
+    assert len({entry["fngd_rho"] for entry in entries}) == EPOCHS
 
 
 def test_callback_refuses_another_optimizer(tmp_path: Path) -> None:
