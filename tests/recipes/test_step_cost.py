@@ -7,9 +7,10 @@ import sys
 from functools import partial
 
 import pytest
-import step_cost
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+
+import step_cost
 
 
 def options() -> argparse.Namespace:
