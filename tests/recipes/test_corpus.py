@@ -5,14 +5,16 @@ from typing import get_args
 import pytest
 
 from translation import corpus
-from translation.corpus import Phrase, Predicate, Subject, Text
+from translation.corpus import clauses, grammar, inflection, words
+from translation.corpus.clauses import Predicate, Subject
+from translation.corpus.inflection import Phrase, Text
 
-SPLITS = get_args(corpus.Split)
+SPLITS = get_args(grammar.Split)
 # sha256 of generate("train", 200): a change of the grammar or of the drawing changes every published score.
 DIGEST = "1607f1a8b8a5674d56677d672d105fcd90140109415313c896efcef5908a3987"
 
 
-def words(sentences, side):
+def vocabulary(sentences, side):
     return {word for sentence in sentences for word in re.findall(r"\w+", getattr(sentence, side).lower())}
 
 
@@ -54,7 +56,7 @@ def test_20000_pairs_are_distinct_and_of_bounded_length():
 def test_every_sentence_keeps_to_the_pairs_of_its_split(split, train, held_out):
     for sentence in {"train": train, **held_out}[split]:
         assert sentence.pairs
-        assert {corpus.split_of(noun, verb) for noun, verb in sentence.pairs} == {split}
+        assert {grammar.split_of(noun, verb) for noun, verb in sentence.pairs} == {split}
 
 
 @pytest.mark.parametrize("split", ["validation", "test"])
@@ -69,11 +71,11 @@ def test_held_out_pairs_and_sentences_never_occur_in_training(split, train, held
 @pytest.mark.parametrize("split", SPLITS)
 def test_recorded_pairs_are_those_of_the_text(split, train, held_out):
     # Read off the words alone, where one subject noun and one verb leave no doubt: so the record cannot err.
-    forms = {form: noun.en for noun in corpus.SUBJECTS for form in (noun.en, noun.en_plural)}
+    forms = {form: noun.en for noun in words.SUBJECTS for form in (noun.en, noun.en_plural)}
     checked = 0
     for sentence in {"train": train, **held_out}[split]:
         nouns = [forms[word] for word in re.findall(r"\w+", sentence.en.lower()) if word in forms]
-        verbs = [verb.en for verb in corpus.VERBS if re.search(rf"\b{verb.en}\b", sentence.en)]
+        verbs = [verb.en for verb in words.VERBS if re.search(rf"\b{verb.en}\b", sentence.en)]
         if len(nouns) == len(verbs) == 1:
             assert sentence.pairs == {(nouns[0], verbs[0])}
             checked += 1
@@ -82,16 +84,16 @@ def test_recorded_pairs_are_those_of_the_text(split, train, held_out):
 
 @pytest.mark.parametrize("side", ["en", "de"])
 def test_every_held_out_word_occurs_in_training(side, train, held_out):
-    trained = words(train, side)
+    trained = vocabulary(train, side)
     for sentences in held_out.values():
-        assert words(sentences, side) <= trained
+        assert vocabulary(sentences, side) <= trained
     assert 150 <= len(trained) <= 300
 
 
 def test_every_subject_and_verb_occurs_in_training(train):
     pairs = frozenset().union(*(sentence.pairs for sentence in train))
-    assert {noun for noun, _ in pairs} == {noun.en for noun in corpus.SUBJECTS}
-    assert {verb for _, verb in pairs} == {verb.en for verb in corpus.VERBS}
+    assert {noun for noun, _ in pairs} == {noun.en for noun in words.SUBJECTS}
+    assert {verb for _, verb in pairs} == {verb.en for verb in words.VERBS}
 
 
 def test_load_gives_a_dataset_of_three_splits():
@@ -108,8 +110,8 @@ def test_bad_arguments_name_the_fix():
 
 
 def test_too_many_sentences_are_refused(monkeypatch):
-    only = corpus.Sentence("One sentence is all there is.", "Ein Satz ist alles, was es gibt.", frozenset())
-    monkeypatch.setattr(corpus.Grammar, "sentence", lambda self: only)
+    only = grammar.Sentence("One sentence is all there is.", "Ein Satz ist alles, was es gibt.", frozenset())
+    monkeypatch.setattr(grammar.Grammar, "sentence", lambda self: only)
     with pytest.raises(ValueError, match="gave only 1 of 2 sentences; lower the size"):
         corpus.generate("train", 2)
 
@@ -122,21 +124,21 @@ def test_too_many_sentences_are_refused(monkeypatch):
     [
         # Masculine, feminine, neuter after ein: mixed endings.
         (
-            Phrase(corpus.A, corpus.HAT, corpus.RED),
+            Phrase(inflection.A, words.HAT, words.RED),
             "a red hat",
             "ein roter Hut",
             "einen roten Hut",
             "einem roten Hut",
         ),
         (
-            Phrase(corpus.A, corpus.LADY, corpus.OLD),
+            Phrase(inflection.A, words.LADY, words.OLD),
             "an old lady",
             "eine alte Dame",
             "eine alte Dame",
             "einer alten Dame",
         ),
         (
-            Phrase(corpus.A, corpus.HORSE, corpus.WHITE),
+            Phrase(inflection.A, words.HORSE, words.WHITE),
             "a white horse",
             "ein weißes Pferd",
             "ein weißes Pferd",
@@ -144,28 +146,28 @@ def test_too_many_sentences_are_refused(monkeypatch):
         ),
         # After der: weak endings.
         (
-            Phrase(corpus.THE, corpus.COOK, corpus.TALL),
+            Phrase(inflection.THE, words.COOK, words.TALL),
             "the tall cook",
             "der große Koch",
             "den großen Koch",
             "dem großen Koch",
         ),
         (
-            Phrase(corpus.THE, corpus.BRIDGE, corpus.HIGH),
+            Phrase(inflection.THE, words.BRIDGE, words.HIGH),
             "the high bridge",
             "die hohe Brücke",
             "die hohe Brücke",
             "der hohen Brücke",
         ),
         (
-            Phrase(corpus.THE, corpus.GIRL, corpus.LITTLE),
+            Phrase(inflection.THE, words.GIRL, words.LITTLE),
             "the little girl",
             "das kleine Mädchen",
             "das kleine Mädchen",
             "dem kleinen Mädchen",
         ),
         (
-            Phrase(corpus.THE_PLURAL, corpus.CHILD, corpus.YOUNG),
+            Phrase(inflection.THE_PLURAL, words.CHILD, words.YOUNG),
             "the young children",
             "die jungen Kinder",
             "die jungen Kinder",
@@ -173,45 +175,45 @@ def test_too_many_sentences_are_refused(monkeypatch):
         ),
         # Plural without der: strong endings; the dative takes -n, but not after -n or -s.
         (
-            Phrase(corpus.TWO, corpus.MAN, corpus.YOUNG),
+            Phrase(inflection.TWO, words.MAN, words.YOUNG),
             "two young men",
             "zwei junge Männer",
             "zwei junge Männer",
             "zwei jungen Männern",
         ),
         (
-            Phrase(corpus.SEVERAL, corpus.WORKER, corpus.OLD),
+            Phrase(inflection.SEVERAL, words.WORKER, words.OLD),
             "several old workers",
             "mehrere alte Arbeiter",
             "mehrere alte Arbeiter",
             "mehreren alten Arbeitern",
         ),
         (
-            Phrase(corpus.BARE, corpus.SHIRT, corpus.BLUE),
+            Phrase(inflection.BARE, words.SHIRT, words.BLUE),
             "blue shirts",
             "blaue Hemden",
             "blaue Hemden",
             "blauen Hemden",
         ),
-        (Phrase(corpus.THREE, corpus.CAR), "three cars", "drei Autos", "drei Autos", "drei Autos"),
-        (Phrase(corpus.TWO, corpus.HOUSE), "two houses", "zwei Häuser", "zwei Häuser", "zwei Häusern"),
+        (Phrase(inflection.THREE, words.CAR), "three cars", "drei Autos", "drei Autos", "drei Autos"),
+        (Phrase(inflection.TWO, words.HOUSE), "two houses", "zwei Häuser", "zwei Häuser", "zwei Häusern"),
         # Weak nouns: -n or -en in every form but the nominative singular.
         (
-            Phrase(corpus.A, corpus.BOY, corpus.LITTLE),
+            Phrase(inflection.A, words.BOY, words.LITTLE),
             "a little boy",
             "ein kleiner Junge",
             "einen kleinen Jungen",
             "einem kleinen Jungen",
         ),
         (
-            Phrase(corpus.THE, corpus.POLICEMAN),
+            Phrase(inflection.THE, words.POLICEMAN),
             "the policeman",
             "der Polizist",
             "den Polizisten",
             "dem Polizisten",
         ),
         (
-            Phrase(corpus.TWO, corpus.TOURIST),
+            Phrase(inflection.TWO, words.TOURIST),
             "two tourists",
             "zwei Touristen",
             "zwei Touristen",
@@ -229,26 +231,26 @@ def test_phrase(phrase, en, nom, acc, dat):
     ("preposition", "phrase", "en", "de"),
     [
         # Where: dative. Where to: accusative.
-        (corpus.IN, Phrase(corpus.A, corpus.FOREST), "in a forest", "in einem Wald"),
-        (corpus.INTO, Phrase(corpus.A, corpus.FOREST), "into a forest", "in einen Wald"),
-        (corpus.ON_TOP, Phrase(corpus.THE, corpus.WALL), "on the wall", "auf der Mauer"),
-        (corpus.ONTO, Phrase(corpus.THE, corpus.WALL), "onto the wall", "auf die Mauer"),
-        (corpus.OVER, Phrase(corpus.A, corpus.BENCH), "over a bench", "über eine Bank"),
+        (words.IN, Phrase(inflection.A, words.FOREST), "in a forest", "in einem Wald"),
+        (words.INTO, Phrase(inflection.A, words.FOREST), "into a forest", "in einen Wald"),
+        (words.ON_TOP, Phrase(inflection.THE, words.WALL), "on the wall", "auf der Mauer"),
+        (words.ONTO, Phrase(inflection.THE, words.WALL), "onto the wall", "auf die Mauer"),
+        (words.OVER, Phrase(inflection.A, words.BENCH), "over a bench", "über eine Bank"),
         (
-            corpus.BETWEEN,
-            Phrase(corpus.TWO, corpus.TREE, corpus.TALL),
+            words.BETWEEN,
+            Phrase(inflection.TWO, words.TREE, words.TALL),
             "between two tall trees",
             "zwischen zwei großen Bäumen",
         ),
         # Contractions.
-        (corpus.IN, Phrase(corpus.THE, corpus.PARK), "in the park", "im Park"),
-        (corpus.BY, Phrase(corpus.THE, corpus.LAKE, corpus.SMALL), "by the small lake", "am kleinen See"),
-        (corpus.TO, Phrase(corpus.THE, corpus.BEACH), "to the beach", "zum Strand"),
-        (corpus.TO, Phrase(corpus.THE, corpus.CHURCH), "to the church", "zur Kirche"),
-        (corpus.INTO, Phrase(corpus.THE, corpus.HOUSE, corpus.OLD), "into the old house", "ins alte Haus"),
+        (words.IN, Phrase(inflection.THE, words.PARK), "in the park", "im Park"),
+        (words.BY, Phrase(inflection.THE, words.LAKE, words.SMALL), "by the small lake", "am kleinen See"),
+        (words.TO, Phrase(inflection.THE, words.BEACH), "to the beach", "zum Strand"),
+        (words.TO, Phrase(inflection.THE, words.CHURCH), "to the church", "zur Kirche"),
+        (words.INTO, Phrase(inflection.THE, words.HOUSE, words.OLD), "into the old house", "ins alte Haus"),
         # None where German writes both words.
-        (corpus.BEHIND, Phrase(corpus.THE, corpus.TENT), "behind the tent", "hinter dem Zelt"),
-        (corpus.INTO, Phrase(corpus.THE, corpus.GARDEN), "into the garden", "in den Garten"),
+        (words.BEHIND, Phrase(inflection.THE, words.TENT), "behind the tent", "hinter dem Zelt"),
+        (words.INTO, Phrase(inflection.THE, words.GARDEN), "into the garden", "in den Garten"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
@@ -258,9 +260,9 @@ def test_preposition(preposition, phrase, en, de):
 
 # --- Clauses, by hand ---
 
-VERBS = {verb.en: verb for verb in corpus.VERBS}
-BOYS = Phrase(corpus.TWO, corpus.BOY)
-GIRL = Phrase(corpus.A, corpus.GIRL)
+VERBS = {verb.en: verb for verb in words.VERBS}
+BOYS = Phrase(inflection.TWO, words.BOY)
+GIRL = Phrase(inflection.A, words.GIRL)
 IN_THE_PARK = Text("in the park", "im Park")
 A_DOG = Text("a dog", "einem Hund")
 A_BALL = Text("a ball", "einen Ball")
@@ -274,56 +276,60 @@ GUITAR = Predicate(VERBS["playing the guitar"], place=IN_THE_PARK)
     [
         # The verb is second and its prefix last.
         (
-            corpus.main_clause(Subject.of(GIRL), WATCH),
+            clauses.main_clause(Subject.of(GIRL), WATCH),
             "a girl is watching a dog in the park",
             "ein Mädchen sieht im Park einem Hund zu",
         ),
         (
-            corpus.main_clause(Subject.of(BOYS), PICK_UP),
+            clauses.main_clause(Subject.of(BOYS), PICK_UP),
             "two boys are picking up a ball",
             "zwei Jungen heben einen Ball auf",
         ),
         # Something else first: the subject steps behind the verb.
         (
-            corpus.fronted_clause(IN_THE_PARK, Subject.of(BOYS), Predicate(VERBS["playing the guitar"])),
+            clauses.fronted_clause(IN_THE_PARK, Subject.of(BOYS), Predicate(VERBS["playing the guitar"])),
             "in the park, two boys are playing the guitar",
             "im Park spielen zwei Jungen Gitarre",
         ),
         (
-            corpus.fronted_clause(corpus.TIMES[0], Subject.of(GIRL), WATCH),
+            clauses.fronted_clause(words.TIMES[0], Subject.of(GIRL), WATCH),
             "in the morning, a girl is watching a dog in the park",
             "am Morgen sieht ein Mädchen im Park einem Hund zu",
         ),
         # A subordinate clause ends in its verb, one word with the prefix.
         (
-            corpus.subordinate_clause(corpus.WHILE, Subject.of(BOYS), WATCH),
+            clauses.subordinate_clause(grammar.WHILE, Subject.of(BOYS), WATCH),
             "while two boys are watching a dog in the park",
             "während zwei Jungen im Park einem Hund zusehen",
         ),
         (
-            corpus.subordinate_clause(corpus.WHILE, Subject.of(GIRL), GUITAR),
+            clauses.subordinate_clause(grammar.WHILE, Subject.of(GIRL), GUITAR),
             "while a girl is playing the guitar in the park",
             "während ein Mädchen im Park Gitarre spielt",
         ),
         (
-            corpus.relative_clause(GIRL, PICK_UP),
+            clauses.relative_clause(GIRL, PICK_UP),
             "who is picking up a ball",
             "das einen Ball aufhebt",
         ),
-        (corpus.relative_clause(BOYS, GUITAR), "who are playing the guitar in the park", "die im Park Gitarre spielen"),
         (
-            corpus.relative_clause(Phrase(corpus.A, corpus.DOG), Predicate(VERBS["drinking water"])),
+            clauses.relative_clause(BOYS, GUITAR),
+            "who are playing the guitar in the park",
+            "die im Park Gitarre spielen",
+        ),
+        (
+            clauses.relative_clause(Phrase(inflection.A, words.DOG), Predicate(VERBS["drinking water"])),
             "that is drinking water",
             "der Wasser trinkt",
         ),
         # The pronoun follows the German gender.
-        (corpus.because_clause(GIRL, corpus.TIRED), "because she is tired", "weil es müde ist"),
+        (clauses.because_clause(GIRL, words.TIRED), "because she is tired", "weil es müde ist"),
         (
-            corpus.because_clause(Phrase(corpus.THE, corpus.CAT), corpus.THIRSTY),
+            clauses.because_clause(Phrase(inflection.THE, words.CAT), words.THIRSTY),
             "because it is thirsty",
             "weil sie durstig ist",
         ),
-        (corpus.because_clause(BOYS, corpus.HAPPY), "because they are happy", "weil sie glücklich sind"),
+        (clauses.because_clause(BOYS, words.HAPPY), "because they are happy", "weil sie glücklich sind"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
