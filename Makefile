@@ -16,7 +16,7 @@ help:
 
 setup: $(READY)
 
-# torch first and by its exact version: any other request may pull a CUDA build of several gigabytes.
+# torch first and by its exact version, so that nothing below resolves it anew.
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit("hf_fngd needs Python 3.11 or newer: make PYTHON=python3.11 ...") if sys.version_info < (3, 11) else None'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

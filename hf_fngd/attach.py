@@ -29,8 +29,14 @@ def swap_forward(module: nn.Module, attribute: str, handler: Callable[..., Any])
         handler: gets the instance, its class's own bound forward, and the call's arguments.
 
     Raises:
-        RuntimeError: the module is attached to already.
+        RuntimeError: the module is attached to already, or has a ``forward`` of its own that would hide ours.
     """
+    if "forward" in module.__dict__:
+        raise RuntimeError(
+            f"the forward of this {type(module).__name__} was replaced on the instance (Accelerate does so when it "
+            "prepares a model for mixed precision or spreads it over devices), which would pass FNGD by: build FNGD "
+            "before the model is prepared, as in Trainer(optimizers=(FNGD(model), scheduler))"
+        )
     if attribute in module.__dict__:
         raise RuntimeError(
             f"this {type(module).__name__} is attached to another FNGD already; call hf_fngd.detach(model) first"

@@ -68,7 +68,8 @@ class LayerSlot:
         memory_budget: bytes, of the temporary memory of a coefficient step.
         preconditioned: whether it was preconditioned at least once.
         fallbacks: the reasons for which it got a plain gradient at least once.
-        repeated: whether it was found to be called more than once a pass; its gradient is plain from then on.
+        repeated: whether a backward pass found a call that forward did not count; plain from then on.
+        seen: the last micro-batch whose backward reached it.
     """
 
     layer: int
@@ -102,7 +103,7 @@ class LayerSlot:
         norms = sample_norms(a, g) if self.policy.needs_norms else None
         if not batch.computes:
             assert batch.stored is not None
-            return self.policy.decode(batch.stored[self.layer], norms)
+            return self.policy.decode(batch.stored[self.layer].to(x.device), norms)
         with torch.autocast(a.device.type, enabled=False):
             k = gram(
                 a.to(accumulation_dtype(a.dtype)),
@@ -116,7 +117,10 @@ class LayerSlot:
 
     def _obstacle(self, x: Tensor, batch: MicroBatch) -> str | None:
         batch.touched = True
-        if self.repeated or batch.calls[self.layer] > 1 or self.seen is batch:
+        if batch.calls[self.layer] > 1:
+            return CALLED_AGAIN
+        if self.repeated or self.seen is batch:
+            # Not among the counted calls: reentrant checkpointing runs the first ones without gradients.
             self.repeated = True
             return CALLED_AGAIN
         self.seen = batch
@@ -146,7 +150,9 @@ class PreconditionedFunction(torch.autograd.Function):
         if x.numel() == 0 or not needs_weight:
             zero = torch.zeros_like(weight) if needs_weight else None
             return grad_x, zero, g.flatten(0, -2).sum(0) if needs_bias else None, None, None
-        w = slot.weights(x, g, needs_bias, ctx.batch)
+        if not hasattr(ctx, "weights"):  # a retained graph runs backward again, with the same weights
+            ctx.weights = slot.weights(x, g, needs_bias, ctx.batch)
+        w = ctx.weights
         samples = 1 if w is None else w.shape[0]
         a, g = slot.kernel.canonical(x, samples), slot.kernel.canonical(g, samples)
         grad_weight = slot.kernel.weighted_gradient(a, g, w)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-NEVER_CALLED = "it was never called in a training forward pass"
+NEVER_CALLED = "it was never called in a forward pass of the model in training mode"
 
 
 @dataclass(frozen=True)

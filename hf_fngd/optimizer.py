@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Self
 
@@ -43,13 +44,16 @@ class FNGD(torch.optim.Optimizer):
         step_scale: scale of a layer's gradient under update "momentum" (the other updates are scale-free).
             ``"rms"``: ``sqrt(size) / sqrt(rho mean(||p||^2))``, so that lr is the root mean square of an update
             at rho = 1, whatever the layer's width and the damping. ``"ngd"``: the paper's ``1/lambda'``, within a
-            trust region: no layer's update has a root mean square above lr.
+            trust region: no layer's update has a root mean square above lr. Both before momentum, which makes
+            ``1 / (1 - momentum)`` of it where gradients agree. "ngd" measures ``||p||`` on ``p.grad`` and so wants
+            gradients that are not clipped (Trainer: ``max_grad_norm=0``).
         update: rule of the preconditioned layers, ``"momentum" | "adam" | "muon"``.
         fallback: rule of all other parameters, ``"adamw"`` or ``"sgd"`` (the paper's plain gradient).
         fallback_lr: its learning rate; None: lr.
         beta2: decay of the second moment of "adam" and "adamw".
         eps: their denominator's floor.
-        memory_budget: bound in bytes of the temporary memory of a coefficient step, and of the store.
+        memory_budget: bound in bytes of the store, and of the temporary memory of a coefficient step beyond float32
+            copies of one layer's input and output gradient.
         target_modules: ``"all-linear"``, a regular expression, or a list of names or dotted suffixes (PEFT's).
         exclude_modules: a regular expression or a list, or None.
         strict: raise, instead of warning, where a selected layer cannot be preconditioned.
@@ -126,10 +130,34 @@ class FNGD(torch.optim.Optimizer):
         return cls(model, **(config.optimizer_arguments() | overrides))
 
     @classmethod
-    def from_training_args(cls, model: nn.Module, args: Any, config: Any = None) -> Self:
-        """Build from `TrainingArguments`, whose ``learning_rate`` and ``weight_decay`` win over the config's."""
-        overrides = {"lr": args.learning_rate, "weight_decay": args.weight_decay}
-        return cls(model, **overrides) if config is None else cls.from_config(model, config, **overrides)
+    def from_training_args(cls, model: nn.Module, args: Any, config: Any = None, **overrides: Any) -> Self:
+        """Build from `TrainingArguments`, whose ``learning_rate`` and ``weight_decay`` win over the config's.
+
+        Warns where ``step_scale="ngd"`` meets gradient clipping. ``overrides`` are arguments of `FNGD` and win over
+        all.
+        """
+        arguments = {"lr": args.learning_rate, "weight_decay": args.weight_decay} | overrides
+        optimizer = cls(model, **arguments) if config is None else cls.from_config(model, config, **arguments)
+        if optimizer.step_scale == "ngd" and (args.max_grad_norm or 0) > 0:
+            warnings.warn(
+                'step_scale="ngd" takes its step from the size of the gradient, which '
+                f"max_grad_norm={args.max_grad_norm} changes: set max_grad_norm=0 in TrainingArguments (the step has a "
+                "trust region of its own)",
+                stacklevel=2,
+            )
+        return optimizer
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Torch's, for the groups that FNGD makes of the model itself.
+
+        Raises:
+            ValueError: the group is a user's; FNGD needs the model to tell what to precondition.
+        """
+        if "rule" not in param_group:
+            raise ValueError(
+                "FNGD makes its parameter groups from the model: add the parameters to the model, then build FNGD anew"
+            )
+        super().add_param_group(param_group)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -224,10 +252,10 @@ class FNGD(torch.optim.Optimizer):
             scales = natural_step(rho, spread, squared, self.preconditioner.damping)
             scales = torch.minimum(scales, sizes.sqrt() / squared.sqrt())
         else:
-            if self._norms is None:
-                self._norms = squared.clone()
-            unseen = self._norms == 0
-            self._norms = torch.where(unseen, squared, torch.lerp(squared, self._norms, _NORM_DECAY))
+            # Trainer loads checkpoints to the CPU, and a layer without a gradient keeps its mean.
+            known = squared if self._norms is None else self._norms.to(squared.device)
+            known = torch.where(known == 0, squared, known)
+            self._norms = torch.where(squared > 0, torch.lerp(squared, known, _NORM_DECAY), known)
             scales = sizes.sqrt() / (rho * self._norms).sqrt()
         return torch.where(squared > 0, scales, 0.0)
 
@@ -272,7 +300,8 @@ class FNGD(torch.optim.Optimizer):
     def diagnostics(self) -> dict[str, float]:
         """`FNGDPreconditioner.diagnostics`, and ``lambda``: the geometric mean over the layers, from ``p.grad``.
 
-        Call it between `step` and ``zero_grad``.
+        Call it between `step` and ``zero_grad``. Clipped gradients make lambda smaller, by the square of the factor;
+        so does averaging over accumulated micro-batches, since rho is that of one micro-batch.
         """
         squared, _ = self._squared_norms()
         damping = damping_from_gradient(self.preconditioner.rho.to(squared), squared, self.preconditioner.damping)

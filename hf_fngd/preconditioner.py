@@ -45,7 +45,8 @@ class FNGDPreconditioner:
         sharing: a policy's name (`hf_fngd.sharing.policy_names`) or a policy object.
         refresh: optimizer steps between coefficient steps after the first epoch; 0 for none.
         coefficient_steps: cap of the first-epoch phase, in optimizer steps.
-        memory_budget: bound in bytes of the temporary memory of a coefficient step, and of the store.
+        memory_budget: bound in bytes of the store, and of the temporary memory of a coefficient step beyond float32
+            copies of one layer's input and output gradient.
         target_modules: ``"all-linear"``, a regular expression, or a list of names or dotted suffixes (PEFT's).
         exclude_modules: a regular expression or a list, or None.
         strict: raise, instead of warning, where a selected layer cannot be preconditioned.
@@ -112,9 +113,23 @@ class FNGDPreconditioner:
             LayerSlot(place, layer.name, layer.kernel, self.policy, damping, memory_budget)
             for place, layer in enumerate(self.layers)
         ]
-        for layer, slot in zip(self.layers, self._slots, strict=True):
-            swap_forward(layer.module, _LAYER_ATTRIBUTE, partial(self._layer_forward, slot))
-        swap_forward(model, _MODEL_ATTRIBUTE, self._model_forward)
+        self._attach(model)
+
+    def _attach(self, model: nn.Module) -> None:
+        try:
+            for layer, slot in zip(self.layers, self._slots, strict=True):
+                swap_forward(layer.module, _LAYER_ATTRIBUTE, partial(self._layer_forward, slot))
+            swap_forward(model, _MODEL_ATTRIBUTE, self._model_forward)
+        except RuntimeError:
+            detach(model)
+            raise
+        self._handlers = [
+            (weakref.ref(module), attribute, module.__dict__[attribute])
+            for module, attribute in (
+                (model, _MODEL_ATTRIBUTE),
+                *((layer.module, _LAYER_ATTRIBUTE) for layer in self.layers),
+            )
+        ]
 
     # Attached forwards -----------------------------------------------------------------------------------
 
@@ -129,11 +144,11 @@ class FNGDPreconditioner:
             or not module.training
             or not torch.is_grad_enabled()
             or not weight.requires_grad
-            or len(args) != 1
-            or kwargs
+            or len(args) + len(kwargs) != 1
         ):
             return own(*args, **kwargs)
-        return call_layer(module, args[0], slot, batch)
+        (x,) = (*args, *kwargs.values())
+        return call_layer(module, x, slot, batch)
 
     def _model_forward(self, module: nn.Module, own: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         index = kwargs.pop(INDEX_COLUMN, None)
@@ -150,12 +165,17 @@ class FNGDPreconditioner:
                 f'sharing="{self.policy.name}" needs the column {INDEX_COLUMN!r} in every training batch: '
                 "train on hf_fngd.add_index(dataset), with remove_unused_columns=False under Trainer"
             )
+        if index is not None and (index.is_floating_point() or index.numel() != size):
+            raise ValueError(
+                f"the column {INDEX_COLUMN!r} has to hold one integer a sample: got {tuple(index.shape)} of "
+                f"{index.dtype} for {size} samples; let hf_fngd.add_index(dataset) make it"
+            )
         if len(self._batches) >= _MAX_MICRO_BATCHES:
             self._batches = [batch for batch in self._batches if batch.touched]
             if len(self._batches) >= _MAX_MICRO_BATCHES:
                 raise RuntimeError(
-                    f"{_MAX_MICRO_BATCHES} backward passes without a step: call preconditioner.step() after each "
-                    "optimizer.step(), or preconditioner.follow(optimizer) once"
+                    f"{_MAX_MICRO_BATCHES} backward passes without a step, more than an optimizer step can accumulate: "
+                    "call preconditioner.step() after each optimizer.step(), or preconditioner.follow(optimizer) once"
                 )
         place = self._place + sum(batch.touched for batch in self._batches)
         info = BatchInfo(size, place, None if index is None else index.detach().flatten())
@@ -200,6 +220,8 @@ class FNGDPreconditioner:
             if self.phase.sharing and not sharing:
                 self._place = 0
             self._report()
+        elif not self._reported and self._has_gradients():
+            self._report()  # which says that no layer was called
         if self.epoch_ended:
             self.end_epoch()
 
@@ -235,8 +257,11 @@ class FNGDPreconditioner:
         self._batch, self._batches = None, []
         while self._hooks:
             self._hooks.pop().remove()
-        if (model := self._model()) is not None:
-            detach(model)
+        while self._handlers:  # those that are still its own
+            reference, attribute, handler = self._handlers.pop(0)
+            module = reference()
+            if module is not None and module.__dict__.get(attribute) is handler:
+                restore_forward(module, attribute)
 
     # Reports ---------------------------------------------------------------------------------------------
 
@@ -258,6 +283,11 @@ class FNGDPreconditioner:
             else:
                 preconditioned += names
         return CoverageReport(tuple(preconditioned), dict(self._plain), missed)
+
+    def _has_gradients(self) -> bool:
+        # Zero gradients are those of a checkpoint loader that initializes the optimizer's state.
+        grads = (layer.module.weight.grad for layer in self.layers)
+        return any(isinstance(grad, Tensor) and bool(grad.any()) for grad in grads)
 
     def _report(self) -> None:
         fallbacks = sum(len(slot.fallbacks) for slot in self._slots)

@@ -53,7 +53,7 @@ def momentum_update(
     weight_decay: float,
     **_: Any,
 ) -> None:
-    """Heavy-ball momentum: ``m <- momentum m + g``, ``p <- p - lr m``."""
+    """Heavy-ball momentum as in torch's SGD: ``m <- momentum m + g``, ``p <- p - lr m``."""
     (buffers,) = state
     torch._foreach_mul_(buffers, momentum)
     torch._foreach_add_(buffers, grads)
@@ -104,13 +104,14 @@ def muon_update(
     torch._foreach_lerp_(buffers, grads, 1 - momentum)
     directions = torch._foreach_lerp(grads, buffers, momentum)
     _decay(params, lr, weight_decay)
-    for shape in sorted({p.shape for p in params}):
-        members = [place for place, p in enumerate(params) if p.shape == shape]
+    kinds = [(p.shape, p.dtype, p.device) for p in params]
+    for kind in dict.fromkeys(kinds):
+        members = [place for place, own in enumerate(kinds) if own == kind]
         updates = orthogonalize(torch.stack([directions[place] for place in members]))
-        scale = lr * _MUON_RMS * max(shape) ** 0.5
+        scale = lr * _MUON_RMS * max(kind[0]) ** 0.5
         torch._foreach_add_(
             [params[place] for place in members],
-            [u.to(params[0].dtype) for u in updates.unbind()],
+            [u.to(kind[1]) for u in updates.unbind()],
             alpha=-scale,
         )
 

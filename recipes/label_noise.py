@@ -3,7 +3,7 @@
     python recipes/label_noise.py --dataset_name uoft-cs/cifar10 --output_dir outputs/label_noise
 
 Every run appends one line to ``results.jsonl`` in the output folder; runs that are there already are not run
-again. ``table.md`` is written from all of them.
+again. ``table.md`` is written from those of the same settings.
 """
 
 from __future__ import annotations
@@ -31,9 +31,11 @@ ARMS: dict[str, dict[str, Any]] = {
     "ranked, every 50th step": {"sharing": "ranked", "refresh": 50},
     "index, every 5th step": {"sharing": "index", "refresh": 5},
     "index, every 10th step": {"sharing": "index", "refresh": 10},
-    "ranked, first epoch only": {"sharing": "ranked", "refresh": 0},
-    "replay, first epoch only (the paper's)": {"sharing": "replay", "refresh": 0},
+    "ranked, first epoch only": {"sharing": "ranked", "refresh": 0, "coefficient_steps": 10**6},
+    "replay, first epoch only (the paper's)": {"sharing": "replay", "refresh": 0, "coefficient_steps": 10**6},
 }
+# What all runs of a table have in common.
+SETTINGS = ("noise", "epochs", "batch_size", "max_train_samples")
 
 
 class Perceptron(nn.Module):
@@ -149,12 +151,13 @@ def main() -> None:
     test_images, test_labels = load_images(options.dataset_name, "test", None)
     data = {"train": train_images, "labels": labels, "test": test_images, "test_labels": test_labels}
     runs = [
-        {"arm": arm, "lr": lr, "damping": damping, "seed": seed, "noise": options.noise, "epochs": options.epochs}
+        {"arm": arm, "lr": lr, "damping": damping, "seed": seed, **{key: getattr(options, key) for key in SETTINGS}}
         for seed in range(options.seeds)
         for lr in options.learning_rates
-        for damping in options.damping
         for arm in options.arms
+        for damping in (options.damping if ARMS[arm]["sharing"] != "uniform" else options.damping[:1])
     ]
+    results = [result for result in results if all(result[key] == runs[0][key] for key in SETTINGS)]
     done = [{key: result[key] for key in runs[0]} for result in results]
     for run in tqdm([run for run in runs if run not in done], desc="runs"):
         figures = train(run["arm"], run["lr"], run["damping"], run["seed"], data, options)

@@ -27,8 +27,10 @@ from hf_fngd import FNGD, FNGDPreconditioner
 
 Step = Callable[[], None]
 NEVER = 10**9
-# Operations that a shared step must not add to SGD's: products, solves, and what forms per-sample tensors.
-WATCHED = ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "aten::linalg_cholesky_ex", "aten::cholesky_solve")
+# Matrix products and solves, of which a shared step must not add any to SGD's. What it does add: a matrix-vector
+# product a bias, in place of a sum, and with `ranked` a sort of N numbers.
+PRODUCTS = ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "aten::linalg_cholesky_ex", "aten::cholesky_solve")
+WATCHED = (*PRODUCTS, "aten::mv", "aten::argsort")
 
 
 def build_model(options: argparse.Namespace) -> MarianMTModel:

@@ -72,12 +72,6 @@ def test_a_weight_scales_its_own_sample(layer_type: str, bias: str) -> None:
     torch.testing.assert_close(kernel.weighted_gradient(a, g, w), 0.5 * parts[0] + 2 * parts[2])
 
 
-@pytest.mark.parametrize(("layer_type", "bias"), LAYERS)
-def test_features_are_inputs_and_outputs(layer_type: str, bias: str) -> None:
-    module, kernel = made(layer_type, bias)
-    assert kernel.features(module.weight) == (6, 4)
-
-
 class CustomLinear(nn.Linear):
     """Any subclass may compute something else."""
 

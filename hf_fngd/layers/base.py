@@ -29,10 +29,6 @@ class LayerKernel(ABC):
     def weighted_gradient(self, a: Tensor, g: Tensor, w: Tensor | None) -> Tensor:
         """``sum_n w_n h_n`` in the layout of the layer's weight; w = None means ones."""
 
-    @abstractmethod
-    def features(self, weight: Tensor) -> tuple[int, int]:
-        """The sizes (i, o) of the weight."""
-
 
 _KERNELS: dict[type[nn.Module], LayerKernel] = {}
 

@@ -28,9 +28,5 @@ class Conv1DKernel(LinearKernel):
         """``[i, o]``: the roles of a and g swap, so that no transposed copy is made."""
         return weighted_sum(g, a, w)
 
-    def features(self, weight: Tensor) -> tuple[int, int]:
-        """See `LayerKernel.features`."""
-        return weight.shape[0], weight.shape[1]
-
 
 register_kernel(Conv1D, Conv1DKernel())

@@ -28,9 +28,5 @@ class LinearKernel(LayerKernel):
         """``[o, i]``."""
         return weighted_sum(a, g, w)
 
-    def features(self, weight: Tensor) -> tuple[int, int]:
-        """See `LayerKernel.features`."""
-        return weight.shape[1], weight.shape[0]
-
 
 register_kernel(nn.Linear, LinearKernel())

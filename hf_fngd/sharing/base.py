@@ -138,9 +138,14 @@ def make_policy(sharing: str | SharingPolicy) -> SharingPolicy:
 
 
 def with_mean_one(w: Tensor) -> Tensor:
-    """Rescale the weights of each layer ``[..., N]`` to mean 1; rows whose mean is not positive become ones."""
+    """Bring the weights of each layer ``[..., N]`` to mean 1.
+
+    By a factor of at most 2, and beyond that by a shift: at low damping some weights are negative, and a few of
+    them can have a mean near 0, by which nothing should be divided.
+    """
     mean = w.mean(dim=-1, keepdim=True)
-    return torch.where(mean > 0, w / torch.where(mean > 0, mean, 1), 1)
+    divisor = mean.clamp(min=0.5)
+    return w / divisor + (1 - mean / divisor)
 
 
 def repeat_to(w: Tensor, size: int) -> Tensor:

@@ -22,8 +22,9 @@ INDEX_COLUMN = "fngd_index"
 def add_index(dataset: Any) -> Any:
     """Add the column that ``sharing="index"`` reads to a `datasets.Dataset`.
 
-    The engine takes the column out of the model's inputs, in training and evaluation alike. Trainer keeps it
-    only with ``remove_unused_columns=False``.
+    The engine takes the column out of the model's inputs, in training and evaluation alike; ``model.generate`` does
+    not pass through it, so leave data to generate from without the column. Trainer keeps it only with
+    ``remove_unused_columns=False``.
 
     Args:
         dataset: a map-style `datasets.Dataset`.
@@ -77,6 +78,11 @@ class IndexSharing(SharingPolicy):
         """See `SharingPolicy.commit`."""
         assert batch.index is not None
         index = batch.index.to(w.device)
+        if int(index.min()) < 0:
+            raise ValueError(
+                f"the column {INDEX_COLUMN!r} holds a negative index; it has to count the rows from 0, as "
+                "hf_fngd.add_index does"
+            )
         self._reserve(int(index.max()) + 1, w)
         assert self.table is not None
         self.table[:, index] = torch.where(valid[:, None], w, self.table[:, index])

@@ -12,7 +12,11 @@ from hf_fngd.sharing.base import BatchInfo, SharingPolicy, State, check_layers, 
 
 @register_policy
 class LastSharing(SharingPolicy):
-    """One stored row of weights a layer, ``[L, N]``, overwritten in place by every coefficient step."""
+    """One stored row of weights a layer, ``[L, N]``, overwritten in place by every coefficient step.
+
+    A batch of less than half the stored size (the last of an epoch) leaves the row as it is: its few weights
+    would otherwise be stretched over all batches until the next coefficient step.
+    """
 
     name: ClassVar[str] = "last"
 
@@ -33,6 +37,8 @@ class LastSharing(SharingPolicy):
             self.row = torch.ones_like(w)
         elif self.row.shape[1] < batch.size:  # the first batch was a short one
             self.row = self.fit(self.row, batch.size)
+        elif 2 * batch.size < self.row.shape[1]:
+            return
         fitted = self.fit(w, self.row.shape[1])
         self.row.copy_(torch.where(valid[:, None], fitted, self.row))
 

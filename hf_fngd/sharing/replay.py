@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import ClassVar
 
 from torch import Tensor
 
 from hf_fngd.sharing.base import BatchInfo, SharingPolicy, State, check_layers, register_policy, repeat_to
 
+_FIRST_CAPACITY = 1024
+
 
 @register_policy
 class ReplaySharing(SharingPolicy):
     """One row a micro-batch of the first epoch, ``[capacity, L, N]``, replayed cyclically.
 
-    The store is allocated once, at the first coefficient step, for as many rows as the phase may have or the
-    memory budget allows; later rows of a longer phase overwrite the oldest.
+    The store has room for the rows of the phase, at first for 1024 of them at most, and doubles where there are more
+    (gradient accumulation has several a step), within the memory budget; rows that come after that overwrite the
+    oldest, with a warning.
     """
 
     name: ClassVar[str] = "replay"
@@ -22,6 +26,7 @@ class ReplaySharing(SharingPolicy):
     def __init__(self) -> None:
         self.store: Tensor | None = None
         self.recorded = 0
+        self.full = False
 
     def prepare(self, layers: int, coefficient_steps: int, memory_budget: int) -> None:
         """See `SharingPolicy.prepare`."""
@@ -38,23 +43,32 @@ class ReplaySharing(SharingPolicy):
     def commit(self, w: Tensor, valid: Tensor, batch: BatchInfo) -> None:
         """See `SharingPolicy.commit`. A refresh overwrites the row of its place in the epoch."""
         if self.store is None:
-            self.store = w.new_empty(self._capacity(w), *w.shape)
-        elif self.store.shape[2] < batch.size:  # the first batch was a short one
-            self._restore(repeat_to(self.store[: self.recorded], batch.size))
-        place = batch.place % self.store.shape[0]
-        if place >= self.recorded:
-            self.store[self.recorded : place + 1] = 1
-            self.recorded = place + 1
+            self._allocate(w[None][:0], min(self.coefficient_steps, _FIRST_CAPACITY))
+        assert self.store is not None
+        rows = self.store[: self.recorded]
+        if batch.size > self.store.shape[2]:  # the first batch was a short one
+            self._allocate(repeat_to(rows, batch.size), len(self.store))
+        elif batch.place >= len(self.store) and not self.full:
+            self._allocate(rows, max(2 * len(self.store), batch.place + 1))
+            self.full = batch.place >= len(self.store)
+            if self.full:
+                warnings.warn(
+                    f'sharing="replay" keeps the coefficients of {len(self.store)} micro-batches, of more in an epoch, '
+                    f"and overwrites the oldest: raise memory_budget, now {self.memory_budget} bytes",
+                    stacklevel=2,
+                )
+        place = batch.place % len(self.store)
+        self.recorded = max(self.recorded, place + 1)
         row = self.store[place]
         row.copy_(repeat_to(w, row.shape[1]).where(valid[:, None], row))
 
-    def _capacity(self, w: Tensor) -> int:
-        return max(1, min(self.coefficient_steps, self.memory_budget // (w.numel() * w.element_size())))
-
-    def _restore(self, rows: Tensor) -> None:
-        self.store = rows.new_empty(self._capacity(rows[:1]), *rows.shape[1:])
-        self.recorded = min(len(rows), len(self.store))
-        self.store[: self.recorded] = rows[: self.recorded]
+    def _allocate(self, rows: Tensor, capacity: int) -> None:
+        """Give the store that many rows, as far as the budget goes, of which the first are those given."""
+        affordable = max(1, self.memory_budget // (rows.shape[1:].numel() * rows.element_size()))
+        store = rows.new_ones(min(capacity, affordable), *rows.shape[1:])
+        self.recorded = min(len(rows), len(store))
+        store[: self.recorded] = rows[: self.recorded]
+        self.store = store
 
     def state_dict(self) -> State:
         """See `SharingPolicy.state_dict`; rows never recorded are left out."""
@@ -70,4 +84,4 @@ class ReplaySharing(SharingPolicy):
             self.store, self.recorded = None, 0
         else:
             check_layers(rows.shape[1], self.layers)
-            self._restore(rows)
+            self._allocate(rows, max(len(rows), min(self.coefficient_steps, _FIRST_CAPACITY)))

@@ -27,7 +27,6 @@ class FNGDFactory:
             config: an `FNGDConfig`.
             **overrides: arguments of `FNGD`, which win over both.
         """
-        arguments = {} if config is None else config.optimizer_arguments()
         if args is not None:
-            arguments |= {"lr": args.learning_rate, "weight_decay": args.weight_decay}
-        return FNGD(model, **(arguments | overrides))
+            return FNGD.from_training_args(model, args, config, **overrides)
+        return FNGD(model, **overrides) if config is None else FNGD.from_config(model, config, **overrides)

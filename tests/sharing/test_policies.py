@@ -2,6 +2,7 @@
 
 import io
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -185,7 +186,7 @@ def test_the_state_of_another_model_is_refused(name: str) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_the_store_is_allocated_once(name: str) -> None:
-    policy = prepared(IndexSharing(size=64) if name == "index" else name, steps=5)
+    policy = prepared(IndexSharing(size=64) if name == "index" else name, steps=40)
     pointers = set()
     for place in range(40):
         commit(policy, weights(place), norms(place), info(8, place, first=place))
@@ -200,7 +201,9 @@ def test_the_store_stays_within_the_memory_budget(name: str, first: int) -> None
     policy = prepared(name, steps=1000, budget=budget)
     for place in range(40):
         size = first if place == 0 else 8
-        commit(policy, weights(place, size), norms(place, size), info(size, place, first=place % 20))
+        full = pytest.warns(UserWarning, match="memory_budget") if (name, place) == ("replay", 10) else nullcontext()
+        with full:
+            commit(policy, weights(place, size), norms(place, size), info(size, place, first=place % 20))
     assert sum(x.untyped_storage().nbytes() for x in store_tensors(policy)) <= budget
 
 
@@ -254,10 +257,23 @@ def test_a_short_first_batch_does_not_cap_later_ones(name: str) -> None:
     torch.testing.assert_close(fetch(policy, norms(1), info(8, 1)), weights(1))
 
 
-def test_a_prefix_whose_weights_cancel_averages() -> None:
+@pytest.mark.parametrize("prefix", [[-1.0, 0.5], [1.0, -0.99], [0.0, 0.0], [3.0, 0.2]])
+def test_a_prefix_whose_weights_cancel_is_not_blown_up(prefix: list[float]) -> None:
     policy = prepared("last")
-    commit(policy, torch.tensor([[-1.0, 0.5, 2.5, 2.0]]).expand(L, 4), norms(0, 4), info(4))
-    assert torch.equal(policy.lookup(info(2)), torch.ones(L, 2))
+    commit(policy, torch.tensor([[*prefix, 2.5, 2.0]]).expand(L, 4), norms(0, 4), info(4))
+    fitted = policy.lookup(info(2))
+    torch.testing.assert_close(fitted.mean(dim=1), torch.ones(L))
+    assert fitted.abs().max() <= 2 * max(map(abs, prefix)) + 1
+
+
+@pytest.mark.parametrize("name", ["last", "ranked"])
+@pytest.mark.parametrize(("size", "kept"), [(1, True), (3, True), (4, False), (7, False)])
+def test_a_batch_of_less_than_half_the_stored_size_leaves_the_row(name: str, size: int, kept: bool) -> None:
+    policy = prepared(name)
+    commit(policy, weights(0), norms(0), info(8))
+    before = policy.row.clone()
+    commit(policy, weights(1, size), norms(1, size), info(size, 1))
+    assert torch.equal(policy.row, before) == kept
 
 
 # What each policy is about -------------------------------------------------------------------------------
@@ -293,9 +309,18 @@ def test_replay_refreshes_the_row_of_its_place() -> None:
 def test_replay_overwrites_the_oldest_rows_where_memory_runs_out() -> None:
     policy = prepared("replay", steps=1000, budget=3 * L * 8 * 8)
     for place in range(5):
-        commit(policy, weights(place), norms(place), info(8, place))
+        with pytest.warns(UserWarning, match="memory_budget") if place == 3 else nullcontext():
+            commit(policy, weights(place), norms(place), info(8, place))
     for place, seed in enumerate((3, 4, 2, 3, 4, 2)):
         torch.testing.assert_close(fetch(policy, norms(9), info(8, place)), weights(seed))
+
+
+def test_replay_grows_where_a_step_has_several_micro_batches() -> None:
+    policy = prepared("replay", steps=2)
+    for place in range(8):
+        commit(policy, weights(place), norms(place), info(8, place))
+    for place in range(8):
+        torch.testing.assert_close(fetch(policy, norms(9), info(8, place)), weights(place))
 
 
 def test_replay_averages_in_places_that_were_skipped() -> None:
