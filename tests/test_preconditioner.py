@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from hf_fngd import FNGD, FNGDPreconditioner
+from hf_fngd import FNGD, FNGDPreconditioner, detach
 from hf_fngd.backward import CALLED_AGAIN, NOT_THE_BATCH
 from hf_fngd.coefficients import damping_from_gradient, natural_step
 from hf_fngd.coverage import NEVER_CALLED
