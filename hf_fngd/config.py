@@ -62,7 +62,7 @@ class FNGDConfig(HubMixin):
     )
     momentum: float = field(default=0.9, metadata={"help": "Momentum of the preconditioned gradient, in [0, 1)."})
     damping: float = field(
-        default=0.003,
+        default=0.1,
         metadata={"help": "alpha > 0 of lambda = alpha ||K||_F (Eq. 14 of arXiv 2403.03473), dimensionless."},
     )
     weight_decay: float = field(

@@ -69,7 +69,7 @@ class FNGD(torch.optim.Optimizer):
         model: nn.Module,
         lr: float = 1e-3,
         momentum: float = 0.9,
-        damping: float = 0.003,
+        damping: float = 0.1,
         weight_decay: float = 0.0,
         *,
         sharing: str | SharingPolicy = "ranked",

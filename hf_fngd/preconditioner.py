@@ -60,7 +60,7 @@ class FNGDPreconditioner:
     def __init__(
         self,
         model: nn.Module,
-        damping: float = 0.003,
+        damping: float = 0.1,
         *,
         sharing: str | SharingPolicy = "ranked",
         refresh: int = 10,

@@ -80,17 +80,21 @@ def gram_from_layer(a: Tensor, g: Tensor, bias: bool) -> Tensor:
 # A whole run ---------------------------------------------------------------------------------------------
 
 
+def mean_one(w: Tensor) -> Tensor:
+    """The weights at mean 1: divided by their mean down to 0.5, beyond that doubled and shifted."""
+    mean = float(w.mean())
+    return w / mean if mean >= 0.5 else 2 * w + 1 - 2 * mean
+
+
 def replay_fit(w: Tensor, size: int) -> Tensor:
     """Weights of a batch for a batch of another size: in order, again from the first where they run out."""
-    picked = torch.tensor([float(w[n % len(w)]) for n in range(size)], dtype=torch.float64)
-    return picked / picked.mean()
+    return mean_one(torch.tensor([float(w[n % len(w)]) for n in range(size)], dtype=torch.float64))
 
 
 def ranked_fit(w: Tensor, size: int) -> Tensor:
     """Weights in rank order for another number of ranks, linear between the mid-quantiles, constant beyond."""
     places = (np.arange(size) + 0.5) / size
-    fitted = np.interp(places, (np.arange(len(w)) + 0.5) / len(w), w.numpy())
-    return torch.from_numpy(fitted / fitted.mean())
+    return mean_one(torch.from_numpy(np.interp(places, (np.arange(len(w)) + 0.5) / len(w), w.numpy())))
 
 
 class ReplayStore:
@@ -107,14 +111,20 @@ class ReplayStore:
 
 
 class RankedStore:
-    """The latest weights; the k-th smallest of a batch's norms takes the weight of the k-th smallest before."""
+    """The latest weights; the k-th smallest of a batch's norms takes the weight of the k-th smallest before.
+
+    Batches of less than half the first one's size do not count.
+    """
 
     def __init__(self) -> None:
         self.ranks: Tensor | None = None
 
     def put(self, place: int, w: Tensor, norms: Tensor) -> None:
         ranked = torch.tensor([float(w[n]) for n in norms.argsort()], dtype=torch.float64)
-        self.ranks = ranked if self.ranks is None else ranked_fit(ranked, len(self.ranks))
+        if self.ranks is None:
+            self.ranks = ranked
+        elif 2 * len(ranked) >= len(self.ranks):
+            self.ranks = ranked_fit(ranked, len(self.ranks))
 
     def get(self, place: int, norms: Tensor) -> Tensor:
         ranked = ranked_fit(self.ranks, len(norms))

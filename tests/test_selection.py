@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+from hf_fngd.layers import kernel_for
 from hf_fngd.selection import Modules, select_layers
 from tests.nets import net
 
@@ -52,7 +53,7 @@ def test_layers_come_with_their_module_and_kernel_in_the_models_order() -> None:
     model = Model()
     for layer in select_layers(model, "all-linear", None).layers:
         assert layer.module is model.get_submodule(layer.name)
-        assert layer.kernel.features(layer.module.weight) == (layer.module.in_features, layer.module.out_features)
+        assert layer.kernel is kernel_for(layer.module)
 
 
 def test_every_trainable_parameter_is_accounted_for() -> None:

@@ -148,16 +148,17 @@ def with_mean_one(w: Tensor) -> Tensor:
     return w / divisor + (1 - mean / divisor)
 
 
-def repeat_to(w: Tensor, size: int) -> Tensor:
-    """Fit weights in batch order ``[..., M]`` to another N: the first N of them, repeated where N > M, mean 1.
+def cycle_to(w: Tensor, size: int) -> Tensor:
+    """The first ``size`` of the weights ``[..., M]``, again from the first where they run out."""
+    return w if w.shape[-1] == size else w[..., torch.arange(size, device=w.device) % w.shape[-1]]
 
-    Samples of a shuffled batch have no order to interpolate in, so a prefix is as good as any other choice,
-    and it gives a row that was lengthened its own weights back.
+
+def repeat_to(w: Tensor, size: int) -> Tensor:
+    """Fit weights in batch order ``[..., M]`` to another N: `cycle_to`, and mean 1.
+
+    Samples of a shuffled batch have no order to interpolate in, so a prefix is as good as any other choice.
     """
-    if w.shape[-1] == size:
-        return w
-    picks = torch.arange(size, device=w.device) % w.shape[-1]
-    return with_mean_one(w[..., picks])
+    return w if w.shape[-1] == size else with_mean_one(cycle_to(w, size))
 
 
 def interpolate_to(w: Tensor, size: int) -> Tensor:

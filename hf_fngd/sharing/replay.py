@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from hf_fngd.sharing.base import BatchInfo, SharingPolicy, State, check_layers, register_policy, repeat_to
+from hf_fngd.sharing.base import BatchInfo, SharingPolicy, State, check_layers, cycle_to, register_policy, with_mean_one
 
 _FIRST_CAPACITY = 1024
 
@@ -38,7 +38,7 @@ class ReplaySharing(SharingPolicy):
         """See `SharingPolicy.lookup`."""
         if self.store is None or self.recorded == 0:
             return None
-        return repeat_to(self.store[batch.place % self.recorded], batch.size)
+        return with_mean_one(cycle_to(self.store[batch.place % self.recorded], batch.size))
 
     def commit(self, w: Tensor, valid: Tensor, batch: BatchInfo) -> None:
         """See `SharingPolicy.commit`. A refresh overwrites the row of its place in the epoch."""
@@ -47,7 +47,7 @@ class ReplaySharing(SharingPolicy):
         assert self.store is not None
         rows = self.store[: self.recorded]
         if batch.size > self.store.shape[2]:  # the first batch was a short one
-            self._allocate(repeat_to(rows, batch.size), len(self.store))
+            self._allocate(cycle_to(rows, batch.size), len(self.store))
         elif batch.place >= len(self.store) and not self.full:
             self._allocate(rows, max(2 * len(self.store), batch.place + 1))
             self.full = batch.place >= len(self.store)
@@ -60,7 +60,8 @@ class ReplaySharing(SharingPolicy):
         place = batch.place % len(self.store)
         self.recorded = max(self.recorded, place + 1)
         row = self.store[place]
-        row.copy_(repeat_to(w, row.shape[1]).where(valid[:, None], row))
+        # Not brought to mean 1 here, so that a short batch gets exactly its own weights back.
+        row.copy_(cycle_to(w, row.shape[1]).where(valid[:, None], row))
 
     def _allocate(self, rows: Tensor, capacity: int) -> None:
         """Give the store that many rows, as far as the budget goes, of which the first are those given."""

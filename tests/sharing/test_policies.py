@@ -297,6 +297,17 @@ def test_replay_keeps_the_order_and_starts_over() -> None:
         torch.testing.assert_close(fetch(policy, norms(9, size), info(size, place)), weights(place % 4, size))
 
 
+def test_replay_gives_a_short_batch_its_own_weights_back_however_unequal_they_are() -> None:
+    policy = prepared("replay")
+    commit(policy, weights(0), norms(0), info(8, 0))
+    unequal = torch.tensor([-3.0, 0.0, 0.0, 4.0, 4.0], dtype=torch.float64).expand(L, 5)
+    commit(policy, unequal, norms(0, 5), info(5, 1))
+    torch.testing.assert_close(fetch(policy, norms(9, 5), info(5, 1)), unequal)
+    commit(policy, weights(2, 13), norms(2, 13), info(13, 2))  # a longer batch widens the store
+    torch.testing.assert_close(fetch(policy, norms(9, 5), info(5, 1)), unequal)
+    torch.testing.assert_close(fetch(policy, norms(9), info(8, 0)), weights(0))
+
+
 def test_replay_refreshes_the_row_of_its_place() -> None:
     policy = prepared("replay", steps=10)
     for place in range(4):
