@@ -218,6 +218,9 @@ def test_from_training_args(tmp_path: Path) -> None:
     args = arguments(tmp_path, learning_rate=0.004, weight_decay=0.5)
     optimizer = FNGD.from_training_args(bert(), args)
     assert (optimizer.param_groups[0]["lr"], optimizer.param_groups[0]["weight_decay"]) == (0.004, 0.5)
+    with pytest.warns(UserWarning, match="max_grad_norm=0"):
+        FNGD.from_training_args(bert(), args, FNGDConfig.preset("paper"))
+    args.max_grad_norm = 0.0
     paper = FNGD.from_training_args(bert(), args, FNGDConfig.preset("paper"))
     assert [group["rule"] for group in paper.param_groups] == ["momentum"] * 4
     assert paper.param_groups[0]["lr"] == 0.004
