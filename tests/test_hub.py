@@ -379,7 +379,7 @@ def test_push_to_a_new_repository(recorded):
 def test_the_card_is_valid_and_tells_what_it_is(recorded):
     CONFIG.push_to_hub("repo")
     card = ModelCard(recorded.files["README.md"])
-    assert card.data.library_name == "hf-fngd"
+    assert card.data.to_dict()["library_name"] == "hf-fngd"
     assert card.data.tags == ["hf_fngd", "optimizer-config"]
     assert "model-index" not in card.data.to_dict()
     assert card.text.lstrip().startswith("# me/repo")
