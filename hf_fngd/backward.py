@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import Variable
 from torch.autograd.function import once_differentiable
 
 from hf_fngd.layers import LayerKernel
@@ -20,10 +21,19 @@ from hf_fngd.persample import accumulation_dtype, gram, normalize, sample_norms,
 from hf_fngd.sharing import BatchInfo, SharingPolicy
 
 NOT_THE_BATCH = "the first dimension of its input is not the batch"
+AMBIGUOUS = (
+    "two dimensions of its input have the size of the batch, and no batch so far told which of them holds the samples"
+)
 CALLED_AGAIN = "it is called more than once in a forward pass"
+ON_TOP_OF_ANOTHER = "reentrant activation checkpointing ran several forward passes before a backward pass"
 
 
-@dataclass
+def in_backward() -> bool:
+    """Whether a backward pass is under way, as it is where activation checkpointing recomputes a forward pass."""
+    return bool(torch._C._current_graph_task_id() != -1)
+
+
+@dataclass(eq=False)
 class MicroBatch:
     """One forward and backward pass of the model, as its layers see it.
 
@@ -31,10 +41,12 @@ class MicroBatch:
         info: size, place and dataset indices.
         computes: whether this is a coefficient step.
         stored: weights of a shared step ``[L, N]``; None for w = 1.
+        calls: how often each layer was called in the forward pass.
         fresh: encoded weights of a coefficient step ``[L, N]``, filled layer by layer.
         rho: the noise ratios that go with them ``[L]``; NaN where a layer measured none.
-        calls: how often each layer was called in the forward pass.
-        touched: whether a backward pass reached any layer.
+        reached: whether a backward pass reached any layer.
+        complete: whether that backward pass came to its end.
+        entered: the calls of a compiled forward pass, which finds them by number.
     """
 
     info: BatchInfo
@@ -43,7 +55,23 @@ class MicroBatch:
     calls: list[int]
     fresh: Tensor | None = None
     rho: Tensor | None = None
-    touched: bool = False
+    reached: bool = False
+    complete: bool = False
+    entered: list[LayerCall] = field(default_factory=list)
+
+    @property
+    def half_done(self) -> bool:
+        """Whether its backward pass broke off, or is under way."""
+        return self.reached and not self.complete
+
+    def reach(self) -> None:
+        """A layer's backward has begun. A pass that breaks off (out of memory) never becomes complete."""
+        if not self.reached:
+            self.reached = True
+            Variable._execution_engine.queue_callback(self._finish)
+
+    def _finish(self) -> None:
+        self.complete = True
 
     def record(self, layer: int, w: Tensor, rho: Tensor) -> None:
         """Keep one layer's coefficients until the optimizer's step."""
@@ -55,7 +83,7 @@ class MicroBatch:
         self.rho[layer] = rho
 
 
-@dataclass
+@dataclass(eq=False)
 class LayerSlot:
     """One preconditioned layer: its place among the L layers, and what backward needs to know.
 
@@ -69,6 +97,7 @@ class LayerSlot:
         preconditioned: whether it was preconditioned at least once.
         fallbacks: the reasons for which it got a plain gradient at least once.
         repeated: whether a backward pass found a call that forward did not count; plain from then on.
+        batch_first: whether the first dimension of its input is the batch; None as long as no input told.
         seen: the last micro-batch whose backward reached it.
     """
 
@@ -81,6 +110,7 @@ class LayerSlot:
     preconditioned: bool = False
     fallbacks: set[str] = field(default_factory=set)
     repeated: bool = False
+    batch_first: bool | None = None
     seen: MicroBatch | None = None
 
     def weights(self, x: Tensor, g: Tensor, has_bias: bool, batch: MicroBatch) -> Tensor | None:
@@ -92,6 +122,7 @@ class LayerSlot:
             has_bias: whether a trained bias belongs to h_n.
             batch: the micro-batch of the forward pass.
         """
+        batch.reach()
         if reason := self._obstacle(x, batch):
             self.fallbacks.add(reason)
             return None
@@ -116,7 +147,6 @@ class LayerSlot:
         return w
 
     def _obstacle(self, x: Tensor, batch: MicroBatch) -> str | None:
-        batch.touched = True
         if batch.calls[self.layer] > 1:
             return CALLED_AGAIN
         if self.repeated or self.seen is batch:
@@ -124,56 +154,100 @@ class LayerSlot:
             self.repeated = True
             return CALLED_AGAIN
         self.seen = batch
-        if x.dim() < 2 or x.shape[0] != batch.info.size or batch.info.size == 0:
-            return NOT_THE_BATCH
-        return None
+        samples = batch.info.size
+        if x.dim() < 2 or x.shape[0] != samples or samples == 0:
+            self.batch_first = False
+        elif self.batch_first is None and samples not in x.shape[1:-1]:
+            self.batch_first = True
+        if self.batch_first:
+            return None
+        return AMBIGUOUS if self.batch_first is None else NOT_THE_BATCH
+
+
+@dataclass(eq=False)
+class LayerCall:
+    """One call of a preconditioned layer, from its forward to the end of its backward.
+
+    Attributes:
+        slot: the layer.
+        batch: the micro-batch that the model was called with; None where its size is unknown.
+    """
+
+    slot: LayerSlot
+    batch: MicroBatch | None
+    _weights: Tensor | None = None
+    _weighed: bool = False
+
+    def gradients(self, x: Tensor, g: Tensor, has_bias: bool) -> tuple[Tensor, Tensor | None]:
+        """The weighted sums for weight and bias.
+
+        Args:
+            x: the layer's input, ``[N, ..., i]``.
+            g: its output gradient, ``[N, ..., o]``.
+            has_bias: whether the bias is trained.
+
+        Returns:
+            ``sum_n w_n h_n`` in the layout of the layer's weight, and its bias column ``[o]``, or None.
+        """
+        if not self._weighed:  # a retained graph runs backward again, with the same weights
+            self._weights = None if self.batch is None else self.slot.weights(x, g, has_bias, self.batch)
+            self._weighed = True
+        w = self._weights
+        samples = 1 if w is None else w.shape[0]
+        a, g = self.slot.kernel.canonical(x, samples), self.slot.kernel.canonical(g, samples)
+        return self.slot.kernel.weighted_gradient(a, g, w), weighted_bias_sum(g, w) if has_bias else None
 
 
 class PreconditionedFunction(torch.autograd.Function):
     """A layer whose weight gradient is the weighted sum."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, slot: LayerSlot, batch: MicroBatch) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, call: LayerCall) -> Tensor:
         """The layer's own forward."""
         ctx.save_for_backward(x, weight)
-        ctx.slot, ctx.batch = slot, batch
-        return slot.kernel.forward(x, weight, bias)
+        ctx.call = call
+        return call.slot.kernel.forward(x, weight, bias)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of x, weight and bias."""
         x, weight = ctx.saved_tensors
-        slot: LayerSlot = ctx.slot
-        needs_x, needs_weight, needs_bias, *_ = ctx.needs_input_grad
-        grad_x = slot.kernel.input_gradient(g, weight) if needs_x else None
+        needs_x, needs_weight, needs_bias, _ = ctx.needs_input_grad
+        grad_x = ctx.call.slot.kernel.input_gradient(g, weight) if needs_x else None
         if x.numel() == 0 or not needs_weight:
             zero = torch.zeros_like(weight) if needs_weight else None
-            return grad_x, zero, g.flatten(0, -2).sum(0) if needs_bias else None, None, None
-        if not hasattr(ctx, "weights"):  # a retained graph runs backward again, with the same weights
-            ctx.weights = slot.weights(x, g, needs_bias, ctx.batch)
-        w = ctx.weights
-        samples = 1 if w is None else w.shape[0]
-        a, g = slot.kernel.canonical(x, samples), slot.kernel.canonical(g, samples)
-        grad_weight = slot.kernel.weighted_gradient(a, g, w)
-        grad_bias = weighted_bias_sum(g, w) if needs_bias else None
-        return grad_x, grad_weight, grad_bias, None, None
+            return grad_x, zero, g.flatten(0, -2).sum(0) if needs_bias else None, None
+        return grad_x, *ctx.call.gradients(x, g, needs_bias), None
+
+
+def enter(slot: LayerSlot, batch: MicroBatch | None) -> LayerCall:
+    """A layer is called in a training forward pass."""
+    # A recomputation under activation checkpointing runs inside a backward pass and is no call of its own.
+    if batch is not None and not in_backward():
+        batch.calls[slot.layer] += 1
+    return LayerCall(slot, batch)
+
+
+def operands(module: nn.Module, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+    """What a layer computes with: input, weight and bias, cast as autocast would.
+
+    Outside the Function, where autograd casts the gradients back.
+    """
+    weight, bias = module.weight, module.bias
+    assert isinstance(weight, Tensor)
+    assert bias is None or isinstance(bias, Tensor)
+    device = x.device.type
+    if torch.is_autocast_enabled(device):
+        x, weight = _autocast(x), _autocast(weight)
+        bias = None if bias is None else _autocast(bias)
+    return x, weight, bias
 
 
 def call_layer(module: nn.Module, x: Tensor, slot: LayerSlot, batch: MicroBatch) -> Tensor:
     """Run an attached layer in a training forward pass."""
-    weight, bias = module.weight, module.bias
-    assert isinstance(weight, Tensor)
-    assert bias is None or isinstance(bias, Tensor)
-    # A recomputation under activation checkpointing runs inside a backward pass and is no call of its own.
-    if torch._C._current_graph_task_id() == -1:
-        batch.calls[slot.layer] += 1
-    device = x.device.type
-    if torch.is_autocast_enabled(device):
-        # Outside the Function, where autograd casts the gradients back.
-        x, weight = _autocast(x), _autocast(weight)
-        bias = None if bias is None else _autocast(bias)
-    output: Tensor = PreconditionedFunction.apply(x, weight, bias, slot, batch)  # type: ignore[no-untyped-call]
+    call = enter(slot, batch)
+    output: Tensor = PreconditionedFunction.apply(*operands(module, x), call)  # type: ignore[no-untyped-call]
     return output
 
 

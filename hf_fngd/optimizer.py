@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Self
 
 import torch
@@ -16,7 +17,10 @@ from hf_fngd.groups import parameter_groups
 from hf_fngd.preconditioner import FNGDPreconditioner
 from hf_fngd.rules import FALLBACK_RULES, RULES
 from hf_fngd.selection import Modules
+from hf_fngd.sharded import local, sum_over_parts
 from hf_fngd.sharing import SharingPolicy
+
+logger = logging.getLogger(__name__)
 
 # Decay of the running mean of ||p||^2 in step_scale="rms".
 _NORM_DECAY = 0.95
@@ -30,6 +34,9 @@ class FNGD(torch.optim.Optimizer):
     from the backward pass itself; `step` applies an update rule to them, and the fallback rule to everything
     else (embeddings, norms, tied heads). Construct it on the model that is trained, before or without
     wrapping it for distributed training.
+
+    A step in which a gradient is NaN, infinite or too large to be squared in float32 is skipped whole: parameters,
+    moments, coefficients and phase stay as they were, and the attribute ``skipped`` counts it.
 
     Args:
         model: the module that is called with the batch.
@@ -113,6 +120,7 @@ class FNGD(torch.optim.Optimizer):
         self.step_scale = step_scale
         self._norms: Tensor | None = None
         self._checked = False
+        self.skipped = 0
         groups = parameter_groups(
             model,
             self.preconditioner.layers,
@@ -179,8 +187,13 @@ class FNGD(torch.optim.Optimizer):
                 loss = closure()
         if not self._checked:
             self._check_parameters()
+        squared = self._squared_norms()
+        if squared is not None and not _usable(squared):
+            self.preconditioner.skip()
+            self._report_skip()
+            return loss
         self.preconditioner.step()
-        scales = self._scales()
+        scales = None if squared is None else self._scales(squared)
         for group in self.param_groups:
             self._update_group(group, scales)
         return loss
@@ -191,9 +204,9 @@ class FNGD(torch.optim.Optimizer):
         if not live:
             return
         params: list[Tensor] = [group["params"][place] for place in live]
-        grads: list[Tensor] = [p.grad for p in params if p.grad is not None]
-        if scales is not None and group["layers"]:
-            factors = scales.to(params[0].device).unbind()
+        grads: list[Tensor] = [local(p.grad) for p in params if p.grad is not None]
+        if scales is not None and group["layers"] and group["rule"] == "momentum":
+            factors = scales.to(grads[0].device).unbind()
             of_layer = [factors[group["layers"][place]] for place in live]
             grads = [g * factor.to(g.dtype) for g, factor in zip(grads, of_layer, strict=True)]
         states = [self.state[p] for p in params]
@@ -203,48 +216,63 @@ class FNGD(torch.optim.Optimizer):
                 state.update({name: torch.zeros_like(p) for name in rule.state})
             state["step"] += 1
         rule.update(
-            params,
+            [local(p) for p in params],
             grads,
-            [[state[name] for state in states] for name in rule.state],
+            [[local(state[name]) for state in states] for name in rule.state],
             [state["step"] for state in states],
             lr=group["lr"],
             momentum=group["momentum"],
             beta2=group["beta2"],
             eps=group["eps"],
             weight_decay=group["weight_decay"],
+            sharded=params,
         )
+
+    def _report_skip(self) -> None:
+        self.skipped += 1
+        if self.skipped & (self.skipped - 1) == 0:  # at powers of two, not to fill the log
+            logger.warning(
+                "FNGD skipped a step, %d so far: a gradient was NaN, infinite or too large to be squared; look for "
+                "bad samples or a learning rate that is too high",
+                self.skipped,
+            )
 
     # Step scale ------------------------------------------------------------------------------------------
 
-    def _preconditioned(self) -> Iterator[tuple[int, Tensor, Tensor | None]]:
+    def _squared_norms(self) -> Tensor | None:
+        """``||p||^2`` of every parameter's gradient, in the groups' order ``[P]``; 0 where there is none."""
+        params = [p for group in self.param_groups for p in group["params"]]
+        live = [place for place, p in enumerate(params) if p.grad is not None]
+        if not live:
+            return None
+        grads = [local(params[place].grad) for place in live]
+        device = grads[0].device
+        # Entries of 1e-20 would vanish in a float32 square.
+        dtype = torch.float32 if device.type == "mps" else torch.float64
+        norms = torch.stack([norm.to(device) for norm in torch._foreach_norm(grads, dtype=dtype)])
+        squared = sum_over_parts(norms.square(), [params[place] for place in live])
+        return squared.new_zeros(len(params)).index_copy(0, torch.tensor(live, device=device), squared)
+
+    def _of_layers(self, squared: Tensor) -> tuple[Tensor, Tensor]:
+        """From parameters to layers: ``||p||^2``, and the number of entries that have a gradient, both ``[L]``."""
+        places, layers, counts, first = [], [], [], 0
         for group in self.param_groups:
-            for layer, p in zip(group["layers"], group["params"], strict=False):
-                yield layer, p, p.grad
-
-    def _squared_norms(self) -> tuple[Tensor, Tensor]:
-        """``||p||^2`` and the number of entries of every layer that has a gradient, both ``[L]``, float64."""
-        layers, grads = [], []
-        for layer, _, grad in self._preconditioned():
-            if grad is not None:
+            # The groups of the fallback have no layers.
+            for place, (layer, p) in enumerate(zip(group["layers"], group["params"], strict=False), start=first):
+                places.append(place)
                 layers.append(layer)
-                grads.append(grad)
-        rho = self.preconditioner.rho
-        total = torch.zeros(len(rho), dtype=torch.float64)
-        sizes = torch.zeros_like(total)
-        if grads:
-            device = grads[0].device
-            place = torch.tensor(layers, device=device)
-            norms = torch.stack([norm.to(device) for norm in torch._foreach_norm(grads)])
-            total = total.to(device).index_add_(0, place, norms.double().square())
-            sizes = sizes.to(device).index_add_(
-                0, place, torch.tensor([float(g.numel()) for g in grads], dtype=torch.float64, device=device)
-            )
-        return total, sizes
+                counts.append(0.0 if p.grad is None else float(p.numel()))
+            first += len(group["params"])
+        totals = squared.new_zeros(2, len(self.preconditioner.layers))
+        sizes = torch.tensor(counts, dtype=squared.dtype, device=squared.device)
+        found = torch.stack([squared[places], sizes])
+        totals.index_add_(1, torch.tensor(layers, device=squared.device), found)
+        return totals[0], totals[1]
 
-    def _scales(self) -> Tensor | None:
+    def _scales(self, squared: Tensor) -> Tensor | None:
         if all(group["rule"] != "momentum" for group in self.param_groups if group["layers"]):
             return None
-        squared, sizes = self._squared_norms()
+        squared, sizes = self._of_layers(squared)
         # A layer that never measured rho gets a plain gradient; rho = 1 then makes lr the RMS of its update.
         rho = self.preconditioner.rho.to(squared).nan_to_num(nan=1.0)
         if self.step_scale == "ngd":
@@ -257,7 +285,8 @@ class FNGD(torch.optim.Optimizer):
             known = torch.where(known == 0, squared, known)
             self._norms = torch.where(squared > 0, torch.lerp(squared, known, _NORM_DECAY), known)
             scales = sizes.sqrt() / (rho * self._norms).sqrt()
-        return torch.where(squared > 0, scales, 0.0)
+        # Finite in the gradients' dtype, where a gradient is subnormal.
+        return torch.where(squared > 0, scales, 0.0).clamp(max=torch.finfo(torch.float32).max)
 
     # Safety ----------------------------------------------------------------------------------------------
 
@@ -303,7 +332,10 @@ class FNGD(torch.optim.Optimizer):
         Call it between `step` and ``zero_grad``. Clipped gradients make lambda smaller, by the square of the factor;
         so does averaging over accumulated micro-batches, since rho is that of one micro-batch.
         """
-        squared, _ = self._squared_norms()
+        norms = self._squared_norms()
+        if norms is None:
+            return self.preconditioner.diagnostics() | {"lambda": float("nan")}
+        squared, _ = self._of_layers(norms)
         damping = damping_from_gradient(self.preconditioner.rho.to(squared), squared, self.preconditioner.damping)
         known = damping[damping > 0]
         mean = float(known.log().mean().exp()) if known.numel() else float("nan")
@@ -321,6 +353,7 @@ class FNGD(torch.optim.Optimizer):
         state["param_groups"][0][_STATE_KEY] = {
             "engine": self.preconditioner.state_dict(),
             "norms": self._norms,
+            "skipped": self.skipped,
         }
         return state
 
@@ -348,3 +381,9 @@ class FNGD(torch.optim.Optimizer):
         first = {key: value for key, value in groups[0].items() if key != _STATE_KEY}
         super().load_state_dict({**state_dict, "param_groups": [first, *groups[1:]]})
         self._norms = None if own["norms"] is None else own["norms"].clone()
+        self.skipped = own["skipped"]
+
+
+def _usable(squared: Tensor) -> bool:
+    """Whether gradients are finite, and stay so when an update rule squares them in float32. Waits for the device."""
+    return bool(squared.sum() <= torch.finfo(torch.float32).max)

@@ -73,11 +73,26 @@ class EpochEdge:
 
     def __init__(self) -> None:
         self._up = _loaders_at_their_end()
+        self._ending: weakref.WeakSet[Any] = weakref.WeakSet()
 
     def passed(self) -> bool:
         """Whether the step that calls this was the last of an epoch."""
-        before, self._up = self._up, _loaders_at_their_end()
-        return any(loader not in before for loader in self._up)
+        now = _loaders_at_their_end()
+        ended = any(loader not in self._up for loader in now)
+        self._up, self._ending = now, weakref.WeakSet()
+        return ended
+
+    def missed(self) -> bool:
+        """Whether an epoch ended without a step: the forward pass that calls this is already beyond it.
+
+        Its last step was skipped, by a loss scaler for example.
+        """
+        now = _loaders_at_their_end()
+        if self._ending and not any(loader in now for loader in self._ending):
+            self._up, self._ending = now, weakref.WeakSet()
+            return True
+        self._ending |= now - self._up
+        return False
 
 
 def _loaders_at_their_end() -> weakref.WeakSet[Any]:

@@ -12,10 +12,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from hf_fngd import compiled
 from hf_fngd.arguments import validate
 from hf_fngd.attach import restore_forward, swap_forward
-from hf_fngd.backward import LayerSlot, MicroBatch, call_layer
+from hf_fngd.backward import ON_TOP_OF_ANOTHER, LayerSlot, MicroBatch, call_layer, in_backward
 from hf_fngd.coverage import NEVER_CALLED, CoverageReport
+from hf_fngd.environment import rank_and_world, refuse_environment, refuse_replica, refuse_split_weight
+from hf_fngd.exchange import Exchange, Measurement
+from hf_fngd.persample import accumulation_dtype
 from hf_fngd.phase import EpochEdge, Phase
 from hf_fngd.selection import Modules, Selected, select_layers
 from hf_fngd.sharing import INDEX_COLUMN, BatchInfo, SharingPolicy, make_policy, policy_names
@@ -28,8 +32,8 @@ _MODEL_ATTRIBUTE = "_fngd_model"
 # Where the batch is to be looked for among a model's inputs, before any other tensor.
 _BATCH_KEYS = ("input_ids", "inputs_embeds", "pixel_values", "input_features", "input_values")
 _MAX_MICRO_BATCHES = 1024
-# How much a coefficient step's log rho counts in the average that shared steps use.
-_RHO_RATE = 0.2
+# How much a coefficient step counts in the geometric means of rho and spread that shared steps use.
+_RATE = 0.2
 
 
 class FNGDPreconditioner:
@@ -87,7 +91,7 @@ class FNGDPreconditioner:
         if not isinstance(sharing, SharingPolicy):
             values["sharing"] = sharing
         validate(values, choices={"sharing": policy_names()})
-        _refuse_distributed()
+        refuse_environment(model)
         _refuse_attached(model)
         self.damping = damping
         self.strict = strict
@@ -99,25 +103,29 @@ class FNGDPreconditioner:
         self._plain = selection.plain
         self._model = weakref.ref(model)
         self._edge = EpochEdge()
+        self._exchange = Exchange()
         self._batch: MicroBatch | None = None
         self._batches: list[MicroBatch] = []
         self._place = 0
         self.epoch_ended = False
+        self._checked = False
         self._reported = False
         self._reported_fallbacks = 0
         self._hooks: list[RemovableHandle] = []
-        self._rho_average: Tensor | None = None
+        self._averages: Tensor | None = None
         self.rho: Tensor = torch.full((len(self.layers),), torch.nan)
         self.spread: Tensor = torch.ones(len(self.layers))
-        self._slots = [
+        self.slots = [
             LayerSlot(place, layer.name, layer.kernel, self.policy, damping, memory_budget)
             for place, layer in enumerate(self.layers)
         ]
+        self._engine = compiled.register(self)
+        self._number: Tensor | None = None
         self._attach(model)
 
     def _attach(self, model: nn.Module) -> None:
         try:
-            for layer, slot in zip(self.layers, self._slots, strict=True):
+            for layer, slot in zip(self.layers, self.slots, strict=True):
                 swap_forward(layer.module, _LAYER_ATTRIBUTE, partial(self._layer_forward, slot))
             swap_forward(model, _MODEL_ATTRIBUTE, self._model_forward)
         except RuntimeError:
@@ -136,30 +144,53 @@ class FNGDPreconditioner:
     def _layer_forward(
         self, slot: LayerSlot, module: nn.Module, own: Callable[..., Tensor], *args: Any, **kwargs: Any
     ) -> Tensor:
-        batch = self._batch
         weight = module.weight
         assert isinstance(weight, Tensor)
         if (
-            batch is None
-            or not module.training
+            not module.training
             or not torch.is_grad_enabled()
             or not weight.requires_grad
             or len(args) + len(kwargs) != 1
         ):
             return own(*args, **kwargs)
         (x,) = (*args, *kwargs.values())
+        if torch.compiler.is_compiling():
+            number = self._number
+            return own(x) if number is None else compiled.call_layer(module, x, slot, number, self._engine)
+        batch = self._batch
+        if batch is None:
+            return own(x)
+        refuse_split_weight(weight)
+        if in_backward() and sum(not other.complete for other in self._batches) > 1:
+            slot.fallbacks.add(ON_TOP_OF_ANOTHER)
+            return own(x)
         return call_layer(module, x, slot, batch)
 
     def _model_forward(self, module: nn.Module, own: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         index = kwargs.pop(INDEX_COLUMN, None)
         if module.training and torch.is_grad_enabled():
-            self._begin(_batch_size(args, kwargs), index)
+            refuse_replica(module)
+            sample = _sample(args, kwargs)
+            if torch.compiler.is_compiling():
+                self._number = None if sample is None else torch.ops.hf_fngd.begin(sample, index, self._engine)
+            else:
+                self._batch = None if sample is None else self.begin(len(sample), index)
         return own(*args, **kwargs)
 
-    def _begin(self, size: int | None, index: Tensor | None) -> None:
-        if size is None:
-            self._batch = None
-            return
+    def begin(self, size: int, index: Tensor | None) -> MicroBatch:
+        """A training forward pass of the model begins; for the attached forwards only.
+
+        Args:
+            size: number of samples N.
+            index: dataset indices of the samples, where the batch carries them.
+
+        Raises:
+            ValueError: the index column is missing or is not one integer a sample.
+            RuntimeError: the model was prepared for a mode that FNGD refuses, or steps are never closed.
+        """
+        if not self._checked:  # again, now that Accelerate has prepared it
+            refuse_environment(self.model)
+            self._checked = True
         if self.policy.needs_index and index is None:
             raise ValueError(
                 f'sharing="{self.policy.name}" needs the column {INDEX_COLUMN!r} in every training batch: '
@@ -170,19 +201,26 @@ class FNGDPreconditioner:
                 f"the column {INDEX_COLUMN!r} has to hold one integer a sample: got {tuple(index.shape)} of "
                 f"{index.dtype} for {size} samples; let hf_fngd.add_index(dataset) make it"
             )
+        if self._edge.missed():  # the last step of the epoch was skipped
+            self._batches = []
+            self.end_epoch()
+        if not in_backward():
+            self._batches = [batch for batch in self._batches if not batch.half_done]
         if len(self._batches) >= _MAX_MICRO_BATCHES:
-            self._batches = [batch for batch in self._batches if batch.touched]
+            self._batches = [batch for batch in self._batches if batch.complete]
             if len(self._batches) >= _MAX_MICRO_BATCHES:
                 raise RuntimeError(
                     f"{_MAX_MICRO_BATCHES} backward passes without a step, more than an optimizer step can accumulate: "
                     "call preconditioner.step() after each optimizer.step(), or preconditioner.follow(optimizer) once"
                 )
-        place = self._place + sum(batch.touched for batch in self._batches)
+        rank, world = rank_and_world()
+        place = self._place + world * sum(batch.complete for batch in self._batches) + rank
         info = BatchInfo(size, place, None if index is None else index.detach().flatten())
         computes = self.phase.computes
         stored = None if computes else self.policy.lookup(info)
-        self._batch = MicroBatch(info, computes, stored, [0] * len(self.layers))
-        self._batches.append(self._batch)
+        batch = MicroBatch(info, computes, stored, [0] * len(self.layers))
+        self._batches.append(batch)
+        return batch
 
     # The optimizer's side --------------------------------------------------------------------------------
 
@@ -204,18 +242,21 @@ class FNGDPreconditioner:
 
         Sets `rho` and `spread` (``mean(w^2)``), both ``[L]``, to those of the step that it closes, and
         `epoch_ended` to whether Accelerate's data loaders say that it was the last of an epoch. A call without a
-        backward pass since the last one changes no coefficients.
+        backward pass since the last one changes no coefficients. With several processes all of them have to call it,
+        and in a coefficient step they exchange their coefficients.
         """
-        batches = [batch for batch in self._batches if batch.touched]
-        self._batches, self._batch = [], None
-        self.epoch_ended = self._edge.passed()
-        if batches:
-            self._measure(batches)
-            for batch in batches:
-                if batch.fresh is not None and batch.rho is not None:
-                    self.policy.commit(batch.fresh, ~batch.rho.isnan(), batch.info)
-            self._place += len(batches)
-            sharing = self.phase.sharing
+        computes, sharing = self.phase.computes, self.phase.sharing
+        _, world = rank_and_world()
+        began = bool(self._batches)
+        batches = self._close()
+        # The backward pass of one process may have reached no layer; all have to go on alike.
+        if batches or (began and world > 1):
+            own = [
+                Measurement(batch.info, batch.fresh, batch.rho)
+                for batch in batches
+                if batch.fresh is not None and batch.rho is not None
+            ]
+            self._store(self._exchange.gather(own, self._like()) if computes and world > 1 else own)
             self.phase.advance()
             if self.phase.sharing and not sharing:
                 self._place = 0
@@ -225,23 +266,40 @@ class FNGDPreconditioner:
         if self.epoch_ended:
             self.end_epoch()
 
-    def _measure(self, batches: list[MicroBatch]) -> None:
-        rhos = [batch.rho for batch in batches if batch.rho is not None]
-        weights = [batch.fresh if batch.computes else batch.stored for batch in batches]
-        spreads = [w.square().mean(dim=1) for w in weights if w is not None]
-        if rhos:
-            fresh = torch.stack(rhos).nanmean(dim=0)
-            average = fresh if self._rho_average is None else self._rho_average
+    def skip(self) -> None:
+        """Close an optimizer step that was not taken: nothing is stored, and the phase does not advance."""
+        self._close()
+        if self.epoch_ended:
+            self.end_epoch()
+
+    def _close(self) -> list[MicroBatch]:
+        """Take the micro-batches since the last step."""
+        batches = [batch for batch in self._batches if batch.complete]
+        self._batches, self._batch = [], None
+        self._place += rank_and_world()[1] * len(batches)
+        for batch in batches:
+            batch.entered.clear()
+        self.epoch_ended = self._edge.passed()
+        return batches
+
+    def _like(self) -> Tensor:
+        weight = self.layers[0].module.weight
+        assert isinstance(weight, Tensor)
+        return torch.empty(len(self.layers), dtype=accumulation_dtype(weight.dtype), device=weight.device)
+
+    def _store(self, measurements: list[Measurement]) -> None:
+        for m in measurements:
+            self.policy.commit(m.w, m.valid, m.info)
+        if measurements:
+            fresh = torch.stack([torch.stack([m.rho, m.spread]) for m in measurements]).nanmean(dim=0)
+            average = fresh if self._averages is None else self._averages
             average = torch.where(average.isnan(), fresh, average)
-            averaged = torch.exp(torch.lerp(average.log(), fresh.log(), _RHO_RATE))
-            self._rho_average = torch.where(fresh.isnan(), average, averaged)
-            self.rho = torch.where(fresh.isnan(), self._rho_average, fresh)
-        elif self._rho_average is not None:
-            self.rho = self._rho_average
-        if spreads:
-            self.spread = torch.stack(spreads).mean(dim=0)
-        else:
-            self.spread = torch.ones_like(self.rho)
+            moved = torch.exp(torch.lerp(average.log(), fresh.log(), _RATE))
+            self._averages = torch.where(fresh.isnan(), average, moved)
+            self.rho, self.spread = torch.where(fresh.isnan(), self._averages, fresh)
+        elif self._averages is not None:
+            self.rho, self.spread = self._averages
+        self.spread = self.spread.nan_to_num(nan=1.0)
 
     def end_epoch(self) -> None:
         """Say that an epoch ended: in a plain loop, after its last `step`. Idempotent."""
@@ -269,7 +327,7 @@ class FNGDPreconditioner:
         """What is preconditioned, what is not, and why; before the first step, what is going to be."""
         preconditioned: list[str] = []
         missed: dict[str, str] = {}
-        for layer, slot in zip(self.layers, self._slots, strict=True):
+        for layer, slot in zip(self.layers, self.slots, strict=True):
             names = [
                 f"{layer.name}.{leaf}" if layer.name else leaf
                 for leaf, parameter in layer.module.named_parameters(recurse=False)
@@ -290,7 +348,7 @@ class FNGDPreconditioner:
         return any(isinstance(grad, Tensor) and bool(grad.any()) for grad in grads)
 
     def _report(self) -> None:
-        fallbacks = sum(len(slot.fallbacks) for slot in self._slots)
+        fallbacks = sum(len(slot.fallbacks) for slot in self.slots)
         if self._reported and fallbacks == self._reported_fallbacks:
             return
         self._reported, self._reported_fallbacks = True, fallbacks
@@ -323,7 +381,7 @@ class FNGDPreconditioner:
         return {
             "phase": self.phase.state_dict(),
             "place": self._place,
-            "rho": self._rho_average,
+            "averages": self._averages,
             "sharing": self.policy.name,
             "policy": self.policy.state_dict(),
         }
@@ -343,8 +401,8 @@ class FNGDPreconditioner:
         self.policy.load_state_dict(_to_device(state_dict["policy"], device))
         self.phase.load_state_dict(state_dict["phase"])
         self._place = state_dict["place"]
-        rho = state_dict["rho"]
-        self._rho_average = None if rho is None else rho.to(device, copy=True)
+        averages = state_dict["averages"]
+        self._averages = None if averages is None else averages.to(device, copy=True)
         self._batch, self._batches = None, []
 
 
@@ -356,17 +414,17 @@ def detach(model: nn.Module) -> None:
                 restore_forward(module, attribute)
 
 
-def _batch_size(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int | None:
-    """Dim 0 of the input that carries the samples; None where no input is a tensor with a dimension."""
+def _sample(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:
+    """The input whose first dimension counts the samples; None where no input is a tensor with a dimension."""
     for key in _BATCH_KEYS:
         if isinstance(value := kwargs.get(key), Tensor) and value.dim() > 0:
-            return value.shape[0]
+            return value
     for value in (*args, *kwargs.values()):
         if isinstance(value, Mapping):
-            if (size := _batch_size((), value)) is not None:
-                return size
+            if (found := _sample((), value)) is not None:
+                return found
         elif isinstance(value, Tensor) and value.dim() > 0:
-            return value.shape[0]
+            return value
     return None
 
 
@@ -380,15 +438,4 @@ def _refuse_attached(model: nn.Module) -> None:
         if _MODEL_ATTRIBUTE in module.__dict__ or _LAYER_ATTRIBUTE in module.__dict__:
             raise RuntimeError(
                 f"the module {name!r} is attached to another FNGD already; call hf_fngd.detach(model) first"
-            )
-
-
-def _refuse_distributed() -> None:
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        world = torch.distributed.get_world_size()
-        if world > 1:
-            raise RuntimeError(
-                f"FNGD does not yet run on several processes (this is one of {world}): its coefficients and step "
-                "scales would drift apart. Launch one process (accelerate launch --num_processes 1), with "
-                "gradient_accumulation_steps for larger batches"
             )

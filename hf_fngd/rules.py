@@ -14,6 +14,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from hf_fngd.sharded import part, whole
+
 Tensors = list[Tensor]
 
 # Quintic Newton-Schulz iteration of Muon (Jordan et al. 2024): maps singular values in (0, 1] to about 1.
@@ -38,8 +40,12 @@ class Rule(Protocol):
         beta2: float,
         eps: float,
         weight_decay: float,
+        sharded: Sequence[Tensor],
     ) -> None:
-        """Do one update; ``steps`` counts each parameter's updates, this one included."""
+        """Do one update; ``steps`` counts each parameter's updates, this one included.
+
+        Under FSDP2 the tensors are this process's parts of ``sharded``, otherwise the same as those.
+        """
 
 
 def momentum_update(
@@ -72,6 +78,7 @@ def adam_update(
     beta2: float,
     eps: float,
     weight_decay: float,
+    **_: Any,
 ) -> None:
     """Adam (Kingma & Ba 2015) with decoupled weight decay; ``momentum`` is its beta1."""
     means, squares = state
@@ -94,24 +101,26 @@ def muon_update(
     lr: float,
     momentum: float,
     weight_decay: float,
+    sharded: Sequence[Tensor],
     **_: Any,
 ) -> None:
     """Orthogonalized Nesterov momentum (Muon, Jordan et al. 2024), scaled to a root mean square of 0.2 lr.
 
-    The scale lets one learning rate serve matrices of any shape and AdamW on the parameters beside them.
+    The scale lets one learning rate serve matrices of any shape and AdamW on the parameters beside them. Under FSDP2
+    every process gathers the matrices, one at a time, and orthogonalizes all of them.
     """
     (buffers,) = state
     torch._foreach_lerp_(buffers, grads, 1 - momentum)
-    directions = torch._foreach_lerp(grads, buffers, momentum)
+    directions = [whole(d, p) for d, p in zip(torch._foreach_lerp(grads, buffers, momentum), sharded, strict=True)]
     _decay(params, lr, weight_decay)
-    kinds = [(p.shape, p.dtype, p.device) for p in params]
+    kinds = [(d.shape, d.dtype, d.device) for d in directions]
     for kind in dict.fromkeys(kinds):
         members = [place for place, own in enumerate(kinds) if own == kind]
         updates = orthogonalize(torch.stack([directions[place] for place in members]))
         scale = lr * _MUON_RMS * max(kind[0]) ** 0.5
         torch._foreach_add_(
             [params[place] for place in members],
-            [u.to(kind[1]) for u in updates.unbind()],
+            [part(u.to(kind[1]), sharded[place]) for u, place in zip(updates.unbind(), members, strict=True)],
             alpha=-scale,
         )
 

@@ -144,7 +144,13 @@ class SlowLayer:
     module: nn.Module
     store: ReplayStore | RankedStore
     log_rho: float = math.nan
+    log_spread: float = math.nan
     squared_norm: float = math.nan
+
+
+def newest(average: float, value: float) -> float:
+    """The running mean after another value."""
+    return value if math.isnan(average) else 0.8 * average + 0.2 * value
 
 
 def run(
@@ -190,13 +196,14 @@ def run(
             exact = Dense(u[id(layer)], damping)
             samples = len(x)
             if computes:
-                w, rho = exact.w, exact.rho
+                w, rho, spread = exact.w, exact.rho, float(exact.w.square().mean())
                 layer.store.put(step % epoch, w, norms[id(layer)])
-                # Later steps use a running geometric mean, which the newest enters with 0.2.
-                newest = float(rho.log())
-                layer.log_rho = newest if math.isnan(layer.log_rho) else 0.8 * layer.log_rho + 0.2 * newest
+                # Later steps use running geometric means, which the newest enter with 0.2.
+                layer.log_rho = newest(layer.log_rho, float(rho.log()))
+                layer.log_spread = newest(layer.log_spread, math.log(spread))
             else:
-                w, rho = layer.store.get(step % epoch, norms[id(layer)]), math.exp(layer.log_rho)
+                w = layer.store.get(step % epoch, norms[id(layer)])
+                rho, spread = math.exp(layer.log_rho), math.exp(layer.log_spread)
             p = u[id(layer)] @ w / samples
             squared = float(p.square().sum())
             offset = 0
@@ -206,7 +213,7 @@ def run(
             if step_scale == "ngd":
                 # lambda' in any step: ||p||^2 + lambda mean(w^2), with lambda = alpha rho ||p||^2.
                 lam = damping * rho * squared
-                natural = 1 / (squared + lam * float(w.square().mean()))
+                natural = 1 / (squared + lam * spread)
                 scale = min(natural, math.sqrt(len(p) / squared))
             else:
                 before = squared if math.isnan(layer.squared_norm) else layer.squared_norm

@@ -11,12 +11,13 @@ ROOT = Path(hf_fngd.__file__).parent
 
 # From the bottom to the top. A module imports from lower layers, and from siblings of its own package.
 ORDER = [
-    {"arguments", "persample", "attach"},
-    {"coefficients"},
+    {"arguments", "persample", "attach", "sharded"},
+    {"coefficients", "environment"},
     {"layers"},
     {"sharing"},
-    {"backward", "selection", "phase", "coverage"},
-    {"rules", "groups", "preconditioner"},
+    {"backward", "exchange", "selection", "phase", "coverage"},
+    {"compiled", "rules", "groups"},
+    {"preconditioner"},
     {"optimizer", "hub"},
     {"config"},
     {"trainer"},

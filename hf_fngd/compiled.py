@@ -1,0 +1,143 @@
+"""What a graph of torch.compile sees of the engine: three opaque operators and tensors between them.
+
+A traced graph keeps no Python objects, and an integer that changes from step to step would recompile it. So the
+micro-batch travels through it as a number in a tensor: `begin` numbers the forward pass, `enter` a layer's call in
+it, `gradients` finds the call by that number when backward runs. Between them the graph has no break, and runs on
+unchanged through coefficient steps, shared steps and any state of the store.
+"""
+
+from __future__ import annotations
+
+import itertools
+import weakref
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from hf_fngd.backward import LayerCall, LayerSlot, MicroBatch, enter, operands
+from hf_fngd.layers import LayerKernel
+
+
+class Engine(Protocol):
+    """What the operators need of a preconditioner."""
+
+    slots: list[LayerSlot]
+
+    def begin(self, size: int, index: Tensor | None) -> MicroBatch:
+        """A training forward pass begins."""
+
+
+_engines: weakref.WeakValueDictionary[int, Engine] = weakref.WeakValueDictionary()
+_numbers = itertools.count()
+# Kept alive by their engine until the optimizer's step.
+_batches: weakref.WeakValueDictionary[int, MicroBatch] = weakref.WeakValueDictionary()
+
+
+def register(engine: Engine) -> int:
+    """A number by which the operators find an engine."""
+    number = next(_numbers)
+    _engines[number] = engine
+    return number
+
+
+@torch.library.custom_op("hf_fngd::begin", mutates_args=())
+def begin(sample: Tensor, index: Tensor | None, engine: int) -> Tensor:
+    """Begin a forward pass with a batch as large as ``sample``; returns its number, an int64 scalar on the CPU."""
+    batch = _engines[engine].begin(sample.shape[0], index)
+    number = next(_numbers)
+    _batches[number] = batch
+    return torch.tensor(number)
+
+
+@begin.register_fake
+def _(sample: Tensor, index: Tensor | None, engine: int) -> Tensor:
+    return torch.empty((), dtype=torch.int64, device="cpu")
+
+
+@torch.library.custom_op("hf_fngd::enter", mutates_args=())
+def enter_call(x: Tensor, batch: Tensor, layer: int, engine: int) -> Tensor:
+    """Count a layer's call; returns the numbers of batch and call, int64 ``[2]`` on the CPU.
+
+    ``x``, the layer's input, is there to tell two calls of one layer apart, which a compiler would merge.
+    """
+    number = int(batch)
+    found = _batches.get(number)
+    call = enter(_engines[engine].slots[layer], found)
+    if found is None:
+        return torch.tensor([number, 0])
+    found.entered.append(call)
+    return torch.tensor([number, len(found.entered) - 1])
+
+
+@enter_call.register_fake
+def _(x: Tensor, batch: Tensor, layer: int, engine: int) -> Tensor:
+    return torch.empty(2, dtype=torch.int64, device="cpu")
+
+
+@torch.library.custom_op("hf_fngd::gradients", mutates_args=())
+def gradients(
+    x: Tensor, g: Tensor, weight: Tensor, call: Tensor, layer: int, engine: int, has_bias: bool
+) -> tuple[Tensor, Tensor]:
+    """`LayerCall.gradients` of a call by its numbers; a bias gradient that is not asked for is empty."""
+    number, place = call.tolist()
+    batch = _batches.get(number)
+    # Backward after the optimizer's step: too late to weigh anything.
+    found = LayerCall(_engines[engine].slots[layer], None) if batch is None else batch.entered[place]
+    grad_weight, grad_bias = found.gradients(x, g, has_bias)
+    return grad_weight.contiguous(), g.new_empty(0) if grad_bias is None else grad_bias
+
+
+@gradients.register_fake
+def _(
+    x: Tensor, g: Tensor, weight: Tensor, call: Tensor, layer: int, engine: int, has_bias: bool
+) -> tuple[Tensor, Tensor]:
+    return x.new_empty(weight.shape), g.new_empty(g.shape[-1] if has_bias else 0)
+
+
+class CompiledFunction(torch.autograd.Function):
+    """`hf_fngd.backward.PreconditionedFunction`, made of tensors and numbers."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        call: Tensor,
+        kernel: LayerKernel,
+        layer: int,
+        engine: int,
+        has_bias: bool,
+    ) -> Tensor:
+        """The layer's own forward."""
+        ctx.save_for_backward(x, weight, call)
+        ctx.kernel, ctx.layer, ctx.engine, ctx.has_bias = kernel, layer, engine, has_bias
+        return kernel.forward(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        """Gradients of x, weight and bias."""
+        x, weight, call = ctx.saved_tensors
+        grad_weight, grad_bias = torch.ops.hf_fngd.gradients(x, g, weight, call, ctx.layer, ctx.engine, ctx.has_bias)
+        return (
+            ctx.kernel.input_gradient(g, weight),
+            grad_weight,
+            grad_bias if ctx.has_bias else None,
+            None,
+            None,
+            None,
+            None,
+            None,
+        )
+
+
+def call_layer(module: nn.Module, x: Tensor, slot: LayerSlot, batch: Tensor, engine: int) -> Tensor:
+    """Run an attached layer in a traced training forward pass; ``batch`` is what `begin` returned."""
+    call = torch.ops.hf_fngd.enter(x, batch, slot.layer, engine)
+    x, weight, bias = operands(module, x)
+    has_bias = bias is not None and bias.requires_grad
+    output: Tensor = CompiledFunction.apply(  # type: ignore[no-untyped-call]
+        x, weight, bias, call, slot.kernel, slot.layer, engine, has_bias
+    )
+    return output

@@ -1,0 +1,113 @@
+"""Several processes: what each measured in a coefficient step, brought to all of them.
+
+Every process weights the samples of its own micro-batch, and the gradients are averaged as ever (Sec. IV-D: weight
+locally, then aggregate). The coefficients are exchanged once, in the optimizer's step, and each process then stores
+all of them in the same order. So R processes do exactly what one does that accumulates R micro-batches, and store,
+rho and phase agree bit for bit. A shared step exchanges nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from hf_fngd.environment import rank_and_world
+from hf_fngd.sharing import BatchInfo
+
+_HEADER = 3  # of a measurement: size, place, whether it has an index
+_COUNTS = 2  # of a message: number of measurements, largest size
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """The coefficients that one micro-batch's backward pass computed.
+
+    Attributes:
+        info: the micro-batch.
+        w: encoded weights ``[L, N]``.
+        rho: noise ratios ``[L]``; NaN where a layer's coefficients were unusable.
+    """
+
+    info: BatchInfo
+    w: Tensor
+    rho: Tensor
+
+    @property
+    def valid(self) -> Tensor:
+        """Which layers' coefficients are usable, ``[L]``."""
+        return ~self.rho.isnan()
+
+    @property
+    def spread(self) -> Tensor:
+        """``mean(w^2)`` of the layers, ``[L]``, NaN where unusable."""
+        return torch.where(self.valid, self.w.square().mean(dim=1), torch.nan)
+
+
+class Exchange:
+    """The one collective of a coefficient step.
+
+    A message has room for as many measurements, and as large ones, as any process ever had; its first two numbers say
+    how many there are. Where they exceed the room, which all processes see alike, all send again with more of it: in
+    the first coefficient step, and where batches grow.
+    """
+
+    def __init__(self) -> None:
+        self._rows, self._width = 0, 0
+
+    def gather(self, own: Sequence[Measurement], like: Tensor) -> list[Measurement]:
+        """All processes' measurements, by place; every process has to call it.
+
+        Args:
+            own: this process's measurements.
+            like: a ``[L]`` tensor of the dtype and device that the result is to have.
+        """
+        while True:
+            received = self._all_gather(self._pack(own, like))
+            rows, width = (int(count) for count in received[:, :_COUNTS].amax(dim=0))
+            if rows <= self._rows and width <= self._width:
+                break
+            self._rows, self._width = max(rows, self._rows), max(width, self._width)
+        measurements = [m for message in received for m in self._unpack(message, like)]
+        return sorted(measurements, key=lambda m: m.info.place)
+
+    def _pack(self, own: Sequence[Measurement], like: Tensor) -> Tensor:
+        layers = len(like)
+        # float64 holds weights, noise ratios, places and dataset indices exactly.
+        message = like.new_zeros(_COUNTS + self._rows * self._columns(layers), dtype=torch.float64)
+        message[0] = len(own)
+        message[1] = max((m.info.size for m in own), default=0)
+        if len(own) > self._rows or message[1] > self._width:
+            return message
+        for row, m in zip(message[_COUNTS:].view(self._rows, -1), own, strict=False):
+            n = m.info.size
+            row[0], row[1], row[2] = n, m.info.place, m.info.index is not None
+            row[_HEADER : _HEADER + layers] = m.rho
+            table = row[_HEADER + layers :].view(layers + 1, self._width)
+            table[:layers, :n] = m.w
+            if m.info.index is not None:
+                table[layers, :n] = m.info.index
+        return message
+
+    def _unpack(self, message: Tensor, like: Tensor) -> list[Measurement]:
+        layers = len(like)
+        measurements = []
+        for row in message[_COUNTS:].view(self._rows, -1)[: int(message[0])]:
+            n, place, has_index = (int(number) for number in row[:_HEADER])
+            table = row[_HEADER + layers :].view(layers + 1, self._width)[:, :n]
+            index = table[layers].long() if has_index else None
+            rho = row[_HEADER : _HEADER + layers].to(like.dtype)
+            measurements.append(Measurement(BatchInfo(n, place, index), table[:layers].to(like.dtype), rho))
+        return measurements
+
+    def _columns(self, layers: int) -> int:
+        return _HEADER + layers + (layers + 1) * self._width
+
+    def _all_gather(self, message: Tensor) -> Tensor:
+        _, world = rank_and_world()
+        received = message.new_empty(world, len(message))
+        dist.all_gather_into_tensor(received.view(-1), message)
+        return received
