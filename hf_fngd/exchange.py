@@ -109,5 +109,5 @@ class Exchange:
     def _all_gather(self, message: Tensor) -> Tensor:
         _, world = rank_and_world()
         received = message.new_empty(world, len(message))
-        dist.all_gather_into_tensor(received.view(-1), message)
+        dist.all_gather(list(received.unbind()), message)
         return received

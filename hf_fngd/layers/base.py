@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
 
 class LayerKernel(ABC):
@@ -49,7 +50,10 @@ def kernel_for(module: nn.Module) -> LayerKernel | None:
 
     Subclasses do not count: quantized, LoRA and attention-internal subclasses of Linear compute other things.
     """
-    return _KERNELS.get(type(module))
+    layer_type = type(module)
+    if issubclass(layer_type, FSDPModule):  # a class that FSDP2 generated for a module that it sharded
+        layer_type = layer_type.__mro__[layer_type.__mro__.index(FSDPModule) + 1]
+    return _KERNELS.get(layer_type)
 
 
 def known_layers() -> tuple[str, ...]:
