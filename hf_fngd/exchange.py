@@ -78,11 +78,11 @@ class Exchange:
         layers = len(like)
         # float64 holds weights, noise ratios, places and dataset indices exactly.
         message = like.new_zeros(_COUNTS + self._rows * self._columns(layers), dtype=torch.float64)
-        message[0] = len(own)
-        message[1] = max((m.info.size for m in own), default=0)
-        if len(own) > self._rows or message[1] > self._width:
+        largest = max((m.info.size for m in own), default=0)
+        message[0], message[1] = len(own), largest
+        if len(own) > self._rows or largest > self._width:
             return message
-        for row, m in zip(message[_COUNTS:].view(self._rows, -1), own, strict=False):
+        for row, m in zip(self._measurements(message, layers), own, strict=False):
             n = m.info.size
             row[0], row[1], row[2] = n, m.info.place, m.info.index is not None
             row[_HEADER : _HEADER + layers] = m.rho
@@ -95,13 +95,16 @@ class Exchange:
     def _unpack(self, message: Tensor, like: Tensor) -> list[Measurement]:
         layers = len(like)
         measurements = []
-        for row in message[_COUNTS:].view(self._rows, -1)[: int(message[0])]:
+        for row in self._measurements(message, layers)[: int(message[0])]:
             n, place, has_index = (int(number) for number in row[:_HEADER])
             table = row[_HEADER + layers :].view(layers + 1, self._width)[:, :n]
             index = table[layers].long() if has_index else None
             rho = row[_HEADER : _HEADER + layers].to(like.dtype)
             measurements.append(Measurement(BatchInfo(n, place, index), table[:layers].to(like.dtype), rho))
         return measurements
+
+    def _measurements(self, message: Tensor, layers: int) -> Tensor:
+        return message[_COUNTS:].view(self._rows, self._columns(layers))
 
     def _columns(self, layers: int) -> int:
         return _HEADER + layers + (layers + 1) * self._width

@@ -213,8 +213,8 @@ class FNGDPreconditioner:
                     f"{_MAX_MICRO_BATCHES} backward passes without a step, more than an optimizer step can accumulate: "
                     "call preconditioner.step() after each optimizer.step(), or preconditioner.follow(optimizer) once"
                 )
-        rank, world = rank_and_world()
-        place = self._place + world * sum(batch.complete for batch in self._batches) + rank
+        rank, _ = rank_and_world()
+        place = self._place + self._places() + rank
         info = BatchInfo(size, place, None if index is None else index.detach().flatten())
         computes = self.phase.computes
         stored = None if computes else self.policy.lookup(info)
@@ -275,12 +275,18 @@ class FNGDPreconditioner:
     def _close(self) -> list[MicroBatch]:
         """Take the micro-batches since the last step."""
         batches = [batch for batch in self._batches if batch.complete]
+        self._place += self._places()
         self._batches, self._batch = [], None
-        self._place += rank_and_world()[1] * len(batches)
         for batch in batches:
             batch.entered.clear()
         self.epoch_ended = self._edge.passed()
         return batches
+
+    def _places(self) -> int:
+        """How many micro-batches there were since the last step, those of the other processes included."""
+        _, world = rank_and_world()
+        # Alike on all processes, the backward pass of one of which may have reached no layer.
+        return world * (sum(batch.complete for batch in self._batches) if world == 1 else len(self._batches))
 
     def _like(self) -> Tensor:
         weight = self.layers[0].module.weight
@@ -382,6 +388,7 @@ class FNGDPreconditioner:
             "phase": self.phase.state_dict(),
             "place": self._place,
             "averages": self._averages,
+            "layers": [(slot.batch_first, slot.repeated) for slot in self.slots],
             "sharing": self.policy.name,
             "policy": self.policy.state_dict(),
         }
@@ -403,6 +410,8 @@ class FNGDPreconditioner:
         self._place = state_dict["place"]
         averages = state_dict["averages"]
         self._averages = None if averages is None else averages.to(device, copy=True)
+        for slot, (batch_first, repeated) in zip(self.slots, state_dict["layers"], strict=True):
+            slot.batch_first, slot.repeated = batch_first, repeated
         self._batch, self._batches = None, []
 
 

@@ -1,0 +1,329 @@
+"""Checks that several processes run together; each returns what rank 0 reports of it.
+
+Run by `tests.distributed.launch`: ``python -m tests.distributed.checks NAME RESULT``.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+
+from hf_fngd import FNGD
+from hf_fngd.sharing import INDEX_COLUMN
+from tests.nets import data, loss, net
+
+STEPS, EPOCH = 12, 6
+
+# Every sharing policy, update rule, step scale and fallback at least once.
+SETTINGS: dict[str, dict[str, Any]] = {
+    "ranked, muon": {"sharing": "ranked", "update": "muon"},
+    "replay, momentum, rms": {"sharing": "replay", "update": "momentum", "fallback": "sgd", "weight_decay": 0.1},
+    "never, momentum, ngd": {"sharing": "never", "update": "momentum", "step_scale": "ngd"},
+    "replay, momentum, ngd": {"sharing": "replay", "update": "momentum", "step_scale": "ngd"},
+    "last, adam": {"sharing": "last", "update": "adam"},
+    "index, adam": {"sharing": "index", "update": "adam"},
+    "uniform, momentum, rms": {"sharing": "uniform", "update": "momentum"},
+}
+
+
+def make(conv1d: bool = False, **changes: Any) -> tuple[nn.Module, FNGD]:
+    """A small net and FNGD on it: four coefficient steps, then every third."""
+    model = net(width=9, layer_type="Conv1D" if conv1d else "Linear")
+    return model, optimizer(model, **changes)
+
+
+def optimizer(model: nn.Module, **changes: Any) -> FNGD:
+    return FNGD(model, **({"lr": 1e-2, "damping": 0.01, "refresh": 3, "coefficient_steps": 4} | changes))
+
+
+def batch(step: int, rank: int, world: int, sharing: str) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """One rank's samples; in every third step, the last of a short epoch, each rank has another number of them."""
+    samples = 5 if step % 3 != 2 else 2 + rank
+    x, y = data(samples, 3, seed=100 * step + rank)
+    index = torch.arange(samples) + 20 * (world * (step % EPOCH) + rank)
+    return x, y, {INDEX_COLUMN: index} if sharing == "index" else {}
+
+
+def run(model: nn.Module, fngd: FNGD, ranks: list[int], world: int, steps: range = range(STEPS)) -> None:
+    """Train on the batches of some of the ranks, whose gradients are averaged in backward or accumulated."""
+    sharing = fngd.preconditioner.policy.name
+    for step in steps:
+        for rank in ranks:
+            x, y, extra = batch(step, rank, world, sharing)
+            last = rank == ranks[-1]
+            synchronized = nullcontext() if last or not hasattr(model, "no_sync") else model.no_sync()
+            with synchronized:
+                (nn.functional.cross_entropy(model(x, **extra), y) / len(ranks)).backward()
+        fngd.step()
+        fngd.zero_grad()
+        if step == EPOCH - 1:
+            fngd.end_epoch()
+
+
+@contextmanager
+def alone() -> Iterator[None]:
+    """This process by itself: what it does is no part of the group's work."""
+    initialized = dist.is_initialized
+    dist.is_initialized = lambda: False
+    try:
+        yield
+    finally:
+        dist.is_initialized = initialized
+
+
+def flat(model: nn.Module) -> Tensor:
+    parts = [p.full_tensor() if isinstance(p, DTensor) else p for p in model.parameters()]
+    return torch.cat([p.detach().flatten() for p in parts])
+
+
+def digest(value: Any) -> str:
+    """Of tensors, numbers, lists and dictionaries, bit for bit."""
+    if isinstance(value, dict):
+        return hashlib.sha256(
+            "".join(f"{k}:{digest(v)}" for k, v in sorted(value.items(), key=str)).encode()
+        ).hexdigest()
+    if isinstance(value, list | tuple):
+        return digest(dict(enumerate(value)) | {"type": "list"}) if value else "[]"
+    if isinstance(value, DTensor):
+        value = value.full_tensor()
+    if isinstance(value, Tensor):
+        return hashlib.sha256(value.contiguous().numpy().tobytes()).hexdigest() + str(value.dtype)
+    return repr(value)
+
+
+def agree(*values: Any) -> bool:
+    """Whether all ranks hold the same, bit for bit."""
+    own = digest(list(values))
+    found: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, own)
+    return found == [own] * len(found)
+
+
+def engine_state(fngd: FNGD) -> Any:
+    return fngd.state_dict()["param_groups"][0]["fngd"]
+
+
+def against_accumulation(prepare: Callable[..., tuple[nn.Module, nn.Module, FNGD, bool]]) -> dict[str, Any]:
+    """R ranks against one process that accumulates R micro-batches; and whether all ranks agree bit for bit."""
+    rank, world = dist.get_rank(), dist.get_world_size()
+    found = {}
+    for (name, settings), conv1d in product(SETTINGS.items(), (False, True)):
+        model, called, fngd, active = prepare(conv1d, settings)
+        run(called, fngd, [rank], world)
+        mine, state = flat(model), engine_state(fngd)
+        same = agree(mine, state)
+        with alone():
+            reference, slow = make(conv1d, **settings)
+            run(reference, slow, list(range(world)), world)
+        found[f"{name}, {'Conv1D' if conv1d else 'Linear'}"] = {
+            "active": active,
+            "agree": same,
+            "error": float((flat(reference) - mine).abs().max()),
+            "moved": float((flat(net(width=9, layer_type="Conv1D" if conv1d else "Linear")) - mine).abs().max()),
+            "same state": digest(engine_state(slow)["engine"]) == digest(state["engine"]),
+            "missed": len(fngd.coverage().missed),
+        }
+    return found
+
+
+def ddp() -> dict[str, Any]:
+    def prepare(conv1d: bool, settings: dict[str, Any]) -> tuple[nn.Module, nn.Module, FNGD, bool]:
+        model, fngd = make(conv1d, **settings)
+        called = DistributedDataParallel(model)
+        return model, called, fngd, called.process_group.size() == dist.get_world_size() > 1
+
+    return against_accumulation(prepare)
+
+
+def fsdp2() -> dict[str, Any]:
+    """FNGD on a sharded model: torch's own order."""
+
+    def prepare(conv1d: bool, settings: dict[str, Any]) -> tuple[nn.Module, nn.Module, FNGD, bool]:
+        model = net(width=9, layer_type="Conv1D" if conv1d else "Linear")
+        _shard(model)
+        return model, model, optimizer(model, **settings), _is_sharded(model)
+
+    return against_accumulation(prepare)
+
+
+def fsdp2_after() -> dict[str, Any]:
+    """FNGD first, sharded afterwards, the parameters swapped in its groups: Accelerate's order."""
+
+    def prepare(conv1d: bool, settings: dict[str, Any]) -> tuple[nn.Module, nn.Module, FNGD, bool]:
+        model, fngd = make(conv1d, **settings)
+        names = {p: name for name, p in model.named_parameters()}
+        _shard(model)
+        sharded = dict(model.named_parameters())
+        for group in fngd.param_groups:
+            group["params"] = [sharded[names[p]] for p in group["params"]]
+        return model, model, fngd, _is_sharded(model)
+
+    return against_accumulation(prepare)
+
+
+def _shard(model: nn.Module) -> None:
+    fully_shard(model.get_submodule("fc1"))  # a layer by itself, and the rest with the root
+    fully_shard(model)
+
+
+def _is_sharded(model: nn.Module) -> bool:
+    return isinstance(model, FSDPModule) and all(isinstance(p, DTensor) for p in model.parameters())
+
+
+def uniform_gradients() -> dict[str, Any]:
+    """``p.grad`` of R ranks with N/R samples against one process with N; w = 1, so that they are equal."""
+    rank, world = dist.get_rank(), dist.get_world_size()
+    x, y = data(8 * world, 3, dtype=torch.float32)
+    found = {}
+    for conv1d in (False, True):
+        kind = "Conv1D" if conv1d else "Linear"
+        model = net(dtype=torch.float32, layer_type=kind)
+        FNGD(model, sharing="uniform")
+        called = DistributedDataParallel(model)
+        loss(called, x[rank * 8 : rank * 8 + 8], y[rank * 8 : rank * 8 + 8]).backward()
+        with alone():
+            whole = net(dtype=torch.float32, layer_type=kind)
+            FNGD(whole, sharing="uniform")
+            loss(whole, x, y).backward()
+        errors = [
+            float((p.grad - q.grad).norm() / q.grad.norm())
+            for p, q in zip(model.parameters(), whole.parameters(), strict=True)
+        ]
+        found[kind] = max(errors)
+    return found
+
+
+def collectives() -> dict[str, Any]:
+    """FNGD's own collectives in each step: DistributedDataParallel's are not made from Python."""
+    counts = [0]
+
+    def counting(function: Callable[..., Any]) -> Callable[..., Any]:
+        def counted(*args: Any, **kwargs: Any) -> Any:
+            counts[-1] += 1
+            return function(*args, **kwargs)
+
+        return counted
+
+    rank, world = dist.get_rank(), dist.get_world_size()
+    model, fngd = make(sharing="ranked", refresh=4)
+    called = DistributedDataParallel(model)
+    originals = {name: getattr(dist, name) for name in ("all_gather", "all_reduce", "all_gather_object", "broadcast")}
+    for name, function in originals.items():
+        setattr(dist, name, counting(function))
+    computed = []
+    for step in range(STEPS):
+        computed.append(fngd.preconditioner.phase.computes)
+        run(called, fngd, [rank], world, range(step, step + 1))
+        fngd.state_dict()
+        counts.append(0)
+    for name, function in originals.items():
+        setattr(dist, name, function)
+    return {"coefficient steps": computed, "collectives": counts[:-1]}
+
+
+def empty_ranks() -> dict[str, Any]:
+    """A rank whose batch is all padding, one whose loss reaches no layer, and one whose loss is not finite."""
+    rank, world = dist.get_rank(), dist.get_world_size()
+    found = {}
+    for case in ("padding", "unreached", "nan"):
+        model, fngd = make(sharing="replay", refresh=2)
+        called = DistributedDataParallel(model, find_unused_parameters=case == "unreached")
+        for step in range(STEPS):
+            x, y, _ = batch(step, rank, world, "replay")
+            odd = rank == world - 1 and step in (1, 5, 6, 7, 8)
+            value = nn.functional.cross_entropy(called(x), y)
+            if odd and case == "padding":
+                value = value * 0.0
+            elif odd and case == "nan":
+                value = value * torch.nan
+            elif odd:
+                value = sum(p.sum() for p in model.parameters()) * 0.0
+            value.backward()
+            fngd.step()
+            fngd.zero_grad()
+        found[case] = {
+            "agree": agree(flat(model), engine_state(fngd)),
+            "finite": bool(flat(model).isfinite().all()),
+            "skipped": fngd.skipped,
+            "steps": fngd.preconditioner.phase.steps,
+        }
+    return found
+
+
+def resume() -> dict[str, Any]:
+    """A checkpoint of rank 0 loaded by all ranks, and by one process that accumulates their micro-batches."""
+    rank, world = dist.get_rank(), dist.get_world_size()
+    found = {}
+    for name, settings in SETTINGS.items():
+        model, fngd = make(**settings)
+        run(DistributedDataParallel(model), fngd, [rank], world, range(8))
+        state = copy.deepcopy({"model": model.state_dict(), "optimizer": fngd.state_dict()})
+        saved: list[Any] = [state if rank == 0 else None]
+        dist.broadcast_object_list(saved)
+        run(DistributedDataParallel(model), fngd, [rank], world, range(8, STEPS))
+        again, second = make(**settings)
+        again.load_state_dict(saved[0]["model"])
+        second.load_state_dict(copy.deepcopy(saved[0]["optimizer"]))
+        run(DistributedDataParallel(again), second, [rank], world, range(8, STEPS))
+        with alone():
+            one, single = make(**settings)
+            one.load_state_dict(saved[0]["model"])
+            single.load_state_dict(copy.deepcopy(saved[0]["optimizer"]))
+            run(one, single, list(range(world)), world, range(8, STEPS))
+        found[name] = {
+            "all ranks": bool(torch.equal(flat(again), flat(model))),
+            "one process": float((flat(one) - flat(model)).abs().max()),
+        }
+    return found
+
+
+def distributed_checkpoint() -> dict[str, Any]:
+    """torch.distributed.checkpoint's state dict of a sharded model, into a fresh one, goes on as the first."""
+    rank, world = dist.get_rank(), dist.get_world_size()
+    found = {}
+    for name, settings in SETTINGS.items():
+        model = net(width=9)
+        _shard(model)
+        fngd = optimizer(model, **settings)
+        run(model, fngd, [rank], world, range(8))
+        weights = {key: value.clone() for key, value in model.state_dict().items()}
+        state = copy.deepcopy(get_optimizer_state_dict(model, fngd))
+        again = net(width=9)
+        _shard(again)
+        second = optimizer(again, **settings)
+        again.load_state_dict(weights)
+        set_optimizer_state_dict(again, second, state)
+        loaded = digest(engine_state(second)) == digest(engine_state(fngd))
+        run(model, fngd, [rank], world, range(8, STEPS))
+        run(again, second, [rank], world, range(8, STEPS))
+        found[name] = loaded and bool(torch.equal(flat(again), flat(model)))
+    return found
+
+
+def main() -> None:
+    name, result = sys.argv[1:]
+    dist.init_process_group("gloo")
+    found = globals()[name]()
+    if dist.get_rank() == 0:
+        Path(result).write_text(json.dumps(found))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
