@@ -36,7 +36,8 @@ class FNGD(torch.optim.Optimizer):
     wrapping it for distributed training.
 
     A step in which a gradient is NaN, infinite or too large to be squared in float32 is skipped whole: parameters,
-    moments, coefficients and phase stay as they were, and the attribute ``skipped`` counts it.
+    moments, coefficients and phase stay as they were, and the attribute ``skipped`` counts it (with FNGDCallback, also
+    the steps that a loss scaler skips).
 
     Args:
         model: the module that is called with the batch.
@@ -327,19 +328,20 @@ class FNGD(torch.optim.Optimizer):
 
     @torch.no_grad()
     def diagnostics(self) -> dict[str, float]:
-        """`FNGDPreconditioner.diagnostics`, and ``lambda``: the geometric mean over the layers, from ``p.grad``.
+        """`FNGDPreconditioner.diagnostics`, ``skipped``, and ``lambda``, the geometric mean over the layers.
 
-        Call it between `step` and ``zero_grad``. Clipped gradients make lambda smaller, by the square of the factor;
+        Call it between `step` and ``zero_grad``: lambda is measured on ``p.grad``. Clipped gradients make lambda smaller, by the square of the factor;
         so does averaging over accumulated micro-batches, since rho is that of one micro-batch.
         """
+        own = self.preconditioner.diagnostics() | {"skipped": float(self.skipped)}
         norms = self._squared_norms()
         if norms is None:
-            return self.preconditioner.diagnostics() | {"lambda": float("nan")}
+            return own | {"lambda": float("nan")}
         squared, _ = self._of_layers(norms)
         damping = damping_from_gradient(self.preconditioner.rho.to(squared), squared, self.preconditioner.damping)
         known = damping[damping > 0]
         mean = float(known.log().mean().exp()) if known.numel() else float("nan")
-        return self.preconditioner.diagnostics() | {"lambda": mean}
+        return own | {"lambda": mean}
 
     # State -----------------------------------------------------------------------------------------------
 

@@ -11,11 +11,12 @@ from hf_fngd.optimizer import FNGD
 
 
 class FNGDCallback(TrainerCallback):  # type: ignore[misc]
-    """Adds ``fngd_phase``, ``fngd_lambda``, ``fngd_rho`` and ``fngd_weight_spread`` to Trainer's logs.
+    """Adds ``fngd_phase``, ``fngd_lambda``, ``fngd_rho``, ``fngd_weight_spread`` and ``fngd_skipped`` to the logs.
 
     FNGD trains rightly without it. What it adds to the phases: the end of an epoch is known even where
     Accelerate does not show it (iterable datasets under gradient accumulation). ``fngd_phase`` is 0 in the first
-    epoch and 1 from its last step on, which ends it. The coverage report is printed once, after the first step.
+    epoch and 1 from its last step on, which ends it; ``fngd_skipped`` counts the steps skipped so far, by FNGD or by a
+    loss scaler. The coverage report is printed once, after the first step.
 
     Raises:
         ValueError: at the start of training, where the optimizer is not FNGD.
@@ -45,13 +46,15 @@ class FNGDCallback(TrainerCallback):  # type: ignore[misc]
         if not self._told and state.is_world_process_zero:
             tqdm.write(str(optimizer.coverage()))  # print() would break the progress bar
             self._told = True
+        if getattr(kwargs["optimizer"], "step_was_skipped", False):  # by the loss scaler, past FNGD's own step
+            optimizer.skipped += 1
         step = state.global_step + 1
         if args.logging_strategy == "epoch":
             due = optimizer.preconditioner.epoch_ended
         else:
             due = step % max(1, state.logging_steps) == 0
         if due or step in (1, state.max_steps):
-            self._values = {f"fngd_{name}": value for name, value in _fngd(kwargs["optimizer"]).diagnostics().items()}
+            self._values = {f"fngd_{name}": value for name, value in optimizer.diagnostics().items()}
 
     def on_log(
         self,

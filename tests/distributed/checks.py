@@ -1,6 +1,6 @@
 """Checks that several processes run together; each returns what rank 0 reports of it.
 
-Run by `tests.distributed.launch`: ``python -m tests.distributed.checks NAME RESULT``.
+Run by `tests.distributed.launch`: ``python -m tests.distributed.checks NAME... RESULT``.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ import copy
 import hashlib
 import json
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from itertools import product
@@ -22,10 +23,12 @@ from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, se
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
+from transformers import Trainer, TrainingArguments
 
-from hf_fngd import FNGD
+from hf_fngd import FNGD, FNGDCallback
 from hf_fngd.sharing import INDEX_COLUMN
 from tests.nets import data, loss, net
+from tests.trainer.test_trainer import bert, text
 
 STEPS, EPOCH = 12, 6
 
@@ -315,10 +318,39 @@ def distributed_checkpoint() -> dict[str, Any]:
     return found
 
 
+def trainer() -> dict[str, Any]:
+    """Trainer's own DDP run; accumulates in one process what it spreads over several."""
+    world = dist.get_world_size()
+    model = bert()
+    fngd = FNGD(model, lr=1e-3, sharing="replay", refresh=0, damping=0.01)
+    arguments = TrainingArguments(
+        output_dir=tempfile.mkdtemp(),
+        use_cpu=True,
+        ddp_backend="gloo",
+        num_train_epochs=2,
+        per_device_train_batch_size=4,
+        gradient_accumulation_steps=2 // world,
+        dataloader_pin_memory=False,
+        report_to=[],
+        save_strategy="no",
+        disable_tqdm=True,
+    )
+    runner = Trainer(model, arguments, train_dataset=text(model), optimizers=(fngd, None), callbacks=[FNGDCallback()])
+    runner.train()
+    wrapped = isinstance(runner.model_wrapped, DistributedDataParallel)
+    return {
+        "active": wrapped and arguments.world_size == world,
+        "agree": agree(flat(model), engine_state(fngd)),
+        "parameters": flat(model)[::97].tolist(),
+        "rows": fngd.preconditioner.policy.recorded,
+        "shared since": fngd.preconditioner.phase.shared_since,
+    }
+
+
 def main() -> None:
-    name, result = sys.argv[1:]
+    *names, result = sys.argv[1:]
     dist.init_process_group("gloo")
-    found = globals()[name]()
+    found = {name: globals()[name]() for name in names}
     if dist.get_rank() == 0:
         Path(result).write_text(json.dumps(found))
     dist.barrier()

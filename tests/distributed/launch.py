@@ -11,7 +11,7 @@ from typing import Any
 ROOT = Path(__file__).parents[2]
 
 
-def launch(module: str, world: int, folder: Path, *arguments: str, timeout: int = 240) -> dict[str, Any]:
+def launch(module: str, world: int, folder: Path, *arguments: str, timeout: int = 500) -> dict[str, Any]:
     """Run ``python -m module *arguments`` as ranks 0 to world - 1; what rank 0 wrote to its last argument's file.
 
     Raises:

@@ -1,4 +1,7 @@
-"""Several processes against one that accumulates their micro-batches, and against each other."""
+"""Several processes against one that accumulates their micro-batches, and against each other.
+
+One launch for each number of processes: most of its time goes into their imports.
+"""
 
 from pathlib import Path
 from typing import Any
@@ -11,11 +14,54 @@ from tests.distributed.launch import launch
 CHECKS = "tests.distributed.checks"
 
 
-@pytest.mark.parametrize(
-    ("mode", "world", "tolerance"), [("ddp", 2, 0.0), ("ddp", 4, 1e-12), ("fsdp2", 2, 1e-12), ("fsdp2_after", 2, 1e-12)]
-)
-def test_ranks_equal_one_process_that_accumulates(mode: str, world: int, tolerance: float, tmp_path: Path) -> None:
-    found = launch(CHECKS, world, tmp_path, mode)
+@pytest.mark.timeout(600)
+def test_two_processes(subtests: pytest.Subtests, tmp_path: Path) -> None:
+    names = ["ddp", "fsdp2", "fsdp2_after", "uniform_gradients", "collectives", "empty_ranks", "resume"]
+    found = launch(CHECKS, 2, tmp_path, *names, "distributed_checkpoint", "trainer")
+    with subtests.test("ddp"):
+        equal_to_accumulation(found["ddp"], tolerance=0.0)
+        assert all(outcome["same state"] for outcome in found["ddp"].values())
+    for mode in ("fsdp2", "fsdp2_after"):
+        with subtests.test(mode):
+            equal_to_accumulation(found[mode], tolerance=1e-12)
+    with subtests.test("uniform weights give the gradient of the whole batch"):
+        assert max(found["uniform_gradients"].values()) < 1e-6
+    with subtests.test("one collective in a coefficient step, none in a shared one"):
+        expected = [int(computes) for computes in found["collectives"]["coefficient steps"]]
+        assert 0 < sum(expected) < len(expected)
+        expected[0] += 1  # in which the processes learn how large their batches are
+        assert found["collectives"]["collectives"] == expected
+    with subtests.test("a rank without a gradient neither hangs nor parts from the others"):
+        cases = found["empty_ranks"]
+        assert all(outcome["agree"] and outcome["finite"] for outcome in cases.values())
+        counts = {case: (outcome["skipped"], outcome["steps"]) for case, outcome in cases.items()}
+        assert counts == {"padding": (0, 12), "unreached": (0, 12), "nan": (5, 7)}
+    with subtests.test("a checkpoint resumes on all ranks, and on one process that accumulates"):
+        assert found["resume"] == {name: {"all ranks": True, "one process": 0.0} for name in SETTINGS}
+    with subtests.test("torch.distributed.checkpoint of a sharded model"):
+        assert found["distributed_checkpoint"] == dict.fromkeys(SETTINGS, True)
+    with subtests.test("Trainer"):
+        (tmp_path / "one").mkdir()
+        several, one = found["trainer"], launch(CHECKS, 1, tmp_path / "one", "trainer")["trainer"]
+        assert several["active"]
+        assert several["agree"]
+        assert (several["rows"], several["shared since"]) == (one["rows"], one["shared since"])
+        assert several["parameters"] == pytest.approx(one["parameters"], rel=1e-3, abs=1e-5)
+
+
+@pytest.mark.timeout(600)
+def test_four_processes(subtests: pytest.Subtests, tmp_path: Path) -> None:
+    found = launch(CHECKS, 4, tmp_path, "ddp", "fsdp2", "uniform_gradients", "empty_ranks")
+    for mode in ("ddp", "fsdp2"):
+        with subtests.test(mode):
+            equal_to_accumulation(found[mode], tolerance=1e-12)
+    with subtests.test("uniform weights give the gradient of the whole batch"):
+        assert max(found["uniform_gradients"].values()) < 1e-6
+    with subtests.test("a rank without a gradient"):
+        assert all(outcome["agree"] and outcome["finite"] for outcome in found["empty_ranks"].values())
+
+
+def equal_to_accumulation(found: dict[str, Any], tolerance: float) -> None:
     assert len(found) == 2 * len(SETTINGS)
     for name, outcome in found.items():
         assert outcome["active"], name
@@ -23,44 +69,3 @@ def test_ranks_equal_one_process_that_accumulates(mode: str, world: int, toleran
         assert outcome["error"] <= tolerance, name
         assert outcome["moved"] > 0.05, name
         assert outcome["missed"] == 0, name
-        if world == 2 and mode == "ddp":
-            assert outcome["same state"], name
-
-
-@pytest.mark.parametrize("world", [2, 4])
-def test_uniform_weights_give_the_gradient_of_the_whole_batch(world: int, tmp_path: Path) -> None:
-    found = launch(CHECKS, world, tmp_path, "uniform_gradients")
-    assert max(found.values()) < 1e-6
-
-
-def test_one_collective_in_a_coefficient_step_and_none_in_a_shared_one(tmp_path: Path) -> None:
-    found = launch(CHECKS, 2, tmp_path, "collectives")
-    expected = [int(computes) for computes in found["coefficient steps"]]
-    expected[0] += 1  # in which the processes learn how large their batches are
-    assert found["collectives"] == expected
-    assert 0 < sum(found["coefficient steps"]) < len(expected)
-
-
-def test_a_rank_without_a_gradient_neither_hangs_nor_parts_from_the_others(tmp_path: Path) -> None:
-    found = launch(CHECKS, 2, tmp_path, "empty_ranks")
-    for case, outcome in found.items():
-        assert outcome["agree"], case
-        assert outcome["finite"], case
-    assert {case: (outcome["skipped"], outcome["steps"]) for case, outcome in found.items()} == {
-        "padding": (0, 12),
-        "unreached": (0, 12),
-        "nan": (5, 7),
-    }
-
-
-def test_a_checkpoint_resumes_on_all_ranks_and_on_another_number_of_them(tmp_path: Path) -> None:
-    found: dict[str, Any] = launch(CHECKS, 2, tmp_path, "resume")
-    assert set(found) == set(SETTINGS)
-    for name, outcome in found.items():
-        assert outcome["all ranks"], name
-        assert outcome["one process"] == 0, name
-
-
-def test_distributed_checkpoint_of_a_sharded_model(tmp_path: Path) -> None:
-    found = launch(CHECKS, 2, tmp_path, "distributed_checkpoint")
-    assert found == dict.fromkeys(SETTINGS, True)
