@@ -6,7 +6,7 @@ import peft
 import transformers as hf
 from torch import nn
 
-from hf_fngd.backward import NOT_THE_BATCH
+from hf_fngd.backward import CALLED_AGAIN, NOT_THE_BATCH
 from hf_fngd.coverage import NEVER_CALLED
 from tests.architectures.registry import (
     EMBEDDING,
@@ -318,15 +318,32 @@ def mamba() -> nn.Module:
 # PEFT ----------------------------------------------------------------------------------------------------
 
 
-@family(
-    "PEFT LoRA on Llama",
-    language,
-    {PRECONDITIONED: "base_model.model.model.layers.*.self_attn.(q|v)_proj.lora_(A|B).default"},
-    remark="the base weights are frozen",
-)
-def lora() -> nn.Module:
-    config = peft.LoraConfig(r=3, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+ADAPTERS = "base_model.model.model.layers.*.self_attn.(q|v)_proj.lora_(A|B).default"
+
+
+def adapted(**options: bool) -> nn.Module:
+    targets = ["q_proj", "v_proj"]
+    config = peft.LoraConfig(r=3, target_modules=targets, lora_dropout=0.0, task_type="CAUSAL_LM", **options)
     with warnings.catch_warnings():
         # peft asks for an attribute that transformers is about to rename.
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
         return peft.get_peft_model(llama(), config)
+
+
+@family("PEFT LoRA on Llama", language, {PRECONDITIONED: ADAPTERS}, remark="the base weights are frozen")
+def lora() -> nn.Module:
+    return adapted()
+
+
+@family(
+    "PEFT DoRA on Llama",
+    language,
+    {
+        # Once more for the norm of the adapted weight, on an identity matrix.
+        CALLED_AGAIN: ADAPTERS,
+        kind("DoraLinearLayer"): "base_model.model.model.layers.*.self_attn.(q|v)_proj.lora_magnitude_vector.default",
+    },
+    remark="the adapters are called twice: nothing is preconditioned",
+)
+def dora() -> nn.Module:
+    return adapted(use_dora=True)

@@ -8,7 +8,6 @@ from collections.abc import Collection
 
 import pytest
 import torch
-from torch import nn
 
 from hf_fngd import FNGD, FNGDPreconditioner
 from tests.architectures.families import FAMILIES, Family
@@ -32,8 +31,8 @@ SAMPLES = 5
 FIRST: Size = (SAMPLES, POSITIONS)
 COUNTED = ("preconditioned", "plain", "missed")
 
-VIEW = "an in-place operation on the output of a Linear with more than two dimensions raises"
-BROKEN = {"Longformer": VIEW}
+# Families that do not train.
+BROKEN = {"Longformer": "an in-place operation on the output of a Linear with more than two dimensions raises"}
 AMBIGUOUS = "positions, or the rows of a table, are taken for samples where there are as many of them"
 # Families that a first batch deceives, and families that a later one does although an earlier one told them apart.
 DECEIVED_FIRST = {"Longformer", "XLNet", "nn.TransformerEncoder (batch_first=False)", "projected table"}
@@ -166,19 +165,6 @@ def test_as_many_samples_as_positions_after_a_batch_that_tells_them_apart(family
     found = judged(family.name, FIRST, (family.square, family.square))
     assert wrong(found) == {}
     assert {name: verdict.outcome for name, verdict in found.items()} == expectations(family, found)
-
-
-@pytest.mark.xfail(strict=True, raises=RuntimeError, reason=VIEW)
-@pytest.mark.parametrize("between", [(3,), (2, 2)])
-def test_the_output_of_a_layer_can_be_changed_in_place(between: tuple[int, ...]) -> None:
-    torch.manual_seed(0)
-    plain = nn.Sequential(nn.Linear(4, 6), nn.ReLU(inplace=True), nn.Linear(6, 2)).double()
-    model, x = copy.deepcopy(plain), torch.randn(5, *between, 4, dtype=torch.float64)
-    FNGDPreconditioner(model, damping=1e9)
-    for net in (plain, model):
-        net(x).square().mean().backward()
-    for ours, theirs in zip(model.parameters(), plain.parameters(), strict=True):
-        torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-6, atol=0)
 
 
 # The oracle itself ---------------------------------------------------------------------------------------
