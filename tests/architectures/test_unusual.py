@@ -27,7 +27,7 @@ class InPlace(nn.Module):
         self.classify = nn.Linear(FEATURES, CLASSES)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.classify(torch.relu_(self.layer(x)).mul_(2).mean(1))
+        return self.classify(torch.relu_(self.layer(x).mul_(2)).mean(1))
 
 
 class Twofold(InPlace):
