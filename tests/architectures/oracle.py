@@ -1,0 +1,224 @@
+"""Every gradient of a family's model against the dense oracle, in float64, and what the coverage report says of it."""
+
+import contextlib
+import copy
+import logging
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from transformers.pytorch_utils import Conv1D
+
+from hf_fngd import CoverageReport, FNGDPreconditioner
+from tests.architectures.registry import PRECONDITIONED, Batch, Family
+from tests.reference import Dense
+
+DAMPING = 0.03
+# Where the weighted gradient is compared with the oracle, and the plain one with that of the plain model.
+TOLERANCE, PLAIN_TOLERANCE = 1e-6, 1e-9
+
+Size = tuple[int, int]
+Gradients = dict[str, Tensor]
+
+
+class _Float64(TorchFunctionMode):
+    """Asks for float64 wherever a model asks for float32, as RMS norms, softmaxes and losses do."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.Tensor.float:
+            func = torch.Tensor.double
+        args = [torch.float64 if arg is torch.float32 else arg for arg in args]
+        kwargs = {key: torch.float64 if value is torch.float32 else value for key, value in (kwargs or {}).items()}
+        return func(*args, **kwargs)
+
+
+@contextlib.contextmanager
+def float64() -> Iterator[None]:
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        with _Float64():
+            yield
+    finally:
+        torch.set_default_dtype(default)
+
+
+@dataclass
+class Verdict:
+    """What became of one trainable parameter.
+
+    Attributes:
+        outcome: `PRECONDITIONED`, or the reason that the report gives.
+        error: relative distance of ``p.grad`` from what the outcome promises.
+        bound: largest error that is right.
+        shift: relative distance of the weighted gradient from the plain one, where the outcome promises the former.
+    """
+
+    outcome: str
+    error: float
+    bound: float
+    shift: float = 0.0
+
+    @property
+    def right(self) -> bool:
+        return self.error < self.bound
+
+
+def outcomes(report: CoverageReport) -> dict[str, str]:
+    """All that the report says, by the name of the parameter."""
+    return dict.fromkeys(report.preconditioned, PRECONDITIONED) | report.plain | report.missed
+
+
+def verdicts(family: Family, *sizes: Size) -> dict[str, Verdict]:
+    """Run batches of these sizes, ``(samples, positions)``, and judge the last one's gradients.
+
+    Raises:
+        AssertionError: the oracle itself does not hold; the mean of its U is not the batch gradient.
+    """
+    plain = family.model()
+    model = copy.deepcopy(plain)
+    engine = FNGDPreconditioner(model, damping=DAMPING, sharing="never")
+    for place, size in enumerate(sizes):
+        model.zero_grad()
+        if place + 1 == len(sizes):
+            expected = oracle(family, plain, engine, family.batch(*size))
+        backward(model, family.batch(*size))
+        with silent():
+            engine.step()
+    found = outcomes(engine.coverage())
+    return {
+        name: judge(name, found.get(name, "in no list of the report"), parameter.grad, *expected)
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad
+    }
+
+
+def judge(name: str, outcome: str, grad: Tensor | None, plain: Gradients, weighted: Gradients) -> Verdict:
+    if outcome != PRECONDITIONED:
+        return Verdict(outcome, distance(name, grad, plain), PLAIN_TOLERANCE)
+    if name not in weighted:
+        return Verdict(outcome, math.inf, TOLERANCE)
+    return Verdict(outcome, distance(name, grad, weighted), TOLERANCE, distance(name, weighted[name], plain))
+
+
+def distance(name: str, found: Tensor | None, expected: Gradients) -> float:
+    """Relative to the gradient, or to 1e-4 of its module's where it vanishes, as that of a key's bias does."""
+    module = name.rpartition(".")[0]
+    whole = [value for key, value in expected.items() if key.rpartition(".")[0] == module]
+    scale = max(float(expected[name].norm()), 1e-4 * float(torch.stack([value.norm() for value in whole]).norm()))
+    own = expected[name]
+    error = float(torch.linalg.vector_norm((torch.zeros_like(own) if found is None else found) - own))
+    return error / scale if scale > 0 else error
+
+
+# The oracle ----------------------------------------------------------------------------------------------
+
+
+def oracle(family: Family, model: nn.Module, engine: FNGDPreconditioner, batch: Batch) -> tuple[Gradients, Gradients]:
+    """The plain gradients of all trainable parameters, and the weighted ones of the engine's layers.
+
+    Where the samples are captured in a layer whose input does not begin with them, it has no weighted gradients.
+    """
+    samples = sample_count(batch)
+    plain = gradients(model, batch)
+    layers = {layer.name: own_parameters(layer.name, layer.module) for layer in engine.layers}
+    if family.oracle == "alone":
+        columns = [gradients(model, sample(batch, n)) for n in range(samples)]
+        u = {name: torch.stack([column[name].flatten() for column in columns], dim=1) for name in plain}
+    else:
+        u = captured(model, batch, list(layers), samples)
+    weighted: Gradients = {}
+    for names in layers.values():
+        if not all(name in u for name in names):
+            continue
+        check_mean(names, u, plain)
+        whole = torch.cat([u[name] for name in names])
+        p = Dense(whole, DAMPING).p if whole.any() else torch.zeros(len(whole), dtype=whole.dtype)
+        for name, part in zip(names, p.split([len(u[name]) for name in names]), strict=True):
+            weighted[name] = part.view_as(plain[name])
+    return plain, weighted
+
+
+def check_mean(names: Sequence[str], u: Gradients, plain: Gradients) -> None:
+    for name in names:
+        mean = u[name].mean(dim=1).view_as(plain[name])
+        assert distance(name, mean, plain) < PLAIN_TOLERANCE, f"the mean of the oracle's U is no gradient: {name}"
+
+
+def captured(model: nn.Module, batch: Batch, layers: Sequence[str], samples: int) -> Gradients:
+    """U of the layers that see ``[samples, ..., features]``, once, from their inputs and output gradients."""
+    calls: dict[str, list[tuple[Tensor, Tensor]]] = {name: [] for name in layers}
+    handles = [
+        model.get_submodule(name).register_forward_hook(
+            lambda _, args, output, calls=calls[name]: calls.append((args[0].detach(), output))
+        )
+        for name in layers
+    ]
+    with float64():
+        loss = model(**batch).loss
+    for handle in handles:
+        handle.remove()
+    seen = {name: call[0] for name, call in calls.items() if len(call) == 1 and len(call[0][0]) == samples}
+    grads = torch.autograd.grad(loss, [output for _, output in seen.values()])
+    u: Gradients = {}
+    for (name, (a, _)), g in zip(seen.items(), grads, strict=True):
+        module = model.get_submodule(name)
+        shares = []
+        for a_n, g_n in zip(a.unbind(), g.unbind(), strict=True):
+            a_n, g_n = a_n.reshape(-1, a.shape[-1]), g_n.reshape(-1, g.shape[-1])
+            h = sum(torch.outer(g_t, a_t) for a_t, g_t in zip(a_n, g_n, strict=True))
+            own = {"weight": h.t() if isinstance(module, Conv1D) else h, "bias": g_n.sum(dim=0)}
+            shares.append({key: samples * value.flatten() for key, value in own.items()})
+        for full in own_parameters(name, module):
+            leaf = full.rpartition(".")[2]
+            u[full] = torch.stack([share[leaf] for share in shares], dim=1)
+    return u
+
+
+# Pieces --------------------------------------------------------------------------------------------------
+
+
+def own_parameters(name: str, module: nn.Module) -> list[str]:
+    return [f"{name}.{leaf}" for leaf, p in module.named_parameters(recurse=False) if p.requires_grad]
+
+
+def sample_count(batch: Batch) -> int:
+    return len(next(value for value in batch.values() if isinstance(value, Tensor)))
+
+
+def sample(batch: Batch, n: int) -> Batch:
+    return {key: value[n : n + 1] if isinstance(value, Tensor) else value for key, value in batch.items()}
+
+
+def backward(model: nn.Module, batch: Batch) -> None:
+    with float64():
+        loss = model(**batch).loss
+    loss.backward()
+
+
+def gradients(model: nn.Module, batch: Batch) -> Gradients:
+    """Of all trainable parameters, zero where the loss does not depend on one."""
+    with float64():
+        loss = model(**batch).loss
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    grads = torch.autograd.grad(loss, list(trained.values()), allow_unused=True)
+    return {
+        name: torch.zeros_like(p) if grad is None else grad
+        for (name, p), grad in zip(trained.items(), grads, strict=True)
+    }
+
+
+@contextlib.contextmanager
+def silent() -> Iterator[None]:
+    """Keep the coverage report out of the output of a run over all families."""
+    logger = logging.getLogger("hf_fngd")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)

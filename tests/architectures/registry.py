@@ -1,0 +1,177 @@
+"""What the suite has to know of a family, the registry, and the batches that the families share."""
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from hf_fngd.backward import CALLED_AGAIN, NOT_THE_BATCH
+from hf_fngd.coverage import NEVER_CALLED
+
+Batch = dict[str, Any]
+Oracle = Literal["alone", "captured"]
+
+VOCABULARY, WIDTH, HEADS, INNER, CLASSES, PAD = 40, 16, 2, 24, 3, 1
+POSITIONS = 7
+
+# Outcomes of a parameter: preconditioned, plain for the reasons of `hf_fngd.selection`, or missed.
+PRECONDITIONED = "preconditioned"
+TIED = "the weight is tied to another module"
+MISSED = (NOT_THE_BATCH, CALLED_AGAIN, NEVER_CALLED)
+
+
+def kind(layer_type: str) -> str:
+    """The reason why the parameters of a module that is no Linear or Conv1D are plain."""
+    return f"{layer_type} is not a preconditioned layer type"
+
+
+EMBEDDING, NORM = kind("Embedding"), kind("LayerNorm")
+
+
+@dataclass(frozen=True)
+class Family:
+    """A tiny model, its batches, and what is expected of every trainable parameter.
+
+    Attributes:
+        name: of the family.
+        build: makes the model, without dropout.
+        batch: ``(samples, positions)`` to the keyword arguments of the model, labels included.
+        outcomes: outcome (`PRECONDITIONED` or a reason) to patterns, separated by spaces. In a pattern ``*`` stands
+            for one part of a dotted name or a piece of it, ``**`` for several, ``(a|b)`` for either; a final
+            ``.weight`` or ``.bias`` may be left out.
+        oracle: "alone": each sample runs through the model by itself. "captured": the samples interact, and their
+            shares of the gradient come from the inputs and output gradients of the layers of the plain model.
+        square: a number of samples that is also the number of positions of some layer (of the text, where the model
+            reads one).
+        remark: for the table.
+    """
+
+    name: str
+    build: Callable[[], nn.Module]
+    batch: Callable[[int, int], Batch]
+    outcomes: Mapping[str, str]
+    oracle: Oracle
+    square: int
+    remark: str
+
+    def model(self, dtype: torch.dtype = torch.float64) -> nn.Module:
+        """The model in training mode, with parameters far enough from their initial ones for all to matter."""
+        torch.manual_seed(0)
+        model = self.build().train()
+        generator = torch.Generator().manual_seed(1)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.requires_grad:
+                    parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+        if dtype == torch.float64 and hasattr(model, "set_experts_implementation"):
+            model.set_experts_implementation("eager")  # the default has no float64
+        return model.to(dtype)
+
+    def expected(self, name: str) -> str:
+        """The outcome that is expected of a trainable parameter.
+
+        Raises:
+            LookupError: no pattern matches the name, or several outcomes do.
+        """
+        found = [
+            outcome
+            for outcome, patterns in self.outcomes.items()
+            if any(matches(pattern, name) for pattern in patterns.split())
+        ]
+        if len(found) != 1:
+            raise LookupError(f"{self.name}: {name} is expected to be {found or 'nothing'}")
+        return found[0]
+
+    def patterns(self) -> list[str]:
+        return " ".join(self.outcomes.values()).split()
+
+
+def matches(pattern: str, name: str) -> bool:
+    expression = pattern.replace(".", r"\.").replace("*", r"[^.]+").replace("[^.]+[^.]+", ".+")
+    return re.fullmatch(rf"{expression}(\.weight|\.bias)?", name) is not None
+
+
+FAMILIES: dict[str, Family] = {}
+
+
+def family(
+    name: str,
+    batch: Callable[[int, int], Batch],
+    outcomes: Mapping[str, str],
+    *,
+    oracle: Oracle = "alone",
+    square: int = 8,
+    remark: str = "",
+) -> Callable[[Callable[[], nn.Module]], Callable[[], nn.Module]]:
+    """Register the decorated builder; the arguments are those of `Family`."""
+
+    def register(build: Callable[[], nn.Module]) -> Callable[[], nn.Module]:
+        assert name not in FAMILIES
+        FAMILIES[name] = Family(name, build, batch, outcomes, oracle, square, remark)
+        return build
+
+    return register
+
+
+# Batches: the same number of labels for every sample, so that the batch loss is the mean of the samples' losses ----
+
+
+def _generator(*key: int) -> torch.Generator:
+    return torch.Generator().manual_seed(sum(value * 100**place for place, value in enumerate(key)))
+
+
+def tokens(n: int, t: int) -> Batch:
+    """Texts without padding."""
+    return {"input_ids": torch.randint(3, VOCABULARY, (n, t), generator=_generator(n, t, 1))}
+
+
+def padded(n: int, t: int) -> Batch:
+    """Texts, of which some end in one or two positions of padding."""
+    batch = tokens(n, t)
+    lengths = t - torch.arange(n) % 3
+    mask = (torch.arange(t) < lengths[:, None]).long()
+    batch["input_ids"] = torch.where(mask == 1, batch["input_ids"], PAD)
+    return batch | {"attention_mask": mask}
+
+
+def token_labels(n: int, t: int, classes: int = VOCABULARY) -> Tensor:
+    """Three labels a text, neither at its first position, which causal models drop, nor where padding may be."""
+    generator = _generator(n, t, 2)
+    labels = torch.full((n, t), -100)
+    for row in labels:
+        places = 1 + torch.randperm(t - 3, generator=generator)[:3]
+        row[places] = torch.randint(min(3, classes - 1), classes, (3,), generator=generator)
+    return labels
+
+
+def labels(n: int) -> Tensor:
+    return torch.randint(CLASSES, (n,), generator=_generator(n, 3))
+
+
+def language(n: int, t: int) -> Batch:
+    """For masked, causal and sequence-to-sequence language models."""
+    return padded(n, t) | {"labels": token_labels(n, t)}
+
+
+def classification(n: int, t: int) -> Batch:
+    return padded(n, t) | {"labels": labels(n)}
+
+
+def token_classification(n: int, t: int) -> Batch:
+    return padded(n, t) | {"labels": token_labels(n, t, CLASSES)}
+
+
+def images(height: int, width: int) -> Callable[[int, int], Batch]:
+    """Classified images; their number of positions does not vary."""
+
+    def batch(n: int, t: int) -> Batch:
+        return {"pixel_values": signal(n, 3, height, width), "labels": labels(n)}
+
+    return batch
+
+
+def signal(*shape: int) -> Tensor:
+    return torch.randn(*shape, generator=_generator(shape[0], 4), dtype=torch.float64)
