@@ -25,6 +25,7 @@ AMBIGUOUS = (
     "two dimensions of its input have the size of the batch, and no batch so far told which of them holds the samples"
 )
 CALLED_AGAIN = "it is called more than once in a forward pass"
+USED_ELSEWHERE = "its weight is used outside of its forward as well"
 ON_TOP_OF_ANOTHER = "reentrant activation checkpointing ran several forward passes before a backward pass"
 
 
@@ -97,6 +98,7 @@ class LayerSlot:
         preconditioned: whether it was preconditioned at least once.
         fallbacks: the reasons for which it got a plain gradient at least once.
         repeated: whether a backward pass found a call that forward did not count; plain from then on.
+        used_elsewhere: whether its weight is used outside of its forward as well; plain then.
         batch_first: whether the first dimension of its input is the batch; None as long as no input told.
         seen: the last micro-batch whose backward reached it.
     """
@@ -110,20 +112,22 @@ class LayerSlot:
     preconditioned: bool = False
     fallbacks: set[str] = field(default_factory=set)
     repeated: bool = False
+    used_elsewhere: bool = False
     batch_first: bool | None = None
     seen: MicroBatch | None = None
 
-    def weights(self, x: Tensor, g: Tensor, has_bias: bool, batch: MicroBatch) -> Tensor | None:
+    def weights(self, x: Tensor, g: Tensor, has_bias: bool, shape: torch.Size, batch: MicroBatch) -> Tensor | None:
         """The weights ``[N]`` for this layer and micro-batch, None for ones.
 
         Args:
-            x: the layer's input, ``[N, ..., i]``.
-            g: its output gradient, ``[N, ..., o]``.
+            x: the layer's input, ``[N T, i]``.
+            g: its output gradient, ``[N T, o]``.
             has_bias: whether a trained bias belongs to h_n.
+            shape: of the input as the layer got it, ``[N, ..., i]``.
             batch: the micro-batch of the forward pass.
         """
         batch.reach()
-        if reason := self._obstacle(x, batch):
+        if reason := self._obstacle(shape, batch):
             self.fallbacks.add(reason)
             return None
         self.preconditioned = True
@@ -146,7 +150,9 @@ class LayerSlot:
         batch.record(self.layer, self.policy.encode(w, norms), rho)
         return w
 
-    def _obstacle(self, x: Tensor, batch: MicroBatch) -> str | None:
+    def _obstacle(self, shape: torch.Size, batch: MicroBatch) -> str | None:
+        if self.used_elsewhere:
+            return USED_ELSEWHERE
         if batch.calls[self.layer] > 1:
             return CALLED_AGAIN
         if self.repeated or self.seen is batch:
@@ -155,9 +161,9 @@ class LayerSlot:
             return CALLED_AGAIN
         self.seen = batch
         samples = batch.info.size
-        if x.dim() < 2 or x.shape[0] != samples or samples == 0:
+        if len(shape) < 2 or shape[0] != samples or samples == 0:
             self.batch_first = False
-        elif self.batch_first is None and samples not in x.shape[1:-1]:
+        elif self.batch_first is None and samples not in shape[1:-1]:
             self.batch_first = True
         if self.batch_first:
             return None
@@ -170,11 +176,13 @@ class LayerCall:
 
     Attributes:
         slot: the layer.
-        batch: the micro-batch that the model was called with; None where its size is unknown.
+        batch: the micro-batch that the model was called with; None where it is not known any more.
+        shape: of the layer's input, ``[N, ..., i]``.
     """
 
     slot: LayerSlot
     batch: MicroBatch | None
+    shape: torch.Size
     _weights: Tensor | None = None
     _weighed: bool = False
 
@@ -182,15 +190,15 @@ class LayerCall:
         """The weighted sums for weight and bias.
 
         Args:
-            x: the layer's input, ``[N, ..., i]``.
-            g: its output gradient, ``[N, ..., o]``.
+            x: the layer's input, flattened to ``[N T, i]``.
+            g: its output gradient, ``[N T, o]``.
             has_bias: whether the bias is trained.
 
         Returns:
             ``sum_n w_n h_n`` in the layout of the layer's weight, and its bias column ``[o]``, or None.
         """
         if not self._weighed:  # a retained graph runs backward again, with the same weights
-            self._weights = None if self.batch is None else self.slot.weights(x, g, has_bias, self.batch)
+            self._weights = None if self.batch is None else self.slot.weights(x, g, has_bias, self.shape, self.batch)
             self._weighed = True
         w = self._weights
         samples = 1 if w is None else w.shape[0]
@@ -217,22 +225,23 @@ class PreconditionedFunction(torch.autograd.Function):
         grad_x = ctx.call.slot.kernel.input_gradient(g, weight) if needs_x else None
         if x.numel() == 0 or not needs_weight:
             zero = torch.zeros_like(weight) if needs_weight else None
-            return grad_x, zero, g.flatten(0, -2).sum(0) if needs_bias else None, None
+            return grad_x, zero, g.sum(0) if needs_bias else None, None
         return grad_x, *ctx.call.gradients(x, g, needs_bias), None
 
 
-def enter(slot: LayerSlot, batch: MicroBatch | None) -> LayerCall:
-    """A layer is called in a training forward pass."""
+def enter(slot: LayerSlot, batch: MicroBatch | None, shape: torch.Size) -> LayerCall:
+    """A layer is called in a training forward pass, with an input of that shape."""
     # A recomputation under activation checkpointing runs inside a backward pass and is no call of its own.
     if batch is not None and not in_backward():
         batch.calls[slot.layer] += 1
-    return LayerCall(slot, batch)
+    return LayerCall(slot, batch, shape)
 
 
 def operands(module: nn.Module, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-    """What a layer computes with: input, weight and bias, cast as autocast would.
+    """What a layer computes with: input ``[N T, i]``, weight and bias, cast as autocast would.
 
-    Outside the Function, where autograd casts the gradients back.
+    Outside the Function, where autograd casts the gradients back, and where the output, which a model may change in
+    place, is no view of the Function's own.
     """
     weight, bias = module.weight, module.bias
     assert isinstance(weight, Tensor)
@@ -241,14 +250,14 @@ def operands(module: nn.Module, x: Tensor) -> tuple[Tensor, Tensor, Tensor | Non
     if torch.is_autocast_enabled(device):
         x, weight = _autocast(x), _autocast(weight)
         bias = None if bias is None else _autocast(bias)
-    return x, weight, bias
+    return x.reshape(-1, x.shape[-1]), weight, bias
 
 
 def call_layer(module: nn.Module, x: Tensor, slot: LayerSlot, batch: MicroBatch) -> Tensor:
     """Run an attached layer in a training forward pass."""
-    call = enter(slot, batch)
+    call = enter(slot, batch, x.shape)
     output: Tensor = PreconditionedFunction.apply(*operands(module, x), call)  # type: ignore[no-untyped-call]
-    return output
+    return output.view(*x.shape[:-1], output.shape[-1])
 
 
 def _autocast(x: Tensor) -> Tensor:

@@ -63,7 +63,7 @@ def enter_call(x: Tensor, batch: Tensor, layer: int, engine: int) -> Tensor:
     """
     number = int(batch)
     found = _batches.get(number)
-    call = enter(_engines[engine].slots[layer], found)
+    call = enter(_engines[engine].slots[layer], found, x.shape)
     if found is None:
         return torch.tensor([number, 0])
     found.entered.append(call)
@@ -83,7 +83,7 @@ def gradients(
     number, place = call.tolist()
     batch = _batches.get(number)
     # Backward after the optimizer's step: too late to weigh anything.
-    found = LayerCall(_engines[engine].slots[layer], None) if batch is None else batch.entered[place]
+    found = LayerCall(_engines[engine].slots[layer], None, x.shape) if batch is None else batch.entered[place]
     grad_weight, grad_bias = found.gradients(x, g, has_bias)
     return grad_weight.contiguous(), g.new_empty(0) if grad_bias is None else grad_bias
 
@@ -135,9 +135,9 @@ class CompiledFunction(torch.autograd.Function):
 def call_layer(module: nn.Module, x: Tensor, slot: LayerSlot, batch: Tensor, engine: int) -> Tensor:
     """Run an attached layer in a traced training forward pass; ``batch`` is what `begin` returned."""
     call = torch.ops.hf_fngd.enter(x, batch, slot.layer, engine)
-    x, weight, bias = operands(module, x)
+    flat, weight, bias = operands(module, x)
     has_bias = bias is not None and bias.requires_grad
     output: Tensor = CompiledFunction.apply(  # type: ignore[no-untyped-call]
-        x, weight, bias, call, slot.kernel, slot.layer, engine, has_bias
+        flat, weight, bias, call, slot.kernel, slot.layer, engine, has_bias
     )
-    return output
+    return output.view(*x.shape[:-1], output.shape[-1])

@@ -330,8 +330,8 @@ class FNGD(torch.optim.Optimizer):
     def diagnostics(self) -> dict[str, float]:
         """`FNGDPreconditioner.diagnostics`, ``skipped``, and ``lambda``, the geometric mean over the layers.
 
-        Call it between `step` and ``zero_grad``: lambda is measured on ``p.grad``. Clipped gradients make lambda smaller, by the square of the factor;
-        so does averaging over accumulated micro-batches, since rho is that of one micro-batch.
+        Call it between `step` and ``zero_grad``: lambda is measured on ``p.grad``. Clipping makes it smaller, by the
+        square of the factor; so does averaging over accumulated micro-batches, since rho is that of one.
         """
         own = self.preconditioner.diagnostics() | {"skipped": float(self.skipped)}
         norms = self._squared_norms()

@@ -19,6 +19,7 @@ from hf_fngd.backward import ON_TOP_OF_ANOTHER, LayerSlot, MicroBatch, call_laye
 from hf_fngd.coverage import NEVER_CALLED, CoverageReport
 from hf_fngd.environment import rank_and_world, refuse_environment, refuse_replica, refuse_split_weight
 from hf_fngd.exchange import Exchange, Measurement
+from hf_fngd.graph import uses_of_leaves
 from hf_fngd.persample import accumulation_dtype
 from hf_fngd.phase import EpochEdge, Phase
 from hf_fngd.selection import Modules, Selected, select_layers
@@ -109,6 +110,7 @@ class FNGDPreconditioner:
         self._place = 0
         self.epoch_ended = False
         self._checked = False
+        self._inspected = False
         self._reported = False
         self._reported_fallbacks = 0
         self._hooks: list[RemovableHandle] = []
@@ -175,7 +177,19 @@ class FNGDPreconditioner:
                 self._number = None if sample is None else torch.ops.hf_fngd.begin(sample, index, self._engine)
             else:
                 self._batch = None if sample is None else self.begin(len(sample), index)
+                if self._batch is not None and not self._inspected:
+                    output = own(*args, **kwargs)
+                    self._inspect(output, self._batch)
+                    return output
         return own(*args, **kwargs)
+
+    def _inspect(self, output: Any, batch: MicroBatch) -> None:
+        """Look through the first graph for weights that are used outside of their layers' forward."""
+        self._inspected = True
+        uses = uses_of_leaves(output)
+        for layer, slot in zip(self.layers, self.slots, strict=True):
+            calls = batch.calls[slot.layer]
+            slot.used_elsewhere = any(uses[id(p)] > calls for p in layer.module.parameters(recurse=False))
 
     def begin(self, size: int, index: Tensor | None) -> MicroBatch:
         """A training forward pass of the model begins; for the attached forwards only.
@@ -388,7 +402,7 @@ class FNGDPreconditioner:
             "phase": self.phase.state_dict(),
             "place": self._place,
             "averages": self._averages,
-            "layers": [(slot.batch_first, slot.repeated) for slot in self.slots],
+            "layers": [[slot.batch_first, slot.repeated] for slot in self.slots],
             "sharing": self.policy.name,
             "policy": self.policy.state_dict(),
         }

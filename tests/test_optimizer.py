@@ -593,6 +593,7 @@ def test_diagnostics_know_lambda(update: str) -> None:
             "rho": float(exact.rho),
             "weight_spread": float(exact.w.std(correction=0)),
             "lambda": float(exact.lam),
+            "skipped": 0.0,
         }
     )
 

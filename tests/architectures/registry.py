@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from hf_fngd.backward import CALLED_AGAIN, NOT_THE_BATCH
+from hf_fngd.backward import AMBIGUOUS, CALLED_AGAIN, NOT_THE_BATCH, USED_ELSEWHERE
 from hf_fngd.coverage import NEVER_CALLED
 
 Batch = dict[str, Any]
@@ -20,7 +20,7 @@ POSITIONS = 7
 # Outcomes of a parameter: preconditioned, plain for the reasons of `hf_fngd.selection`, or missed.
 PRECONDITIONED = "preconditioned"
 TIED = "the weight is tied to another module"
-MISSED = (NOT_THE_BATCH, CALLED_AGAIN, NEVER_CALLED)
+MISSED = (NOT_THE_BATCH, AMBIGUOUS, CALLED_AGAIN, USED_ELSEWHERE, NEVER_CALLED)
 
 
 def kind(layer_type: str) -> str:

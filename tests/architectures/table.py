@@ -29,7 +29,9 @@ COLUMNS = (
     "N = T, first / later",
     "remark",
 )
-SHORT = dict(zip(MISSED, ("batch not first", "called again", "never called"), strict=True))
+SHORT = dict(
+    zip(MISSED, ("batch not first", "batch ambiguous", "called again", "used elsewhere", "never called"), strict=True)
+)
 
 
 @dataclass
