@@ -1,0 +1,164 @@
+"""torch.compile: one graph, no break, no recompilation from step to step, and the eager run's numbers."""
+
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.utils.checkpoint import checkpoint
+
+from hf_fngd import FNGD, FNGDPreconditioner
+from hf_fngd.sharing import INDEX_COLUMN, policy_names
+from tests.nets import LAYERS, Net, data, net
+
+# Raised and ignored by the compiler itself.
+pytestmark = pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+
+STEPS = 9
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler() -> Iterator[None]:
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+class Checkpointed(Net):
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = checkpoint(lambda y: torch.tanh(self.norm(self.fc1(y))), x, use_reentrant=False)
+        return self.fc2(hidden).flatten(1, -2).mean(1)
+
+
+class Twice(Net):
+    """Calls a layer twice."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.again = nn.Linear(7, 7)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.again(torch.tanh(self.again(self.norm(self.fc1(x)))))
+        return self.fc2(hidden).flatten(1, -2).mean(1)
+
+
+def train(
+    model: nn.Module,
+    compiled: bool,
+    *,
+    sizes: tuple[int, ...] = (6,),
+    accumulate: int = 1,
+    bf16: bool = False,
+    **arguments: Any,
+) -> tuple[nn.Module, FNGD, CompileCounterWithBackend]:
+    """Coefficient steps, the switch, shared steps and two refreshes."""
+    counter = CompileCounterWithBackend("aot_eager")
+    optimizer = FNGD(model, **({"damping": 0.01, "coefficient_steps": 3, "refresh": 3, "lr": 1e-2} | arguments))
+    # Breaks would raise.
+    called: Callable[..., Tensor] = torch.compile(model, backend=counter, fullgraph=True) if compiled else model
+    for step in range(STEPS):
+        for part in range(accumulate):
+            samples = sizes[step % len(sizes)]
+            x, y = data(samples, 4, seed=10 * step + part, dtype=next(model.parameters()).dtype)
+            extra = {INDEX_COLUMN: torch.arange(samples) + step} if arguments.get("sharing") == "index" else {}
+            with torch.autocast("cpu", torch.bfloat16) if bf16 else nullcontext():
+                F.cross_entropy(called(x, **extra).float() if bf16 else called(x, **extra), y).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return model, optimizer, counter
+
+
+def compare(model: nn.Module, graphs: int = 1, tolerance: float = 0.0, **options: Any) -> FNGD:
+    """The compiled run equals the eager one, bit for bit unless said otherwise, and took that many graphs."""
+    eager, slow, _ = train(copy.deepcopy(model), compiled=False, **options)
+    fast, optimizer, counter = train(model, compiled=True, **options)
+    assert counter.frame_count == graphs
+    for p, q in zip(fast.parameters(), eager.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=tolerance, atol=tolerance)
+    assert optimizer.coverage() == slow.coverage()
+    assert optimizer.preconditioner.phase == slow.preconditioner.phase
+    return optimizer
+
+
+@pytest.mark.parametrize("sharing", policy_names())
+def test_one_graph_through_all_phases(sharing: str) -> None:
+    assert not compare(net(), sharing=sharing).coverage().missed
+
+
+@pytest.mark.parametrize(("layer_type", "bias"), LAYERS)
+def test_every_kind_of_layer(layer_type: str, bias: str) -> None:
+    assert not compare(net(layer_type=layer_type, bias=bias)).coverage().missed
+
+
+def test_accumulation() -> None:
+    assert compare(net(), accumulate=3, sharing="replay").preconditioner.policy.recorded == 18
+
+
+def test_another_batch_size_costs_one_graph_of_any_size() -> None:
+    compare(net(), graphs=2, sizes=(6, 5, 7, 3))
+
+
+def test_autocast() -> None:
+    compare(net(dtype=torch.float32), bf16=True)
+
+
+def test_activation_checkpointing() -> None:
+    torch.manual_seed(0)
+    assert not compare(Checkpointed().double()).coverage().missed
+
+
+def test_a_layer_that_is_called_twice_is_plain_and_reported() -> None:
+    torch.manual_seed(0)
+    # The two parts of its gradient are added in another order.
+    missed = compare(Twice().double(), tolerance=1e-10).coverage().missed
+    assert set(missed) == {"again.weight", "again.bias"}
+
+
+def test_backward_after_the_step_is_plain() -> None:
+    model = net()
+    plain = copy.deepcopy(model)
+    preconditioner = FNGDPreconditioner(model)
+    called = torch.compile(model, backend="aot_eager", fullgraph=True)
+    x, y = data(6, 4)
+    late = F.cross_entropy(called(x), y)
+    F.cross_entropy(called(x), y).backward()
+    preconditioner.step()
+    model.zero_grad()
+    late.backward()
+    F.cross_entropy(plain(x), y).backward()
+    for p, q in zip(model.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(p.grad, q.grad)
+
+
+def test_two_forward_passes_before_their_backward_passes_keep_apart() -> None:
+    def gradients(compiled: bool) -> list[Tensor]:
+        model = net()
+        FNGD(model, damping=0.01, sharing="never")
+        called = torch.compile(model, backend="aot_eager", fullgraph=True) if compiled else model
+        losses = [F.cross_entropy(called(x), y) for x, y in (data(6, 4), data(6, 4, seed=2))]
+        losses[1].backward()
+        losses[0].backward()
+        return [p.grad for p in model.parameters()]
+
+    assert all(torch.equal(p, q) for p, q in zip(gradients(True), gradients(False), strict=True))
+
+
+def test_a_model_that_is_detached_compiles_anew() -> None:
+    model = net()
+    optimizer = FNGD(model)
+    called = torch.compile(model, backend="aot_eager", fullgraph=True)
+    x, y = data(6, 4)
+    F.cross_entropy(called(x), y).backward()
+    optimizer.detach()
+    model.zero_grad()
+    F.cross_entropy(called(x), y).backward()
+    found = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+    F.cross_entropy(model(x), y).backward()
+    for p, q in zip(model.parameters(), found, strict=True):
+        torch.testing.assert_close(p.grad, q)
