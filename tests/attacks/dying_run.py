@@ -216,7 +216,7 @@ def train(settings: dict[str, Any], folder: Path, resume: str | None, death: Dea
         disable_tqdm=True,
         use_cpu=True,
         dataloader_pin_memory=False,
-        seed=settings["seed"],
+        seed=settings["trainer_seed"],
     )
     callbacks: list[TrainerCallback] = [events, *([FNGDCallback()] if settings["callback"] else [])]
     trainer = Trainer(

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import itertools
 import json
 import logging
 import os
@@ -54,7 +55,7 @@ def draw_settings(seed: int, run: int) -> dict[str, Any]:
         "scheduler": of.choice(["linear", "cosine"]),
         "max_grad_norm": of.choice([0.0, 1.0]),
         "callback": of.random() < 0.5,
-        "seed": of.randint(0, 10**6),
+        "trainer_seed": of.randint(0, 10**6),
         "fngd": {
             "lr": 10 ** of.uniform(-3, -1.5),
             "damping": 10 ** of.uniform(-3, 0),
@@ -133,7 +134,7 @@ def differences(found: Any, expected: Any, where: str = "") -> Iterator[str]:
     elif isinstance(found, dict) and isinstance(expected, dict):
         if found.keys() != expected.keys():
             yield f"{where}: only in one: {sorted(map(str, found.keys() ^ expected.keys()))}"
-        for key in found.keys() & expected.keys():
+        for key in (key for key in expected if key in found):
             yield from differences(found[key], expected[key], f"{where}.{key}")
     elif isinstance(found, list | tuple) and isinstance(expected, list | tuple):
         if len(found) != len(expected):
@@ -180,6 +181,7 @@ def attack(seed: int, run: int, root: Path, spoil: str | None = None) -> dict[st
     return {
         "seed": seed,
         "run": run,
+        "spoil": spoil,
         **settings,
         "steps": steps,
         "deaths": deaths,
@@ -195,22 +197,27 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, help="JSON lines; runs that are in it already are not repeated")
     parser.add_argument("--runs", type=int, nargs="*", help="only these runs, by number")
-    parser.add_argument("--spoil", choices=SPOILS, help="damage each checkpoint before it is resumed from")
+    parser.add_argument(
+        "--spoil", choices=SPOILS, nargs="*", help="damage the last checkpoint before it is resumed from"
+    )
     args = parser.parse_args()
     torch.set_num_threads(1)
     logging.getLogger("hf_fngd").setLevel(logging.ERROR)  # it names each checkpoint that it passes over
     lines = []
     if args.output is not None and args.output.exists():
-        lines = [line for line in map(json.loads, args.output.open()) if line["seed"] == args.seed]
-    done = {line["run"] for line in lines}
-    for run in range(args.count) if args.runs is None else args.runs:
-        if run in done:
+        lines = [json.loads(line) for line in args.output.read_text().splitlines()]
+        lines = [line for line in lines if line["seed"] == args.seed]
+    done = {(line["run"], line["spoil"]) for line in lines}
+    runs = range(args.count) if args.runs is None else args.runs
+    for run, spoil in itertools.product(runs, args.spoil or [None]):
+        if (run, spoil) in done:
             continue
         with tempfile.TemporaryDirectory() as folder:
             try:
-                line = attack(args.seed, run, Path(folder), args.spoil)
+                line = attack(args.seed, run, Path(folder), spoil)
             except RuntimeError as error:
-                line = {"seed": args.seed, "run": run, "deaths": [], "matched": False, "differences": [str(error)]}
+                line = {"seed": args.seed, "run": run, "spoil": spoil, "deaths": [], "matched": False}
+                line["differences"] = [str(error)]
         lines.append(line)
         if args.output is not None:
             with args.output.open("a") as file:
