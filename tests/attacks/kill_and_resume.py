@@ -202,7 +202,6 @@ def main() -> int:
     )
     args = parser.parse_args()
     torch.set_num_threads(1)
-    logging.getLogger("hf_fngd").setLevel(logging.ERROR)  # it names each checkpoint that it passes over
     lines = []
     if args.output is not None and args.output.exists():
         lines = [json.loads(line) for line in args.output.read_text().splitlines()]
@@ -237,4 +236,5 @@ def main() -> int:
 
 
 if __name__ == "__main__":
+    logging.getLogger("hf_fngd").setLevel(logging.ERROR)  # it names each checkpoint that it passes over
     sys.exit(main())
