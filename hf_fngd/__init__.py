@@ -5,7 +5,7 @@ from hf_fngd.coverage import CoverageReport
 from hf_fngd.optimizer import FNGD
 from hf_fngd.preconditioner import FNGDPreconditioner, detach
 from hf_fngd.sharing import add_index, policy_names
-from hf_fngd.trainer import FNGDCallback, FNGDFactory
+from hf_fngd.trainer import FNGDCallback, FNGDFactory, last_complete_checkpoint
 
 __version__ = "0.1.0"
 
@@ -19,5 +19,6 @@ __all__ = [
     "__version__",
     "add_index",
     "detach",
+    "last_complete_checkpoint",
     "policy_names",
 ]

@@ -181,7 +181,7 @@ class FNGDConfig(HubMixin):
         arguments.validate(overrides)
         _check_version(values.get("config_version", CONFIG_VERSION))
         known = {key: value for key, value in values.items() if key in arguments.ARGUMENTS}
-        unknown = [str(key)[:80] for key in values if key not in known and key != "config_version"]
+        unknown = [_named(key) for key in values if key not in known and key != "config_version"]
         if unknown:
             listed = ", ".join(unknown[:10]) + (f" and {len(unknown) - 10} more" if len(unknown) > 10 else "")
             warnings.warn(f"ignored keys that {cls.__name__} does not know: {listed}", stacklevel=2)
@@ -198,10 +198,15 @@ class FNGDConfig(HubMixin):
 
         Raises:
             ValueError: There is no such preset, or an override is not acceptable.
-            TypeError: An override has the wrong type.
+            TypeError: The name is no string, or an override has the wrong type.
         """
+        if not isinstance(name, str):
+            raise TypeError(f"a preset's name must be one of {', '.join(PRESETS)}, got a {type(name).__name__}")
         if name not in PRESETS:
-            raise ValueError(f"there is no preset {name!r}: the presets are {', '.join(PRESETS)}")
+            raise ValueError(
+                f"there is no preset {name[:80]!r}: the presets are {', '.join(PRESETS)}"
+                + arguments.guess(name, PRESETS)
+            )
         return cls.from_dict(PRESETS[name], **overrides)
 
     @classmethod
@@ -246,6 +251,14 @@ class FNGDConfig(HubMixin):
             force_download=force_download,
             **overrides,
         )
+
+
+def _named(key: object) -> str:
+    """A key as it is where it can be shown, and what it is probably meant to be."""
+    if not isinstance(key, str):
+        return f"a key of type {type(key).__name__}"
+    shown = key[:80] if key[:80].isprintable() else ascii(key[:80])
+    return shown + arguments.guess(key, arguments.ARGUMENTS, " (meant to be {}?)")
 
 
 def _check_version(version: object) -> None:

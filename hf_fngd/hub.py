@@ -8,6 +8,7 @@ import abc
 import json
 import os
 import uuid
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any, Self
@@ -31,8 +32,10 @@ from huggingface_hub.errors import (
 
 CONFIG_NAME = "fngd_config.json"
 LIBRARY_NAME = "hf-fngd"
-MAX_BYTES = 2**20
-"""The largest config file that is read, in bytes. A real one has some hundred."""
+MAX_BYTES = 2**18
+"""The largest config file that is read or written, in bytes. A real one has some hundred."""
+MAX_PATH = 4096
+"""The longest name, subfolder or revision, in characters, as on Linux."""
 
 
 class HubMixin(abc.ABC):
@@ -41,6 +44,15 @@ class HubMixin(abc.ABC):
     @abc.abstractmethod
     def to_json_string(self) -> str:
         """Write the config as the text of a JSON file."""
+
+    def _file_text(self) -> str:
+        text = self.to_json_string()
+        if len(text.encode()) > MAX_BYTES:
+            raise ValueError(
+                f"{CONFIG_NAME} would be larger than {MAX_BYTES} bytes, which is the most that is read: select modules "
+                "by a regular expression in place of long lists"
+            )
+        return text
 
     @classmethod
     @abc.abstractmethod
@@ -80,14 +92,24 @@ class HubMixin(abc.ABC):
             The config, validated.
 
         Raises:
-            OSError: The file was not found, could not be fetched, is larger than 1 MiB or is no JSON object.
+            OSError: The file was not found, could not be fetched, is larger than 256 KiB or is no JSON object.
                 The message says what was looked for and what to do.
-            ValueError: A value in the file, an override or ``subfolder`` is not acceptable.
-            TypeError: A value in the file or an override has the wrong type.
+            ValueError: A value in the file, an override or another argument is not acceptable.
+            TypeError: A value in the file, an override or another argument has the wrong type.
         """
-        folder = _safe_subfolder(subfolder)
-        if not os.fspath(name_or_path):
+        name_or_path = _text("name_or_path", name_or_path)
+        if not name_or_path:
             raise ValueError("name_or_path is empty: give a folder, a .json file or a repository's id")
+        folder = _safe_subfolder(subfolder)
+        if revision is not None:
+            _check_revision(revision)
+        if cache_dir is not None:
+            cache_dir = _text("cache_dir", cache_dir)
+        if token is not None and not isinstance(token, str | bool):
+            raise TypeError(f"token must be None, True, False or a string, got a {type(token).__name__}")
+        for key, flag in (("local_files_only", local_files_only), ("force_download", force_download)):
+            if not isinstance(flag, bool):
+                raise TypeError(f"{key} must be True or False, got a {type(flag).__name__}")
         path = Path(name_or_path)
         if path.is_file():
             if folder or path.suffix != ".json":
@@ -102,7 +124,7 @@ class HubMixin(abc.ABC):
                 )
         else:
             file = _fetch(
-                os.fspath(name_or_path),
+                name_or_path,
                 f"{folder}/{CONFIG_NAME}" if folder else CONFIG_NAME,
                 revision=revision,
                 cache_dir=cache_dir,
@@ -131,13 +153,14 @@ class HubMixin(abc.ABC):
         Raises:
             NotADirectoryError: ``save_directory`` is a file.
             TypeError: There are ``kwargs``, and nothing is pushed.
+            ValueError: A value is not acceptable, or the file would be too large to be read again.
         """
         if kwargs and not push_to_hub:
             raise TypeError(f"{', '.join(kwargs)}: only accepted together with push_to_hub=True")
         folder = Path(save_directory)
         if folder.is_file():
             raise NotADirectoryError(f"{folder} is a file: save_pretrained takes the folder to write into")
-        text = self.to_json_string()
+        text = self._file_text()
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / CONFIG_NAME
         # A file of its own beside the target: os.replace is atomic only within one file system.
@@ -180,7 +203,7 @@ class HubMixin(abc.ABC):
         Raises:
             huggingface_hub.errors.HfHubHTTPError: The Hub refused, for want of a login for instance.
         """
-        text = self.to_json_string()
+        text = self._file_text()
         api = HfApi(token=token, library_name=LIBRARY_NAME)
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
         if revision is not None and not revision.startswith("refs/"):
@@ -197,12 +220,49 @@ class HubMixin(abc.ABC):
         )
 
 
+def _text(key: str, value: object) -> str:
+    """Return a path or a name as a string that can be one.
+
+    Raises:
+        TypeError: It is neither a string nor a path.
+        ValueError: It is too long, or holds a character that neither a path nor a name may hold.
+    """
+    if not isinstance(value, str | os.PathLike):
+        raise TypeError(f"{key} must be a string or a path, got a {type(value).__name__}")
+    text = os.fspath(value)
+    if not isinstance(text, str):
+        raise TypeError(f"{key} must be a string or a path of strings, not of {type(text).__name__}")
+    if len(text) > MAX_PATH:
+        raise ValueError(f"{key} must have at most {MAX_PATH} characters, got {len(text)}")
+    if any(character < " " or "\ud800" <= character <= "\udfff" for character in text):
+        raise ValueError(f"{key} must have no control characters and be valid Unicode, got {text[:80]!r}")
+    return text
+
+
 def _safe_subfolder(subfolder: str) -> str:
     """Normalize a subfolder, refusing what could leave the folder or the repository; "" is the top."""
-    path = PurePosixPath(subfolder)
-    if path.is_absolute() or ".." in path.parts or "\\" in subfolder or PureWindowsPath(subfolder).drive:
-        raise ValueError(f"subfolder must be a relative path with forward slashes and without '..', got {subfolder!r}")
+    text = _text("subfolder", subfolder)
+    path = PurePosixPath(text)
+    if path.is_absolute() or ".." in path.parts or "\\" in text or PureWindowsPath(text).drive:
+        raise ValueError(f"subfolder must be a relative path with forward slashes and without '..', got {text[:80]!r}")
     return "" if path == PurePosixPath() else str(path)
+
+
+def _check_revision(revision: str) -> None:
+    """Refuse what git refuses in a name and what could leave the cache, where a branch is a path.
+
+    Raises:
+        TypeError: The revision is no string.
+        ValueError: The revision cannot be a branch, a tag or a commit.
+    """
+    if not isinstance(revision, str):
+        raise TypeError(f"revision must be None or a string, got a {type(revision).__name__}")
+    text = _text("revision", revision)
+    if not text or ".." in text or text.startswith("/") or any(character in " \\~^:?*[" for character in text):
+        raise ValueError(
+            f"revision must be the name of a branch or a tag, or a commit's hash, without '..', spaces or any of "
+            f"\\ ~ ^ : ? * [, got {text[:80]!r}"
+        )
 
 
 def _fetch(
@@ -220,7 +280,8 @@ def _fetch(
     Raises:
         OSError: With what was looked for, and the way out.
     """
-    wanted = f"{filename} of {repo_id!r}" + (f" at revision {revision!r}" if revision else "")
+    shown = repo_id if len(repo_id) <= 200 else repo_id[:200] + "..."
+    wanted = f"{filename} of {shown!r}" + (f" at revision {revision!r}" if revision else "")
     try:
         return Path(
             hf_hub_download(
@@ -271,18 +332,30 @@ def _read(file: Path) -> Mapping[str, Any]:
     """Read a JSON object from a file that may come from anyone.
 
     Raises:
-        OSError: The file is too large, or no JSON object.
+        OSError: The file cannot be read, is too large, no JSON object, or has a key twice.
     """
-    with file.open("rb") as stream:
-        data = stream.read(MAX_BYTES + 1)
+    try:
+        with file.open("rb") as stream:
+            data = stream.read(MAX_BYTES + 1)
+    except OSError as error:
+        raise OSError(f"{file} cannot be read: {error.strerror or error}") from error
     if len(data) > MAX_BYTES:
         raise OSError(f"{file} is larger than {MAX_BYTES} bytes: this is no {CONFIG_NAME}")
     try:
-        values = json.loads(data.decode("utf-8"))
+        values = json.loads(data.decode("utf-8"), object_pairs_hook=_once)
     except (ValueError, RecursionError) as error:
         raise OSError(f"{file} is not a valid JSON file: {error}") from error
     if not isinstance(values, dict):
         raise OSError(f"{file} must hold a JSON object, not a {type(values).__name__}")
+    return values
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Build a dictionary of a JSON object; Python itself would take the last of equal keys and say nothing."""
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        twice = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
+        raise ValueError(f"the key {twice[:80]!r} is there more than once")
     return values
 
 

@@ -17,9 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from transformers import AutoTokenizer, enable_full_determinism, set_seed
-from transformers.trainer_utils import get_last_checkpoint
 
-from hf_fngd import add_index
+from hf_fngd import add_index, last_complete_checkpoint
 from translation.arguments import TranslationTrainingArguments, parse_arguments
 from translation.card import render_card
 from translation.data import encode, hold_out, load_pairs, make_collator, training_texts
@@ -112,11 +111,11 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
 
 
 def find_checkpoint(args: TranslationTrainingArguments, overwrite: bool) -> str | None:
-    """Return the checkpoint to resume from: the one that was named, or the last one in the output folder.
+    """Return the checkpoint to resume from: the one that was named, or the last complete one in the output folder.
 
     Args:
         args: `output_dir` and `resume_from_checkpoint`: a folder, or "true" for the last one in `output_dir`, which
-            must exist then.
+            must exist then and be complete.
         overwrite: Delete the folder's checkpoints, so that none is resumed, now or after an interruption.
 
     Raises:
@@ -131,9 +130,9 @@ def find_checkpoint(args: TranslationTrainingArguments, overwrite: bool) -> str 
         if overwrite and args.process_index == 0:
             for folder in output_dir.glob("checkpoint-*"):
                 shutil.rmtree(folder)
-        last = get_last_checkpoint(output_dir) if output_dir.is_dir() else None
+        last = last_complete_checkpoint(output_dir)
     if last is None and named is not None:
-        raise ValueError(f"{output_dir} holds no checkpoint to resume from.")
+        raise ValueError(f"{output_dir} holds no complete checkpoint to resume from.")
     return last
 
 

@@ -2,8 +2,11 @@
 
 import math
 import re
+import time
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from hf_fngd.arguments import (
     ARGUMENTS,
@@ -24,7 +27,51 @@ NOT_A_NAME = [None, 0, True, ["rms"], b"rms"]
 NOT_MODULES = [0, True, {"fc1": 1}, {"fc1"}, b"fc1", ["fc1", 2], [None], ("fc1", ["fc2"])]
 NOT_FINITE = [math.nan, math.inf, -math.inf, 10**400]
 BAD_PATTERNS = ["(", "*fc", "[a-", "fc(?P<x", "a{99999999999999}", "(" * 5000 + ")" * 5000]
-BAD_MODULES = ["", *BAD_PATTERNS, "a" * (MAX_CHARACTERS + 1), [""], ["a"] * (MAX_NAMES + 1), ["a" * 20_000]]
+# Patterns that Python needs very long to match or to compile.
+SLOW_PATTERNS = [
+    r"(a+)+b",
+    r"(a*)*",
+    r"(a|aa)+b",
+    r"(?:a|b|ab)*c",
+    r"([a-z]+\.?)*x",
+    r"(\w+\s?)*\.",
+    r"(.*a){11}",
+    r"(?:a?){60}a{60}",
+    r"((a{0,50}){0,50}){0,50}x",
+    r"(?:^){1000000}x",
+    r"(?=(a+)+b)a",
+    r"(?>(a+)+)b",
+    r"(?P<n>a*)(?:(?P=n)a*)+b",
+    "a?" * 40 + "a" * 40,
+    ".*" * 4 + "x",
+    r"[^.]*.*\d+.*\w+",
+    "(?i)" + "[\0-\U0010ffff]" * 20,
+    "[\u0100-\uffff]" * 20,
+]
+SWIFT_PATTERNS = [
+    r".*\.fc[12]",
+    r"(?:encoder|decoder)\..*",
+    r".*\.layers\.\d+\..*attn.*\.(q|k|v)_proj",
+    r"model\.layers\.(?:[0-9]|1[01])\.mlp\.(?:up|down|gate)_proj",
+    r"^.*\.(attention|attn|self_attn|self)\..*(q|k|v)\w*$",
+    r"(.*\.)?(q_proj|query|k_proj|key|v_proj|value)",
+    r"h\.[0-9]{1,2}\.(attn|mlp)\.c_(attn|proj|fc)",
+    r"(?!.*lm_head).*",
+    r"(?i).*LORA.*",
+    r"(?:[^.]+\.)*fc1",
+    r"(?:[a-z_]+\.){2}\d+\..+",
+    r"(?:\W*\w)(?:[^\W]+\.)?(?:[.\d]+\D)\S+\s",
+    r"(a)?(?(1)b|c)",
+]
+BAD_MODULES = [
+    "",
+    *SLOW_PATTERNS,
+    *BAD_PATTERNS,
+    "a" * (MAX_CHARACTERS + 1),
+    [""],
+    ["a"] * (MAX_NAMES + 1),
+    ["a" * 20_000],
+]
 
 GOOD = {
     "lr": [0, 0.0, 1, 1e-3, 1e300],
@@ -41,7 +88,7 @@ GOOD = {
     "beta2": [0, 0.999],
     "eps": [1e-300, 1e-8],
     "memory_budget": [1, 2**28],
-    "target_modules": ["all-linear", r".*\.fc[12]", ["fc1"], ("decoder.fc1", "fc2")],
+    "target_modules": ["all-linear", *SWIFT_PATTERNS, ["fc1"], ("decoder.fc1", "fc2")],
     "exclude_modules": [None, "lm_head", [], ["lm_head"]],
     "strict": [True, False],
 }
@@ -128,6 +175,43 @@ def test_a_message_shows_the_value_and_what_is_accepted():
 def test_a_broken_regular_expression_is_explained(key):
     with pytest.raises(ValueError, match=rf"^{key} .*does not compile: missing \), unterminated subpattern"):
         validate({key: r"decoder\.(fc1"})
+
+
+@pytest.mark.parametrize("pattern", SLOW_PATTERNS)
+def test_a_slow_regular_expression_is_explained(pattern):
+    with pytest.raises(ValueError, match=r"this regular expression (could take very long to match|has ranges of more)"):
+        validate({"target_modules": pattern})
+
+
+def test_an_ambiguous_regular_expression_is_refused():
+    with pytest.raises(ValueError, match="does not compile: Possible nested set at position 1"):
+        validate({"target_modules": "[[a]"})
+
+
+pieces = st.sampled_from(["a", "b", ".", "[ab]", "[^b]", "[a-z]", r"\w", r"\d", r"\W", r"\."])
+repetitions = st.sampled_from(["", "", "*", "+", "?", "{2}", "{0,30}", "{3,}", "*?", "??"])
+patterns = st.recursive(
+    st.tuples(pieces, repetitions).map("".join),
+    lambda inner: st.one_of(
+        st.lists(inner, min_size=1, max_size=4).map("".join),
+        st.tuples(st.lists(inner, min_size=1, max_size=3).map("|".join), repetitions).map("(?:{0[0]}){0[1]}".format),
+        inner.map("(?=({}))".format),
+    ),
+    max_leaves=8,
+)
+
+
+@given(patterns)
+def test_whatever_is_accepted_matches_fast(pattern):
+    """Names in which everything looks alike, and which fail at their end."""
+    try:
+        validate({"target_modules": pattern})
+    except ValueError:
+        return
+    start = time.process_time()
+    for name in ("a" * 99 + "!", "ab" * 50 + "!", "aaaa.ab." * 12 + "!"):
+        re.fullmatch(pattern, name)
+    assert time.process_time() - start < 1  # an accepted one needs milliseconds, a slow one years
 
 
 def test_an_unknown_argument_is_refused_with_a_guess():

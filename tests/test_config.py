@@ -141,6 +141,25 @@ def test_a_flood_of_unknown_keys_stays_readable():
     assert len(str(caught[0].message)) < 1000
 
 
+def test_a_misspelt_key_is_told_what_it_is_meant_to_be():
+    with pytest.warns(UserWarning, match=r"does not know: dampning \(meant to be 'damping'\?\)$"):
+        assert FNGDConfig.from_dict({"dampning": 0.5}) == FNGDConfig()
+
+
+@pytest.mark.parametrize(
+    ("key", "shown"),
+    [
+        ("a\nb", r"'a\\nb'"),
+        ("\x1b[31m", r"'\\x1b\[31m'"),
+        ("\ud800", r"'\\ud800'"),
+        pytest.param(10**5000, "a key of type int", id="huge"),
+    ],
+)
+def test_an_odd_key_is_shown_in_plain_characters(key, shown):
+    with pytest.warns(UserWarning, match=f"does not know: {shown}$"):
+        assert FNGDConfig.from_dict({key: 0}) == FNGDConfig()
+
+
 def test_overrides_win_and_may_not_be_unknown():
     assert FNGDConfig.from_dict({"lr": "broken", "eps": 0.5}, lr=0.1) == FNGDConfig(lr=0.1, eps=0.5)
     with pytest.raises(ValueError, match="no argument 'learning_rate'"):
@@ -201,8 +220,13 @@ def test_the_default_preset_is_the_defaults():
 
 
 def test_an_unknown_preset_or_override_is_refused():
-    with pytest.raises(ValueError, match="no preset 'Paper': the presets are default, paper, robust"):
+    with pytest.raises(
+        ValueError, match="no preset 'Paper': the presets are default, paper, robust; did you mean 'paper'"
+    ):
         FNGDConfig.preset("Paper")
+    for name in (None, ["paper"], b"paper"):
+        with pytest.raises(TypeError, match="a preset's name must be one of default, paper, robust, got a"):
+            FNGDConfig.preset(name)
     with pytest.raises(ValueError, match="no argument 'step'"):
         FNGDConfig.preset("paper", step="rms")
     with pytest.raises(TypeError, match=r"^lr "):

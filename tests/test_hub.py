@@ -175,8 +175,11 @@ def test_overrides(tmp_path):
         (b"{", "not a valid JSON file"),
         (b"", "not a valid JSON file"),
         (b"\xff\xfe\x00", "not a valid JSON file"),
+        (b"\xef\xbb\xbf{}", "not a valid JSON file: Unexpected UTF-8 BOM"),
+        (b'{"lr": 1, "eps": 1, "lr": 2}', "not a valid JSON file: the key 'lr' is there more than once"),
+        (b'{"future": {"a": 1, "a": 1}}', "not a valid JSON file: the key 'a' is there more than once"),
         (b'{"lr": ' + b"9" * 5000 + b"}", "not a valid JSON file"),
-        (b"[" * 500_000, "not a valid JSON file"),
+        (b"[" * 200_000, "not a valid JSON file"),
         (b"[1, 2]", "must hold a JSON object, not a list"),
         (b"null", "must hold a JSON object, not a NoneType"),
         (b'{"lr": 1}' + b" " * hub.MAX_BYTES, f"larger than {hub.MAX_BYTES} bytes"),
@@ -213,6 +216,76 @@ def test_a_bad_value_names_key_and_file(tmp_path, content, error, key):
 def test_the_largest_file_that_is_read(tmp_path):
     (tmp_path / hub.CONFIG_NAME).write_bytes(b'{"lr": 1}'.ljust(hub.MAX_BYTES))
     assert FNGDConfig.from_pretrained(tmp_path) == FNGDConfig(lr=1.0)
+
+
+def test_what_is_written_can_be_read(tmp_path, recorded):
+    listed = FNGDConfig(target_modules=["a" * 60] * 3000)
+    assert FNGDConfig.from_pretrained(listed.save_pretrained(tmp_path)) == listed
+    listed.target_modules *= 2
+    for use in (lambda: listed.save_pretrained(tmp_path / "new"), lambda: listed.push_to_hub("user/repo")):
+        with pytest.raises(ValueError, match=f"larger than {hub.MAX_BYTES} bytes.*regular expression"):
+            use()
+    assert not (tmp_path / "new").exists()
+    assert recorded.calls == []
+
+
+def test_a_file_that_cannot_be_read_is_named(tmp_path):
+    (tmp_path / hub.CONFIG_NAME).symlink_to("/proc/self/mem")
+    with pytest.raises(OSError, match=rf"{hub.CONFIG_NAME} cannot be read: Input/output error"):
+        FNGDConfig.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir, lambda path: os.symlink("/dev/zero", path)])
+def test_only_a_regular_file_is_opened(tmp_path, make):
+    make(tmp_path / hub.CONFIG_NAME)
+    with pytest.raises(OSError, match=rf"there is no {hub.CONFIG_NAME} in the folder"):
+        FNGDConfig.from_pretrained(tmp_path)
+
+
+# What from_pretrained may be called with
+
+BAD_TEXTS = [(5, TypeError), (b"a", TypeError), (["a"], TypeError)]
+BAD_TEXTS += [("a\0b", ValueError), ("a\nb", ValueError), ("\ud800", ValueError), ("a" * 5000, ValueError)]
+
+
+@pytest.mark.parametrize("key", ["name_or_path", "subfolder", "revision", "cache_dir"])
+@pytest.mark.parametrize(("value", "error"), BAD_TEXTS)
+def test_arguments_that_are_no_text_are_named(seed, key, value, error):
+    seed.put(CONFIG.to_json_string())
+    options = {"name_or_path": "user/repo", "cache_dir": seed.cache, key: value}
+    with pytest.raises(error, match=f"^{key} must") as caught:
+        FNGDConfig.from_pretrained(**options)
+    assert len(str(caught.value)) < 300
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("token", 5), ("token", b"t"), ("local_files_only", 1), ("local_files_only", None), ("force_download", "no")],
+)
+def test_flags_and_the_token_are_checked(seed, key, value):
+    seed.put(CONFIG.to_json_string())
+    with pytest.raises(TypeError, match=f"^{key} must be .*, got a {type(value).__name__}"):
+        load(seed, **{key: value})
+
+
+@pytest.mark.parametrize(
+    "revision", ["", "..", "../../refs/main", "a/../b", "/etc/passwd", "a b", "a~1", "a\\b", "a:b"]
+)
+def test_a_revision_that_git_would_refuse_never_becomes_a_path(seed, revision):
+    seed.put(CONFIG.to_json_string())
+    with pytest.raises(ValueError, match=r"^revision must be the name of a branch or a tag"):
+        load(seed, revision=revision)
+
+
+def test_revisions_with_slashes_are_fine(seed):
+    seed.put(CONFIG.to_json_string(), ref="refs/pr/1")
+    seed.put(CONFIG.to_json_string(), ref="feature/v1.0-rc_2", commit=OLD)
+    assert load(seed, revision="refs/pr/1") == load(seed, revision="feature/v1.0-rc_2") == CONFIG
+
+
+def test_a_long_name_is_shortened_in_the_message(seed):
+    with pytest.raises(OSError, match=r"^fngd_config.json of 'user/r+\.\.\.'"):
+        load(seed, name="user/" + "r" * 250)
 
 
 def test_unknown_keys_warn(tmp_path):

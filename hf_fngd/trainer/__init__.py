@@ -1,6 +1,7 @@
-"""What only the Hugging Face Trainer needs: a callback and an optimizer factory."""
+"""What only the Hugging Face Trainer needs: a callback, an optimizer factory, and the checkpoint to resume from."""
 
 from hf_fngd.trainer.callbacks import FNGDCallback
+from hf_fngd.trainer.checkpoints import last_complete_checkpoint
 from hf_fngd.trainer.factory import FNGDFactory
 
-__all__ = ["FNGDCallback", "FNGDFactory"]
+__all__ = ["FNGDCallback", "FNGDFactory", "last_complete_checkpoint"]

@@ -99,6 +99,18 @@ def test_an_interrupted_run_ends_like_one_that_was_not(tmp_path, options, optimi
     assert all(torch.equal(resumed[key], whole[key]) for key in whole)
 
 
+def test_a_checkpoint_that_was_cut_off_is_passed_over(tmp_path, options, capsys):
+    argv = [*options, "--optimizer=sgd", "--do_eval=false", "--do_predict=false", "--save_total_limit=2"]
+    translate.main(argv)
+    whole = load_file(tmp_path / "out" / "model.safetensors")
+    state = tmp_path / "out" / "checkpoint-8" / "optimizer.pt"
+    state.write_bytes(state.read_bytes()[:1000])
+    translate.main(argv)
+    assert f"Resuming from {tmp_path / 'out' / 'checkpoint-4'}" in capsys.readouterr().out
+    resumed = load_file(tmp_path / "out" / "model.safetensors")
+    assert all(torch.equal(resumed[key], whole[key]) for key in whole)
+
+
 def test_overwriting_deletes_checkpoints_and_starts_anew(tmp_path, options):
     argv = [*options, "--optimizer=sgd", "--do_eval=false", "--do_predict=false"]
     translate.main(argv)
@@ -110,7 +122,9 @@ def test_overwriting_deletes_checkpoints_and_starts_anew(tmp_path, options):
     assert not (tmp_path / "out" / "predictions.txt").exists()
 
 
-@pytest.mark.parametrize(("named", "message"), [("true", "holds no checkpoint"), ("nowhere", "'nowhere' is no folder")])
+@pytest.mark.parametrize(
+    ("named", "message"), [("true", "holds no complete checkpoint"), ("nowhere", "'nowhere' is no folder")]
+)
 def test_resuming_from_nothing_is_an_error(options, named, message):
     with pytest.raises(ValueError, match=message):
         translate.main([*options, f"--resume_from_checkpoint={named}"])
