@@ -19,7 +19,7 @@ def fp32(kind: Kind, sharing: str, folder: Path) -> float:
     return checked(kind, sharing, train(kind, sharing, folder))
 
 
-@mode("bf16 autocast", tolerance=0.2)
+@mode("bf16 autocast", tolerance=0.1)
 def bf16(kind: Kind, sharing: str, folder: Path) -> float:
     return checked(kind, sharing, train(kind, sharing, folder, bf16=True))
 

@@ -40,6 +40,7 @@ def bert(**changes: Any) -> BertForSequenceClassification:
         "attention_probs_dropout_prob": 0.0,
         "initializer_range": INITIAL,
         "num_labels": 3,
+        "problem_type": "single_label_classification",  # else found out, and written, in the first forward pass
     }
     return BertForSequenceClassification(BertConfig(**(config | changes)))
 
@@ -61,7 +62,9 @@ def gpt2(**changes: Any) -> GPT2LMHeadModel:
         "eos_token_id": PADDING,
         "pad_token_id": PADDING,
     }
-    return GPT2LMHeadModel(GPT2Config(**(config | changes)))
+    model = GPT2LMHeadModel(GPT2Config(**(config | changes)))
+    model.loss_type = "ForCausalLM"  # else it warns in the first forward pass, which is no graph of its own
+    return model
 
 
 def llama() -> LlamaForCausalLM:

@@ -4,7 +4,7 @@ A mode is a function of the kind of model, the sharing policy and an empty folde
 returns the largest relative error of any preconditioned layer's gradient (`checked` makes it of a record). One that
 has to start processes of its own may do so and return what they found. A new row is one function:
 
-    @mode("bf16 autocast", tolerance=0.05)
+    @mode("bf16 autocast", tolerance=0.1)
     def bf16(kind: Kind, sharing: str, folder: Path) -> float:
         return checked(kind, sharing, train(kind, sharing, folder, bf16=True))
 """
