@@ -9,7 +9,7 @@ coefficient steps, and the rows that those left in shared steps.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -187,8 +187,8 @@ class Difference:
     """How far a run's gradients are from the oracle's.
 
     Attributes:
-        error: the largest relative distance of any layer's gradient in any step.
-        contrast: the largest one of the plain gradients, which shows what the weights do.
+        error: the largest relative distance of any layer's gradient in any step; infinite where one is not finite.
+        contrast: that of a preconditioned layer's plain gradient, which shows what the weights do.
         coefficient_steps: how many steps computed coefficients.
         shared_steps: how many used stored ones.
         clipped: in how many steps the norm was above the threshold.
@@ -208,9 +208,8 @@ def compare(
     make: Callable[[], nn.Module] | None = None,
     loss: SampleLoss | None = None,
     smoothing: float = 0.0,
-    scale: float = 1.0,
 ) -> Difference:
-    """The recorded gradients of every preconditioned layer against the oracle's.
+    """The recorded gradients of every layer against the oracle's: weighted where preconditioned, else plain.
 
     Args:
         kind: of the model.
@@ -218,36 +217,38 @@ def compare(
         make: a plain model of the same structure, `Kind.make` where not given.
         loss: of samples, `Kind.loss` where not given.
         smoothing: of the labels.
-        scale: of a loss scaler that had not been undone.
     """
     assert record.optimizer is not None
     model = (make or kind.make)().double()
-    engine = record.optimizer.preconditioner
-    stores = {layer.name: ReplayStore() for layer in engine.layers}
+    stores = {layer.name: ReplayStore() for layer in record.optimizer.preconditioner.layers}
     found, place = Difference(), 0
     for step in record.steps:
         load(model, step.parameters)
         exact, plain = expected(model, step, stores, place, loss or kind.loss, smoothing)
-        exact = {name: scale * gradient for name, gradient in exact.items()}
-        norm = float(torch.cat([gradient.flatten() for gradient in exact.values()]).norm())
-        factor = min(1.0, step.clip / (norm + 1e-6))
-        found.clipped += factor < 1
         assert step.gradients.keys() == exact.keys()
-        for layer in engine.layers:
-            names = [name for name in exact if name.rpartition(".")[0] == layer.name]
-            of_run, of_oracle, unweighted = (
-                torch.cat([factor_ * gradients[name].double().flatten() for name in names])
-                for gradients, factor_ in ((step.gradients, 1.0), (exact, factor), (plain, factor * scale))
-            )
-            size = float(of_oracle.norm())
-            found.error = max(found.error, float((of_run - of_oracle).norm()) / size)
-            found.contrast = max(found.contrast, float((unweighted - of_oracle).norm()) / size)
+        norm = float(flat(exact, exact).norm())
+        factor = min(1.0, step.clip / (norm + 1e-6))
+        for layer in {name.rpartition(".")[0] for name in exact}:
+            names = [name for name in exact if name.rpartition(".")[0] == layer]
+            target = factor * flat(exact, names)
+            error = float((flat(step.gradients, names) - target).norm() / target.norm())
+            found.error = max(found.error, error if math.isfinite(error) else math.inf)
+            if layer in stores:
+                found.contrast = max(
+                    found.contrast, float((factor * flat(plain, names) - target).norm() / target.norm())
+                )
         place += len(step.batches)
+        found.clipped += factor < 1
         found.coefficient_steps += step.computes
         found.shared_steps += not step.computes
         if step.ended_epoch:
             place = 0
     return found
+
+
+def flat(gradients: Mapping[str, Tensor], names: Iterable[str]) -> Tensor:
+    """Those named, one after the other, in float64."""
+    return torch.cat([gradients[name].double().flatten() for name in names])
 
 
 def load(model: nn.Module, parameters: dict[str, Tensor]) -> None:

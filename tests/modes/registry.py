@@ -1,7 +1,7 @@
 """The modes by name: what a row of the table is.
 
 A mode is a function of the kind of model, the sharing policy and an empty folder. It trains for a few steps, and
-returns the largest relative error of any preconditioned layer's gradient (`checked` makes it of a record). One that
+returns the largest relative error of any layer's gradient (`checked` makes it of a record). One that
 has to start processes of its own may do so and return what they found. A new row is one function:
 
     @mode("bf16 autocast", tolerance=0.1)

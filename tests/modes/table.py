@@ -32,7 +32,7 @@ def cell(mode: Mode, kind: Kind) -> str:
             except (RuntimeError, ValueError, TypeError, NotImplementedError) as error:
                 words = f"refused: {error}"
     if not words:
-        verdict = "equal" if max(errors) < mode.tolerance else "NOT equal"
+        verdict = "equal" if all(error < mode.tolerance for error in errors) else "NOT equal"
         words = f"{verdict}, error {max(errors):.1g} (tolerance {mode.tolerance:.1g})"
     if mode.missing is not None and not words.startswith("equal"):
         words = f"not yet: {mode.missing}"
@@ -55,11 +55,11 @@ def write(modes: Iterable[Mode], path: Path) -> None:
     lines = [
         "# Modes of the Trainer",
         "",
-        "What the optimizer finds in `p.grad` of every preconditioned layer, step by step, against the dense float64",
-        "oracle (`tests/reference.py`: per-sample gradients of a float64 copy of the model, weights by a dense solve):",
-        "the largest relative error of any layer in any step of two runs, one that computes coefficients in every step",
-        '(`sharing="never"`) and one that replays those of the first epoch (`sharing="replay"`), at damping '
-        f"{DAMPING}.",
+        "What the optimizer finds in `p.grad`, preconditioned layers and others, step by step, against the dense",
+        "float64 oracle (`tests/reference.py`: per-sample gradients of a float64 copy of the model, weights by a",
+        "dense solve): the largest relative error of any layer in any step of two runs, one that computes",
+        'coefficients in every step (`sharing="never"`) and one that replays those of the first epoch',
+        f'(`sharing="replay"`), at damping {DAMPING}.',
         "Linear: a BERT classifier (a Llama under TRL). Conv1D: a GPT-2 language model. Made by",
         f"`python -m tests.modes.table` with torch {torch.__version__} and transformers {transformers.__version__} "
         "on a CPU.",

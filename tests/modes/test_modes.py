@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tests.modes import MODES, table
-from tests.modes.harness import Record, train
+from tests.modes.harness import Record, compare, train
 from tests.modes.nets import KINDS, LINEAR, Kind
 from tests.modes.registry import SHARINGS, Mode
 
@@ -27,6 +27,15 @@ def cases() -> list[object]:
 @pytest.mark.parametrize(("mode", "kind", "sharing"), cases())
 def test_gradients_are_the_oracles(mode: Mode, kind: Kind, sharing: str, tmp_path: Path) -> None:
     assert mode.run(kind, sharing, tmp_path) < mode.tolerance
+
+
+@pytest.mark.parametrize("name", ["classifier.weight", "bert.embeddings.word_embeddings.weight"])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, 1e3])
+def test_a_wrong_gradient_is_an_error(name: str, value: float, tmp_path: Path) -> None:
+    record = train(LINEAR, "never", tmp_path, max_steps=2)
+    assert compare(LINEAR, record).error < 1e-5
+    record.steps[1].gradients[name][0, 0] = value
+    assert compare(LINEAR, record).error > 1
 
 
 @pytest.mark.parametrize("sharing", SHARINGS)
