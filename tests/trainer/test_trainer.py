@@ -121,17 +121,6 @@ def test_trains_without_a_callback_and_switches_at_the_end_of_the_first_epoch(ma
     assert not optimizer.coverage().missed
 
 
-@pytest.mark.parametrize("accumulation", [1, 2, 4])
-def test_switch_under_gradient_accumulation(accumulation: int, tmp_path: Path) -> None:
-    model = bert()
-    optimizer = FNGD(model, lr=1e-3, sharing="replay", refresh=0)
-    phases = Phases(optimizer.preconditioner)
-    args = arguments(tmp_path, gradient_accumulation_steps=accumulation)
-    Trainer(model=model, args=args, train_dataset=text(model), optimizers=(optimizer, None), callbacks=[phases]).train()
-    assert phases.steps == list(range(-(-PER_EPOCH // accumulation)))
-    assert optimizer.preconditioner.policy.recorded == PER_EPOCH  # a row a micro-batch
-
-
 def test_callback_adds_plain_numbers_to_the_logs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model = gpt2()
     trainer = Trainer(

@@ -1,0 +1,137 @@
+"""The two kinds of models that every mode is tried on, their data, and their losses by hand."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from datasets import Dataset
+from torch import Tensor, nn
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
+
+VOCABULARY, LENGTH, PADDING = 24, 8, 1
+# Wide enough for gradients above Trainer's clipping threshold, and weights far from 1.
+INITIAL = 0.3
+
+Inputs = Mapping[str, Tensor]
+SampleLoss = Callable[[nn.Module, Inputs, float], Tensor]
+
+
+def bert(**changes: Any) -> BertForSequenceClassification:
+    torch.manual_seed(0)
+    config = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": 8,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "intermediate_size": 12,
+        "max_position_embeddings": 16,
+        "hidden_dropout_prob": 0.0,
+        "attention_probs_dropout_prob": 0.0,
+        "initializer_range": INITIAL,
+        "num_labels": 3,
+        "problem_type": "single_label_classification",  # else found out, and written, in the first forward pass
+    }
+    return BertForSequenceClassification(BertConfig(**(config | changes)))
+
+
+def gpt2(**changes: Any) -> GPT2LMHeadModel:
+    torch.manual_seed(0)
+    config = {
+        "vocab_size": VOCABULARY,
+        "n_positions": 16,
+        "n_embd": 8,
+        "n_layer": 2,
+        "n_head": 2,
+        "n_inner": 12,
+        "resid_pdrop": 0.0,
+        "embd_pdrop": 0.0,
+        "attn_pdrop": 0.0,
+        "initializer_range": INITIAL,
+        "bos_token_id": 0,
+        "eos_token_id": PADDING,
+        "pad_token_id": PADDING,
+    }
+    model = GPT2LMHeadModel(GPT2Config(**(config | changes)))
+    model.loss_type = "ForCausalLM"  # else it warns in the first forward pass, which is no graph of its own
+    return model
+
+
+def llama() -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=8,
+        intermediate_size=12,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        max_position_embeddings=16,
+        initializer_range=INITIAL,
+        tie_word_embeddings=True,
+        bos_token_id=0,
+        eos_token_id=PADDING,
+        pad_token_id=PADDING,
+    )
+    return LlamaForCausalLM(config)
+
+
+def classification_loss(model: nn.Module, samples: Inputs, smoothing: float) -> Tensor:
+    """The sum of the samples' cross entropies."""
+    kept = {key: value for key, value in samples.items() if key != "labels"}
+    return F.cross_entropy(model(**kept).logits, samples["labels"], label_smoothing=smoothing, reduction="sum")
+
+
+def language_loss(model: nn.Module, samples: Inputs, smoothing: float) -> Tensor:
+    """The sum of the tokens' cross entropies: batches are normalized by tokens, not by sequences."""
+    kept = {key: value for key, value in samples.items() if key != "labels"}
+    logits, labels = model(**kept).logits[:, :-1], samples["labels"][:, 1:]
+    return F.cross_entropy(
+        logits.flatten(0, 1), labels.flatten(), ignore_index=-100, label_smoothing=smoothing, reduction="sum"
+    )
+
+
+def classification_data(samples: int) -> Dataset:
+    """Sequences of one length, whose first token gives the class."""
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.randint(2, VOCABULARY, (samples, LENGTH), generator=generator)
+    return Dataset.from_dict({"input_ids": ids.tolist(), "labels": (ids[:, 0] % 3).tolist()})
+
+
+def language_data(samples: int) -> Dataset:
+    """The same sequences; a sample's last tokens, zero to three of them, do not count."""
+    ids = classification_data(samples)["input_ids"]
+    labels = [[token if place < LENGTH - n % 4 else -100 for place, token in enumerate(ids[n])] for n in range(samples)]
+    return Dataset.from_dict({"input_ids": list(ids), "labels": labels})
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A column of the table: a layer type in a model that has it.
+
+    Attributes:
+        name: of the layer type.
+        make: the model, always the same.
+        data: that many samples.
+        loss: the sum over samples, up to the factor that is the same for all of a micro-batch.
+    """
+
+    name: str
+    make: Callable[..., nn.Module]
+    data: Callable[[int], Dataset]
+    loss: SampleLoss
+
+
+LINEAR = Kind("Linear", bert, classification_data, classification_loss)
+CONV1D = Kind("Conv1D", gpt2, language_data, language_loss)
+KINDS = (LINEAR, CONV1D)

@@ -1,0 +1,86 @@
+"""The modes by name: what a row of the table is.
+
+A mode is a function of the kind of model, the sharing policy and an empty folder. It trains for a few steps, and
+returns the largest relative error of any layer's gradient (`checked` makes it of a record). One that
+has to start processes of its own may do so and return what they found. A new row is one function:
+
+    @mode("bf16 autocast", tolerance=0.1)
+    def bf16(kind: Kind, sharing: str, folder: Path) -> float:
+        return checked(kind, sharing, train(kind, sharing, folder, bf16=True))
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tests.modes.harness import Record, compare
+from tests.modes.nets import Kind
+
+# "never" computes coefficients in every step, "replay" uses the first epoch's in all later ones.
+SHARINGS = ("never", "replay")
+# fp32 gradients against float64 ones.
+FP32 = 1e-5
+
+Run = Callable[[Kind, str, Path], float]
+
+
+@dataclass(frozen=True)
+class Mode:
+    """A row.
+
+    Attributes:
+        name: as the table writes it.
+        run: the function.
+        tolerance: for the error.
+        missing: why the mode is known not to work; None where it works.
+        missing_in: the kinds and policies (names) that this is said of; all where empty.
+    """
+
+    name: str
+    run: Run
+    tolerance: float
+    missing: str | None = None
+    missing_in: tuple[str, ...] = ()
+
+    def known_missing(self, kind: Kind, sharing: str) -> str | None:
+        """Why this case is known not to work."""
+        said = not self.missing_in or kind.name in self.missing_in or sharing in self.missing_in
+        return self.missing if said else None
+
+
+MODES: dict[str, Mode] = {}
+
+
+def mode(
+    name: str, *, tolerance: float = FP32, missing: str | None = None, missing_in: tuple[str, ...] = ()
+) -> Callable[[Run], Run]:
+    """Decorator: make a function a row."""
+
+    def register(run: Run) -> Run:
+        assert name not in MODES
+        MODES[name] = Mode(name, run, tolerance, missing, missing_in)
+        return run
+
+    return register
+
+
+def checked(kind: Kind, sharing: str, record: Record, *, shares: bool = True, **options: Any) -> float:
+    """The error of a run, once it is sure that the run shows something.
+
+    The weights have to matter to every layer's gradient, and the steps to be of the kinds that the policy stands for.
+
+    Args:
+        kind: of the model.
+        sharing: the policy's name.
+        record: of the run.
+        shares: whether the run is long enough for shared steps.
+        options: of `compare`.
+    """
+    found = compare(kind, record, **options)
+    assert found.contrast > 0.3, "plain gradients would have passed"
+    assert found.coefficient_steps > 0
+    assert (found.shared_steps > 0) == (shares and sharing != "never")
+    return found.error

@@ -1,0 +1,112 @@
+"""Every mode of Trainer against the dense float64 oracle, and what Trainer makes of the loss."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.modes import MODES, table
+from tests.modes.harness import Record, compare, train
+from tests.modes.nets import KINDS, LINEAR, Kind
+from tests.modes.registry import SHARINGS, Mode
+
+
+def cases() -> list[object]:
+    made = []
+    for mode in MODES.values():
+        for kind in KINDS:
+            for sharing in SHARINGS:
+                reason = mode.known_missing(kind, sharing)
+                marks = [] if reason is None else [pytest.mark.xfail(strict=True, reason=reason)]
+                made.append(pytest.param(mode, kind, sharing, id=f"{mode.name}-{kind.name}-{sharing}", marks=marks))
+    return made
+
+
+@pytest.mark.parametrize(("mode", "kind", "sharing"), cases())
+def test_gradients_are_the_oracles(mode: Mode, kind: Kind, sharing: str, tmp_path: Path) -> None:
+    assert mode.run(kind, sharing, tmp_path) < mode.tolerance
+
+
+@pytest.mark.parametrize("name", ["classifier.weight", "bert.embeddings.word_embeddings.weight"])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, 1e3])
+def test_a_wrong_gradient_is_an_error(name: str, value: float, tmp_path: Path) -> None:
+    record = train(LINEAR, "never", tmp_path, max_steps=2)
+    assert compare(LINEAR, record).error < 1e-5
+    record.steps[1].gradients[name][0, 0] = value
+    assert compare(LINEAR, record).error > 1
+
+
+@pytest.mark.parametrize("sharing", SHARINGS)
+def test_the_factor_that_trainer_leaves_in_the_loss_changes_no_weight(sharing: str, tmp_path: Path) -> None:
+    """BERT ignores ``num_items_in_batch``, Trainer takes it for a model that does not: with accumulation 4 its gradient
+    is 4 times too large, unless the model says so.
+    """
+
+    def run(accepts: bool | None) -> Record:
+        model = LINEAR.make()
+        if accepts is not None:
+            model.accepts_loss_kwargs = accepts
+        return train(
+            LINEAR,
+            sharing,
+            tmp_path,
+            model=model,
+            per_device_train_batch_size=3,
+            gradient_accumulation_steps=4,
+            learning_rate=0.0,
+            num_train_epochs=1,
+        )
+
+    trapped, right = run(None), run(False)
+    for step, expected in zip(trapped.steps, right.steps, strict=True):
+        for name, gradient in expected.gradients.items():
+            assert torch.equal(step.gradients[name], 4 * gradient), name
+    engines = [record.optimizer.preconditioner for record in (trapped, right) if record.optimizer]
+    for found, wanted in zip(*(engine.state_dict()["policy"].values() for engine in engines), strict=True):
+        assert torch.equal(found, wanted)
+        assert (found != 1).any()
+    assert torch.equal(engines[0].rho, engines[1].rho)
+
+
+def test_the_table_has_a_word_for_every_outcome(tmp_path: Path) -> None:
+    def equal(kind: Kind, sharing: str, folder: Path) -> float:
+        return {"never": 1e-7, "replay": 3e-7}[sharing]
+
+    def unequal(kind: Kind, sharing: str, folder: Path) -> float:
+        return 0.5 if kind is LINEAR else 1e-9
+
+    def refused(kind: Kind, sharing: str, folder: Path) -> float:
+        raise RuntimeError("FNGD does not do this: it would be wrong")
+
+    def wrong(kind: Kind, sharing: str, folder: Path) -> float:
+        assert sharing == "never", "no shared step | at all"
+        return 0.0
+
+    modes = [Mode(run.__name__, run, 1e-5) for run in (equal, unequal, refused, wrong)]
+    modes += [Mode(f"{mode.name}, known", mode.run, 1e-5, "not built") for mode in modes]
+    assert table.rows(modes) == [
+        ["equal", "equal, error 3e-07 (tolerance 1e-05)", "equal, error 3e-07 (tolerance 1e-05)"],
+        ["unequal", "NOT equal, error 0.5 (tolerance 1e-05)", "equal, error 1e-09 (tolerance 1e-05)"],
+        ["refused", *["refused: FNGD does not do this: it would be wrong"] * 2],
+        ["wrong", *["WRONG: no shared step / at all"] * 2],
+        ["equal, known", *["equal, error 3e-07 (tolerance 1e-05)"] * 2],
+        ["unequal, known", "not yet: not built", "equal, error 1e-09 (tolerance 1e-05)"],
+        ["refused, known", *["not yet: not built"] * 2],
+        ["wrong, known", *["not yet: not built"] * 2],
+    ]
+    table.write(modes, tmp_path / "modes.md")
+    lines = (tmp_path / "modes.md").read_text(encoding="utf-8").splitlines()
+    cells = [line.strip("|").split("|") for line in lines if line.startswith("|")]
+    assert len(cells) == 2 + len(modes)
+    assert all(cell.strip() for row in cells for cell in row)
+
+
+def test_the_committed_table_is_of_these_modes() -> None:
+    text = (Path(__file__).parents[2] / table.PATH).read_text(encoding="utf-8")
+    written = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("|")]
+    assert [row[0] for row in written[2:]] == list(MODES)
+    for (_, *cells), mode in zip(written[2:], MODES.values(), strict=True):
+        allowed = ("equal, error", "refused: ", "not yet: ") if mode.missing else ("equal, error", "refused: ")
+        assert all(cell.startswith(allowed) for cell in cells), mode.name

@@ -1,0 +1,337 @@
+"""The exact steps in which coefficients are computed, for every kind of run, with and without FNGDCallback.
+
+Epochs have four steps (of batches of four) where a row says nothing else. Without the callback the end of an epoch is
+what Accelerate's data loaders show; where they show nothing, the cap ends the first phase.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+from accelerate.state import GradientState
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, IterableDataset
+from transformers import Trainer, TrainerCallback, TrainingArguments
+
+from hf_fngd import FNGD, FNGDCallback
+from hf_fngd.coefficients import Coefficients
+from hf_fngd.sharing.replay import ReplaySharing
+from tests.modes.batches import OutOfMemory
+from tests.modes.nets import bert, classification_data
+
+BATCH = 4
+FAR = 100
+
+
+class Watched(ReplaySharing):
+    """Notes in which of its optimizer's steps coefficients are computed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.optimizer: FNGD | None = None
+        self.steps: list[int] = []
+
+    def solve(self, k: Tensor, damping: float) -> Coefficients:
+        assert self.optimizer is not None
+        step = self.optimizer.preconditioner.phase.steps
+        if step not in self.steps:
+            self.steps.append(step)
+        return super().solve(k, damping)
+
+
+class Stream(IterableDataset[dict[str, Any]]):
+    def __init__(self, samples: int) -> None:
+        self.rows = list(classification_data(samples))
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        yield from self.rows
+
+
+def watched(model: nn.Module, cap: int) -> tuple[FNGD, Watched]:
+    policy = Watched()
+    policy.optimizer = FNGD(model, lr=1e-3, sharing=policy, refresh=0, coefficient_steps=cap, update="adam")
+    return policy.optimizer, policy
+
+
+@dataclass
+class Run:
+    """A model, its optimizer, and Trainers on them.
+
+    Attributes:
+        folder: for checkpoints.
+        told: whether FNGDCallback is among the callbacks.
+        cap: `coefficient_steps`.
+    """
+
+    folder: Path
+    told: bool
+    cap: int = FAR
+    model: nn.Module = field(init=False)
+    optimizer: FNGD = field(init=False)
+    policy: Watched = field(init=False)
+    other: Trainer | None = None
+
+    def __post_init__(self) -> None:
+        self.renew()
+
+    def renew(self) -> None:
+        """A new model and its optimizer."""
+        self.model = bert(num_hidden_layers=1)
+        self.optimizer, self.policy = watched(self.model, self.cap)
+
+    def trainer(self, samples: int = 16, data: Any = None, callbacks: Any = (), **changes: Any) -> Trainer:
+        values = {
+            "output_dir": str(self.folder),
+            "per_device_train_batch_size": BATCH,
+            "num_train_epochs": 3,
+            "logging_strategy": "no",
+            "save_strategy": "no",
+            "report_to": [],
+            "disable_tqdm": True,
+            "use_cpu": True,
+            "dataloader_pin_memory": False,
+        }
+        return Trainer(
+            model=self.model,
+            args=TrainingArguments(**(values | changes)),
+            train_dataset=classification_data(samples) if data is None else data,
+            eval_dataset=classification_data(6),
+            optimizers=(self.optimizer, None),
+            callbacks=[*callbacks, *([FNGDCallback()] if self.told else [])],
+        )
+
+    def train(self, **changes: Any) -> None:
+        self.trainer(**changes).train()
+
+
+Drive = Callable[[Run], None]
+
+
+def trains(**changes: Any) -> Drive:
+    return lambda run: run.train(**changes)
+
+
+def resumes(step: int) -> Drive:
+    """A new process goes on from a checkpoint of a run that was stopped there."""
+
+    def drive(run: Run) -> None:
+        first = Run(run.folder, run.told, run.cap)
+        first.train(save_strategy="steps", save_steps=step)
+        run.trainer().train(resume_from_checkpoint=str(run.folder / f"checkpoint-{step}"))
+
+    return drive
+
+
+class Pull(TrainerCallback):
+    """Takes a batch from another prepared loader before every step."""
+
+    def __init__(self, samples: int) -> None:
+        self.samples = samples
+        self.trainer: Trainer | None = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        assert self.trainer is not None
+        loader = DataLoader(torch.arange(self.samples), batch_size=1)
+        self.batches = iter(self.trainer.accelerator.prepare(loader))
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        next(self.batches, None)
+
+
+def pulls(samples: int) -> Drive:
+    def drive(run: Run) -> None:
+        callback = Pull(samples)
+        callback.trainer = run.trainer(callbacks=[callback])
+        callback.trainer.train()
+
+    return drive
+
+
+class PullAll(TrainerCallback):
+    """Runs through another prepared loader in the middle of the epoch."""
+
+    def __init__(self) -> None:
+        self.trainer: Trainer | None = None
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        assert self.trainer is not None
+        if state.global_step == 1:
+            assert len(list(self.trainer.accelerator.prepare(DataLoader(torch.arange(3))))) == 3
+
+
+def pulls_all(run: Run) -> None:
+    callback = PullAll()
+    callback.trainer = run.trainer(callbacks=[callback])
+    callback.trainer.train()
+
+
+class Skip(TrainerCallback):
+    """Does as a loss scaler that found an overflow in the fourth step: the optimizer never hears of it."""
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.patch = mock.patch.object(kwargs["optimizer"], "step")
+        if state.global_step == 3:
+            self.patch.start()
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == 3:
+            self.patch.stop()
+
+
+def runs_out_of_memory(step: int) -> Drive:
+    """In the backward of that step; Trainer starts over with batches of three, six steps an epoch."""
+
+    def drive(run: Run) -> None:
+        failure = OutOfMemory(run.optimizer.preconditioner.layers[2].module, step)
+        run.train(callbacks=[failure], auto_find_batch_size=True)
+        assert failure.raised
+
+    return drive
+
+
+def twice(first: dict[str, Any], second: dict[str, Any]) -> Drive:
+    """Two train() calls on one optimizer."""
+
+    def drive(run: Run) -> None:
+        run.train(**first)
+        run.train(**second)
+
+    return drive
+
+
+def loops(optimizer: FNGD, model: nn.Module, steps: int, epoch: int = 0) -> None:
+    """A plain loop over a plain loader."""
+    rows = classification_data(BATCH * steps).with_format("torch")
+    for step, inputs in enumerate(DataLoader(rows, batch_size=BATCH), start=1):
+        model(**inputs).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        if epoch and step % epoch == 0:
+            optimizer.end_epoch()
+
+
+def another_trainer_runs(run: Run) -> None:
+    """For one epoch, on a model of its own, whose loader's flag stays up afterwards."""
+    run.other = Run(run.folder, run.told).trainer(num_train_epochs=1)
+    run.other.train()
+    assert GradientState().end_of_dataloader
+
+
+def loops_after_a_trainer(epoch: int) -> Drive:
+    def drive(run: Run) -> None:
+        another_trainer_runs(run)
+        run.renew()
+        loops(run.optimizer, run.model, 8, epoch)
+
+    return drive
+
+
+def loops_around_a_trainer(run: Run) -> None:
+    """The other run comes between two steps of the plain loop."""
+    loops(run.optimizer, run.model, 2)
+    another_trainer_runs(run)
+    loops(run.optimizer, run.model, 6)
+
+
+def goes_on_in_a_loop(run: Run) -> None:
+    """The same optimizer, after less than an epoch."""
+    run.train(max_steps=2)
+    loops(run.optimizer, run.model, 6)
+
+
+def first(steps: int) -> list[int]:
+    return list(range(steps))
+
+
+@dataclass(frozen=True)
+class Row:
+    """A kind of run.
+
+    Attributes:
+        drive: does it.
+        alone: the coefficient steps without the callback.
+        told: with it; None for the same ones.
+        cap: `coefficient_steps`.
+    """
+
+    drive: Drive
+    alone: list[int]
+    told: list[int] | None = None
+    cap: int = FAR
+
+
+STREAM = {"max_steps": 9, "data": Stream(16)}
+ROWS = {
+    "three epochs": Row(trains(), first(4)),
+    "three epochs, a lower cap": Row(trains(), first(3), cap=3),
+    "a last batch of another size": Row(trains(samples=18), first(5)),
+    "dataloader_drop_last": Row(trains(samples=18, dataloader_drop_last=True), first(4)),
+    "accumulation": Row(trains(gradient_accumulation_steps=2), first(2)),
+    "accumulation with a remainder": Row(trains(samples=20, gradient_accumulation_steps=2), first(3)),
+    "accumulation of all batches": Row(trains(gradient_accumulation_steps=4), first(1)),
+    "accumulation of more batches than there are": Row(trains(gradient_accumulation_steps=8), first(1)),
+    "evaluation in mid-epoch": Row(trains(eval_strategy="steps", eval_steps=3), first(4)),
+    "evaluation at every step": Row(trains(eval_strategy="steps", eval_steps=1), first(4)),
+    "evaluation at the end of an epoch": Row(trains(eval_strategy="epoch"), first(4)),
+    "evaluation first": Row(trains(eval_strategy="epoch", eval_on_start=True), first(4)),
+    "iterable dataset": Row(trains(**STREAM), first(4)),
+    "iterable dataset, a last batch of another size": Row(trains(max_steps=9, data=Stream(18)), first(5)),
+    "iterable dataset with accumulation": Row(trains(gradient_accumulation_steps=2, **STREAM), first(2)),
+    # Trainer takes no step with the fifth micro-batch, the last of the epoch: nobody sees the flag that comes with it.
+    # Told of the end of the epoch, FNGD has computed the coefficients of that micro-batch all the same.
+    "iterable dataset with accumulation and a remainder": Row(
+        trains(max_steps=9, data=Stream(20), gradient_accumulation_steps=2), first(9), first(3)
+    ),
+    "iterable dataset with accumulation and a remainder, a cap": Row(
+        trains(max_steps=9, data=Stream(20), gradient_accumulation_steps=2), first(6), first(3), cap=6
+    ),
+    "resumed in mid-epoch": Row(resumes(2), [2, 3]),
+    "resumed after all but one step of an epoch": Row(resumes(3), [3]),
+    "resumed at an epoch's end": Row(resumes(4), []),
+    "resumed in the second epoch": Row(resumes(6), []),
+    "max_steps in the second epoch": Row(trains(max_steps=6), first(4)),
+    "less than an epoch": Row(trains(max_steps=3), first(3)),
+    "less than an epoch, a lower cap": Row(trains(max_steps=3), first(2), cap=2),
+    "one epoch": Row(trains(num_train_epochs=1), first(4)),
+    "an epoch of one step": Row(trains(samples=4), first(1)),
+    "a batch at a time from another prepared loader": Row(pulls(50), first(4)),
+    # The end of any loader is taken for the end of the epoch, unless the loader is asked for more than there is.
+    "the last batch of another prepared loader": Row(pulls(3), first(3)),
+    "all batches of another prepared loader": Row(pulls_all, first(4)),
+    "two train() calls": Row(twice({"num_train_epochs": 1}, {"num_train_epochs": 2}), first(4)),
+    # Trainer's own on_epoch_end comes at the end of every call; the flag of a loader does not.
+    "two train() calls, the first less than an epoch": Row(twice({"max_steps": 2}, {}), first(6), first(2)),
+    # Nor does it hear of the end of the epoch that came with it: the next one ends the phase.
+    "the scaler skips the last step of the first epoch": Row(trains(callbacks=[Skip()]), first(7), first(4)),
+    "out of memory in the first step": Row(runs_out_of_memory(0), first(6)),
+    "out of memory in a later step": Row(runs_out_of_memory(2), first(2 + 6)),
+    "out of memory in the last step of an epoch": Row(runs_out_of_memory(3), first(3 + 6)),
+    "out of memory in the second epoch": Row(runs_out_of_memory(5), first(4)),
+    "a plain loop after a Trainer run": Row(loops_after_a_trainer(0), first(8)),
+    "a plain loop after a Trainer run, a cap": Row(loops_after_a_trainer(0), first(3), cap=3),
+    "a plain loop after a Trainer run, with end_epoch()": Row(loops_after_a_trainer(2), first(2)),
+    # Here, too, the flag of another loader came up since this optimizer's last step.
+    "a plain loop around a Trainer run": Row(loops_around_a_trainer, first(3)),
+    "a plain loop with the optimizer of a Trainer run": Row(goes_on_in_a_loop, first(8), first(2)),
+}
+
+
+@pytest.fixture(autouse=True)
+def _fast() -> Iterator[None]:
+    with mock.patch("gc.collect"):  # Accelerate's, which goes through all that a test session imported
+        yield
+
+
+@pytest.mark.parametrize("told", [False, True], ids=["alone", "told"])
+@pytest.mark.parametrize("row", ROWS.values(), ids=ROWS)
+def test_coefficients_are_computed_in_these_steps(row: Row, told: bool, tmp_path: Path) -> None:
+    run = Run(tmp_path, told, row.cap)
+    row.drive(run)
+    expected = row.told if told and row.told is not None else row.alone
+    assert run.policy.steps == expected
