@@ -47,7 +47,6 @@ class MicroBatch:
         rho: the noise ratios that go with them ``[L]``; NaN where a layer measured none.
         reached: whether a backward pass reached any layer.
         complete: whether that backward pass came to its end.
-        entered: the calls of a compiled forward pass, which finds them by number.
     """
 
     info: BatchInfo
@@ -58,7 +57,6 @@ class MicroBatch:
     rho: Tensor | None = None
     reached: bool = False
     complete: bool = False
-    entered: list[LayerCall] = field(default_factory=list)
 
     @property
     def half_done(self) -> bool:
@@ -116,18 +114,17 @@ class LayerSlot:
     batch_first: bool | None = None
     seen: MicroBatch | None = None
 
-    def weights(self, x: Tensor, g: Tensor, has_bias: bool, shape: torch.Size, batch: MicroBatch) -> Tensor | None:
+    def weights(self, x: Tensor, g: Tensor, has_bias: bool, batch: MicroBatch) -> Tensor | None:
         """The weights ``[N]`` for this layer and micro-batch, None for ones.
 
         Args:
-            x: the layer's input, ``[N T, i]``.
+            x: the layer's input, ``[N, ..., i]``.
             g: its output gradient, ``[N T, o]``.
             has_bias: whether a trained bias belongs to h_n.
-            shape: of the input as the layer got it, ``[N, ..., i]``.
             batch: the micro-batch of the forward pass.
         """
         batch.reach()
-        if reason := self._obstacle(shape, batch):
+        if reason := self._obstacle(x.shape, batch):
             self.fallbacks.add(reason)
             return None
         self.preconditioned = True
@@ -177,12 +174,10 @@ class LayerCall:
     Attributes:
         slot: the layer.
         batch: the micro-batch that the model was called with; None where it is not known any more.
-        shape: of the layer's input, ``[N, ..., i]``.
     """
 
     slot: LayerSlot
     batch: MicroBatch | None
-    shape: torch.Size
     _weights: Tensor | None = None
     _weighed: bool = False
 
@@ -190,7 +185,7 @@ class LayerCall:
         """The weighted sums for weight and bias.
 
         Args:
-            x: the layer's input, flattened to ``[N T, i]``.
+            x: the layer's input, ``[N, ..., i]``.
             g: its output gradient, ``[N T, o]``.
             has_bias: whether the bias is trained.
 
@@ -198,7 +193,7 @@ class LayerCall:
             ``sum_n w_n h_n`` in the layout of the layer's weight, and its bias column ``[o]``, or None.
         """
         if not self._weighed:  # a retained graph runs backward again, with the same weights
-            self._weights = None if self.batch is None else self.slot.weights(x, g, has_bias, self.shape, self.batch)
+            self._weights = None if self.batch is None else self.slot.weights(x, g, has_bias, self.batch)
             self._weighed = True
         w = self._weights
         samples = 1 if w is None else w.shape[0]
@@ -211,10 +206,10 @@ class PreconditionedFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, call: LayerCall) -> Tensor:
-        """The layer's own forward."""
+        """The layer's own forward, flattened to ``[N T, o]``."""
         ctx.save_for_backward(x, weight)
         ctx.call = call
-        return call.slot.kernel.forward(x, weight, bias)
+        return call.slot.kernel.forward(x.reshape(-1, x.shape[-1]), weight, bias)
 
     @staticmethod
     @once_differentiable
@@ -222,26 +217,17 @@ class PreconditionedFunction(torch.autograd.Function):
         """Gradients of x, weight and bias."""
         x, weight = ctx.saved_tensors
         needs_x, needs_weight, needs_bias, _ = ctx.needs_input_grad
-        grad_x = ctx.call.slot.kernel.input_gradient(g, weight) if needs_x else None
+        grad_x = ctx.call.slot.kernel.input_gradient(g, weight).view(x.shape) if needs_x else None
         if x.numel() == 0 or not needs_weight:
             zero = torch.zeros_like(weight) if needs_weight else None
             return grad_x, zero, g.sum(0) if needs_bias else None, None
         return grad_x, *ctx.call.gradients(x, g, needs_bias), None
 
 
-def enter(slot: LayerSlot, batch: MicroBatch | None, shape: torch.Size) -> LayerCall:
-    """A layer is called in a training forward pass, with an input of that shape."""
-    # A recomputation under activation checkpointing runs inside a backward pass and is no call of its own.
-    if batch is not None and not in_backward():
-        batch.calls[slot.layer] += 1
-    return LayerCall(slot, batch, shape)
-
-
 def operands(module: nn.Module, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-    """What a layer computes with: input ``[N T, i]``, weight and bias, cast as autocast would.
+    """What a layer computes with, input, weight and bias, cast as autocast would.
 
-    Outside the Function, where autograd casts the gradients back, and where the output, which a model may change in
-    place, is no view of the Function's own.
+    Outside the Function, where autograd casts the gradients back.
     """
     weight, bias = module.weight, module.bias
     assert isinstance(weight, Tensor)
@@ -250,13 +236,16 @@ def operands(module: nn.Module, x: Tensor) -> tuple[Tensor, Tensor, Tensor | Non
     if torch.is_autocast_enabled(device):
         x, weight = _autocast(x), _autocast(weight)
         bias = None if bias is None else _autocast(bias)
-    return x.reshape(-1, x.shape[-1]), weight, bias
+    return x, weight, bias
 
 
 def call_layer(module: nn.Module, x: Tensor, slot: LayerSlot, batch: MicroBatch) -> Tensor:
     """Run an attached layer in a training forward pass."""
-    call = enter(slot, batch, x.shape)
-    output: Tensor = PreconditionedFunction.apply(*operands(module, x), call)  # type: ignore[no-untyped-call]
+    # A recomputation under activation checkpointing runs inside a backward pass and is no call of its own.
+    if not in_backward():
+        batch.calls[slot.layer] += 1
+    output: Tensor = PreconditionedFunction.apply(*operands(module, x), LayerCall(slot, batch))  # type: ignore[no-untyped-call]
+    # Not inside the Function, whose output must be no view where a model changes it in place.
     return output.view(*x.shape[:-1], output.shape[-1])
 
 

@@ -1,9 +1,10 @@
-"""What a graph of torch.compile sees of the engine: three opaque operators and tensors between them.
+"""What a graph of torch.compile sees of the engine: two opaque operators and a tensor between them.
 
 A traced graph keeps no Python objects, and an integer that changes from step to step would recompile it. So the
-micro-batch travels through it as a number in a tensor: `begin` numbers the forward pass, `enter` a layer's call in
-it, `gradients` finds the call by that number when backward runs. Between them the graph has no break, and runs on
-unchanged through coefficient steps, shared steps and any state of the store.
+micro-batch travels through it as a number in a tensor: `begin` numbers the forward pass, and `gradients` finds it by
+that number when backward runs. The graph has no break, and runs on unchanged through coefficient steps, shared steps
+and any state of the store. Calls of a layer are not counted in it (what only backward reads, a compiler moves there): a
+layer that is called more than once is found out in its first backward pass, and is plain from then on.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from hf_fngd.backward import LayerCall, LayerSlot, MicroBatch, enter, operands
+from hf_fngd.backward import LayerCall, LayerSlot, MicroBatch, operands
 from hf_fngd.layers import LayerKernel
 
 
@@ -55,42 +56,20 @@ def _(sample: Tensor, index: Tensor | None, engine: int) -> Tensor:
     return torch.empty((), dtype=torch.int64, device="cpu")
 
 
-@torch.library.custom_op("hf_fngd::enter", mutates_args=())
-def enter_call(x: Tensor, batch: Tensor, layer: int, engine: int) -> Tensor:
-    """Count a layer's call; returns the numbers of batch and call, int64 ``[2]`` on the CPU.
-
-    ``x``, the layer's input, is there to tell two calls of one layer apart, which a compiler would merge.
-    """
-    number = int(batch)
-    found = _batches.get(number)
-    call = enter(_engines[engine].slots[layer], found, x.shape)
-    if found is None:
-        return torch.tensor([number, 0])
-    found.entered.append(call)
-    return torch.tensor([number, len(found.entered) - 1])
-
-
-@enter_call.register_fake
-def _(x: Tensor, batch: Tensor, layer: int, engine: int) -> Tensor:
-    return torch.empty(2, dtype=torch.int64, device="cpu")
-
-
 @torch.library.custom_op("hf_fngd::gradients", mutates_args=())
 def gradients(
-    x: Tensor, g: Tensor, weight: Tensor, call: Tensor, layer: int, engine: int, has_bias: bool
+    x: Tensor, g: Tensor, weight: Tensor, batch: Tensor, layer: int, engine: int, has_bias: bool
 ) -> tuple[Tensor, Tensor]:
-    """`LayerCall.gradients` of a call by its numbers; a bias gradient that is not asked for is empty."""
-    number, place = call.tolist()
-    batch = _batches.get(number)
-    # Backward after the optimizer's step: too late to weigh anything.
-    found = LayerCall(_engines[engine].slots[layer], None, x.shape) if batch is None else batch.entered[place]
-    grad_weight, grad_bias = found.gradients(x, g, has_bias)
+    """`LayerCall.gradients` of a layer; a bias gradient that is not asked for is empty."""
+    # None where backward comes after the optimizer's step: too late to weigh anything.
+    call = LayerCall(_engines[engine].slots[layer], _batches.get(int(batch)))
+    grad_weight, grad_bias = call.gradients(x, g, has_bias)
     return grad_weight.contiguous(), g.new_empty(0) if grad_bias is None else grad_bias
 
 
 @gradients.register_fake
 def _(
-    x: Tensor, g: Tensor, weight: Tensor, call: Tensor, layer: int, engine: int, has_bias: bool
+    x: Tensor, g: Tensor, weight: Tensor, batch: Tensor, layer: int, engine: int, has_bias: bool
 ) -> tuple[Tensor, Tensor]:
     return x.new_empty(weight.shape), g.new_empty(g.shape[-1] if has_bias else 0)
 
@@ -104,24 +83,24 @@ class CompiledFunction(torch.autograd.Function):
         x: Tensor,
         weight: Tensor,
         bias: Tensor | None,
-        call: Tensor,
+        batch: Tensor,
         kernel: LayerKernel,
         layer: int,
         engine: int,
         has_bias: bool,
     ) -> Tensor:
-        """The layer's own forward."""
-        ctx.save_for_backward(x, weight, call)
+        """The layer's own forward, flattened to ``[N T, o]``."""
+        ctx.save_for_backward(x, weight, batch)
         ctx.kernel, ctx.layer, ctx.engine, ctx.has_bias = kernel, layer, engine, has_bias
-        return kernel.forward(x, weight, bias)
+        return kernel.forward(x.reshape(-1, x.shape[-1]), weight, bias)
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of x, weight and bias."""
-        x, weight, call = ctx.saved_tensors
-        grad_weight, grad_bias = torch.ops.hf_fngd.gradients(x, g, weight, call, ctx.layer, ctx.engine, ctx.has_bias)
+        x, weight, batch = ctx.saved_tensors
+        grad_weight, grad_bias = torch.ops.hf_fngd.gradients(x, g, weight, batch, ctx.layer, ctx.engine, ctx.has_bias)
         return (
-            ctx.kernel.input_gradient(g, weight),
+            ctx.kernel.input_gradient(g, weight).view(x.shape),
             grad_weight,
             grad_bias if ctx.has_bias else None,
             None,
@@ -134,10 +113,9 @@ class CompiledFunction(torch.autograd.Function):
 
 def call_layer(module: nn.Module, x: Tensor, slot: LayerSlot, batch: Tensor, engine: int) -> Tensor:
     """Run an attached layer in a traced training forward pass; ``batch`` is what `begin` returned."""
-    call = torch.ops.hf_fngd.enter(x, batch, slot.layer, engine)
-    flat, weight, bias = operands(module, x)
+    x, weight, bias = operands(module, x)
     has_bias = bias is not None and bias.requires_grad
     output: Tensor = CompiledFunction.apply(  # type: ignore[no-untyped-call]
-        flat, weight, bias, call, slot.kernel, slot.layer, engine, has_bias
+        x, weight, bias, batch, slot.kernel, slot.layer, engine, has_bias
     )
     return output.view(*x.shape[:-1], output.shape[-1])

@@ -291,8 +291,6 @@ class FNGDPreconditioner:
         batches = [batch for batch in self._batches if batch.complete]
         self._place += self._places()
         self._batches, self._batch = [], None
-        for batch in batches:
-            batch.entered.clear()
         self.epoch_ended = self._edge.passed()
         return batches
 
