@@ -51,7 +51,7 @@ def parameter_groups(
         fallback_lr: learning rate of the others.
 
     Returns:
-        The groups that have parameters.
+        The groups that have parameters; ``params`` holds pairs of name and parameter, as torch takes them.
     """
     decayed = decays(model)
     matrices: dict[str, Any] = _group("preconditioned", update, lr, weight_decay)
@@ -64,10 +64,10 @@ def parameter_groups(
             continue
         layer = place.get(id(parameter))
         if layer is None:
-            (rest if name in decayed else rest_no_decay)["params"].append(parameter)
+            (rest if name in decayed else rest_no_decay)["params"].append((name, parameter))
         else:
             group = matrices if parameter.dim() > 1 else vectors
-            group["params"].append(parameter)
+            group["params"].append((name, parameter))
             group["layers"].append(layer)
     return [group for group in (matrices, vectors, rest, rest_no_decay) if group["params"]]
 

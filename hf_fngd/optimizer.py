@@ -14,7 +14,7 @@ from hf_fngd.arguments import validate
 from hf_fngd.coefficients import damping_from_gradient, natural_step
 from hf_fngd.coverage import CoverageReport
 from hf_fngd.groups import parameter_groups
-from hf_fngd.preconditioner import FNGDPreconditioner
+from hf_fngd.preconditioner import FNGDPreconditioner, check_keys
 from hf_fngd.rules import FALLBACK_RULES, RULES
 from hf_fngd.selection import Modules
 from hf_fngd.sharded import local, sum_over_parts
@@ -360,13 +360,14 @@ class FNGD(torch.optim.Optimizer):
         return state
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """The inverse of `state_dict`.
+        """The inverse of `state_dict`. The state may come from a model of another dtype, device or number of processes.
 
         Raises:
-            ValueError: the state is not FNGD's, or of another update rule, sharing policy or model.
+            ValueError: the state is not FNGD's, or of another update rule, sharing policy or model; nothing of it was
+                loaded.
         """
         groups = state_dict["param_groups"]
-        if _STATE_KEY not in groups[0]:
+        if not groups or _STATE_KEY not in groups[0]:
             raise ValueError(
                 "this optimizer state was not written by FNGD: resume with the optimizer that wrote it, or start "
                 "from the checkpoint's model weights alone"
@@ -378,12 +379,33 @@ class FNGD(torch.optim.Optimizer):
                 "the update and fallback that the checkpoint was made with"
             )
         own = groups[0][_STATE_KEY]
-        # First, since it may refuse the state.
+        check_keys(own, ("engine", "norms", "skipped"))
+        self._check_shapes(state_dict)
+        # Before torch's, which it must not leave half done: it may refuse the state.
         self.preconditioner.load_state_dict(own["engine"])
         first = {key: value for key, value in groups[0].items() if key != _STATE_KEY}
         super().load_state_dict({**state_dict, "param_groups": [first, *groups[1:]]})
         self._norms = None if own["norms"] is None else own["norms"].clone()
         self.skipped = own["skipped"]
+
+    def _check_shapes(self, state_dict: Mapping[str, Any]) -> None:
+        """Refuse the state of other parameters, or of the same in another order."""
+        for stored, own in zip(state_dict["param_groups"], self.param_groups, strict=True):
+            names = stored.get("param_names", own["param_names"])
+            if names != own["param_names"] or len(stored["params"]) != len(own["params"]):
+                differing = sorted(set(names) ^ set(own["param_names"]))
+                raise ValueError(
+                    f"the checkpoint's parameters in the group {own['name']!r} are not this optimizer's"
+                    + (f" (only one has {', '.join(differing[:3])})" if differing else ", or in another order")
+                    + ": resume with the model, target_modules and frozen layers that the checkpoint was made with"
+                )
+            for key, name, p in zip(stored["params"], own["param_names"], own["params"], strict=True):
+                for entry, value in state_dict["state"].get(key, {}).items():
+                    if isinstance(value, Tensor) and value.dim() > 0 and value.shape != p.shape:
+                        raise ValueError(
+                            f"the checkpoint's {entry} of {name} has the shape {tuple(value.shape)}, the parameter has "
+                            f"{tuple(p.shape)}: resume with the model that the checkpoint was made with"
+                        )
 
 
 def _usable(squared: Tensor) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -23,6 +23,7 @@ from hf_fngd.graph import uses_of_leaves
 from hf_fngd.persample import accumulation_dtype
 from hf_fngd.phase import EpochEdge, Phase
 from hf_fngd.selection import Modules, Selected, select_layers
+from hf_fngd.sharded import is_sharded
 from hf_fngd.sharing import INDEX_COLUMN, BatchInfo, SharingPolicy, make_policy, policy_names
 from hf_fngd.sharing.base import State
 
@@ -129,7 +130,8 @@ class FNGDPreconditioner:
         try:
             for layer, slot in zip(self.layers, self.slots, strict=True):
                 swap_forward(layer.module, _LAYER_ATTRIBUTE, partial(self._layer_forward, slot))
-            swap_forward(model, _MODEL_ATTRIBUTE, self._model_forward)
+            # TRL, for one, puts a forward of its own on the model before Trainer asks for the optimizer.
+            swap_forward(model, _MODEL_ATTRIBUTE, self._model_forward, take_replaced=True)
         except RuntimeError:
             detach(model)
             raise
@@ -219,7 +221,7 @@ class FNGDPreconditioner:
             self._batches = []
             self.end_epoch()
         if not in_backward():
-            self._batches = [batch for batch in self._batches if not batch.half_done]
+            self._drop_abandoned()
         if len(self._batches) >= _MAX_MICRO_BATCHES:
             self._batches = [batch for batch in self._batches if batch.complete]
             if len(self._batches) >= _MAX_MICRO_BATCHES:
@@ -235,6 +237,20 @@ class FNGDPreconditioner:
         batch = MicroBatch(info, computes, stored, [0] * len(self.layers))
         self._batches.append(batch)
         return batch
+
+    def _drop_abandoned(self) -> None:
+        """Forget micro-batches whose backward broke off, or whose gradients were cleared without a step.
+
+        An out-of-memory error does the former, a loss scaler the latter.
+        """
+        if any(batch.complete for batch in self._batches) and not self._has_any_gradient():
+            self._batches = [batch for batch in self._batches if not batch.reached]
+        self._batches = [batch for batch in self._batches if not batch.half_done]
+
+    def _has_any_gradient(self) -> bool:
+        weights = [layer.module.weight for layer in self.layers]
+        # Under FSDP2 an accumulated gradient is not on the parameter until it is reduced.
+        return any(isinstance(w, Tensor) and (w.grad is not None or is_sharded(w)) for w in weights)
 
     # The optimizer's side --------------------------------------------------------------------------------
 
@@ -262,6 +278,7 @@ class FNGDPreconditioner:
         computes, sharing = self.phase.computes, self.phase.sharing
         _, world = rank_and_world()
         began = bool(self._batches)
+        self._place += self._places()
         batches = self._close()
         # The backward pass of one process may have reached no layer; all have to go on alike.
         if batches or (began and world > 1):
@@ -281,7 +298,7 @@ class FNGDPreconditioner:
             self.end_epoch()
 
     def skip(self) -> None:
-        """Close an optimizer step that was not taken: nothing is stored, and the phase does not advance."""
+        """Close an optimizer step that is not taken: its micro-batches leave no trace, and no phase advances."""
         self._close()
         if self.epoch_ended:
             self.end_epoch()
@@ -289,7 +306,6 @@ class FNGDPreconditioner:
     def _close(self) -> list[MicroBatch]:
         """Take the micro-batches since the last step."""
         batches = [batch for batch in self._batches if batch.complete]
-        self._place += self._places()
         self._batches, self._batch = [], None
         self.epoch_ended = self._edge.passed()
         return batches
@@ -395,12 +411,12 @@ class FNGDPreconditioner:
     # State -----------------------------------------------------------------------------------------------
 
     def state_dict(self) -> State:
-        """Phase, counters, coefficients and rho: tensors, numbers and dictionaries only."""
+        """Phase, counters, coefficients and rho: tensors, numbers, strings, lists and dictionaries only."""
         return {
             "phase": self.phase.state_dict(),
             "place": self._place,
             "averages": self._averages,
-            "layers": [[slot.batch_first, slot.repeated] for slot in self.slots],
+            "layers": {slot.name: [slot.batch_first, slot.repeated] for slot in self.slots},
             "sharing": self.policy.name,
             "policy": self.policy.state_dict(),
         }
@@ -409,22 +425,47 @@ class FNGDPreconditioner:
         """The inverse of `state_dict`.
 
         Raises:
-            ValueError: the state belongs to another policy or to another number of layers.
+            ValueError: the state belongs to another policy or to other layers; nothing of it was loaded.
         """
+        check_keys(state_dict, ("phase", "place", "averages", "layers", "sharing", "policy"))
         if state_dict["sharing"] != self.policy.name:
             raise ValueError(
                 f"the checkpoint was made with sharing={state_dict['sharing']!r}, this optimizer has "
                 f"sharing={self.policy.name!r}; resume with the former, or start a new run"
             )
-        device = next(self.layers[0].module.parameters()).device
-        self.policy.load_state_dict(_to_device(state_dict["policy"], device))
+        found = state_dict["layers"]
+        if list(found) != [slot.name for slot in self.slots]:
+            differing = sorted(set(found) ^ {slot.name for slot in self.slots}) or ["the order"]
+            raise ValueError(
+                f"the checkpoint has {len(found)} preconditioned layers, this model has {len(self.slots)}; they differ "
+                f"in {', '.join(differing[:3])}: build the optimizer with the model, target_modules and "
+                "exclude_modules that the checkpoint was made with"
+            )
+        like = self._like()
+        policy = {
+            key: value.to(like.device, like.dtype) if isinstance(value, Tensor) else value
+            for key, value in state_dict["policy"].items()
+        }
+        self.policy.load_state_dict(policy)
         self.phase.load_state_dict(state_dict["phase"])
         self._place = state_dict["place"]
         averages = state_dict["averages"]
-        self._averages = None if averages is None else averages.to(device, copy=True)
-        for slot, (batch_first, repeated) in zip(self.slots, state_dict["layers"], strict=True):
-            slot.batch_first, slot.repeated = batch_first, repeated
+        self._averages = None if averages is None else averages.to(like, copy=True)
+        for slot in self.slots:
+            slot.batch_first, slot.repeated = found[slot.name]
         self._batch, self._batches = None, []
+
+
+def check_keys(state: Mapping[str, Any], keys: Sequence[str]) -> None:
+    """Refuse a state that is not whole.
+
+    Raises:
+        ValueError: it lacks one of the keys.
+    """
+    if missing := [key for key in keys if key not in state]:
+        raise ValueError(
+            f"this optimizer state lacks {', '.join(missing)}: it is damaged, or of another version of FNGD"
+        )
 
 
 def detach(model: nn.Module) -> None:
@@ -447,10 +488,6 @@ def _sample(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:
         elif isinstance(value, Tensor) and value.dim() > 0:
             return value
     return None
-
-
-def _to_device(state: State, device: torch.device) -> State:
-    return {key: value.to(device) if isinstance(value, Tensor) else value for key, value in state.items()}
 
 
 def _refuse_attached(model: nn.Module) -> None:

@@ -19,7 +19,6 @@ from tests.modes.nets import bert, classification_data
 from tests.nets import Net, data, loss, net
 
 RULES = [(update, fallback) for update in UPDATES for fallback in FALLBACKS]
-SKIPPED = pytest.mark.xfail(strict=True, reason="a step with gradients that are not finite is not skipped yet")
 CAP = 3  # steps 0 to 2 compute coefficients, the later ones share them
 
 
@@ -37,12 +36,15 @@ def step(model: Net, optimizer: FNGD, seed: int, scale: float = 1.0, samples: in
 
 
 def leaves(value: Any, path: str = "") -> dict[str, Any]:
-    """Every number and tensor of a state, by its path; the counter of skipped steps aside."""
+    """Every number and tensor of a state, by its path.
+
+    Without what a skipped step may change: its counter, and what is known of the shapes of the layers' inputs.
+    """
+    if path.endswith(("skipped", ".engine.layers")):
+        return {}
     if isinstance(value, dict | list):
         items = value.items() if isinstance(value, dict) else enumerate(value)
         return {key: leaf for name, of in items for key, leaf in leaves(of, f"{path}.{name}").items()}
-    if path.endswith("skipped"):
-        return {}
     return {path: value.clone() if isinstance(value, Tensor) else value}
 
 
@@ -128,7 +130,6 @@ BAD = {
 CASES = [*((*rules, 2) for rules in RULES), ("muon", "adamw", 0), ("muon", "adamw", 4)]
 
 
-@SKIPPED
 @pytest.mark.parametrize("backward", BAD.values(), ids=BAD)
 @pytest.mark.parametrize(("update", "fallback", "before"), CASES)
 def test_a_bad_step_is_skipped_whole(update: str, fallback: str, backward: Callable[[Net], None], before: int) -> None:
@@ -150,7 +151,6 @@ def test_a_bad_step_is_skipped_whole(update: str, fallback: str, backward: Calla
     assert_same(everything(model, optimizer), everything(twin, of_twin))
 
 
-@SKIPPED
 @pytest.mark.parametrize("sharing", policy_names())
 def test_no_policy_keeps_anything_of_a_bad_step(sharing: str) -> None:
     twins = [made("momentum", "sgd", sharing, step_scale="ngd") for _ in range(2)]
@@ -171,7 +171,6 @@ def test_no_policy_keeps_anything_of_a_bad_step(sharing: str) -> None:
     assert_same(everything(*twins[0]), everything(*twins[1]))
 
 
-@pytest.mark.xfail(strict=True, reason="a micro-batch whose step was skipped leaves a row behind")
 @pytest.mark.parametrize(("update", "fallback"), RULES)
 @pytest.mark.parametrize("before", [0, 2, 4], ids=["first", "coefficients", "shared"])
 def test_a_step_that_the_loss_scaler_skips_leaves_no_trace(update: str, fallback: str, before: int) -> None:
@@ -236,7 +235,6 @@ def spoilt(folder: Path, batches: tuple[int, ...], callback: bool, **changes: An
     return trainer, optimizer
 
 
-@pytest.mark.xfail(strict=True, reason="FNGDCallback does not log skipped steps yet")
 @pytest.mark.parametrize("max_grad_norm", [0.0, 1.0])
 def test_the_callback_logs_how_many_steps_were_skipped(max_grad_norm: float, tmp_path: Path) -> None:
     trainer, optimizer = spoilt(tmp_path, (2, 5), callback=True, max_grad_norm=max_grad_norm)
@@ -246,7 +244,6 @@ def test_the_callback_logs_how_many_steps_were_skipped(max_grad_norm: float, tmp
     assert optimizer.preconditioner.phase.shared_since == 2
 
 
-@SKIPPED
 @pytest.mark.parametrize("callback", [False, True])
 def test_an_epoch_ends_with_its_last_step_even_if_that_is_skipped(callback: bool, tmp_path: Path) -> None:
     _, optimizer = spoilt(tmp_path, (3,), callback)
@@ -342,7 +339,6 @@ def test_large_gradients_poison_nothing(update: str, fallback: str, scale: float
         assert_finite(model, optimizer)
 
 
-@SKIPPED
 @pytest.mark.parametrize(("update", "fallback"), RULES)
 def test_gradients_of_1e20_are_skipped(update: str, fallback: str) -> None:
     model, optimizer = made(update, fallback)

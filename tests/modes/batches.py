@@ -27,8 +27,6 @@ from tests.modes.harness import (
 from tests.modes.nets import LENGTH, PADDING, Kind
 from tests.modes.registry import checked, mode
 
-HALF_DONE = "a micro-batch whose backward was not finished leaves a row behind"
-
 
 def sizes(record: Record) -> list[list[int]]:
     """The batch sizes of each step."""
@@ -200,11 +198,11 @@ def out_of_memory(kind: Kind, sharing: str, folder: Path, step: int) -> float:
     return checked(kind, sharing, record)
 
 
-@mode("auto_find_batch_size, out of memory in the first backward", missing=HALF_DONE, missing_in=("replay",))
+@mode("auto_find_batch_size, out of memory in the first backward")
 def out_of_memory_at_first(kind: Kind, sharing: str, folder: Path) -> float:
     return out_of_memory(kind, sharing, folder, 0)
 
 
-@mode("auto_find_batch_size, out of memory in a later backward", missing=HALF_DONE, missing_in=("replay",))
+@mode("auto_find_batch_size, out of memory in a later backward")
 def out_of_memory_later(kind: Kind, sharing: str, folder: Path) -> float:
     return out_of_memory(kind, sharing, folder, 2)

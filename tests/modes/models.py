@@ -37,8 +37,6 @@ from tests.modes.harness import (
 from tests.modes.nets import PADDING, VOCABULARY, Kind, gpt2, language_data, language_loss, llama
 from tests.modes.registry import checked, mode
 
-REPLACED = "TRL puts a forward of its own on the model before Trainer asks for the optimizer"
-
 
 @contextlib.contextmanager
 def older_names() -> Iterator[None]:
@@ -185,7 +183,7 @@ def causal(kind: Kind) -> Callable[[], nn.Module]:
     return {"Linear": llama, "Conv1D": gpt2}[kind.name]
 
 
-@mode("TRL SFTTrainer", missing=REPLACED)
+@mode("TRL SFTTrainer")
 def sft(kind: Kind, sharing: str, folder: Path) -> float:
     record = fine_tuned(kind, sharing, folder, None)
     return checked(kind, sharing, record, make=causal(kind), loss=language_loss)
