@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 
 import torch
@@ -115,7 +116,9 @@ def compiled(kind: Kind, sharing: str, folder: Path) -> float:
     torch._dynamo.reset()
     counters.clear()
     try:
-        with torch._dynamo.config.patch(error_on_recompile=True):
+        with torch._dynamo.config.patch(error_on_recompile=True), warnings.catch_warnings():
+            # Raised and ignored by the compiler itself.
+            warnings.filterwarnings("ignore", ".*should not be instantiated", DeprecationWarning)
             record = train(kind, sharing, folder, torch_compile=True, torch_compile_backend="aot_eager")
     finally:
         breaks, graphs = dict(counters["graph_break"]), counters["stats"]["unique_graphs"]

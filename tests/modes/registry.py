@@ -35,33 +35,28 @@ class Mode:
         name: as the table writes it.
         run: the function.
         tolerance: for the error.
-        missing: why the mode is known not to work; None where it works.
-        missing_in: the kinds and policies (names) that this is said of; all where empty.
+        refused: words of the message with which FNGD refuses the mode; None where it runs.
+        tested_in: where else it is tested, if it takes long.
     """
 
     name: str
     run: Run
     tolerance: float
-    missing: str | None = None
-    missing_in: tuple[str, ...] = ()
-
-    def known_missing(self, kind: Kind, sharing: str) -> str | None:
-        """Why this case is known not to work."""
-        said = not self.missing_in or kind.name in self.missing_in or sharing in self.missing_in
-        return self.missing if said else None
+    refused: str | None = None
+    tested_in: str | None = None
 
 
 MODES: dict[str, Mode] = {}
 
 
 def mode(
-    name: str, *, tolerance: float = FP32, missing: str | None = None, missing_in: tuple[str, ...] = ()
+    name: str, *, tolerance: float = FP32, refused: str | None = None, tested_in: str | None = None
 ) -> Callable[[Run], Run]:
     """Decorator: make a function a row."""
 
     def register(run: Run) -> Run:
         assert name not in MODES
-        MODES[name] = Mode(name, run, tolerance, missing, missing_in)
+        MODES[name] = Mode(name, run, tolerance, refused, tested_in)
         return run
 
     return register

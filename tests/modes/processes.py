@@ -1,0 +1,69 @@
+"""Several processes: those that FNGD trains in, and those modes that it refuses."""
+
+from __future__ import annotations
+
+import functools
+import tempfile
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+from accelerate.state import AcceleratorState
+from torch import nn
+
+from hf_fngd import FNGD
+from tests.distributed.launch import launch
+from tests.modes.harness import optimizer_arguments
+from tests.modes.nets import Kind
+from tests.modes.registry import Run, mode
+from tests.test_environment import STATES
+
+# Settings of tests.distributed.checks that stand for a policy.
+SETTINGS = {"never": "never, momentum, ngd", "replay": "replay, momentum, rms"}
+
+
+@functools.cache
+def launched(check: str, world: int) -> dict[str, Any]:
+    with tempfile.TemporaryDirectory() as folder:
+        return launch("tests.distributed.checks", world, Path(folder), check)[check]
+
+
+def processes(check: str, world: int) -> Run:
+    """Parameters after 12 steps, against one process that accumulates the micro-batches of all."""
+
+    def run(kind: Kind, sharing: str, folder: Path) -> float:
+        outcome = launched(check, world)[f"{SETTINGS[sharing]}, {kind.name}"]
+        assert outcome["active"]
+        assert outcome["agree"], "the processes differ"
+        return float(outcome["error"] / outcome["moved"])
+
+    return run
+
+
+for title, check, world in (
+    ("DDP, 2 processes", "ddp", 2),
+    ("DDP, 4 processes", "ddp", 4),
+    ("FSDP2, 2 processes", "fsdp2", 2),
+    ("FSDP2, 4 processes", "fsdp2", 4),
+    ("FSDP2, sharded after FNGD was built, as Accelerate does", "fsdp2_after", 2),
+):
+    mode(title, tolerance=1e-12, tested_in="tests/distributed")(processes(check, world))
+
+
+def refused(values: dict[str, Any]) -> Run:
+    def run(kind: Kind, sharing: str, folder: Path) -> float:
+        with mock.patch.dict(AcceleratorState._shared_state, values):
+            FNGD(kind.make(), **optimizer_arguments(sharing))
+        return 0.0
+
+    return run
+
+
+for name, (values, message) in STATES.items():
+    mode(name if name[0].isupper() else f"{name} parallelism", refused=message)(refused(values))
+
+
+@mode("nn.DataParallel", refused=r"nn.DataParallel, .* use accelerate launch with DistributedDataParallel")
+def data_parallel(kind: Kind, sharing: str, folder: Path) -> float:
+    FNGD(nn.DataParallel(kind.make()), **optimizer_arguments(sharing))
+    return 0.0
