@@ -59,10 +59,11 @@ def write(modes: Iterable[Mode], path: Path) -> None:
         'coefficients in every step (`sharing="never"`) and one that replays those of the first epoch',
         f'(`sharing="replay"`), at damping {DAMPING}.',
         "The rows of several processes: float64 parameters after 12 steps, against those of one process that",
-        "accumulates the micro-batches of all (the same training, `hf_fngd/exchange.py`); the processes agree bit for bit.",
+        "accumulates the micro-batches of all (the same training, `hf_fngd/exchange.py`); all processes agree bit for",
+        "bit.",
         "Linear: a BERT classifier (a Llama under TRL). Conv1D: a GPT-2 language model. Made by",
-        f"`python -m tests.modes.table` with torch {torch.__version__.split('+')[0]} and transformers {transformers.__version__} "
-        "on a CPU.",
+        f"`python -m tests.modes.table` with torch {torch.__version__.split('+')[0]} and transformers "
+        f"{transformers.__version__} on a CPU.",
         "",
         f"| mode | {names} |",
         "|---" * (1 + len(KINDS)) + "|",
