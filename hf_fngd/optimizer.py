@@ -180,7 +180,7 @@ class FNGD(torch.optim.Optimizer):
 
         Raises:
             RuntimeError: in the first step, where the optimizer's parameters are not the model's trainable
-                ones, or no gradient reached any of them.
+                ones, no gradient reached any of them, or one is sparse.
         """
         loss = None
         if closure is not None:
@@ -305,7 +305,13 @@ class FNGD(torch.optim.Optimizer):
                 f"{len(foreign)} parameters of this optimizer are not trainable parameters of its model: build FNGD "
                 "after the model is complete, on the very instance that is trained, or through FNGDFactory"
             )
-        if all(p.grad is None for group in self.param_groups for p in group["params"]):
+        grads = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
+        if any(grad.is_sparse for grad in grads):
+            raise RuntimeError(
+                "a parameter has a sparse gradient, which FNGD's update rules do not take: build its embedding with "
+                "sparse=False"
+            )
+        if not grads:
             raise RuntimeError(
                 "no gradient reached any parameter of this optimizer: it was built on another instance of the model "
                 "than the one that is trained, or step() came before backward()"

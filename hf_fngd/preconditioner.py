@@ -291,9 +291,9 @@ class FNGDPreconditioner:
             self.phase.advance()
             if self.phase.sharing and not sharing:
                 self._place = 0
-            self._report()
+            self._report(max((batch.info.size for batch in batches), default=0))
         elif not self._reported and self._has_gradients():
-            self._report()  # which says that no layer was called
+            self._report(0)  # which says that no layer was called
         if self.epoch_ended:
             self.end_epoch()
 
@@ -381,7 +381,13 @@ class FNGDPreconditioner:
         grads = (layer.module.weight.grad for layer in self.layers)
         return any(isinstance(grad, Tensor) and bool(grad.any()) for grad in grads)
 
-    def _report(self) -> None:
+    def _report(self, samples: int) -> None:
+        if samples == 1 and not self._reported:
+            logger.warning(
+                "the first micro-batch holds one sample, whose weight is 1: with such batches FNGD is its update rule "
+                "alone. Packed sequences count as one sample, and accumulation does not help: raise "
+                "per_device_train_batch_size, or train without packing"
+            )
         fallbacks = sum(len(slot.fallbacks) for slot in self.slots)
         if self._reported and fallbacks == self._reported_fallbacks:
             return

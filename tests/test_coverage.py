@@ -1,6 +1,9 @@
-"""How the coverage report reads."""
+"""How the coverage report reads, and what is said with it."""
 
-from hf_fngd import CoverageReport
+import pytest
+
+from hf_fngd import CoverageReport, FNGDPreconditioner
+from tests.nets import data, loss, net
 
 
 def test_reasons_are_grouped_and_long_lists_cut() -> None:
@@ -20,3 +23,13 @@ def test_reasons_are_grouped_and_long_lists_cut() -> None:
 
 def test_a_report_without_exceptions_is_one_line() -> None:
     assert str(CoverageReport(("a", "b"), {}, {})) == "FNGD preconditions 2 parameters."
+
+
+@pytest.mark.parametrize(("samples", "warned"), [(1, 1), (2, 0)])
+def test_a_single_sample_is_remarked_once(samples: int, warned: int, caplog: pytest.LogCaptureFixture) -> None:
+    model = net()
+    preconditioner = FNGDPreconditioner(model)
+    for _ in range(3):
+        loss(model, *data(samples, 3)).backward()
+        preconditioner.step()
+    assert sum("without packing" in record.message for record in caplog.records) == warned

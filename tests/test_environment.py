@@ -9,7 +9,7 @@ import torch
 from accelerate import ParallelismConfig
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
-from torch import nn
+from torch import Tensor, nn
 
 from hf_fngd import FNGD, FNGDPreconditioner
 from tests.nets import data, loss, net
@@ -94,3 +94,20 @@ def test_a_model_loaded_in_parts_is_refused() -> None:
     model._tp_size = 2  # what transformers' from_pretrained(tp_plan=...) leaves
     with pytest.raises(RuntimeError, match=r"tensor parallelism"):
         FNGDPreconditioner(model)
+
+
+def test_sparse_gradients_are_refused_by_the_first_step() -> None:
+    class Embedded(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embedding = nn.Embedding(8, 5, sparse=True)
+            self.net = net(dtype=torch.float32)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.net(self.embedding(x))
+
+    model = Embedded()
+    optimizer = FNGD(model)
+    model(torch.arange(6)[:, None]).sum().backward()
+    with pytest.raises(RuntimeError, match="sparse=False"):
+        optimizer.step()

@@ -20,8 +20,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
 from transformers import Trainer, TrainingArguments
 
@@ -315,6 +317,25 @@ def distributed_checkpoint() -> dict[str, Any]:
         run(model, fngd, [rank], world, range(8, STEPS))
         run(again, second, [rank], world, range(8, STEPS))
         found[name] = loaded and bool(torch.equal(flat(again), flat(model)))
+    return found
+
+
+def tensor_parallel() -> dict[str, Any]:
+    """A layer whose weight is split over the processes: what FNGD says, built before or after the split."""
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    plan = {"fc1": ColwiseParallel(), "fc2": RowwiseParallel()}
+    found = {}
+    for order in ("before", "after"):
+        model = net(width=8)
+        if order == "before":
+            FNGD(model)
+        parallelize_module(model, mesh, plan)
+        if order == "after":
+            FNGD(model)
+        try:
+            loss(model, *data(6, 3))
+        except RuntimeError as error:
+            found[order] = str(error)
     return found
 
 
