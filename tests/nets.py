@@ -1,4 +1,4 @@
-"""Small networks and data that several tests share."""
+"""Small networks, their data, their training and their oracle, shared by several tests."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -8,7 +8,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from hf_fngd import FNGD, FNGDPreconditioner
+from hf_fngd.sharing import INDEX_COLUMN
+from tests.reference import Dense, per_sample_gradients
+
 FEATURES, CLASSES = 5, 4
+LAYER_NAMES = ("fc1", "fc2")
 
 # Layer type and what becomes of its bias; a Conv1D always has one.
 LAYERS = [
@@ -65,6 +70,47 @@ def loss(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
 
 def trained(module: nn.Module) -> list[nn.Parameter]:
     return [p for p in module.parameters() if p.requires_grad]
+
+
+def parameters(module: nn.Module) -> list[Tensor]:
+    """Copies of their values."""
+    return [p.detach().clone() for p in module.parameters()]
+
+
+def gradient(module: nn.Module) -> Tensor:
+    """That of all trained parameters, flat and in float64."""
+    return torch.cat([p.grad.flatten() for p in trained(module)]).double()
+
+
+def assert_equal(model: nn.Module, other: nn.Module) -> None:
+    for (name, p), q in zip(model.named_parameters(), other.parameters(), strict=True):
+        assert torch.equal(p, q), name
+
+
+def train(model: nn.Module, optimizer: FNGD, steps: int, first: int = 0, scale: float = 1.0) -> None:
+    """Steps that depend on their number alone; ``scale`` is that of the loss."""
+    for step in range(first, first + steps):
+        x, y = data(6, 3, seed=step, dtype=trained(model)[0].dtype)
+        optimizer.zero_grad()
+        (scale * F.cross_entropy(model(x, **{INDEX_COLUMN: torch.arange(6) + step}), y)).backward()
+        optimizer.step()
+
+
+def dense(model: nn.Module, x: Tensor, y: Tensor, damping: float) -> dict[str, Dense]:
+    """The oracle for both layers of a plain `Net`."""
+
+    def alone(model: nn.Module, n: int) -> Tensor:
+        return loss(model, x[n : n + 1], y[n : n + 1])
+
+    layers = {name: trained(model.get_submodule(name)) for name in LAYER_NAMES}
+    return {name: Dense(per_sample_gradients(model, of, alone, len(x)), damping) for name, of in layers.items()}
+
+
+def fresh_weights(preconditioner: FNGDPreconditioner) -> Tensor:
+    """The weights of the coefficient step under way, ``[L, N]``, in the order that the policy keeps."""
+    (batch,) = preconditioner._batches
+    assert batch.fresh is not None
+    return batch.fresh
 
 
 def graph_nodes(output: Tensor) -> Iterator[str]:

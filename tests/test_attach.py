@@ -5,6 +5,7 @@ import inspect
 import io
 import pickle
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from transformers import BertConfig, BertForSequenceClassification, GPT2Config, 
 
 from hf_fngd import FNGD, FNGDPreconditioner, detach
 from hf_fngd.attach import restore_forward, swap_forward
-from tests.nets import Net, data, graph_nodes, loss, net
+from tests.nets import Net, data, graph_nodes, loss, net, parameters, train
 
 
 def snapshot(model: nn.Module) -> list[tuple[str, type, dict[str, object]]]:
@@ -23,10 +24,6 @@ def snapshot(model: nn.Module) -> list[tuple[str, type, dict[str, object]]]:
         (name, type(module), {key: value for key, value in vars(module).items() if not key.startswith("_")})
         for name, module in model.named_modules()
     ]
-
-
-def parameters(model: nn.Module) -> list[Tensor]:
-    return [p.detach().clone() for p in model.parameters()]
 
 
 def test_a_detached_model_is_what_it_was() -> None:
@@ -63,10 +60,11 @@ def test_detach_is_idempotent_and_leaves_plain_models_alone() -> None:
 def test_a_model_can_be_attached_again_after_detaching() -> None:
     model = net()
     FNGD(model).detach()
+    assert type(model.fc1) is nn.Linear
     optimizer = FNGD(model)
-    loss(model, *data(6)).backward()
-    optimizer.step()
-    assert optimizer.coverage().preconditioned
+    train(model, optimizer, 1)
+    assert set(optimizer.coverage().preconditioned) == {"fc1.weight", "fc1.bias", "fc2.weight", "fc2.bias"}
+    assert set(optimizer.coverage().plain) == {"norm.weight", "norm.bias"}
 
 
 def test_a_model_that_is_itself_a_layer_can_be_attached() -> None:
@@ -211,6 +209,62 @@ def test_restoring_leaves_a_class_that_changed_meanwhile() -> None:
     assert type(module) is sharded
     x = torch.ones(1, 2)
     assert torch.equal(module(x), F.linear(x, module.weight, module.bias))
+
+
+# Another one on the model ----------------------------------------------------------------------------------
+
+
+def submodule_of(model: Net) -> nn.Module:
+    return model.fc1
+
+
+def parent_of(model: Net) -> nn.Module:
+    return nn.Sequential(model)
+
+
+SECOND: dict[str, tuple[Callable[[Net], nn.Module], dict[str, Any], dict[str, Any]]] = {
+    "same model": (lambda model: model, {}, {}),
+    "other layers": (lambda model: model, {"target_modules": ["fc1"]}, {"target_modules": ["fc2"]}),
+    "some layers": (lambda model: model, {"target_modules": ["fc2"]}, {}),
+    "submodule": (submodule_of, {}, {}),
+    "parent": (parent_of, {}, {}),
+}
+
+
+@pytest.mark.parametrize("attach", [FNGD, FNGDPreconditioner])
+@pytest.mark.parametrize(("choose", "first", "second"), SECOND.values(), ids=SECOND)
+def test_a_second_one_on_the_model_is_refused_and_changes_nothing(
+    choose: Callable[[Net], nn.Module], first: dict[str, Any], second: dict[str, Any], attach: type
+) -> None:
+    model = net()
+    optimizer = FNGD(model, **first)
+    other = choose(model)
+    types = [type(module) for module in other.modules()]
+    with pytest.raises(RuntimeError, match=r"attached to another FNGD already; call hf_fngd.detach\(model\) first"):
+        attach(other, **second)
+    assert [type(module) for module in other.modules()] == types
+    train(model, optimizer, 1)
+    assert optimizer.coverage().missed == {}
+
+
+def test_a_forward_of_the_instances_own_is_refused_and_leaves_the_model_alone() -> None:
+    model = net()
+    model.fc2.forward = lambda x: x
+    with pytest.raises(RuntimeError, match="build FNGD before the model is prepared"):
+        FNGDPreconditioner(model)
+    assert type(model.fc1) is type(net().fc1)
+    del model.fc2.forward
+    FNGDPreconditioner(model)
+
+
+def test_detaching_a_second_time_leaves_another_preconditioner_alone() -> None:
+    model = net()
+    first = FNGDPreconditioner(model)
+    detach(model)
+    second = FNGDPreconditioner(model, sharing="never")
+    first.detach()
+    loss(model, *data(6, 3)).backward()
+    assert second._batches[0].complete
 
 
 # transformers --------------------------------------------------------------------------------------------

@@ -1,9 +1,18 @@
-"""How the coverage report reads, and what is said with it."""
+"""Layers that cannot be preconditioned: they get plain gradients, and the coverage report says so, once."""
+
+import logging
 
 import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
 
 from hf_fngd import CoverageReport, FNGDPreconditioner
-from tests.nets import data, loss, net
+from hf_fngd.backward import CALLED_AGAIN, NOT_THE_BATCH
+from hf_fngd.coverage import NEVER_CALLED
+from tests.nets import CLASSES, LAYER_NAMES, Net, data, loss, net
+
+# How the report reads --------------------------------------------------------------------------------------
 
 
 def test_reasons_are_grouped_and_long_lists_cut() -> None:
@@ -23,6 +32,158 @@ def test_reasons_are_grouped_and_long_lists_cut() -> None:
 
 def test_a_report_without_exceptions_is_one_line() -> None:
     assert str(CoverageReport(("a", "b"), {}, {})) == "FNGD preconditions 2 parameters."
+
+
+def test_the_report_tells_what_became_of_every_parameter() -> None:
+    model = net()
+    preconditioner = FNGDPreconditioner(model, exclude_modules="fc1")
+    before = preconditioner.coverage()
+    loss(model, *data(4)).backward()
+    preconditioner.step()
+    report = preconditioner.coverage()
+    assert before == report
+    assert report.preconditioned == ("fc2.weight", "fc2.bias")
+    assert report.plain == {
+        "fc1.weight": "among exclude_modules",
+        "fc1.bias": "among exclude_modules",
+        "norm.weight": "LayerNorm is not a preconditioned layer type",
+        "norm.bias": "LayerNorm is not a preconditioned layer type",
+    }
+    assert report.missed == {}
+    assert str(report).splitlines() == [
+        "FNGD preconditions 2 parameters.",
+        "  2 plain gradient: among exclude_modules (fc1.weight, fc1.bias)",
+        "  2 plain gradient: LayerNorm is not a preconditioned layer type (norm.weight, norm.bias)",
+    ]
+
+
+# What is reported ------------------------------------------------------------------------------------------
+
+
+class Twice(Net):
+    """Calls its first layer twice."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + self.fc2(torch.tanh(self.fc1(-x)))
+
+
+class Folded(Net):
+    """Folds positions into the batch before its second layer, as OPT does."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = torch.tanh(self.norm(self.fc1(x)))
+        return self.fc2(hidden.flatten(0, 1)).view(*hidden.shape[:2], CLASSES).mean(1)
+
+
+class Unused(Net):
+    """Never calls its second layer."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(torch.tanh(self.norm(self.fc1(x))), self.fc2.weight, self.fc2.bias)
+
+
+OBSTACLES: dict[str, tuple[type[Net], tuple[int, ...], dict[str, str]]] = {
+    "called twice": (Twice, (), {"fc1": CALLED_AGAIN, "fc2": CALLED_AGAIN}),
+    "folded": (Folded, (3,), {"fc2": NOT_THE_BATCH}),
+    "unused": (Unused, (), {"fc2": NEVER_CALLED}),
+}
+
+
+@pytest.mark.parametrize(("model_type", "between", "reasons"), OBSTACLES.values(), ids=OBSTACLES)
+@pytest.mark.parametrize("refresh", [0, 1])
+def test_layers_that_cannot_be_preconditioned_get_plain_gradients_and_a_report(
+    model_type: type[Net],
+    between: tuple[int, ...],
+    reasons: dict[str, str],
+    refresh: int,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    torch.manual_seed(0)
+    model = model_type().double()
+    x, y = data(7, *between)
+    # The layers above get plain or preconditioned gradients: neither changes what flows down.
+    plain = torch.autograd.grad(loss(model, x, y), list(model.parameters()))
+    expected = dict(zip((name for name, _ in model.named_parameters()), plain, strict=True))
+    preconditioner = FNGDPreconditioner(model, damping=0.01, refresh=refresh, coefficient_steps=1)
+    for _ in range(3):
+        model.zero_grad()
+        with caplog.at_level(logging.WARNING, logger="hf_fngd"):
+            loss(model, x, y).backward()
+            preconditioner.step()
+        for layer in ("fc1", "fc2"):
+            found = model.get_submodule(layer).weight.grad
+            assert torch.allclose(found, expected[f"{layer}.weight"], rtol=1e-10) == (layer in reasons)
+    report = preconditioner.coverage()
+    assert report.missed == {
+        f"{layer}.{leaf}": reason for layer, reason in reasons.items() for leaf in ("weight", "bias")
+    }
+    (record,) = caplog.records  # once, not in every step
+    for reason in reasons.values():
+        assert reason in record.getMessage()
+
+
+@pytest.mark.parametrize(("model_type", "between", "reasons"), OBSTACLES.values(), ids=OBSTACLES)
+def test_strict_raises_in_the_first_step(
+    model_type: type[Net], between: tuple[int, ...], reasons: dict[str, str]
+) -> None:
+    model = model_type().double()
+    preconditioner = FNGDPreconditioner(model, strict=True)
+    loss(model, *data(7, *between)).backward()
+    with pytest.raises(RuntimeError, match=r"(?s)strict=True: .*exclude_modules"):
+        preconditioner.step()
+    preconditioner.detach()
+    others = [layer for layer in LAYER_NAMES if layer not in reasons]
+    if others:
+        preconditioner = FNGDPreconditioner(model, strict=True, exclude_modules=sorted(reasons))
+        loss(model, *data(7, *between)).backward()
+        preconditioner.step()
+
+
+class Later(Net):
+    """Calls its first layer twice once it is told to."""
+
+    twice = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = super().forward(x)
+        return y + self.fc1(x).sum() if self.twice else y
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_what_goes_wrong_later_is_told_then(strict: bool, caplog: pytest.LogCaptureFixture) -> None:
+    torch.manual_seed(0)
+    model, (x, y) = Later().double(), data(7)
+    preconditioner = FNGDPreconditioner(model, strict=strict)
+    for _ in range(2):
+        loss(model, x, y).backward()
+        preconditioner.step()
+    assert not caplog.records
+    model.twice = True
+    loss(model, x, y).backward()
+    if strict:
+        with pytest.raises(RuntimeError, match=CALLED_AGAIN):
+            preconditioner.step()
+        return
+    preconditioner.step()
+    loss(model, x, y).backward()
+    preconditioner.step()
+    (record,) = caplog.records
+    assert CALLED_AGAIN in record.getMessage()
+    assert "fc2" not in record.getMessage()
+
+
+def test_training_in_evaluation_mode_is_reported() -> None:
+    model = net().eval()
+    preconditioner = FNGDPreconditioner(model)
+    loss(model, *data(6, 3)).backward()
+    preconditioner.step()
+    assert set(preconditioner.coverage().missed.values()) == {NEVER_CALLED}
+    preconditioner.detach()
+
+    strict = FNGDPreconditioner(model, strict=True)
+    loss(model, *data(6, 3)).backward()
+    with pytest.raises(RuntimeError, match="strict=True"):
+        strict.step()
 
 
 @pytest.mark.parametrize(("samples", "warned"), [(1, 1), (2, 0)])

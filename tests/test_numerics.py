@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import Trainer, TrainingArguments
 
-from hf_fngd import FNGD, FNGDCallback
+from hf_fngd import FNGD
 from hf_fngd.arguments import FALLBACKS, UPDATES
 from hf_fngd.sharing import INDEX_COLUMN, policy_names
-from tests.modes.nets import bert, classification_data
 from tests.nets import Net, data, loss, net
 
 RULES = [(update, fallback) for update in UPDATES for fallback in FALLBACKS]
@@ -151,23 +148,28 @@ def test_a_bad_step_is_skipped_whole(update: str, fallback: str, backward: Calla
     assert_same(everything(model, optimizer), everything(twin, of_twin))
 
 
+@pytest.mark.parametrize("called", [True, False], ids=["by itself", "by its caller"])
 @pytest.mark.parametrize("sharing", policy_names())
-def test_no_policy_keeps_anything_of_a_bad_step(sharing: str) -> None:
+def test_no_policy_keeps_anything_of_a_bad_step(sharing: str, called: bool) -> None:
+    """Whether step() finds the gradients not finite, or is not even called."""
     twins = [made("momentum", "sgd", sharing, step_scale="ngd") for _ in range(2)]
     index = torch.arange(6)
 
-    def one(model: Net, optimizer: FNGD, seed: int, scale: float = 1.0) -> None:
+    def one(model: Net, optimizer: FNGD, seed: int, scale: float = 1.0, called: bool = True) -> None:
         x, y = data(6, 2, seed=seed, dtype=torch.float32)
         optimizer.zero_grad()
         (scale * F.cross_entropy(model(x, **{INDEX_COLUMN: index + seed}), y)).backward()
-        optimizer.step()
+        if called:
+            optimizer.step()
 
     for seed in range(6):
         if seed in (1, 4):
-            one(*twins[0], 50 + seed, torch.nan)
+            before = everything(*twins[0])
+            one(*twins[0], 50 + seed, torch.nan, called)
+            assert_same(everything(*twins[0]), before)
         for twin in twins:
             one(*twin, seed)
-    assert int(twins[0][1].skipped) == 2
+    assert int(twins[0][1].skipped) == 2 * called
     assert_same(everything(*twins[0]), everything(*twins[1]))
 
 
@@ -193,63 +195,6 @@ def test_a_step_that_the_loss_scaler_skips_leaves_no_trace(update: str, fallback
         step(twin, of_twin, seed)
         # A power of two in the loss changes no bit of anything.
         assert_same(everything(model, optimizer), everything(twin, of_twin))
-
-
-class Spoilt(Trainer):
-    """Some of its batches, counted from one, have no finite loss."""
-
-    batches = 0
-    spoilt: tuple[int, ...] = ()
-
-    def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
-        self.batches += 1
-        value = super().compute_loss(*args, **kwargs)
-        return value * torch.nan if self.batches in self.spoilt else value
-
-
-def spoilt(folder: Path, batches: tuple[int, ...], callback: bool, **changes: Any) -> tuple[Spoilt, FNGD]:
-    """Two epochs of three batches."""
-    model = bert()
-    optimizer = FNGD(model, sharing="replay", refresh=0)
-    values = {
-        "output_dir": str(folder),
-        "per_device_train_batch_size": 4,
-        "num_train_epochs": 2,
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "report_to": [],
-        "disable_tqdm": True,
-        "use_cpu": True,
-        "dataloader_pin_memory": False,
-    }
-    trainer = Spoilt(
-        model=model,
-        args=TrainingArguments(**(values | changes)),
-        train_dataset=classification_data(12),
-        optimizers=(optimizer, None),
-        callbacks=[FNGDCallback()] if callback else [],
-    )
-    trainer.spoilt = batches
-    trainer.train()
-    assert all(torch.isfinite(p).all() for p in model.parameters())
-    return trainer, optimizer
-
-
-@pytest.mark.parametrize("max_grad_norm", [0.0, 1.0])
-def test_the_callback_logs_how_many_steps_were_skipped(max_grad_norm: float, tmp_path: Path) -> None:
-    trainer, optimizer = spoilt(tmp_path, (2, 5), callback=True, max_grad_norm=max_grad_norm)
-    logged = [entry["fngd_skipped"] for entry in trainer.state.log_history if "loss" in entry]
-    assert logged == [0, 1, 1, 1, 2, 2]
-    assert optimizer.preconditioner.phase.steps == 4
-    assert optimizer.preconditioner.phase.shared_since == 2
-
-
-@pytest.mark.parametrize("callback", [False, True])
-def test_an_epoch_ends_with_its_last_step_even_if_that_is_skipped(callback: bool, tmp_path: Path) -> None:
-    _, optimizer = spoilt(tmp_path, (3,), callback)
-    assert int(optimizer.skipped) == 1
-    assert optimizer.preconditioner.phase.steps == 5
-    assert optimizer.preconditioner.phase.shared_since == 2
 
 
 # Gradients that are finite and unusual -------------------------------------------------------------------

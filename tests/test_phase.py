@@ -10,7 +10,9 @@ from accelerate.data_loader import skip_first_batches
 from accelerate.state import AcceleratorState, GradientState
 from torch.utils.data import DataLoader, TensorDataset
 
+from hf_fngd import FNGD
 from hf_fngd.phase import EpochEdge, Phase
+from tests.nets import data, loss, net
 
 
 def schedule(phase: Phase, steps: int, epoch: int | None = None) -> list[int]:
@@ -180,6 +182,28 @@ def test_an_iterable_dataset_ends_with_its_last_batch(accelerator: Accelerator) 
         if edge.passed():
             found.append(step)
     assert found == [3]
+
+
+@pytest.mark.parametrize(
+    ("samples", "accumulation", "epochs", "expected"),
+    [(12, 1, 2, 4), (10, 1, 2, 4), (12, 2, 2, 2), (15, 2, 2, 3), (12, 1, 1, 4), (3, 1, 2, 1)],
+)
+def test_the_phase_ends_with_the_first_epoch_without_being_told(
+    accelerator: Accelerator, samples: int, accumulation: int, epochs: int, expected: int
+) -> None:
+    model = net()
+    batches = DataLoader(TensorDataset(*data(samples)), batch_size=3)
+    accelerator.gradient_accumulation_steps = accumulation
+    prepared, optimizer, batches = accelerator.prepare(model, FNGD(model), batches)
+    phase = optimizer.optimizer.preconditioner.phase
+    for _ in range(epochs):
+        for x, y in batches:
+            with accelerator.accumulate(prepared):
+                optimizer.zero_grad()
+                accelerator.backward(loss(prepared, x, y))
+                optimizer.step()
+    assert phase.shared_since == expected
+    assert phase.steps == expected * epochs
 
 
 def test_accelerate_is_neither_needed_nor_set_up(monkeypatch: pytest.MonkeyPatch) -> None:

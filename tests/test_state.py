@@ -1,8 +1,9 @@
-"""States that come from elsewhere: another dtype, another model, another optimizer."""
+"""States: a run goes on from its own as it would have; those of another dtype, another model, another optimizer."""
 
 from __future__ import annotations
 
 import copy
+import io
 from collections.abc import Callable
 from typing import Any
 
@@ -11,20 +12,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from hf_fngd import FNGD
+from hf_fngd import FNGD, FNGDPreconditioner
+from hf_fngd.arguments import UPDATES
 from hf_fngd.sharing import INDEX_COLUMN, policy_names
-from tests.nets import Net, data, net, trained
+from tests.nets import Net, assert_equal, data, loss, net, train, trained
 
 SCHEDULE: dict[str, Any] = {"refresh": 3, "coefficient_steps": 2}
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}
-
-
-def train(model: nn.Module, optimizer: FNGD, steps: int, first: int = 0) -> None:
-    for step in range(first, first + steps):
-        x, y = data(6, 3, seed=step)
-        optimizer.zero_grad()
-        F.cross_entropy(model(x.to(trained(model)[0].dtype), **{INDEX_COLUMN: torch.arange(6)}), y).backward()
-        optimizer.step()
 
 
 def tensors(value: Any, where: str = "") -> dict[str, Tensor]:
@@ -37,6 +31,111 @@ def tensors(value: Any, where: str = "") -> dict[str, Tensor]:
 
 def own_state(optimizer: FNGD) -> dict[str, Tensor]:
     return tensors(optimizer.state_dict()["param_groups"][0]["fngd"])
+
+
+# Resuming --------------------------------------------------------------------------------------------------
+
+
+def saved(state: dict[str, Any]) -> dict[str, Any]:
+    file = io.BytesIO()
+    torch.save(state, file)
+    file.seek(0)
+    return torch.load(file, weights_only=True)
+
+
+STATES = [
+    *({"update": update} for update in UPDATES),
+    *({"update": "momentum", "step_scale": "ngd", "fallback": "sgd", "sharing": name} for name in policy_names()),
+    {"update": "momentum", "step_scale": "rms", "fallback": "adamw"},
+]
+
+
+@pytest.mark.parametrize("steps", [0, 2, 5])
+@pytest.mark.parametrize("arguments", STATES, ids=lambda arguments: "-".join(arguments.values()))
+def test_a_resumed_run_goes_on_as_it_would_have(arguments: dict[str, Any], steps: int) -> None:
+    arguments = {"refresh": 3, "coefficient_steps": 3, "weight_decay": 0.1, **arguments}
+    model, other = net(), net(seed=1)
+    optimizer = FNGD(model, **arguments)
+    train(model, optimizer, steps)
+    checkpoint, weights = saved(optimizer.state_dict()), saved(model.state_dict())
+    other.load_state_dict(weights)
+    resumed = FNGD(other, **(arguments | {"lr": 0.5}))
+    resumed.load_state_dict(checkpoint)
+    assert resumed.preconditioner.phase == optimizer.preconditioner.phase
+    for each, of in ((model, optimizer), (other, resumed)):
+        train(each, of, 5, first=steps)
+    assert_equal(model, other)
+
+
+def of_the_engine(model: nn.Module, preconditioner: FNGDPreconditioner, seeds: range) -> list[Tensor]:
+    """A few steps at fixed parameters; the gradients of the last one."""
+    for seed in seeds:
+        model.zero_grad()
+        x, y = data(6, 3, seed=seed)
+        F.cross_entropy(model(x, **{INDEX_COLUMN: torch.arange(6) + seed}), y).backward()
+        preconditioner.step()
+    return [p.grad.clone() for p in trained(model)]
+
+
+@pytest.mark.parametrize("steps", [0, 2, 5])
+@pytest.mark.parametrize("sharing", policy_names())
+def test_a_resumed_preconditioner_goes_on_as_it_would_have(sharing: str, steps: int) -> None:
+    made = [
+        (model, FNGDPreconditioner(model, sharing=sharing, refresh=4, coefficient_steps=3)) for model in (net(), net())
+    ]
+    (model, preconditioner), (other, resumed) = made
+    if steps:
+        of_the_engine(model, preconditioner, range(steps))
+    resumed.load_state_dict(saved(preconditioner.state_dict()))
+    for more in range(steps, steps + 5):
+        expected = of_the_engine(model, preconditioner, range(more, more + 1))
+        found = of_the_engine(other, resumed, range(more, more + 1))
+        assert all(torch.equal(p, q) for p, q in zip(found, expected, strict=True))
+        assert torch.equal(resumed.rho, preconditioner.rho)
+
+
+def test_loading_drops_a_half_done_step() -> None:
+    model = net()
+    preconditioner = FNGDPreconditioner(model)
+    state = copy.deepcopy(preconditioner.state_dict())
+    loss(model, *data(6)).backward()
+    preconditioner.load_state_dict(state)
+    preconditioner.step()
+    assert preconditioner.phase.steps == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_loading_its_own_state_changes_nothing(dtype: torch.dtype) -> None:
+    """Accelerate does so when it prepares an optimizer; fp32 coefficients must not become bfloat16."""
+    models = [net(dtype=dtype), net(dtype=dtype)]
+    optimizers = [FNGD(model, update="momentum", sharing="last", coefficient_steps=2, refresh=3) for model in models]
+    for step in range(7):
+        for _ in range(2):
+            optimizers[0].load_state_dict(optimizers[0].state_dict())
+        for model, optimizer in zip(models, optimizers, strict=True):
+            train(model, optimizer, 1, step)
+        assert_equal(*models)
+    assert optimizers[0].preconditioner.policy.row.dtype == torch.float32
+
+
+def test_a_state_dict_is_plain() -> None:
+    model = net()
+    optimizer = FNGD(model)
+    train(model, optimizer, 3)
+
+    def check(value: Any) -> None:
+        if isinstance(value, dict):
+            for key, item in value.items():
+                assert isinstance(key, str | int)
+                check(item)
+        elif isinstance(value, list):
+            for item in value:
+                check(item)
+        else:
+            assert value is None or type(value) in (Tensor, str, int, float, bool)
+
+    check(optimizer.state_dict())
+    assert set(optimizer.state_dict()) == {"state", "param_groups"}
 
 
 # Another dtype -------------------------------------------------------------------------------------------
@@ -141,8 +240,12 @@ OTHERS = [
     pytest.param(deep, {"sharing": "never"}, {"sharing": "never"}, "layers|parameter", id="layers-never"),
     pytest.param(deep, {"sharing": "uniform"}, {"sharing": "uniform"}, "layers|parameter", id="layers-uniform"),
     pytest.param(longer, {}, {}, "parameter", id="plain-parameters"),
-    pytest.param(net, {"sharing": "last"}, {}, "sharing='last'", id="policy"),
-    pytest.param(net, {"update": "adam"}, {}, "update rules are", id="update"),
+    pytest.param(
+        net, {"sharing": "last"}, {}, "made with sharing='last', this optimizer has sharing='ranked'", id="policy"
+    ),
+    pytest.param(
+        net, {"update": "adam"}, {}, r"\['adam', 'adam', 'adam'\], this optimizer's are \['muon'", id="update"
+    ),
     pytest.param(net, {"fallback": "sgd"}, {}, "update rules are", id="fallback"),
     pytest.param(wide, {}, {}, "shape", id="shapes"),
     pytest.param(turned, {}, {}, "shape|order", id="order"),
@@ -173,6 +276,18 @@ def test_a_state_of_another_kind_is_refused_and_changes_nothing(
         train(model, optimizer, 4, first=3)  # shared and coefficient steps
     for p, q in zip(trained(models[0]), trained(models[1]), strict=True):
         assert torch.equal(p, q)
+
+
+def test_the_state_of_another_policy_is_refused() -> None:
+    state = FNGDPreconditioner(net(), sharing="last").state_dict()
+    with pytest.raises(ValueError, match="made with sharing='last', this optimizer has sharing='ranked'"):
+        FNGDPreconditioner(net(), sharing="ranked").load_state_dict(state)
+
+
+def test_the_state_of_another_optimizer_is_refused() -> None:
+    sgd = torch.optim.SGD(net().parameters())
+    with pytest.raises(ValueError, match="not written by FNGD"):
+        FNGD(net()).load_state_dict(state_dict=sgd.state_dict())
 
 
 CUT = [
