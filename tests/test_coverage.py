@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hf_fngd import CoverageReport, FNGDPreconditioner
-from hf_fngd.backward import CALLED_AGAIN, NOT_THE_BATCH
+from hf_fngd.backward import AMBIGUOUS, CALLED_AGAIN, NOT_THE_BATCH
 from hf_fngd.coverage import NEVER_CALLED
 from tests.nets import CLASSES, LAYER_NAMES, Net, data, loss, net
 
@@ -86,6 +86,7 @@ OBSTACLES: dict[str, tuple[type[Net], tuple[int, ...], dict[str, str]]] = {
     "called twice": (Twice, (), {"fc1": CALLED_AGAIN, "fc2": CALLED_AGAIN}),
     "folded": (Folded, (3,), {"fc2": NOT_THE_BATCH}),
     "unused": (Unused, (), {"fc2": NEVER_CALLED}),
+    "as many positions as samples": (Net, (7,), {"fc1": AMBIGUOUS, "fc2": AMBIGUOUS}),
 }
 
 

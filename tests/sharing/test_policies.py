@@ -1,74 +1,25 @@
-"""One suite that every registered sharing policy inherits, and what each adds to it."""
+"""The suite that every registered sharing policy inherits, and the registry."""
 
 import io
 from collections.abc import Callable
 from contextlib import nullcontext
-from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 from hf_fngd.coefficients import averaging, coefficients
-from hf_fngd.sharing import (
-    INDEX_COLUMN,
-    BatchInfo,
-    IndexSharing,
-    SharingPolicy,
-    add_index,
-    make_policy,
-    policy_names,
-    register_policy,
-)
+from hf_fngd.sharing import IndexSharing, SharingPolicy, make_policy, policy_names, register_policy
 from hf_fngd.sharing.base import _POLICIES
 from tests.reference import ranked_fit, replay_fit
+from tests.sharing.engine import L, commit, fetch, info, norms, prepared, store_tensors, weights
 
-L = 3
 NAMES = policy_names()
 STORING = [name for name in NAMES if name not in ("never", "uniform")]
 SIZES = [1, 2, 5, 8, 13]
 
 
-def weights(seed: int, size: int = 8, dtype: torch.dtype = torch.float64) -> Tensor:
-    """Weights as a coefficient step yields them: mean 1, now and then negative."""
-    w = torch.randn(L, size, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    return (1 + 0.8 * (w - w.mean(dim=1, keepdim=True))).to(dtype)
-
-
-def norms(seed: int, size: int = 8) -> Tensor:
-    return torch.rand(L, size, generator=torch.Generator().manual_seed(100 + seed), dtype=torch.float64)
-
-
-def prepared(sharing: str | SharingPolicy, steps: int = 20, budget: int = 2**20) -> SharingPolicy:
-    policy = make_policy(sharing)
-    policy.prepare(L, steps, budget)
-    return policy
-
-
-def info(size: int = 8, place: int = 0, first: int = 0) -> BatchInfo:
-    return BatchInfo(size, place, torch.arange(first, first + size))
-
-
-def commit(policy: SharingPolicy, w: Tensor, n: Tensor, batch: BatchInfo, valid: Tensor | None = None) -> None:
-    """A coefficient step's side of the engine."""
-    encoded = torch.stack([policy.encode(w[layer], n[layer]) for layer in range(L)])
-    policy.commit(encoded, torch.ones(L, dtype=torch.bool) if valid is None else valid, batch)
-
-
-def fetch(policy: SharingPolicy, n: Tensor, batch: BatchInfo) -> Tensor | None:
-    """A shared step's side of the engine."""
-    stored = policy.lookup(batch)
-    if stored is None:
-        return None
-    assert stored.shape == (L, batch.size)
-    return torch.stack([policy.decode(stored[layer], n[layer]) for layer in range(L)])
-
-
-def store_tensors(policy: SharingPolicy) -> list[Tensor]:
-    return [value for value in vars(policy).values() if isinstance(value, Tensor)]
-
-
-# Every policy --------------------------------------------------------------------------------------------
+# Every policy ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -135,6 +86,47 @@ def test_what_was_committed_or_fetched_is_not_the_store_itself(name: str) -> Non
     torch.testing.assert_close(fetch(policy, n, info()), weights(0))
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_the_store_is_allocated_once(name: str) -> None:
+    policy = prepared(IndexSharing(size=64) if name == "index" else name, steps=40)
+    pointers = set()
+    for place in range(40):
+        commit(policy, weights(place), norms(place), info(8, place, first=place))
+        pointers.add(tuple(x.untyped_storage().data_ptr() for x in store_tensors(policy)))
+    assert len(pointers) == 1
+
+
+@pytest.mark.parametrize("first", [8, 2])
+@pytest.mark.parametrize("name", NAMES)
+def test_the_store_stays_within_the_memory_budget(name: str, first: int) -> None:
+    budget = 10 * L * 8 * 8
+    policy = prepared(name, steps=1000, budget=budget)
+    for place in range(40):
+        size = first if place == 0 else 8
+        full = pytest.warns(UserWarning, match="memory_budget") if (name, place) == ("replay", 10) else nullcontext()
+        with full:
+            commit(policy, weights(place, size), norms(place, size), info(size, place, first=place % 20))
+    assert sum(x.untyped_storage().nbytes() for x in store_tensors(policy)) <= budget
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_solving_takes_the_gram_of_one_layer(name: str) -> None:
+    u = torch.randn(20, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    k = u.t() @ u
+    found = prepared(name).solve(k, 0.01)
+    expected = averaging(k) if name == "uniform" else coefficients(k, 0.01)
+    assert torch.equal(found.w, expected.w)
+    assert torch.equal(found.rho, expected.rho)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_only_never_computes_in_every_step(name: str) -> None:
+    assert make_policy(name).always == (name == "never")
+
+
+# States ----------------------------------------------------------------------------------------------------
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("commits", [0, 1, 5])
 @pytest.mark.parametrize("name", NAMES)
@@ -185,29 +177,6 @@ def test_the_state_of_another_model_is_refused(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_the_store_is_allocated_once(name: str) -> None:
-    policy = prepared(IndexSharing(size=64) if name == "index" else name, steps=40)
-    pointers = set()
-    for place in range(40):
-        commit(policy, weights(place), norms(place), info(8, place, first=place))
-        pointers.add(tuple(x.untyped_storage().data_ptr() for x in store_tensors(policy)))
-    assert len(pointers) == 1
-
-
-@pytest.mark.parametrize("first", [8, 2])
-@pytest.mark.parametrize("name", NAMES)
-def test_the_store_stays_within_the_memory_budget(name: str, first: int) -> None:
-    budget = 10 * L * 8 * 8
-    policy = prepared(name, steps=1000, budget=budget)
-    for place in range(40):
-        size = first if place == 0 else 8
-        full = pytest.warns(UserWarning, match="memory_budget") if (name, place) == ("replay", 10) else nullcontext()
-        with full:
-            commit(policy, weights(place, size), norms(place, size), info(size, place, first=place % 20))
-    assert sum(x.untyped_storage().nbytes() for x in store_tensors(policy)) <= budget
-
-
-@pytest.mark.parametrize("name", NAMES)
 def test_a_checkpoint_is_no_larger_than_what_was_recorded(name: str) -> None:
     policy = prepared(name, steps=1000)
     for place in range(2):
@@ -217,22 +186,8 @@ def test_a_checkpoint_is_no_larger_than_what_was_recorded(name: str) -> None:
     assert len(file.getvalue()) < 4 * L * 8 * 8 + 2500
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_solving_takes_the_gram_of_one_layer(name: str) -> None:
-    u = torch.randn(20, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    k = u.t() @ u
-    found = prepared(name).solve(k, 0.01)
-    expected = averaging(k) if name == "uniform" else coefficients(k, 0.01)
-    assert torch.equal(found.w, expected.w)
-    assert torch.equal(found.rho, expected.rho)
+# Another batch size ----------------------------------------------------------------------------------------
 
-
-@pytest.mark.parametrize("name", NAMES)
-def test_only_never_computes_in_every_step(name: str) -> None:
-    assert make_policy(name).always == (name == "never")
-
-
-# Another batch size --------------------------------------------------------------------------------------
 
 FITS: dict[str, Callable[[Tensor, int], Tensor]] = {"last": replay_fit, "replay": replay_fit, "ranked": ranked_fit}
 
@@ -257,15 +212,6 @@ def test_a_short_first_batch_does_not_cap_later_ones(name: str) -> None:
     torch.testing.assert_close(fetch(policy, norms(1), info(8, 1)), weights(1))
 
 
-@pytest.mark.parametrize("prefix", [[-1.0, 0.5], [1.0, -0.99], [0.0, 0.0], [3.0, 0.2]])
-def test_a_prefix_whose_weights_cancel_is_not_blown_up(prefix: list[float]) -> None:
-    policy = prepared("last")
-    commit(policy, torch.tensor([[*prefix, 2.5, 2.0]]).expand(L, 4), norms(0, 4), info(4))
-    fitted = policy.lookup(info(2))
-    torch.testing.assert_close(fitted.mean(dim=1), torch.ones(L))
-    assert fitted.abs().max() <= 2 * max(map(abs, prefix)) + 1
-
-
 @pytest.mark.parametrize("name", ["last", "ranked"])
 @pytest.mark.parametrize(("size", "kept"), [(1, True), (3, True), (4, False), (7, False)])
 def test_a_batch_of_less_than_half_the_stored_size_leaves_the_row(name: str, size: int, kept: bool) -> None:
@@ -276,139 +222,7 @@ def test_a_batch_of_less_than_half_the_stored_size_leaves_the_row(name: str, siz
     assert torch.equal(policy.row, before) == kept
 
 
-# What each policy is about -------------------------------------------------------------------------------
-
-
-def test_last_gives_place_n_the_weight_of_place_n() -> None:
-    policy = prepared("last")
-    for place in range(3):
-        commit(policy, weights(place), norms(place), info(8, place))
-    for place in range(5):
-        torch.testing.assert_close(fetch(policy, norms(9), info(8, place, first=40)), weights(2))
-
-
-def test_replay_keeps_the_order_and_starts_over() -> None:
-    policy = prepared("replay", steps=10)
-    sizes = [8, 8, 8, 5]  # the last batch of an epoch
-    for place, size in enumerate(sizes):
-        commit(policy, weights(place, size), norms(place, size), info(size, place))
-    for place in range(9):
-        size = sizes[place % 4]
-        torch.testing.assert_close(fetch(policy, norms(9, size), info(size, place)), weights(place % 4, size))
-
-
-def test_replay_gives_a_short_batch_its_own_weights_back_however_unequal_they_are() -> None:
-    policy = prepared("replay")
-    commit(policy, weights(0), norms(0), info(8, 0))
-    unequal = torch.tensor([-3.0, 0.0, 0.0, 4.0, 4.0], dtype=torch.float64).expand(L, 5)
-    commit(policy, unequal, norms(0, 5), info(5, 1))
-    torch.testing.assert_close(fetch(policy, norms(9, 5), info(5, 1)), unequal)
-    commit(policy, weights(2, 13), norms(2, 13), info(13, 2))  # a longer batch widens the store
-    torch.testing.assert_close(fetch(policy, norms(9, 5), info(5, 1)), unequal)
-    torch.testing.assert_close(fetch(policy, norms(9), info(8, 0)), weights(0))
-
-
-def test_replay_refreshes_the_row_of_its_place() -> None:
-    policy = prepared("replay", steps=10)
-    for place in range(4):
-        commit(policy, weights(place), norms(place), info(8, place))
-    commit(policy, weights(7), norms(7), info(8, 2))
-    for place, seed in enumerate((0, 1, 7, 3)):
-        torch.testing.assert_close(fetch(policy, norms(9), info(8, place)), weights(seed))
-
-
-def test_replay_overwrites_the_oldest_rows_where_memory_runs_out() -> None:
-    policy = prepared("replay", steps=1000, budget=3 * L * 8 * 8)
-    for place in range(5):
-        with pytest.warns(UserWarning, match="memory_budget") if place == 3 else nullcontext():
-            commit(policy, weights(place), norms(place), info(8, place))
-    for place, seed in enumerate((3, 4, 2, 3, 4, 2)):
-        torch.testing.assert_close(fetch(policy, norms(9), info(8, place)), weights(seed))
-
-
-def test_replay_grows_where_a_step_has_several_micro_batches() -> None:
-    policy = prepared("replay", steps=2)
-    for place in range(8):
-        commit(policy, weights(place), norms(place), info(8, place))
-    for place in range(8):
-        torch.testing.assert_close(fetch(policy, norms(9), info(8, place)), weights(place))
-
-
-def test_replay_averages_in_places_that_were_skipped() -> None:
-    policy = prepared("replay")
-    commit(policy, weights(0), norms(0), info(8, 0))
-    commit(policy, weights(3), norms(3), info(8, 3))
-    for place in (1, 2):
-        assert torch.equal(fetch(policy, norms(9), info(8, place)), torch.ones(L, 8, dtype=torch.float64))
-
-
-def test_ranked_follows_the_ranks_through_any_permutation() -> None:
-    policy, w, n = prepared("ranked"), weights(0), norms(0)
-    commit(policy, w, n, info())
-    generator = torch.Generator().manual_seed(4)
-    for scale in (1e-3, 1.0, 1e3):
-        order = torch.randperm(8, generator=generator)
-        torch.testing.assert_close(fetch(policy, scale * n[:, order], info()), w[:, order])
-
-
-def test_ranked_gives_the_largest_norm_the_weight_of_the_largest() -> None:
-    policy, w = prepared("ranked"), weights(0)
-    commit(policy, w, norms(0), info())
-    found = fetch(policy, norms(1), info())
-    for layer in range(L):
-        assert found[layer, norms(1)[layer].argmax()] == w[layer, norms(0)[layer].argmax()]
-
-
-def test_index_follows_each_sample_through_other_batches() -> None:
-    policy = prepared("index")
-    w = torch.full((L, 6), torch.nan, dtype=torch.float64)
-    for batch in ([0, 3, 5], [4, 1, 2]):
-        w[:, batch] = weights(batch[0], 3)
-        policy.commit(w[:, batch], torch.ones(L, dtype=torch.bool), BatchInfo(3, 0, torch.tensor(batch)))
-    again = [5, 1, 0, 4]
-    found = policy.lookup(BatchInfo(4, 0, torch.tensor(again)))
-    torch.testing.assert_close(found, w[:, again] / w[:, again].mean(dim=1, keepdim=True))
-
-
-@pytest.mark.parametrize("size", [None, 32])
-def test_index_averages_samples_that_were_never_weighted(size: int | None) -> None:
-    policy = prepared(IndexSharing(size))
-    commit(policy, weights(0, 4), norms(0, 4), info(4))
-    assert torch.equal(policy.lookup(info(4, first=8)), torch.ones(L, 4, dtype=torch.float64))
-    assert torch.equal(policy.lookup(info(4, first=1000)), torch.ones(L, 4, dtype=torch.float64))
-
-
-def test_index_grows_to_the_samples_that_appear() -> None:
-    policy = prepared("index")
-    for first in (0, 40, 8, 200):
-        commit(policy, weights(first, 4), norms(0, 4), info(4, first=first))
-    for first in (0, 40, 8, 200):
-        torch.testing.assert_close(policy.lookup(info(4, first=first)), weights(first, 4))
-
-
-def test_index_uses_the_whole_budget_before_it_gives_up() -> None:
-    rows = 20
-    policy = prepared("index", budget=rows * L * 8)
-    for first in range(0, rows, 4):
-        commit(policy, weights(first, 4), norms(0, 4), info(4, first=first))
-    torch.testing.assert_close(policy.lookup(info(4, first=16)), weights(16, 4))
-    with pytest.raises(ValueError, match=r"memory_budget is 480; raise it, or use sharing=\"ranked\""):
-        commit(policy, weights(0, 4), norms(0, 4), info(4, first=rows))
-
-
-def test_index_beyond_the_stated_size_is_an_error_that_names_it() -> None:
-    policy = prepared(IndexSharing(size=10))
-    with pytest.raises(ValueError, match="size=10"):
-        commit(policy, weights(0, 4), norms(0, 4), info(4, first=8))
-
-
-@pytest.mark.parametrize("size", [0, -1])
-def test_index_needs_a_dataset_with_rows(size: int) -> None:
-    with pytest.raises(ValueError, match="at least 1"):
-        IndexSharing(size)
-
-
-# The registry --------------------------------------------------------------------------------------------
+# The registry ----------------------------------------------------------------------------------------------
 
 
 def test_the_registry_knows_the_documented_names() -> None:
@@ -437,29 +251,3 @@ def test_a_new_policy_is_one_registration(monkeypatch: pytest.MonkeyPatch) -> No
     mine = register_policy(type("Mine", (type(make_policy("last")),), {"name": "mine"}))
     assert "mine" in policy_names()
     assert type(make_policy("mine")) is mine
-
-
-# The index column ----------------------------------------------------------------------------------------
-
-
-class Columns:
-    """As much of a datasets.Dataset as `add_index` touches."""
-
-    def __init__(self) -> None:
-        self.added: dict[str, Any] = {}
-
-    def __len__(self) -> int:
-        return 4
-
-    def add_column(self, name: str, values: Any) -> "Columns":
-        self.added[name] = values
-        return self
-
-
-def test_add_index_counts_the_rows() -> None:
-    assert add_index(Columns()).added == {INDEX_COLUMN: [0, 1, 2, 3]}
-
-
-def test_add_index_refuses_what_has_no_rows_to_count() -> None:
-    with pytest.raises(TypeError, match='got list_iterator; with an iterable dataset use sharing="ranked"'):
-        add_index(iter([1]))
