@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 
 from hypothesis import HealthCheck, settings
@@ -14,3 +15,9 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 # How fast examples are made says more of the machine's load than of the tests.
 settings.register_profile("any-machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("any-machine")
+
+
+def pytest_collection_finish() -> None:
+    """What the session imported stays: Accelerate's gc.collect() before each run need not go through it again."""
+    gc.collect()
+    gc.freeze()

@@ -170,7 +170,7 @@ def captured(model: nn.Module, batch: Batch, layers: Sequence[str], samples: int
         shares = []
         for a_n, g_n in zip(a.unbind(), g.unbind(), strict=True):
             a_n, g_n = a_n.reshape(-1, a.shape[-1]), g_n.reshape(-1, g.shape[-1])
-            h = sum(torch.outer(g_t, a_t) for a_t, g_t in zip(a_n, g_n, strict=True))
+            h = g_n.t() @ a_n
             own = {"weight": h.t() if isinstance(module, Conv1D) else h, "bias": g_n.sum(dim=0)}
             shares.append({key: samples * value.flatten() for key, value in own.items()})
         for full in own_parameters(name, module):

@@ -10,17 +10,17 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import itertools
 import json
 import logging
 import os
 import random
+import shutil
 import signal
 import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -149,8 +149,8 @@ def compared(result: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in result.items() if name != "events"}
 
 
-def attack(seed: int, run: int, root: Path, spoil: str | None = None) -> dict[str, Any]:
-    """Run without a death, then with one or two of them; the line for the output."""
+def attack(seed: int, run: int, root: Path, spoils: Sequence[str | None] = (None,)) -> list[dict[str, Any]]:
+    """Run without a death, then with one or two of them; a line for the output for each way to damage what is left."""
     settings = draw_settings(seed, run)
     of = random.Random(f"{seed}-{run}-deaths")
     for name in ("whole", "killed"):
@@ -171,26 +171,23 @@ def attack(seed: int, run: int, root: Path, spoil: str | None = None) -> dict[st
         newest = max((int(path.name[11:]) for path in (folder / "run").glob("checkpoint-*")), default=None)
         found_step = None if resume is None else int(resume.rpartition("-")[2])
         deaths.append({**vars(death), "resumed_from": found_step, "passed_over": newest != found_step})
-    if spoil is not None and resume is not None:
-        SPOILS[spoil](Path(resume))
-    if not alive:
-        in_child(settings, folder, resume, None, TIME_LIMIT)
-    killed = torch.load(folder / "result.pt", weights_only=True)
-    found = list(differences(compared(killed), compared(whole)))
-    steps = max(step for _, step, _ in whole["events"])
-    return {
-        "seed": seed,
-        "run": run,
-        "spoil": spoil,
-        **settings,
-        "steps": steps,
-        "deaths": deaths,
-        "matched": not found,
-        "differences": found[:8],
-    }
+    steps, lines = max(step for _, step, _ in whole["events"]), []
+    for spoil in spoils:
+        ending = Path(shutil.copytree(folder, root / f"killed-{spoil}"))
+        if resume is not None:
+            resume = str(ending / "run" / Path(resume).name)
+            if spoil is not None:
+                SPOILS[spoil](Path(resume))
+        if not alive:
+            in_child(settings, ending, resume, None, TIME_LIMIT)
+        killed = torch.load(ending / "result.pt", weights_only=True)
+        found = list(differences(compared(killed), compared(whole)))
+        line = {"seed": seed, "run": run, "spoil": spoil, **settings, "steps": steps, "deaths": deaths}
+        lines.append({**line, "matched": not found, "differences": found[:8]})
+    return lines
 
 
-def main() -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
     """Return 0 where every run matched."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--count", type=int, default=100, help="number of runs")
@@ -200,7 +197,7 @@ def main() -> int:
     parser.add_argument(
         "--spoil", choices=SPOILS, nargs="*", help="damage the last checkpoint before it is resumed from"
     )
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     torch.set_num_threads(1)
     lines = []
     if args.output is not None and args.output.exists():
@@ -208,21 +205,23 @@ def main() -> int:
         lines = [line for line in lines if line["seed"] == args.seed]
     done = {(line["run"], line["spoil"]) for line in lines}
     runs = range(args.count) if args.runs is None else args.runs
-    for run, spoil in itertools.product(runs, args.spoil or [None]):
-        if (run, spoil) in done:
+    for run in runs:
+        spoils = [spoil for spoil in args.spoil or [None] if (run, spoil) not in done]
+        if not spoils:
             continue
         with tempfile.TemporaryDirectory() as folder:
             try:
-                line = attack(args.seed, run, Path(folder), spoil)
+                made = attack(args.seed, run, Path(folder), spoils)
             except RuntimeError as error:
-                line = {"seed": args.seed, "run": run, "spoil": spoil, "deaths": [], "matched": False}
-                line["differences"] = [str(error)]
-        lines.append(line)
-        if args.output is not None:
-            with args.output.open("a") as file:
-                file.write(json.dumps(line) + "\n")
-        if not line["matched"]:
-            print(f"run {run}: {json.dumps(line, indent=1)}", flush=True)
+                failed = {"seed": args.seed, "run": run, "deaths": [], "matched": False, "differences": [str(error)]}
+                made = [{**failed, "spoil": spoil} for spoil in spoils]
+        lines += made
+        for line in made:
+            if args.output is not None:
+                with args.output.open("a") as file:
+                    file.write(json.dumps(line) + "\n")
+            if not line["matched"]:
+                print(f"run {run}: {json.dumps(line, indent=1)}", flush=True)
     matched = sum(line["matched"] for line in lines)
     deaths = [death for line in lines for death in line["deaths"]]
     for kind in KINDS:

@@ -17,41 +17,60 @@ from tests.attacks.kill_and_resume import KINDS, differences, draw_death, draw_s
 ROOT = Path(__file__).parents[2]
 
 
-def attack(output: Path, *options: str) -> list[dict[str, Any]]:
-    """The lines of the output. In a process of its own, since it forks and may have no other threads."""
-    command = [sys.executable, "-m", "tests.attacks.kill_and_resume", f"--output={output}", *options]
-    done = subprocess.run(command, cwd=ROOT, timeout=250, capture_output=True, check=False)
-    lines = [json.loads(line) for line in output.read_text().splitlines()]
-    assert done.returncode == int(not all(line["matched"] for line in lines)), done.stderr.decode()
-    return lines
+# The starts that are told by the arguments, one after the other: importing takes longer than a run.
+SCRIPT = """
+import json, sys
+from tests.attacks.kill_and_resume import main
+print(json.dumps([main(json.loads(arguments)) for arguments in sys.argv[1:]]))
+"""
 
 
-def test_resumed_runs_equal_those_that_nobody_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    # In a file, in backward, in a refresh, at the switch, while an old checkpoint is deleted, after a random time.
-    kinds = ("optimizer.pt", "backward", "refresh", "switch", "deleting", "time")
-    options = ["--runs", *(str(KINDS.index(kind)) for kind in kinds)]
-    lines = attack(tmp_path / "kills.jsonl", *options)
-    assert [line["kind"] for line in lines] == list(kinds)
-    assert [line["differences"] for line in lines] == [[]] * len(kinds)
-    for line in lines:
-        assert line["kind"] in [death["kind"] for death in line["deaths"]]
-    resumed = [death["resumed_from"] for line in lines for death in line["deaths"]]
-    assert sum(step is not None for step in resumed) >= len(kinds) // 2
-    # A second start repeats none of them.
-    monkeypatch.setattr(sys, "argv", ["kill_and_resume", f"--output={tmp_path / 'kills.jsonl'}", *options])
-    monkeypatch.setattr("tests.attacks.kill_and_resume.attack", None)
-    assert main() == 0
+def attack(*starts: list[str]) -> list[int]:
+    """What the starts return. In a process of its own, since it forks and may have no other threads."""
+    command = [sys.executable, "-c", SCRIPT, *map(json.dumps, starts)]
+    done = subprocess.run(command, cwd=ROOT, timeout=250, capture_output=True, check=False, text=True)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
 
 
-def test_a_state_that_is_not_whole_is_noticed(tmp_path: Path) -> None:
-    """A run whose later steps depend on each of these parts: replayed coefficients, dropout."""
+def read(output: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in output.read_text().splitlines()]
+
+
+def test_resumed_runs_equal_those_that_nobody_killed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, subtests: pytest.Subtests
+) -> None:
+    # Short ones. They die in a file, in backward, in a refresh, at the switch, while an old checkpoint is deleted, and
+    # after a random time.
+    runs = {"optimizer.pt": 79, "backward": 295, "refresh": 60, "switch": 123, "deleting": 11, "time": 142}
+    # A run whose later steps depend on each of these parts: replayed coefficients, dropout.
     parts = ["policy", "rng"]
-    lines = attack(tmp_path / "kills.jsonl", "--runs", "0", "--spoil", *parts)
-    assert [line["spoil"] for line in lines] == parts
-    for line in lines:
-        assert line["fngd"]["sharing"] == "replay"
-        assert line["deaths"][-1]["resumed_from"] is not None
-        assert line["differences"][0].startswith(".parameters")
+    kills, spoilt = tmp_path / "kills.jsonl", tmp_path / "spoilt.jsonl"
+    start = [f"--output={kills}", "--runs", *map(str, runs.values())]
+    codes = attack(start, [f"--output={spoilt}", "--runs", str(runs["refresh"]), "--spoil", *parts])
+    lines = read(kills)
+    with subtests.test("equal"):
+        assert [line["kind"] for line in lines] == list(runs)
+        assert [line["differences"] for line in lines] == [[]] * len(runs)
+        assert codes[0] == 0
+        assert {line["fngd"]["sharing"] for line in lines} == {"index", "last", "never", "ranked", "replay"}
+        assert {line["model"] for line in lines} == {"bert", "gpt2"}
+        for line in lines:
+            assert line["kind"] in [death["kind"] for death in line["deaths"]]
+        resumed = [death["resumed_from"] for line in lines for death in line["deaths"]]
+        assert sum(step is not None for step in resumed) >= len(runs) // 2
+    with subtests.test("a second start repeats none of them"), monkeypatch.context() as patch:
+        patch.setattr("tests.attacks.kill_and_resume.attack", None)
+        assert main(start) == 0
+        assert read(kills) == lines
+    with subtests.test("a state that is not whole is noticed"):
+        damaged = read(spoilt)
+        assert codes[1] == 1
+        assert [line["spoil"] for line in damaged] == parts
+        for line in damaged:
+            assert line["fngd"]["sharing"] == "replay"
+            assert line["deaths"][-1]["resumed_from"] is not None
+            assert line["differences"][0].startswith(".parameters")
 
 
 NESTED = {"a": torch.tensor([1.0, torch.nan]), "b": [{"c": 1, "d": (2.0, float("nan"))}, None], "e": "x"}

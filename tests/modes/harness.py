@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import torch
 from torch import Tensor, nn
@@ -174,8 +173,7 @@ def run(trainer: Any, callbacks: Iterable[TrainerCallback] = (), record: Record 
         trainer.add_callback(Recorder(trainer.record))
     for callback in callbacks:
         trainer.add_callback(callback)
-    with mock.patch("gc.collect"):  # Accelerate's, which goes through all that a test session imported
-        trainer.train()
+    trainer.train()
     return trainer.record
 
 

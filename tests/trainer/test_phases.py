@@ -322,12 +322,6 @@ ROWS = {
 }
 
 
-@pytest.fixture(autouse=True)
-def _fast() -> Iterator[None]:
-    with mock.patch("gc.collect"):  # Accelerate's, which goes through all that a test session imported
-        yield
-
-
 @pytest.mark.parametrize("told", [False, True], ids=["alone", "told"])
 @pytest.mark.parametrize("row", ROWS.values(), ids=ROWS)
 def test_coefficients_are_computed_in_these_steps(row: Row, told: bool, tmp_path: Path) -> None:
