@@ -257,7 +257,7 @@ def test_a_state_of_another_kind_is_refused_and_changes_nothing(
     build: Callable[[], nn.Module], saved: dict[str, Any], own: dict[str, Any], message: str
 ) -> None:
     foreign_model = build()
-    foreign = FNGD(foreign_model, **{**SCHEDULE, **saved})
+    foreign = FNGD(foreign_model, lr=0.7, **{**SCHEDULE, **saved})
     train(foreign_model, foreign, 3)
     models = [net(seed=1), net(seed=1)]
     optimizers = [FNGD(model, **{**SCHEDULE, **own}) for model in models]
