@@ -18,6 +18,6 @@ settings.load_profile("any-machine")
 
 
 def pytest_collection_finish() -> None:
-    """What the session imported stays: Accelerate's gc.collect() before each run need not go through it again."""
+    """What was imported until now stays: no collection need go through it again."""
     gc.collect()
     gc.freeze()

@@ -120,6 +120,7 @@ def search(kind: Kind, sharing: str, folder: Path) -> float:
     with (
         mock.patch.dict(ALL_HYPERPARAMETER_SEARCH_BACKENDS, {backend: Search}),
         mock.patch("transformers.integrations.hp_params", lambda trial: trial.params),
+        mock.patch("gc.collect"),
     ):
         trainer.hyperparameter_search(lambda trial: trial.params, n_trials=2, backend=backend, direction="minimize")
     first, second = trials.records
