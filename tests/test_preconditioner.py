@@ -47,7 +47,7 @@ def gradients(model: nn.Module) -> list[Tensor]:
 
 def fresh_weights(preconditioner: FNGDPreconditioner) -> Tensor:
     """The weights of the coefficient step under way, ``[L, N]``, in the order that the policy keeps."""
-    (batch,) = preconditioner._batches
+    (batch,) = preconditioner._window._batches
     assert batch.fresh is not None
     return batch.fresh
 
@@ -386,7 +386,7 @@ def test_forwards_without_a_backward_count_for_nothing() -> None:
 
 
 def test_a_forgotten_step_is_an_error_and_unused_forwards_are_not(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("hf_fngd.preconditioner._MAX_MICRO_BATCHES", 5)
+    monkeypatch.setattr("hf_fngd.window._LIMIT", 5)
     model, (x, y) = net(), data(4)
     FNGDPreconditioner(model)
     for _ in range(20):
@@ -490,7 +490,7 @@ def test_the_batch_is_found_among_the_inputs(args: tuple[Any, ...], kwargs: dict
     model = ByKey()
     preconditioner = FNGDPreconditioner(model)
     model(*args, **kwargs).square().sum().backward()
-    assert preconditioner._batches[0].info.size == 6
+    assert preconditioner._window._batches[0].info.size == 6
     preconditioner.step()
     assert preconditioner.coverage().missed == {}
 
@@ -895,4 +895,4 @@ def test_detaching_a_second_time_leaves_another_preconditioner_alone() -> None:
     second = FNGDPreconditioner(model, sharing="never")
     first.detach()
     loss(model, *data(6, 3)).backward()
-    assert second._batches[0].complete
+    assert second._window._batches[0].complete

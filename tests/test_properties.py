@@ -198,6 +198,7 @@ def test_a_layer_finds_the_natural_gradient(
 
     exact = Dense(per_sample_gradients(plain, trained, alone, samples), damping)
     engine = FNGDPreconditioner(module, damping=damping, sharing=sharing, memory_budget=budget)
+    engine.slots[0].batch_first = True  # which N = T would leave open
     # Linear in the output: the output gradient is g, without a rounding.
     module(of.a).backward(of.g)
     found = torch.cat([p.grad.double().flatten() for p in module.parameters() if p.requires_grad])
