@@ -22,7 +22,8 @@ from hf_fngd.sharing import BatchInfo, SharingPolicy
 
 NOT_THE_BATCH = "the first dimension of its input is not the batch"
 AMBIGUOUS = (
-    "two dimensions of its input have the size of the batch, and no batch so far told which of them holds the samples"
+    "two dimensions of its input have the size of the batch, and no batch so far told which of them holds the samples "
+    "(another batch size or sequence length does)"
 )
 CALLED_AGAIN = "it is called more than once in a forward pass"
 USED_ELSEWHERE = "its weight is used outside of its forward as well"
@@ -157,14 +158,19 @@ class LayerSlot:
             self.repeated = True
             return CALLED_AGAIN
         self.seen = batch
-        samples = batch.info.size
+        return self._layout(shape, batch.info.size)
+
+    def _layout(self, shape: torch.Size, samples: int) -> str | None:
         if len(shape) < 2 or shape[0] != samples or samples == 0:
             self.batch_first = False
-        elif self.batch_first is None and samples not in shape[1:-1]:
+        elif self.batch_first is None:
+            if samples == 1:
+                return None  # its weight is 1
+            if samples in shape[1:-1]:
+                return AMBIGUOUS
             self.batch_first = True
-        if self.batch_first:
-            return None
-        return AMBIGUOUS if self.batch_first is None else NOT_THE_BATCH
+            self.fallbacks.discard(AMBIGUOUS)
+        return None if self.batch_first else NOT_THE_BATCH
 
 
 @dataclass(eq=False)

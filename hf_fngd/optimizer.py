@@ -15,7 +15,7 @@ from hf_fngd.coefficients import damping_from_gradient, natural_step
 from hf_fngd.coverage import CoverageReport
 from hf_fngd.groups import parameter_groups
 from hf_fngd.preconditioner import FNGDPreconditioner, check_keys
-from hf_fngd.rules import FALLBACK_RULES, RULES
+from hf_fngd.rules import FALLBACK_RULES, RULES, Settings
 from hf_fngd.selection import Modules
 from hf_fngd.sharded import local, sum_over_parts
 from hf_fngd.sharing import SharingPolicy
@@ -223,12 +223,8 @@ class FNGD(torch.optim.Optimizer):
             grads,
             [[local(state[name]) for state in states] for name in rule.state],
             [state["step"] for state in states],
-            lr=group["lr"],
-            momentum=group["momentum"],
-            beta2=group["beta2"],
-            eps=group["eps"],
-            weight_decay=group["weight_decay"],
-            sharded=params,
+            Settings(**{field: group[field] for field in ("lr", "momentum", "beta2", "eps", "weight_decay")}),
+            params,
         )
 
     def _report_skip(self) -> None:

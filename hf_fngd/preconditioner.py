@@ -20,22 +20,20 @@ from hf_fngd.coverage import NEVER_CALLED, CoverageReport
 from hf_fngd.environment import rank_and_world, refuse_environment, refuse_replica, refuse_split_weight
 from hf_fngd.exchange import Exchange, Measurement
 from hf_fngd.graph import uses_of_leaves
+from hf_fngd.inputs import check_index, find_sample
 from hf_fngd.persample import accumulation_dtype
 from hf_fngd.phase import EpochEdge, Phase
+from hf_fngd.ratios import Ratios
 from hf_fngd.selection import Modules, Selected, select_layers
 from hf_fngd.sharded import is_sharded
 from hf_fngd.sharing import INDEX_COLUMN, BatchInfo, SharingPolicy, make_policy, policy_names
 from hf_fngd.sharing.base import State
+from hf_fngd.window import Window
 
 logger = logging.getLogger(__name__)
 
 _LAYER_ATTRIBUTE = "_fngd_layer"
 _MODEL_ATTRIBUTE = "_fngd_model"
-# Where the batch is to be looked for among a model's inputs, before any other tensor.
-_BATCH_KEYS = ("input_ids", "inputs_embeds", "pixel_values", "input_features", "input_values")
-_MAX_MICRO_BATCHES = 1024
-# How much a coefficient step counts in the geometric means of rho and spread that shared steps use.
-_RATE = 0.2
 
 
 class FNGDPreconditioner:
@@ -106,18 +104,15 @@ class FNGDPreconditioner:
         self._model = weakref.ref(model)
         self._edge = EpochEdge()
         self._exchange = Exchange()
+        self._window = Window()
+        self._ratios = Ratios(len(self.layers))
         self._batch: MicroBatch | None = None
-        self._batches: list[MicroBatch] = []
-        self._place = 0
         self.epoch_ended = False
         self._checked = False
         self._inspected = False
         self._reported = False
         self._reported_fallbacks = 0
         self._hooks: list[RemovableHandle] = []
-        self._averages: Tensor | None = None
-        self.rho: Tensor = torch.full((len(self.layers),), torch.nan)
-        self.spread: Tensor = torch.ones(len(self.layers))
         self.slots = [
             LayerSlot(place, layer.name, layer.kernel, self.policy, damping, memory_budget)
             for place, layer in enumerate(self.layers)
@@ -165,7 +160,7 @@ class FNGDPreconditioner:
         if batch is None:
             return own(x)
         refuse_split_weight(weight)
-        if in_backward() and sum(not other.complete for other in self._batches) > 1:
+        if in_backward() and self._window.pending > 1:
             slot.fallbacks.add(ON_TOP_OF_ANOTHER)
             return own(x)
         return call_layer(module, x, slot, batch)
@@ -174,7 +169,7 @@ class FNGDPreconditioner:
         index = kwargs.pop(INDEX_COLUMN, None)
         if module.training and torch.is_grad_enabled():
             refuse_replica(module)
-            sample = _sample(args, kwargs)
+            sample = find_sample(args, kwargs)
             if torch.compiler.is_compiling():
                 self._number = None if sample is None else torch.ops.hf_fngd.begin(sample, index, self._engine)
             else:
@@ -207,47 +202,19 @@ class FNGDPreconditioner:
         if not self._checked:  # again, now that Accelerate has prepared it
             refuse_environment(self.model)
             self._checked = True
-        if self.policy.needs_index and index is None:
-            raise ValueError(
-                f'sharing="{self.policy.name}" needs the column {INDEX_COLUMN!r} in every training batch: '
-                "train on hf_fngd.add_index(dataset), with remove_unused_columns=False under Trainer"
-            )
-        if index is not None and (index.is_floating_point() or index.numel() != size):
-            raise ValueError(
-                f"the column {INDEX_COLUMN!r} has to hold one integer a sample: got {tuple(index.shape)} of "
-                f"{index.dtype} for {size} samples; let hf_fngd.add_index(dataset) make it"
-            )
+        check_index(index, size, self.policy)
         if self._edge.missed():  # the last step of the epoch was skipped
-            self._batches = []
+            self._window.abandon()
             self.end_epoch()
-        if not in_backward():
-            self._drop_abandoned()
-        if len(self._batches) >= _MAX_MICRO_BATCHES:
-            self._batches = [batch for batch in self._batches if batch.complete]
-            if len(self._batches) >= _MAX_MICRO_BATCHES:
-                raise RuntimeError(
-                    f"{_MAX_MICRO_BATCHES} backward passes without a step, more than an optimizer step can accumulate: "
-                    "call preconditioner.step() after each optimizer.step(), or preconditioner.follow(optimizer) once"
-                )
-        rank, _ = rank_and_world()
-        place = self._place + self._places() + rank
-        info = BatchInfo(size, place, None if index is None else index.detach().flatten())
+        self._window.make_room(self._has_gradients())
+        info = BatchInfo(size, self._window.next_place, None if index is None else index.detach().flatten())
         computes = self.phase.computes
         stored = None if computes else self.policy.lookup(info)
         batch = MicroBatch(info, computes, stored, [0] * len(self.layers))
-        self._batches.append(batch)
+        self._window.add(batch)
         return batch
 
-    def _drop_abandoned(self) -> None:
-        """Forget micro-batches whose backward broke off, or whose gradients were cleared without a step.
-
-        An out-of-memory error does the former, a loss scaler the latter.
-        """
-        if any(batch.complete for batch in self._batches) and not self._has_any_gradient():
-            self._batches = [batch for batch in self._batches if not batch.reached]
-        self._batches = [batch for batch in self._batches if not batch.half_done]
-
-    def _has_any_gradient(self) -> bool:
+    def _has_gradients(self) -> bool:
         weights = [layer.module.weight for layer in self.layers]
         # Under FSDP2 an accumulated gradient is not on the parameter until it is reduced.
         return any(isinstance(w, Tensor) and (w.grad is not None or is_sharded(w)) for w in weights)
@@ -266,20 +233,29 @@ class FNGDPreconditioner:
             raise ReferenceError("the model of this FNGDPreconditioner no longer exists")
         return model
 
+    @property
+    def rho(self) -> Tensor:
+        """Noise ratios of the layers in the last step ``[L]``; NaN where none was ever measured."""
+        return self._ratios.rho
+
+    @property
+    def spread(self) -> Tensor:
+        """``mean(w^2)`` of the layers in the last step ``[L]``."""
+        return self._ratios.spread
+
     @torch.no_grad()
     def step(self) -> None:
         """Close an optimizer step: store its coefficients, update rho, advance the phase.
 
-        Sets `rho` and `spread` (``mean(w^2)``), both ``[L]``, to those of the step that it closes, and
-        `epoch_ended` to whether Accelerate's data loaders say that it was the last of an epoch. A call without a
+        Sets `epoch_ended` to whether Accelerate's data loaders say that it was the last of an epoch. A call without a
         backward pass since the last one changes no coefficients. With several processes all of them have to call it,
         and in a coefficient step they exchange their coefficients.
         """
         computes, sharing = self.phase.computes, self.phase.sharing
         _, world = rank_and_world()
-        began = bool(self._batches)
-        self._place += self._places()
-        batches = self._close()
+        began = self._window.began
+        batches = self._window.close()
+        self._batch, self.epoch_ended = None, self._edge.passed()
         # The backward pass of one process may have reached no layer; all have to go on alike.
         if batches or (began and world > 1):
             own = [
@@ -287,58 +263,36 @@ class FNGDPreconditioner:
                 for batch in batches
                 if batch.fresh is not None and batch.rho is not None
             ]
-            self._store(self._exchange.gather(own, self._like()) if computes and world > 1 else own)
+            measurements = self._exchange.gather(own, self._like()) if computes and world > 1 else own
+            for m in measurements:
+                self.policy.commit(m.w, m.valid, m.info)
+            self._ratios.update(measurements)
             self.phase.advance()
             if self.phase.sharing and not sharing:
-                self._place = 0
+                self._window.place = 0
             self._report(max((batch.info.size for batch in batches), default=0))
-        elif not self._reported and self._has_gradients():
+        elif not self._reported and self._has_nonzero_gradients():
             self._report(0)  # which says that no layer was called
         if self.epoch_ended:
             self.end_epoch()
 
     def skip(self) -> None:
         """Close an optimizer step that is not taken: its micro-batches leave no trace, and no phase advances."""
-        self._close()
+        self._window.abandon()
+        self._batch, self.epoch_ended = None, self._edge.passed()
         if self.epoch_ended:
             self.end_epoch()
 
-    def _close(self) -> list[MicroBatch]:
-        """Take the micro-batches since the last step."""
-        batches = [batch for batch in self._batches if batch.complete]
-        self._batches, self._batch = [], None
-        self.epoch_ended = self._edge.passed()
-        return batches
-
-    def _places(self) -> int:
-        """How many micro-batches there were since the last step, those of the other processes included."""
-        _, world = rank_and_world()
-        # Alike on all processes, the backward pass of one of which may have reached no layer.
-        return world * (sum(batch.complete for batch in self._batches) if world == 1 else len(self._batches))
-
     def _like(self) -> Tensor:
+        """A ``[L]`` tensor of the dtype and device of the coefficients."""
         weight = self.layers[0].module.weight
         assert isinstance(weight, Tensor)
         return torch.empty(len(self.layers), dtype=accumulation_dtype(weight.dtype), device=weight.device)
 
-    def _store(self, measurements: list[Measurement]) -> None:
-        for m in measurements:
-            self.policy.commit(m.w, m.valid, m.info)
-        if measurements:
-            fresh = torch.stack([torch.stack([m.rho, m.spread]) for m in measurements]).nanmean(dim=0)
-            average = fresh if self._averages is None else self._averages
-            average = torch.where(average.isnan(), fresh, average)
-            moved = torch.exp(torch.lerp(average.log(), fresh.log(), _RATE))
-            self._averages = torch.where(fresh.isnan(), average, moved)
-            self.rho, self.spread = torch.where(fresh.isnan(), self._averages, fresh)
-        elif self._averages is not None:
-            self.rho, self.spread = self._averages
-        self.spread = self.spread.nan_to_num(nan=1.0)
-
     def end_epoch(self) -> None:
         """Say that an epoch ended: in a plain loop, after its last `step`. Idempotent."""
         self.phase.end_epoch()
-        self._place = 0
+        self._window.place = 0
 
     def follow(self, optimizer: torch.optim.Optimizer) -> None:
         """Call `step` after every step of an optimizer, until `detach`."""
@@ -346,7 +300,8 @@ class FNGDPreconditioner:
 
     def detach(self) -> None:
         """Restore the model: afterwards it is the model that it was before attaching."""
-        self._batch, self._batches = None, []
+        self._batch = None
+        self._window.abandon()
         while self._hooks:
             self._hooks.pop().remove()
         while self._handlers:  # those that are still its own
@@ -376,7 +331,7 @@ class FNGDPreconditioner:
                 preconditioned += names
         return CoverageReport(tuple(preconditioned), dict(self._plain), missed)
 
-    def _has_gradients(self) -> bool:
+    def _has_nonzero_gradients(self) -> bool:
         # Zero gradients are those of a checkpoint loader that initializes the optimizer's state.
         grads = (layer.module.weight.grad for layer in self.layers)
         return any(isinstance(grad, Tensor) and bool(grad.any()) for grad in grads)
@@ -420,8 +375,8 @@ class FNGDPreconditioner:
         """Phase, counters, coefficients and rho: tensors, numbers, strings, lists and dictionaries only."""
         return {
             "phase": self.phase.state_dict(),
-            "place": self._place,
-            "averages": self._averages,
+            "place": self._window.place,
+            "averages": self._ratios.averages,
             "layers": {slot.name: [slot.batch_first, slot.repeated] for slot in self.slots},
             "sharing": self.policy.name,
             "policy": self.policy.state_dict(),
@@ -449,17 +404,17 @@ class FNGDPreconditioner:
             )
         like = self._like()
         policy = {
-            key: value.to(like.device, like.dtype) if isinstance(value, Tensor) else value
+            key: value.to(like if value.is_floating_point() else like.device) if isinstance(value, Tensor) else value
             for key, value in state_dict["policy"].items()
         }
         self.policy.load_state_dict(policy)
         self.phase.load_state_dict(state_dict["phase"])
-        self._place = state_dict["place"]
+        self._window.abandon()
+        self._window.place, self._batch = state_dict["place"], None
         averages = state_dict["averages"]
-        self._averages = None if averages is None else averages.to(like, copy=True)
+        self._ratios.averages = None if averages is None else averages.to(like, copy=True)
         for slot in self.slots:
             slot.batch_first, slot.repeated = found[slot.name]
-        self._batch, self._batches = None, []
 
 
 def check_keys(state: Mapping[str, Any], keys: Sequence[str]) -> None:
@@ -480,20 +435,6 @@ def detach(model: nn.Module) -> None:
         for module in model.modules():
             if attribute in module.__dict__:
                 restore_forward(module, attribute)
-
-
-def _sample(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:
-    """The input whose first dimension counts the samples; None where no input is a tensor with a dimension."""
-    for key in _BATCH_KEYS:
-        if isinstance(value := kwargs.get(key), Tensor) and value.dim() > 0:
-            return value
-    for value in (*args, *kwargs.values()):
-        if isinstance(value, Mapping):
-            if (found := _sample((), value)) is not None:
-                return found
-        elif isinstance(value, Tensor) and value.dim() > 0:
-            return value
-    return None
 
 
 def _refuse_attached(model: nn.Module) -> None:

@@ -25,8 +25,19 @@ _NEWTON_SCHULZ_STEPS = 5
 _MUON_RMS = 0.2
 
 
+@dataclass(frozen=True)
+class Settings:
+    """What a parameter group says of its rule; each rule reads what it needs."""
+
+    lr: float
+    momentum: float
+    beta2: float
+    eps: float
+    weight_decay: float
+
+
 class Rule(Protocol):
-    """The signature that all rules share; ``state`` holds one list of tensors for each name of the rule."""
+    """The signature that all rules share."""
 
     def __call__(
         self,
@@ -34,62 +45,47 @@ class Rule(Protocol):
         grads: Tensors,
         state: Sequence[Tensors],
         steps: Sequence[int],
-        *,
-        lr: float,
-        momentum: float,
-        beta2: float,
-        eps: float,
-        weight_decay: float,
+        settings: Settings,
         sharded: Sequence[Tensor],
+        /,
     ) -> None:
-        """Do one update; ``steps`` counts each parameter's updates, this one included.
+        """Do one update in place.
 
-        Under FSDP2 the tensors are this process's parts of ``sharded``, otherwise the same as those.
+        Args:
+            params: this process's parts of ``sharded`` under FSDP2, otherwise the same as those.
+            grads: their gradients.
+            state: one list of tensors for each name of the rule.
+            steps: counts each parameter's updates, this one included.
+            settings: of the group.
+            sharded: the parameters themselves.
         """
 
 
 def momentum_update(
-    params: Tensors,
-    grads: Tensors,
-    state: Sequence[Tensors],
-    steps: Sequence[int],
-    *,
-    lr: float,
-    momentum: float,
-    weight_decay: float,
-    **_: Any,
+    params: Tensors, grads: Tensors, state: Sequence[Tensors], steps: Sequence[int], settings: Settings, _: Any
 ) -> None:
     """Heavy-ball momentum as in torch's SGD: ``m <- momentum m + g``, ``p <- p - lr m``."""
     (buffers,) = state
-    torch._foreach_mul_(buffers, momentum)
+    torch._foreach_mul_(buffers, settings.momentum)
     torch._foreach_add_(buffers, grads)
-    _decay(params, lr, weight_decay)
-    torch._foreach_add_(params, buffers, alpha=-lr)
+    _decay(params, settings)
+    torch._foreach_add_(params, buffers, alpha=-settings.lr)
 
 
 def adam_update(
-    params: Tensors,
-    grads: Tensors,
-    state: Sequence[Tensors],
-    steps: Sequence[int],
-    *,
-    lr: float,
-    momentum: float,
-    beta2: float,
-    eps: float,
-    weight_decay: float,
-    **_: Any,
+    params: Tensors, grads: Tensors, state: Sequence[Tensors], steps: Sequence[int], settings: Settings, _: Any
 ) -> None:
     """Adam (Kingma & Ba 2015) with decoupled weight decay; ``momentum`` is its beta1."""
     means, squares = state
-    torch._foreach_lerp_(means, grads, 1 - momentum)
+    beta1, beta2 = settings.momentum, settings.beta2
+    torch._foreach_lerp_(means, grads, 1 - beta1)
     torch._foreach_mul_(squares, beta2)
     torch._foreach_addcmul_(squares, grads, grads, 1 - beta2)
     denominators = torch._foreach_sqrt(squares)
     torch._foreach_div_(denominators, [(1 - beta2**step) ** 0.5 for step in steps])
-    torch._foreach_add_(denominators, eps)
-    _decay(params, lr, weight_decay)
-    torch._foreach_addcdiv_(params, means, denominators, [-lr / (1 - momentum**step) for step in steps])
+    torch._foreach_add_(denominators, settings.eps)
+    _decay(params, settings)
+    torch._foreach_addcdiv_(params, means, denominators, [-settings.lr / (1 - beta1**step) for step in steps])
 
 
 def muon_update(
@@ -97,12 +93,8 @@ def muon_update(
     grads: Tensors,
     state: Sequence[Tensors],
     steps: Sequence[int],
-    *,
-    lr: float,
-    momentum: float,
-    weight_decay: float,
+    settings: Settings,
     sharded: Sequence[Tensor],
-    **_: Any,
 ) -> None:
     """Orthogonalized Nesterov momentum (Muon, Jordan et al. 2024), scaled to a root mean square of 0.2 lr.
 
@@ -110,18 +102,18 @@ def muon_update(
     every process gathers the matrices, one at a time, and orthogonalizes all of them.
     """
     (buffers,) = state
-    torch._foreach_lerp_(buffers, grads, 1 - momentum)
-    directions = [whole(d, p) for d, p in zip(torch._foreach_lerp(grads, buffers, momentum), sharded, strict=True)]
-    _decay(params, lr, weight_decay)
+    torch._foreach_lerp_(buffers, grads, 1 - settings.momentum)
+    parts = torch._foreach_lerp(grads, buffers, settings.momentum)
+    directions = [whole(d, p) for d, p in zip(parts, sharded, strict=True)]
+    _decay(params, settings)
     kinds = [(d.shape, d.dtype, d.device) for d in directions]
     for kind in dict.fromkeys(kinds):
         members = [place for place, own in enumerate(kinds) if own == kind]
-        updates = orthogonalize(torch.stack([directions[place] for place in members]))
-        scale = lr * _MUON_RMS * max(kind[0]) ** 0.5
+        updates = orthogonalize(torch.stack([directions[place] for place in members])).to(kind[1])
         torch._foreach_add_(
             [params[place] for place in members],
-            [part(u.to(kind[1]), sharded[place]) for u, place in zip(updates.unbind(), members, strict=True)],
-            alpha=-scale,
+            [part(u, sharded[place]) for u, place in zip(updates.unbind(), members, strict=True)],
+            alpha=-settings.lr * _MUON_RMS * max(kind[0]) ** 0.5,
         )
 
 
@@ -146,9 +138,9 @@ def orthogonalize(matrices: Tensor) -> Tensor:
     return x.mT if tall else x
 
 
-def _decay(params: Tensors, lr: float, weight_decay: float) -> None:
-    if weight_decay:
-        torch._foreach_mul_(params, 1 - lr * weight_decay)
+def _decay(params: Tensors, settings: Settings) -> None:
+    if settings.weight_decay:
+        torch._foreach_mul_(params, 1 - settings.lr * settings.weight_decay)
 
 
 @dataclass(frozen=True)

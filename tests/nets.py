@@ -108,7 +108,7 @@ def dense(model: nn.Module, x: Tensor, y: Tensor, damping: float) -> dict[str, D
 
 def fresh_weights(preconditioner: FNGDPreconditioner) -> Tensor:
     """The weights of the coefficient step under way, ``[L, N]``, in the order that the policy keeps."""
-    (batch,) = preconditioner._batches
+    (batch,) = preconditioner._window._batches
     assert batch.fresh is not None
     return batch.fresh
 

@@ -264,7 +264,7 @@ def test_detaching_a_second_time_leaves_another_preconditioner_alone() -> None:
     second = FNGDPreconditioner(model, sharing="never")
     first.detach()
     loss(model, *data(6, 3)).backward()
-    assert second._batches[0].complete
+    assert second._window._batches[0].complete
 
 
 # transformers --------------------------------------------------------------------------------------------

@@ -131,7 +131,7 @@ def test_forwards_without_a_backward_count_for_nothing() -> None:
 
 
 def test_a_forgotten_step_is_an_error_and_unused_forwards_are_not(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("hf_fngd.preconditioner._MAX_MICRO_BATCHES", 5)
+    monkeypatch.setattr("hf_fngd.window._LIMIT", 5)
     model, (x, y) = net(), data(4)
     FNGDPreconditioner(model)
     for _ in range(20):
@@ -283,7 +283,7 @@ def test_the_batch_is_found_among_the_inputs(args: tuple[Any, ...], kwargs: dict
     model = ByKey()
     preconditioner = FNGDPreconditioner(model)
     model(*args, **kwargs).square().sum().backward()
-    assert preconditioner._batches[0].info.size == 6
+    assert preconditioner._window._batches[0].info.size == 6
     preconditioner.step()
     assert preconditioner.coverage().missed == {}
 

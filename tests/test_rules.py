@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from hf_fngd.rules import FALLBACK_RULES, RULES, orthogonalize
+from hf_fngd.rules import FALLBACK_RULES, RULES, Settings, orthogonalize
 
 SHAPES = [(4, 6), (6, 4), (5,), (4, 6), (3, 3)]
 MATRICES = [(4, 6), (6, 4), (4, 6), (3, 3), (1, 5)]
@@ -30,7 +30,7 @@ def ours(rule: str, shapes: list[tuple[int, ...]], **changes: Any) -> list[Tenso
     state = [[torch.zeros_like(p) for p in params] for _ in RULES[rule].state]
     for step in range(STEPS):
         counts = [step + 1] * len(params)
-        RULES[rule].update(params, gradients(shapes, step), state, counts, sharded=params, **(SETTINGS | changes))
+        RULES[rule].update(params, gradients(shapes, step), state, counts, Settings(**(SETTINGS | changes)), params)
     return params
 
 
@@ -68,11 +68,11 @@ def test_adam_counts_the_steps_of_each_parameter() -> None:
     apart = []
     for count in (1, 7):
         params, state = start([(5,)]), [[torch.zeros(5, dtype=torch.float64)] for _ in range(2)]
-        RULES["adam"].update(params, gradients([(5,)], 0), state, [count], sharded=params, **SETTINGS)
+        RULES["adam"].update(params, gradients([(5,)], 0), state, [count], Settings(**SETTINGS), params)
         apart += params
     params, state = start([(5,)]) * 2, [[torch.zeros(5, dtype=torch.float64) for _ in range(2)] for _ in range(2)]
     params = [p.clone() for p in params]
-    RULES["adam"].update(params, gradients([(5,)], 0) * 2, state, [1, 7], sharded=params, **SETTINGS)
+    RULES["adam"].update(params, gradients([(5,)], 0) * 2, state, [1, 7], Settings(**SETTINGS), params)
     assert_equal(params, apart)
 
 
@@ -80,7 +80,7 @@ def test_adam_counts_the_steps_of_each_parameter() -> None:
 def test_weight_decay_is_decoupled(rule: str) -> None:
     params = start([(4, 6)])
     state = [[torch.zeros_like(params[0])] for _ in RULES[rule].state]
-    RULES[rule].update(params, [torch.zeros(4, 6, dtype=torch.float64)], state, [1], sharded=params, **SETTINGS)
+    RULES[rule].update(params, [torch.zeros(4, 6, dtype=torch.float64)], state, [1], Settings(**SETTINGS), params)
     assert_equal(params, [start([(4, 6)])[0] * (1 - 0.05 * 0.1)])
 
 
@@ -149,9 +149,8 @@ def test_muon_is_torchs_muon_up_to_its_bfloat16() -> None:
 @pytest.mark.parametrize("shape", [(32, 32), (32, 256), (256, 32)])
 def test_the_root_mean_square_of_muons_update_is_a_fifth_of_lr(shape: tuple[int, int]) -> None:
     params, state = [torch.zeros(shape, dtype=torch.float64)], [[torch.zeros(shape, dtype=torch.float64)]]
-    RULES["muon"].update(
-        params, gradients([shape], 0), state, [1], sharded=params, **(SETTINGS | {"weight_decay": 0.0})
-    )
+    settings = Settings(**(SETTINGS | {"weight_decay": 0.0}))
+    RULES["muon"].update(params, gradients([shape], 0), state, [1], settings, params)
     assert float(params[0].square().mean().sqrt()) == pytest.approx(0.2 * 0.05, rel=0.25)
 
 
@@ -161,7 +160,7 @@ def test_rules_work_in_place(rule: str) -> None:
     state = [[torch.zeros_like(params[0])] for _ in RULES[rule].state]
     pointers = [x.data_ptr() for x in (*params, *(tensors[0] for tensors in state))]
     g = gradients([(4, 6)], 0)
-    RULES[rule].update(params, g, state, [1], sharded=params, **SETTINGS)
+    RULES[rule].update(params, g, state, [1], Settings(**SETTINGS), params)
     assert pointers == [x.data_ptr() for x in (*params, *(tensors[0] for tensors in state))]
     assert torch.equal(g[0], gradients([(4, 6)], 0)[0])
 
