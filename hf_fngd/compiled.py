@@ -42,13 +42,17 @@ def register(engine: Engine) -> int:
     return number
 
 
+def number(batch: MicroBatch) -> Tensor:
+    """A number by which the operators find a micro-batch, an int64 scalar on the CPU."""
+    found = next(_numbers)
+    _batches[found] = batch
+    return torch.tensor(found)
+
+
 @torch.library.custom_op("hf_fngd::begin", mutates_args=())
 def begin(sample: Tensor, index: Tensor | None, engine: int) -> Tensor:
-    """Begin a forward pass with a batch as large as ``sample``; returns its number, an int64 scalar on the CPU."""
-    batch = _engines[engine].begin(sample.shape[0], index)
-    number = next(_numbers)
-    _batches[number] = batch
-    return torch.tensor(number)
+    """Begin a forward pass with a batch as large as ``sample``; returns its `number`."""
+    return number(_engines[engine].begin(sample.shape[0], index))
 
 
 @begin.register_fake

@@ -178,10 +178,12 @@ class FNGDPreconditioner:
             if torch.compiler.is_compiling():
                 self._number = None if sample is None else torch.ops.hf_fngd.begin(sample, index, self._engine)
             else:
-                self._batch = None if sample is None else self.begin(len(sample), index)
-                if self._batch is not None and not self._inspected:
+                batch = self._batch = None if sample is None else self.begin(len(sample), index)
+                # For layers that are compiled by themselves.
+                self._number = None if batch is None else compiled.number(batch)
+                if batch is not None and not self._inspected:
                     output = own(*args, **kwargs)
-                    self._inspect(output, self._batch)
+                    self._inspect(output, batch)
                     return output
         return own(*args, **kwargs)
 
@@ -190,7 +192,7 @@ class FNGDPreconditioner:
         self._inspected = True
         uses = uses_of_leaves(output)
         for layer, slot in zip(self.layers, self.slots, strict=True):
-            calls = batch.calls[slot.layer]
+            calls = max(batch.calls[slot.layer], 1)  # those of a compiled layer are not counted
             slot.used_elsewhere = any(uses[id(p)] > calls for p in layer.module.parameters(recurse=False))
 
     def begin(self, size: int, index: Tensor | None) -> MicroBatch:
@@ -236,6 +238,7 @@ class FNGDPreconditioner:
         stored = None if computes else self.policy.lookup(info)
         batch = MicroBatch(info, computes, stored, [0] * len(self.layers))
         self._batches.append(batch)
+        self._batch = batch  # for layers outside of a graph of torch.compile that began in one, too
         return batch
 
     def _drop_abandoned(self) -> None:

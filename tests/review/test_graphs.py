@@ -9,10 +9,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hf_fngd import FNGD
-from tests.nets import Net, data
+from tests.nets import Net, data, net
 
-# Raised and ignored by the compiler itself.
-pytestmark = pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+# Raised by the compiler itself.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning"),
+]
 
 Call = Callable[[Callable[[Tensor], Tensor], Tensor, Tensor], None]
 
@@ -60,3 +63,30 @@ class Broken(Net):
 def test_a_graph_break_in_the_model() -> None:
     torch.manual_seed(0)
     compare(Broken().double())
+
+
+def blocks(model: nn.Module) -> nn.Module:
+    """As libraries compile the repeated blocks of a large model, and leave the rest."""
+    model.fc1.compile(backend="aot_eager")
+    return model
+
+
+def test_only_a_part_of_the_model_is_compiled() -> None:
+    compare(net(), blocks)
+
+
+class Uncompiled(Net):
+    """One layer runs where the compiler does not go."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = torch.tanh(self.norm(self.outside(x)))
+        return self.fc2(hidden).flatten(1, -2).mean(1)
+
+    @torch.compiler.disable
+    def outside(self, x: Tensor) -> Tensor:
+        return self.fc1(x)
+
+
+def test_a_layer_outside_of_the_graphs() -> None:
+    torch.manual_seed(0)
+    compare(Uncompiled().double())
