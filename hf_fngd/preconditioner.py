@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.utils.hooks import RemovableHandle
 
 from hf_fngd import compiled
@@ -111,6 +112,7 @@ class FNGDPreconditioner:
         self._place = 0
         self.epoch_ended = False
         self._checked = False
+        self._fsdp = False
         self._inspected = False
         self._reported = False
         self._reported_fallbacks = 0
@@ -208,6 +210,7 @@ class FNGDPreconditioner:
         """
         if not self._checked:  # again, now that Accelerate has prepared it
             refuse_environment(self.model)
+            self._fsdp = any(isinstance(module, FSDPModule) for module in self.model.modules())
             self._checked = True
         if self.policy.needs_index and index is None:
             raise ValueError(
@@ -253,7 +256,7 @@ class FNGDPreconditioner:
     def _has_any_gradient(self) -> bool:
         weights = [layer.module.weight for layer in self.layers]
         # Under FSDP2 an accumulated gradient is not on the parameter until it is reduced.
-        return any(isinstance(w, Tensor) and (w.grad is not None or is_sharded(w)) for w in weights)
+        return self._fsdp or any(isinstance(w, Tensor) and (w.grad is not None or is_sharded(w)) for w in weights)
 
     # The optimizer's side --------------------------------------------------------------------------------
 
