@@ -45,6 +45,7 @@ class MicroBatch:
         calls: how often each layer was called in the forward pass.
         fresh: encoded weights of a coefficient step ``[L, N]``, filled layer by layer.
         rho: the noise ratios that go with them ``[L]``; NaN where a layer measured none.
+        recomputed: whether the forward pass is one that checkpointing of the whole model recomputes.
         reached: whether a backward pass reached any layer.
         complete: whether that backward pass came to its end.
     """
@@ -55,6 +56,7 @@ class MicroBatch:
     calls: list[int]
     fresh: Tensor | None = None
     rho: Tensor | None = None
+    recomputed: bool = False
     reached: bool = False
     complete: bool = False
 

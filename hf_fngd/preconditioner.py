@@ -167,7 +167,7 @@ class FNGDPreconditioner:
         if batch is None:
             return own(x)
         refuse_split_weight(weight)
-        if in_backward() and sum(not other.complete for other in self._batches) > 1:
+        if in_backward() and not batch.recomputed and sum(not other.complete for other in self._batches) > 1:
             slot.fallbacks.add(ON_TOP_OF_ANOTHER)
             return own(x)
         return call_layer(module, x, slot, batch)
@@ -239,7 +239,7 @@ class FNGDPreconditioner:
         info = BatchInfo(size, place, None if index is None else index.detach().flatten())
         computes = self.phase.computes
         stored = None if computes else self.policy.lookup(info)
-        batch = MicroBatch(info, computes, stored, [0] * len(self.layers))
+        batch = MicroBatch(info, computes, stored, [0] * len(self.layers), recomputed=in_backward())
         self._batches.append(batch)
         self._batch = batch  # for layers outside of a graph of torch.compile that began in one, too
         return batch
@@ -319,8 +319,10 @@ class FNGDPreconditioner:
     def _places(self) -> int:
         """How many micro-batches there were since the last step, those of the other processes included."""
         _, world = rank_and_world()
+        if world == 1:
+            return sum(batch.complete for batch in self._batches)
         # Alike on all processes, the backward pass of one of which may have reached no layer.
-        return world * (sum(batch.complete for batch in self._batches) if world == 1 else len(self._batches))
+        return world * sum(batch.reached or not batch.recomputed for batch in self._batches)
 
     def _like(self) -> Tensor:
         weight = self.layers[0].module.weight
