@@ -48,6 +48,7 @@ class MicroBatch:
         recomputed: whether the forward pass is one that checkpointing of the whole model recomputes.
         reached: whether a backward pass reached any layer.
         complete: whether that backward pass came to its end.
+        calls_of_graphs: what a backward pass of torch.compile did, by layer.
     """
 
     info: BatchInfo
@@ -59,6 +60,7 @@ class MicroBatch:
     recomputed: bool = False
     reached: bool = False
     complete: bool = False
+    calls_of_graphs: dict[int, LayerCall] = field(default_factory=dict)
 
     @property
     def half_done(self) -> bool:
@@ -175,7 +177,7 @@ class LayerCall:
 
     Attributes:
         slot: the layer.
-        batch: the micro-batch that the model was called with; None where it is not known any more.
+        batch: the micro-batch that the model was called with; None where it is not known any more, or needed.
     """
 
     slot: LayerSlot
@@ -196,7 +198,7 @@ class LayerCall:
         """
         if not self._weighed:  # a retained graph runs backward again, with the same weights
             self._weights = None if self.batch is None else self.slot.weights(x, g, has_bias, self.batch)
-            self._weighed = True
+            self._weighed, self.batch = True, None
         w = self._weights
         samples = 1 if w is None else w.shape[0]
         a, g = self.slot.kernel.canonical(x, samples), self.slot.kernel.canonical(g, samples)

@@ -66,7 +66,12 @@ def gradients(
 ) -> tuple[Tensor, Tensor]:
     """`LayerCall.gradients` of a layer; a bias gradient that is not asked for is empty."""
     # None where backward comes after the optimizer's step: too late to weigh anything.
-    call = LayerCall(_engines[engine].slots[layer], _batches.get(int(batch)))
+    found = None if x.numel() == 0 else _batches.get(int(batch))
+    call = LayerCall(_engines[engine].slots[layer], found)
+    if found is not None and found.complete:  # a retained graph runs backward again, with the same weights
+        call = found.calls_of_graphs.get(layer, call)
+    elif found is not None:
+        found.calls_of_graphs[layer] = call
     grad_weight, grad_bias = call.gradients(x, g, has_bias)
     return grad_weight.contiguous(), g.new_empty(0) if grad_bias is None else grad_bias
 

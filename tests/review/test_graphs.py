@@ -90,3 +90,24 @@ class Uncompiled(Net):
 def test_a_layer_outside_of_the_graphs() -> None:
     torch.manual_seed(0)
     compare(Uncompiled().double())
+
+
+def twice(called: Callable[[Tensor], Tensor], x: Tensor, y: Tensor) -> None:
+    """Two losses of one forward pass, a backward pass for each."""
+    output = called(x)
+    F.cross_entropy(output, y).backward(retain_graph=True)
+    output.square().mean().backward()
+
+
+def test_a_retained_graph() -> None:
+    compare(net(), call=twice)
+
+
+def and_nothing(called: Callable[[Tensor], Tensor], x: Tensor, y: Tensor) -> None:
+    """The part of a batch that another process got is all of it."""
+    once(called, x, y)
+    called(x[:0]).sum().backward()
+
+
+def test_an_empty_batch() -> None:
+    compare(net(), call=and_nothing)

@@ -1,6 +1,5 @@
 """Training loops that are not the usual one."""
 
-
 import pytest
 import torch
 import torch.nn.functional as F
