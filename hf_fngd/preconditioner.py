@@ -167,7 +167,7 @@ class FNGDPreconditioner:
         if batch is None:
             return own(x)
         refuse_split_weight(weight)
-        if in_backward() and not batch.recomputed and sum(not other.complete for other in self._batches) > 1:
+        if in_backward() and not batch.recomputed and self._mixed_up(slot):
             slot.fallbacks.add(ON_TOP_OF_ANOTHER)
             return own(x)
         return call_layer(module, x, slot, batch)
@@ -188,6 +188,12 @@ class FNGDPreconditioner:
                     self._inspect(output, batch)
                     return output
         return own(*args, **kwargs)
+
+    def _mixed_up(self, slot: LayerSlot) -> bool:
+        """Whether a forward pass that checkpointing recomputes may be another than the last."""
+        # Reentrant checkpointing ran it without gradients, uncounted; the other kind keeps to the call that counted.
+        counted = any(batch.calls[slot.layer] for batch in self._batches)
+        return not counted and sum(not batch.complete for batch in self._batches) > 1
 
     def _inspect(self, output: Any, batch: MicroBatch) -> None:
         """Look through the first graph for weights that are used outside of their layers' forward."""

@@ -3,10 +3,11 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from hf_fngd import FNGD
-from tests.nets import data, net
+from tests.nets import Net, data, net
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
@@ -26,6 +27,24 @@ def test_checkpointing_of_the_whole_model(reentrant: bool) -> None:
     assert not optimizers[1].coverage().missed
     for p, q in zip(models[0].parameters(), models[1].parameters(), strict=True):
         torch.testing.assert_close(p, q)
+
+
+class Checkpointed(Net):
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = checkpoint(lambda z: torch.tanh(self.norm(self.fc1(z))), x, use_reentrant=False)
+        return self.fc2(hidden).flatten(1, -2).mean(1)
+
+
+def test_checkpointing_with_two_forward_passes_before_a_backward_pass() -> None:
+    models = net(), Checkpointed().double()
+    models[1].load_state_dict(models[0].state_dict())
+    for model in models:
+        optimizer = FNGD(model, sharing="never")
+        sum(F.cross_entropy(model(x), y) for x, y in (data(6, 4), data(6, 4, seed=2))).backward()
+        optimizer.preconditioner.step()
+    assert not optimizer.coverage().missed
+    for p, q in zip(*(model.parameters() for model in models), strict=True):
+        torch.testing.assert_close(p.grad, q.grad)
 
 
 @pytest.mark.xfail(strict=True, reason="forward passes that wait for their backward pass have one place in the epoch")
