@@ -145,6 +145,12 @@ class FNGDPreconditioner:
             )
         ]
 
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise TypeError(
+            "an FNGDPreconditioner cannot be copied or pickled, it belongs to one model: save its state_dict(), and "
+            "build another one on the copy of the model"
+        )
+
     # Attached forwards -----------------------------------------------------------------------------------
 
     def _layer_forward(
@@ -261,8 +267,11 @@ class FNGDPreconditioner:
 
     def _has_any_gradient(self) -> bool:
         weights = [layer.module.weight for layer in self.layers]
-        # Under FSDP2 an accumulated gradient is not on the parameter until it is reduced.
-        return self._fsdp or any(isinstance(w, Tensor) and (w.grad is not None or is_sharded(w)) for w in weights)
+        # Under FSDP2 an accumulated gradient is not on the parameter until it is reduced; a weight that is computed
+        # from other parameters (pruned meanwhile) has none.
+        return self._fsdp or any(
+            isinstance(w, Tensor) and (is_sharded(w) or not w.is_leaf or w.grad is not None) for w in weights
+        )
 
     # The optimizer's side --------------------------------------------------------------------------------
 
@@ -392,7 +401,8 @@ class FNGDPreconditioner:
 
     def _has_gradients(self) -> bool:
         # Zero gradients are those of a checkpoint loader that initializes the optimizer's state.
-        grads = (layer.module.weight.grad for layer in self.layers)
+        weights = (layer.module.weight for layer in self.layers)
+        grads = (w.grad for w in weights if isinstance(w, Tensor) and w.is_leaf)
         return any(isinstance(grad, Tensor) and bool(grad.any()) for grad in grads)
 
     def _report(self) -> None:
