@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import weakref
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -247,7 +248,7 @@ class FNGDPreconditioner:
                     "call preconditioner.step() after each optimizer.step(), or preconditioner.follow(optimizer) once"
                 )
         rank, _ = rank_and_world()
-        place = self._place + self._places() + rank
+        place = self._place + self._begun() + rank
         info = BatchInfo(size, place, None if index is None else index.detach().flatten())
         computes = self.phase.computes
         stored = None if computes else self.policy.lookup(info)
@@ -299,8 +300,13 @@ class FNGDPreconditioner:
         computes, sharing = self.phase.computes, self.phase.sharing
         _, world = rank_and_world()
         began = bool(self._batches)
-        self._place += self._places()
+        place, begun = self._place, self._begun()
         batches = self._close()
+        # Several processes count what began, which all do alike: the backward pass of one may have reached no layer.
+        self._place += len(batches) if world == 1 else begun
+        if world == 1:  # a forward pass without a backward pass has no place
+            for k, batch in enumerate(batches):
+                batch.info = replace(batch.info, place=place + k)
         # The backward pass of one process may have reached no layer; all have to go on alike.
         if batches or (began and world > 1):
             own = [
@@ -331,12 +337,9 @@ class FNGDPreconditioner:
         self.epoch_ended = self._edge.passed()
         return batches
 
-    def _places(self) -> int:
-        """How many micro-batches there were since the last step, those of the other processes included."""
+    def _begun(self) -> int:
+        """How many micro-batches began since the last step, those of the other processes included."""
         _, world = rank_and_world()
-        if world == 1:
-            return sum(batch.complete for batch in self._batches)
-        # Alike on all processes, the backward pass of one of which may have reached no layer.
         return world * sum(batch.reached or not batch.recomputed for batch in self._batches)
 
     def _like(self) -> Tensor:

@@ -49,14 +49,25 @@ def test_checkpointing_with_two_forward_passes_before_a_backward_pass() -> None:
         torch.testing.assert_close(p.grad, q.grad)
 
 
-@pytest.mark.xfail(strict=True, reason="forward passes that wait for their backward pass have one place in the epoch")
 def test_replay_tells_micro_batches_apart_that_share_a_backward_pass() -> None:
-    model = net()
-    optimizer = FNGD(model, sharing="replay")
-    losses = [F.cross_entropy(model(x), y) for x, y in (data(6, 4), data(6, 4, seed=2))]
-    sum(losses).backward()
-    optimizer.step()
-    assert optimizer.preconditioner.policy.recorded == 2
+    """Coefficient steps and shared ones equal those with a backward pass for each."""
+    found = []
+    for together in (True, False):
+        model = net()
+        optimizer = FNGD(model, sharing="replay", lr=1e-2, damping=0.01, coefficient_steps=2, refresh=0)
+        for step in range(6):
+            batches = [data(6, 4, seed=10 * step + part) for part in range(2)]
+            if together:
+                sum(F.cross_entropy(model(x), y) for x, y in batches).backward()
+            else:
+                for x, y in batches:
+                    F.cross_entropy(model(x), y).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        assert optimizer.preconditioner.policy.recorded == 4
+        found.append(list(model.parameters()))
+    for p, q in zip(*found, strict=True):
+        torch.testing.assert_close(p, q)
 
 
 @dataclass
