@@ -81,7 +81,8 @@ def _make_subclass(base: Any, attribute: str, signature: inspect.Signature) -> A
     plain = getattr(base, "_fngd_plain_class", base)
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        own = self.__dict__.get(attribute + _REPLACED) or base.forward.__get__(self)
+        # No bound method: after a graph break torch.compile would look it up by name, and find this function.
+        own = self.__dict__.get(attribute + _REPLACED) or functools.partial(base.forward, self)
         handler = self.__dict__.get(attribute)
         return own(*args, **kwargs) if handler is None else handler(self, own, *args, **kwargs)
 

@@ -46,8 +46,10 @@ class MicroBatch:
         calls: how often each layer was called in the forward pass.
         fresh: encoded weights of a coefficient step ``[L, N]``, filled layer by layer.
         rho: the noise ratios that go with them ``[L]``; NaN where a layer measured none.
+        recomputed: whether the forward pass is one that checkpointing of the whole model recomputes.
         reached: whether a backward pass reached any layer.
         complete: whether that backward pass came to its end.
+        calls_of_graphs: what a backward pass of torch.compile did, by layer.
     """
 
     info: BatchInfo
@@ -56,8 +58,10 @@ class MicroBatch:
     calls: list[int]
     fresh: Tensor | None = None
     rho: Tensor | None = None
+    recomputed: bool = False
     reached: bool = False
     complete: bool = False
+    calls_of_graphs: dict[int, LayerCall] = field(default_factory=dict)
 
     @property
     def half_done(self) -> bool:
@@ -179,7 +183,7 @@ class LayerCall:
 
     Attributes:
         slot: the layer.
-        batch: the micro-batch that the model was called with; None where it is not known any more.
+        batch: the micro-batch that the model was called with; None where it is not known any more, or needed.
     """
 
     slot: LayerSlot
@@ -200,7 +204,7 @@ class LayerCall:
         """
         if not self._weighed:  # a retained graph runs backward again, with the same weights
             self._weights = None if self.batch is None else self.slot.weights(x, g, has_bias, self.batch)
-            self._weighed = True
+            self._weighed, self.batch = True, None
         w = self._weights
         samples = 1 if w is None else w.shape[0]
         a, g = self.slot.kernel.canonical(x, samples), self.slot.kernel.canonical(g, samples)

@@ -42,13 +42,17 @@ def register(engine: Engine) -> int:
     return number
 
 
+def number(batch: MicroBatch) -> Tensor:
+    """A number by which the operators find a micro-batch, an int64 scalar on the CPU."""
+    found = next(_numbers)
+    _batches[found] = batch
+    return torch.tensor(found)
+
+
 @torch.library.custom_op("hf_fngd::begin", mutates_args=())
 def begin(sample: Tensor, index: Tensor | None, engine: int) -> Tensor:
-    """Begin a forward pass with a batch as large as ``sample``; returns its number, an int64 scalar on the CPU."""
-    batch = _engines[engine].begin(sample.shape[0], index)
-    number = next(_numbers)
-    _batches[number] = batch
-    return torch.tensor(number)
+    """Begin a forward pass with a batch as large as ``sample``; returns its `number`."""
+    return number(_engines[engine].begin(sample.shape[0], index))
 
 
 @begin.register_fake
@@ -62,7 +66,12 @@ def gradients(
 ) -> tuple[Tensor, Tensor]:
     """`LayerCall.gradients` of a layer; a bias gradient that is not asked for is empty."""
     # None where backward comes after the optimizer's step: too late to weigh anything.
-    call = LayerCall(_engines[engine].slots[layer], _batches.get(int(batch)))
+    found = None if x.numel() == 0 else _batches.get(int(batch))
+    call = LayerCall(_engines[engine].slots[layer], found)
+    if found is not None and found.complete:  # a retained graph runs backward again, with the same weights
+        call = found.calls_of_graphs.get(layer, call)
+    elif found is not None:
+        found.calls_of_graphs[layer] = call
     grad_weight, grad_bias = call.gradients(x, g, has_bias)
     return grad_weight.contiguous(), g.new_empty(0) if grad_bias is None else grad_bias
 

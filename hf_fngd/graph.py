@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from dataclasses import fields, is_dataclass
 from typing import Any
 
 from torch import Tensor
@@ -13,7 +14,7 @@ def uses_of_leaves(output: Any) -> Counter[int]:
     """How many operations of a graph read each leaf.
 
     Args:
-        output: a tensor, or mappings and sequences of them; whatever else they hold is passed over.
+        output: a tensor, or mappings, sequences and dataclasses of them; whatever else they hold is passed over.
 
     Returns:
         Counts by ``id`` of the leaf.
@@ -32,11 +33,17 @@ def uses_of_leaves(output: Any) -> Counter[int]:
     return uses
 
 
-def _tensors(value: Any) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, Mapping):
-        yield from _tensors(list(value.values()))
-    elif isinstance(value, list | tuple):
-        for item in value:
-            yield from _tensors(item)
+def _tensors(output: Any) -> Iterator[Tensor]:
+    stack, seen = [output], set[int]()
+    while stack:
+        value = stack.pop()
+        if isinstance(value, Tensor):
+            yield value
+        elif id(value) not in seen:  # dataclasses may refer to each other
+            seen.add(id(value))
+            if isinstance(value, Mapping):
+                stack += value.values()
+            elif isinstance(value, list | tuple):
+                stack += value
+            elif is_dataclass(value):
+                stack += [getattr(value, field.name, None) for field in fields(value)]

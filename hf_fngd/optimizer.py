@@ -158,6 +158,17 @@ class FNGD(torch.optim.Optimizer):
             )
         return optimizer
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Refuse, where torch's would leave the preconditioner out.
+
+        Raises:
+            TypeError: always.
+        """
+        raise TypeError(
+            "FNGD cannot be copied or pickled, it belongs to one model: save its state_dict(), and build another one "
+            "on the copy of the model"
+        )
+
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Torch's, for the groups that FNGD makes of the model itself.
 
@@ -302,11 +313,10 @@ class FNGD(torch.optim.Optimizer):
                 f"{len(foreign)} parameters of this optimizer are not trainable parameters of its model: build FNGD "
                 "after the model is complete, on the very instance that is trained, or through FNGDFactory"
             )
-        grads = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
-        if any(grad.is_sparse for grad in grads):
+        grads = {n: p.grad for n, p in self.preconditioner.model.named_parameters() if p.grad is not None}
+        if sparse := [name for name, grad in grads.items() if grad.layout != torch.strided]:
             raise RuntimeError(
-                "a parameter has a sparse gradient, which FNGD's update rules do not take: build its embedding with "
-                "sparse=False"
+                f"FNGD takes no sparse gradients, as {sparse[0]} has: build the embedding with sparse=False"
             )
         if not grads:
             raise RuntimeError(

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.utils.hooks import RemovableHandle
 
 from hf_fngd import compiled
@@ -109,6 +110,7 @@ class FNGDPreconditioner:
         self._batch: MicroBatch | None = None
         self.epoch_ended = False
         self._checked = False
+        self._fsdp = False
         self._inspected = False
         self._reported = False
         self._reported_fallbacks = 0
@@ -138,6 +140,12 @@ class FNGDPreconditioner:
             )
         ]
 
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise TypeError(
+            "an FNGDPreconditioner cannot be copied or pickled, it belongs to one model: save its state_dict(), and "
+            "build another one on the copy of the model"
+        )
+
     # Attached forwards -----------------------------------------------------------------------------------
 
     def _layer_forward(
@@ -160,7 +168,7 @@ class FNGDPreconditioner:
         if batch is None:
             return own(x)
         refuse_split_weight(weight)
-        if in_backward() and self._window.pending > 1:
+        if in_backward() and not batch.recomputed and self._window.mixed_up(slot.layer):
             slot.fallbacks.add(ON_TOP_OF_ANOTHER)
             return own(x)
         return call_layer(module, x, slot, batch)
@@ -173,10 +181,12 @@ class FNGDPreconditioner:
             if torch.compiler.is_compiling():
                 self._number = None if sample is None else torch.ops.hf_fngd.begin(sample, index, self._engine)
             else:
-                self._batch = None if sample is None else self.begin(len(sample), index)
-                if self._batch is not None and not self._inspected:
+                batch = self._batch = None if sample is None else self.begin(len(sample), index)
+                # For layers that are compiled by themselves.
+                self._number = None if batch is None else compiled.number(batch)
+                if batch is not None and not self._inspected:
                     output = own(*args, **kwargs)
-                    self._inspect(output, self._batch)
+                    self._inspect(output, batch)
                     return output
         return own(*args, **kwargs)
 
@@ -185,7 +195,7 @@ class FNGDPreconditioner:
         self._inspected = True
         uses = uses_of_leaves(output)
         for layer, slot in zip(self.layers, self.slots, strict=True):
-            calls = batch.calls[slot.layer]
+            calls = max(batch.calls[slot.layer], 1)  # those of a compiled layer are not counted
             slot.used_elsewhere = any(uses[id(p)] > calls for p in layer.module.parameters(recurse=False))
 
     def begin(self, size: int, index: Tensor | None) -> MicroBatch:
@@ -201,6 +211,7 @@ class FNGDPreconditioner:
         """
         if not self._checked:  # again, now that Accelerate has prepared it
             refuse_environment(self.model)
+            self._fsdp = any(isinstance(module, FSDPModule) for module in self.model.modules())
             self._checked = True
         check_index(index, size, self.policy)
         if self._edge.missed():  # the last step of the epoch was skipped
@@ -210,14 +221,18 @@ class FNGDPreconditioner:
         info = BatchInfo(size, self._window.next_place, None if index is None else index.detach().flatten())
         computes = self.phase.computes
         stored = None if computes else self.policy.lookup(info)
-        batch = MicroBatch(info, computes, stored, [0] * len(self.layers))
+        batch = MicroBatch(info, computes, stored, [0] * len(self.layers), recomputed=in_backward())
         self._window.add(batch)
+        self._batch = batch  # for layers outside of a graph of torch.compile that began in one, too
         return batch
 
     def _has_gradients(self) -> bool:
         weights = [layer.module.weight for layer in self.layers]
-        # Under FSDP2 an accumulated gradient is not on the parameter until it is reduced.
-        return any(isinstance(w, Tensor) and (w.grad is not None or is_sharded(w)) for w in weights)
+        # Under FSDP2 an accumulated gradient is not on the parameter until it is reduced; a weight that is computed
+        # from other parameters (pruned meanwhile) has none.
+        return self._fsdp or any(
+            isinstance(w, Tensor) and (is_sharded(w) or not w.is_leaf or w.grad is not None) for w in weights
+        )
 
     # The optimizer's side --------------------------------------------------------------------------------
 
@@ -333,7 +348,8 @@ class FNGDPreconditioner:
 
     def _has_nonzero_gradients(self) -> bool:
         # Zero gradients are those of a checkpoint loader that initializes the optimizer's state.
-        grads = (layer.module.weight.grad for layer in self.layers)
+        weights = (layer.module.weight for layer in self.layers)
+        grads = (w.grad for w in weights if isinstance(w, Tensor) and w.is_leaf)
         return any(isinstance(grad, Tensor) and bool(grad.any()) for grad in grads)
 
     def _report(self, samples: int) -> None:

@@ -87,7 +87,8 @@ def _reason(
     if kernel is None:
         return f"{type(module).__name__} is not a preconditioned layer type", None
     weight = module.weight
-    assert isinstance(weight, nn.Parameter)
+    if not isinstance(weight, nn.Parameter):
+        return "the layer's weight is computed from other parameters (as by pruning or weight normalization)", None
     if not weight.requires_grad:
         return "the layer's weight is frozen", None
     if any(uses[id(parameter)] > 1 for parameter in module.parameters(recurse=False)):

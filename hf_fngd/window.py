@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from hf_fngd.backward import MicroBatch, in_backward
 from hf_fngd.environment import rank_and_world
 
@@ -24,17 +26,18 @@ class Window:
     @property
     def next_place(self) -> int:
         """The place of this process's next micro-batch."""
-        return self.place + self._length() + rank_and_world()[0]
+        return self.place + self._begun() + rank_and_world()[0]
 
     @property
     def began(self) -> bool:
         """Whether there was a forward pass since the last step."""
         return bool(self._batches)
 
-    @property
-    def pending(self) -> int:
-        """How many forward passes wait for their backward pass, or are in it."""
-        return sum(not batch.complete for batch in self._batches)
+    def mixed_up(self, layer: int) -> bool:
+        """Whether a forward pass of a layer that checkpointing recomputes may be another than the last."""
+        # Reentrant checkpointing ran it without gradients, uncounted; the other kind keeps to the call that counted.
+        counted = any(batch.calls[layer] for batch in self._batches)
+        return not counted and sum(not batch.complete for batch in self._batches) > 1
 
     def add(self, batch: MicroBatch) -> None:
         """A forward pass begins."""
@@ -66,16 +69,23 @@ class Window:
                 )
 
     def close(self) -> list[MicroBatch]:
-        """The optimizer steps: the micro-batches whose backward pass is complete."""
-        self.place += self._length()
-        return self.abandon()
+        """The optimizer steps: the micro-batches whose backward pass is complete, each in its place."""
+        start, begun = self.place, self._begun()
+        batches = self.abandon()
+        if rank_and_world()[1] > 1:
+            # What began, which all processes do alike: the backward pass of one may have reached no layer.
+            self.place += begun
+            return batches
+        self.place += len(batches)
+        for place, batch in enumerate(batches, start=start):  # a forward pass without a backward pass has none
+            batch.info = replace(batch.info, place=place)
+        return batches
 
     def abandon(self) -> list[MicroBatch]:
         """The optimizer does not step: no place is used up."""
         batches, self._batches = [batch for batch in self._batches if batch.complete], []
         return batches
 
-    def _length(self) -> int:
-        _, world = rank_and_world()
-        # Alike on all processes, the backward pass of one of which may have reached no layer.
-        return world * (sum(batch.complete for batch in self._batches) if world == 1 else len(self._batches))
+    def _begun(self) -> int:
+        """How many micro-batches began since the last step, those of the other processes included."""
+        return rank_and_world()[1] * sum(batch.reached or not batch.recomputed for batch in self._batches)
