@@ -4,7 +4,8 @@ A traced graph keeps no Python objects, and an integer that changes from step to
 micro-batch travels through it as a number in a tensor: `begin` numbers the forward pass, and `gradients` finds it by
 that number when backward runs. The graph has no break, and runs on unchanged through coefficient steps, shared steps
 and any state of the store. Calls of a layer are not counted in it (what only backward reads, a compiler moves there): a
-layer that is called more than once is found out in its first backward pass, and is plain from then on.
+layer that is called more than once is found out in its first backward pass, and is plain from then on. A weight that is
+used outside of its layer's forward as well is not found out.
 """
 
 from __future__ import annotations

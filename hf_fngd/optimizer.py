@@ -344,7 +344,8 @@ class FNGD(torch.optim.Optimizer):
         """`FNGDPreconditioner.diagnostics`, ``skipped``, and ``lambda``, the geometric mean over the layers.
 
         Call it between `step` and ``zero_grad``: lambda is measured on ``p.grad``. Clipping makes it smaller, by the
-        square of the factor; so does averaging over accumulated micro-batches, since rho is that of one.
+        square of the factor; so does averaging over accumulated micro-batches, since rho is that of one. Under FSDP2
+        all processes have to call it.
         """
         own = self.preconditioner.diagnostics() | {"skipped": float(self.skipped)}
         norms = self._squared_norms()

@@ -1,6 +1,8 @@
 """What FNGD refuses, when, and what the message offers instead."""
 
-from collections.abc import Iterator
+import copy
+import pickle
+from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -9,7 +11,7 @@ import torch
 from accelerate import ParallelismConfig
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
-from torch import Tensor, nn
+from torch import nn
 
 from hf_fngd import FNGD, FNGDPreconditioner
 from tests.nets import data, loss, net
@@ -96,18 +98,16 @@ def test_a_model_loaded_in_parts_is_refused() -> None:
         FNGDPreconditioner(model)
 
 
-def test_sparse_gradients_are_refused_by_the_first_step() -> None:
-    class Embedded(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.embedding = nn.Embedding(8, 5, sparse=True)
-            self.net = net(dtype=torch.float32)
+@pytest.mark.parametrize("build", [FNGD, FNGDPreconditioner])
+@pytest.mark.parametrize("clone", [copy.deepcopy, copy.copy, pickle.dumps])
+def test_copies_are_refused(build: Callable[[nn.Module], Any], clone: Callable[[Any], Any]) -> None:
+    with pytest.raises(TypeError, match="belongs to one model"):
+        clone(build(net()))
 
-        def forward(self, x: Tensor) -> Tensor:
-            return self.net(self.embedding(x))
 
-    model = Embedded()
+def test_a_sparse_gradient_is_refused_by_the_first_step() -> None:
+    model = nn.Sequential(nn.Embedding(10, 5, sparse=True), nn.Linear(5, 3))
     optimizer = FNGD(model)
-    model(torch.arange(6)[:, None]).sum().backward()
-    with pytest.raises(RuntimeError, match="sparse=False"):
+    model(torch.arange(8).view(4, 2)).sum().backward()
+    with pytest.raises(RuntimeError, match="no sparse gradients"):
         optimizer.step()

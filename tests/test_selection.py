@@ -3,10 +3,12 @@
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import prune
 
+from hf_fngd import FNGD
 from hf_fngd.layers import kernel_for
 from hf_fngd.selection import Modules, select_layers
-from tests.nets import net
+from tests.nets import data, loss, net
 
 
 class Block(nn.Module):
@@ -145,3 +147,25 @@ def test_what_selects_nothing_is_an_error_that_says_so(targets: Modules, exclude
 def test_a_model_without_layers_is_an_error(model: nn.Module) -> None:
     with pytest.raises(ValueError, match="nothing to precondition"):
         select_layers(model, "all-linear", None)
+
+
+def test_a_weight_that_was_pruned_before_is_plain_and_reported() -> None:
+    model = net()
+    prune.l1_unstructured(model.fc1, "weight", amount=0.5)
+    optimizer = FNGD(model)
+    loss(model, *data(6, 4)).backward()
+    optimizer.step()
+    assert "computed from other parameters" in optimizer.coverage().plain["fc1.weight_orig"]
+    assert set(optimizer.coverage().preconditioned) == {"fc2.weight", "fc2.bias"}
+
+
+def test_a_weight_that_is_pruned_meanwhile_stays_preconditioned() -> None:
+    model = net()
+    optimizer = FNGD(model, sharing="replay")
+    for layer in (model.fc1, model.fc2):
+        prune.l1_unstructured(layer, "weight", amount=0.5)
+    for seed in (1, 2):
+        loss(model, *data(6, 4, seed=seed)).backward()
+    optimizer.step()
+    assert optimizer.preconditioner.policy.recorded == 2
+    assert not optimizer.coverage().missed

@@ -21,7 +21,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
@@ -317,6 +317,29 @@ def distributed_checkpoint() -> dict[str, Any]:
         run(model, fngd, [rank], world, range(8, STEPS))
         run(again, second, [rank], world, range(8, STEPS))
         found[name] = loaded and bool(torch.equal(flat(again), flat(model)))
+    return found
+
+
+def fsdp2_accumulation() -> dict[str, Any]:
+    """Rows that replay keeps where gradients are reduced, and weights put away, with the last micro-batch only."""
+    found = {}
+    for reshard in (True, False):
+        for dtype in (None, torch.bfloat16):
+            model = net(width=9, dtype=torch.float32)
+            options = {} if dtype is None else {"mp_policy": MixedPrecisionPolicy(dtype, reduce_dtype=torch.float32)}
+            fully_shard(model.fc1, reshard_after_forward=reshard, **options)
+            fully_shard(model, reshard_after_forward=reshard, **options)
+            fngd = FNGD(model, sharing="replay")
+            for step in range(3):
+                for part in range(2):
+                    last = part == 1
+                    model.set_requires_gradient_sync(last)
+                    model.set_reshard_after_backward(last)
+                    x, y = data(5, 3, seed=100 * step + 10 * part + dist.get_rank(), dtype=torch.float32)
+                    nn.functional.cross_entropy(model(x).float(), y).backward()
+                fngd.step()
+                fngd.zero_grad()
+            found[f"reshard_after_forward={reshard}, {dtype}"] = fngd.preconditioner.policy.recorded
     return found
 
 

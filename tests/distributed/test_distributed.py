@@ -17,7 +17,9 @@ CHECKS = "tests.distributed.checks"
 @pytest.mark.timeout(600)
 def test_two_processes(subtests: pytest.Subtests, tmp_path: Path) -> None:
     names = ["ddp", "fsdp2", "fsdp2_after", "uniform_gradients", "collectives", "empty_ranks", "resume"]
-    found = launch(CHECKS, 2, tmp_path, *names, "distributed_checkpoint", "tensor_parallel", "trainer")
+    found = launch(
+        CHECKS, 2, tmp_path, *names, "distributed_checkpoint", "fsdp2_accumulation", "tensor_parallel", "trainer"
+    )
     with subtests.test("ddp"):
         equal_to_accumulation(found["ddp"], tolerance=0.0)
         assert all(outcome["same state"] for outcome in found["ddp"].values())
@@ -40,6 +42,8 @@ def test_two_processes(subtests: pytest.Subtests, tmp_path: Path) -> None:
         assert found["resume"] == {name: {"all ranks": True, "one process": 0.0} for name in SETTINGS}
     with subtests.test("torch.distributed.checkpoint of a sharded model"):
         assert found["distributed_checkpoint"] == dict.fromkeys(SETTINGS, True)
+    with subtests.test("FSDP2 keeps every micro-batch of a step"):
+        assert list(found["fsdp2_accumulation"].values()) == [2 * 3 * 2] * 4  # processes, steps, micro-batches
     with subtests.test("tensor parallelism is refused"):
         assert set(found["tensor_parallel"]) == {"before", "after"}
         assert all("tensor parallelism" in message for message in found["tensor_parallel"].values())

@@ -1,6 +1,4 @@
-"""Training loops that are not the usual one."""
-
-from dataclasses import dataclass
+"""Micro-batches in training loops that are not the usual one."""
 
 import pytest
 import torch
@@ -68,41 +66,6 @@ def test_replay_tells_micro_batches_apart_that_share_a_backward_pass() -> None:
         found.append(list(model.parameters()))
     for p, q in zip(*found, strict=True):
         torch.testing.assert_close(p, q)
-
-
-@dataclass
-class Output:
-    logits: Tensor
-    features: Tensor | None = None
-
-
-class Tied(Net):
-    """Uses a layer's weight outside of its forward as well."""
-
-    def forward(self, x: Tensor) -> Output:
-        return Output(super().forward(x) + self.fc2.weight.sum(1))
-
-
-def test_a_weight_that_is_used_elsewhere_is_found_behind_a_dataclass() -> None:
-    torch.manual_seed(0)
-    model = Tied().double()
-    optimizer = FNGD(model)
-    x, y = data(6, 4)
-    F.cross_entropy(model(x).logits, y).backward()
-    optimizer.step()
-    assert set(optimizer.coverage().missed) == {"fc2.weight", "fc2.bias"}
-
-
-@pytest.mark.xfail(strict=True, reason="the weight's second use is inside of the graph, where nobody looks for it")
-def test_a_weight_that_is_used_elsewhere_is_found_in_a_compiled_graph() -> None:
-    torch._dynamo.reset()
-    torch.manual_seed(0)
-    model = Tied().double()
-    optimizer = FNGD(model)
-    x, y = data(6, 4)
-    F.cross_entropy(torch.compile(model, backend="aot_eager")(x).logits, y).backward()
-    optimizer.step()
-    assert set(optimizer.coverage().missed) == {"fc2.weight", "fc2.bias"}
 
 
 @pytest.mark.xfail(strict=True, reason="micro-batches without a p.grad count as abandoned")
