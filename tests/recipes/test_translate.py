@@ -15,7 +15,7 @@ import translate
 from tests.recipes.translate_pairs import PAIRS, TINY_MODEL, write_splits
 from translation.trainer import StepTimer
 
-CLASSES = {"fngd": "FNGD", "adamw": "AdamW", "sgd": "SGD"}
+CLASSES = {"fngd": "FNGD", "ngd": "FNGD", "adamw": "AdamW", "sgd": "SGD", "kfac": "KFAC"}
 
 
 @pytest.fixture
