@@ -85,7 +85,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics
     if checkpoint is None:
         report |= metrics  # after resuming, Trainer divides the rest's loss and time by the steps of the whole run
-    report |= describe(trainer.optimizer, config) | {"step_seconds_median": timer.median()}
+    report |= describe(trainer.optimizer, config)
+    report |= {"step_seconds_median": timer.median(), "step_seconds_mean": timer.mean()}
     trainer.save_model()
     trainer.save_state()
 

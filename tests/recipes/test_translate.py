@@ -50,7 +50,14 @@ def test_a_run_leaves_a_model_that_loads_and_a_true_report(tmp_path, options, op
     assert results["predict_bleu"] == report["predict_bleu"]
     assert results["predict_bleu_signature"].startswith("nrefs:1|case:mixed")
     assert len(results["eval_bleu_counts"]) == 4
-    assert {"eval_loss", "predict_loss", "train_loss", "train_runtime", "step_seconds_median"} <= set(results)
+    assert {
+        "eval_loss",
+        "predict_loss",
+        "train_loss",
+        "train_runtime",
+        "step_seconds_median",
+        "step_seconds_mean",
+    } <= set(results)
     assert (results["seed"], results["train_samples"]) == (42, 64)
 
     card = (out / "README.md").read_text(encoding="utf-8")

@@ -135,10 +135,12 @@ def test_step_timer_skips_the_first_steps(monkeypatch):
         timer.on_step_begin()
         timer.on_step_end()
     assert timer.median() is None
+    assert timer.mean() is None
     for _ in range(3):
         timer.on_step_begin()
         timer.on_step_end()
     assert timer.median() == 2.0
+    assert timer.mean() == 4.0
 
 
 @pytest.mark.parametrize("bleu", [True, False])
