@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from matplotlib import colormaps
 from matplotlib.figure import Figure  # no pyplot: it would look for a display
 
 from comparison.plan import Comparison
@@ -19,13 +20,14 @@ def plot(comparison: Comparison, results: Results, path: Path) -> None:
         path: The PNG file to write.
     """
     rows = len(comparison.curves)
+    palette = colormaps["tab10" if len(comparison.arms) <= 10 else "tab20"]
     figure = Figure(figsize=(11, 3.6 * rows), layout="constrained")
     axes = figure.subplots(rows, 2, squeeze=False, sharey="row")
     for number, run in enumerate(comparison.final_runs(best_points(comparison, results))):
         record = results.finished(run)
         if record is None:
             continue
-        color = f"C{list(comparison.arms).index(run.arm)}"
+        color = palette(list(comparison.arms).index(run.arm))
         label = run.arm if run.seed == comparison.final.seeds[0] else None
         for row, metric in enumerate(comparison.curves):
             for column, unit in enumerate(("epoch", "seconds")):
@@ -36,7 +38,7 @@ def plot(comparison: Comparison, results: Results, path: Path) -> None:
             axes[row][column].set(xlabel=unit, ylabel=metric if column == 0 else "")
             axes[row][column].grid(alpha=0.3)
     if axes[0][0].get_lines():
-        axes[0][0].legend()
+        figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside upper center", ncols=5)
     figure.savefig(path, dpi=120)
 
 

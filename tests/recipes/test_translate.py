@@ -142,6 +142,25 @@ def test_sharing_by_index_reaches_the_optimizer(options):
     assert report["optimizer_arguments"]["sharing"] == "index"
 
 
+def test_the_best_epoch_is_scored_beside_the_last(tmp_path, options):
+    argv = [*options, "--optimizer=adamw", "--metric_for_best_model=loss", "--save_total_limit=2"]
+    argv += [
+        "--greater_is_better=true",
+        "--label_smoothing_factor=0",
+    ]  # the largest loss, so that the first epoch has it
+    report = translate.main(argv)
+    out = tmp_path / "out"
+    state = json.loads((out / "trainer_state.json").read_text(encoding="utf-8"))
+    losses = {event["step"]: event["eval_loss"] for event in state["log_history"] if "eval_loss" in event}
+    best = max(losses, key=losses.get)
+    assert best < max(losses)
+    # Validation and test pairs are the same.
+    assert report["best_predict_loss"] == pytest.approx(losses[best], rel=1e-5)
+    assert report["predict_loss"] == pytest.approx(losses[max(losses)], rel=1e-5)
+    saved, last = (load_file(out / folder / "model.safetensors") for folder in (".", f"checkpoint-{max(losses)}"))
+    assert all(torch.equal(saved[key], last[key]) for key in last)
+
+
 def test_accumulation_does_not_change_the_loss(tmp_path, options):
     argv = [*options, "--optimizer=sgd", "--dropout=0", "--max_steps=4", "--do_predict=false"]
     whole = translate.main([*argv, "--label_smoothing_factor=0"])
