@@ -7,6 +7,8 @@ Run it under accelerate, on one device or several:
 
 The output folder holds the model and its tokenizer, README.md, all_results.json, predictions.txt and
 learning_curve.png. A run that was interrupted resumes from its last checkpoint when it is started again.
+With `--metric_for_best_model loss` (or bleu, and `--predict_with_generate true`) and `--save_total_limit 2` the test
+split is also scored with the weights of the best epoch, as best_predict_bleu.
 """
 
 from __future__ import annotations
@@ -85,7 +87,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics
     if checkpoint is None:
         report |= metrics  # after resuming, Trainer divides the rest's loss and time by the steps of the whole run
-    report |= describe(trainer.optimizer, config) | {"step_seconds_median": timer.median()}
+    report |= describe(trainer.optimizer, config)
+    report |= {"step_seconds_median": timer.median(), "step_seconds_mean": timer.mean()}
     trainer.save_model()
     trainer.save_state()
 
@@ -97,6 +100,9 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         report |= metrics
         if trainer.is_world_process_zero():
             (output_dir / "predictions.txt").write_text("\n".join(translations) + "\n", encoding="utf-8")
+        best = trainer.state.best_model_checkpoint
+        if best is not None and not args.load_best_model_at_end:
+            report |= trainer.translate_as_of(best, test, "best_predict")[1]
     trainer.save_metrics("all", report, combined=False)
     trainer.create_model_card()
     if trainer.is_world_process_zero():

@@ -15,6 +15,7 @@ import torch
 import yaml
 from transformers import HfArgumentParser, Seq2SeqTrainingArguments
 
+from baselines import BASELINES
 from hf_fngd.config import PRESETS, FNGDConfig
 
 
@@ -25,7 +26,15 @@ def _option(default: Any, text: str) -> Any:
 def _fngd_help(name: str) -> dict[str, str]:
     """Describe an option that overrides a key of FNGDConfig, which also checks its value."""
     keys = {f.name: f for f in dataclasses.fields(FNGDConfig)}
-    return {"help": f"fngd: {keys[name].metadata['help']} Default: the configuration's."}
+    users = ["fngd", *(baseline for baseline in BASELINES if name in BASELINES[baseline].options)]
+    return {
+        "help": f"{', '.join(users)}: {keys[name].metadata['help']} Default: the configuration's, or the baseline's."
+    }
+
+
+def _baseline_option(name: str, text: str) -> Any:
+    users = ", ".join(baseline for baseline in BASELINES if name in BASELINES[baseline].options)
+    return _option(None, f"{users}: {text} Default: the baseline's.")
 
 
 @dataclass
@@ -94,8 +103,12 @@ class OptimizerArguments:
     Learning rate, weight decay, warm-up and scheduler are TrainingArguments', and so are AdamW's betas.
     """
 
-    optimizer: Literal["fngd", "adamw", "sgd"] = _option("fngd", "The optimizer.")
-    momentum: float | None = _option(None, "Momentum of fngd (default: its configuration's) or of sgd (default: 0.9).")
+    optimizer: Literal["fngd", "ngd", "adamw", "sgd", "muon", "soap", "shampoo", "kfac", "eva"] = _option(
+        "fngd", "The optimizer. ngd is fngd with sharing 'never'; those behind sgd update what fngd preconditions."
+    )
+    momentum: float | None = _option(
+        None, "Momentum of fngd (default: its configuration's), of sgd (default: 0.9), or of a baseline that has one."
+    )
     fngd_config: str | None = _option(
         None,
         f"fngd: a preset ({', '.join(PRESETS)}), a Hub repository or a local folder; by default 'default'.",
@@ -114,26 +127,43 @@ class OptimizerArguments:
     target_modules: list[str] | None = field(default=None, metadata=_fngd_help("target_modules"))
     exclude_modules: list[str] | None = field(default=None, metadata=_fngd_help("exclude_modules"))
     strict: bool | None = field(default=None, metadata=_fngd_help("strict"))
+    kl_clip: float | None = _baseline_option("kl_clip", "Bound of the trust region.")
+    statistics_every: int | None = _baseline_option("statistics_every", "Steps between two statistics.")
+    inverse_every: int | None = _baseline_option("inverse_every", "Steps between two inverses, roots or eigenbases.")
 
     def __post_init__(self) -> None:
-        """Reject options of fngd that another optimizer would ignore."""
-        if self.optimizer != "fngd":
-            ignored = [name for name in ("fngd_config", *self.overrides()) if getattr(self, name) is not None]
-            if self.optimizer == "sgd" and "momentum" in ignored:
-                ignored.remove("momentum")
-            if ignored:
-                raise ValueError(
-                    f"--optimizer {self.optimizer} has no use for {', '.join(f'--{name}' for name in ignored)}: "
-                    "leave out what only fngd uses, or set --optimizer fngd."
-                )
+        """Reject options that the optimizer would ignore."""
+        used = {"sgd": ["momentum"], "adamw": []}
+        if self.uses_fngd:
+            useful = [name for name in _names_of(self) if name not in BASELINE_OPTIONS]
+        else:
+            useful = used[self.optimizer] if self.optimizer in used else list(BASELINES[self.optimizer].options)
+        ignored = [name for name in self._given() if name not in useful]
+        if ignored:
+            raise ValueError(
+                f"--optimizer {self.optimizer} has no use for {', '.join(f'--{name}' for name in ignored)}: "
+                f"leave out what only others use; it takes {', '.join(useful) or 'none of these options'}."
+            )
+        if self.optimizer == "ngd" and self.sharing not in (None, "never"):
+            raise ValueError(f"--optimizer ngd is fngd with --sharing never, not {self.sharing}.")
+
+    @property
+    def uses_fngd(self) -> bool:
+        """Whether the optimizer is FNGD, under either of its names."""
+        return self.optimizer in ("fngd", "ngd")
+
+    def baseline_options(self) -> dict[str, Any]:
+        """Return the options of the baseline that were given a value."""
+        return {name: getattr(self, name) for name in self._given()}
+
+    def _given(self) -> list[str]:
+        return [name for name in _names_of(self) if getattr(self, name) is not None]
 
     def overrides(self) -> dict[str, Any]:
         """Return the keys of FNGDConfig that were given a value, with PEFT's convention for lists of one."""
-        values = {
-            f.name: getattr(self, f.name)
-            for f in dataclasses.fields(self)
-            if f.name not in ("optimizer", "fngd_config") and getattr(self, f.name) is not None
-        }
+        values = {name: getattr(self, name) for name in self._given() if name != "fngd_config"}
+        if self.optimizer == "ngd":
+            values["sharing"] = "never"
         for name in ("target_modules", "exclude_modules"):
             if len(values.get(name, ())) == 1:
                 values[name] = values[name][0]
@@ -185,6 +215,8 @@ class TranslationTrainingArguments(Seq2SeqTrainingArguments):
             raise ValueError(f"Set --optimizer instead of --optim {self.optim.value}.")
 
 
+# What FNGDConfig does not have.
+BASELINE_OPTIONS = ("kl_clip", "statistics_every", "inverse_every")
 DATACLASSES = (DataArguments, ModelArguments, OptimizerArguments, TranslationTrainingArguments)
 
 
@@ -235,6 +267,10 @@ def _as_options(path: Path) -> list[str]:
         elif value is not None:
             words.append(f"--{key}={value}")
     return words
+
+
+def _names_of(optimizer_args: OptimizerArguments) -> list[str]:
+    return [f.name for f in dataclasses.fields(optimizer_args) if f.name != "optimizer"]
 
 
 def _names() -> list[str]:

@@ -1,4 +1,4 @@
-"""The three optimizers of the recipe, as the Trainer takes them."""
+"""The optimizers of the recipe, as the Trainer takes them."""
 
 from __future__ import annotations
 
@@ -8,13 +8,16 @@ from typing import Any
 import torch
 from transformers import TrainerCallback
 
+from baselines import BASELINES, BaselineFactory
 from hf_fngd import FNGDCallback, FNGDConfig, FNGDFactory
 from translation.arguments import OptimizerArguments, TranslationTrainingArguments
 
+_NO_OPTIONS = ("params", "initial_lr", "step", "steps")  # keys of a parameter group
+
 
 def fngd_config(arguments: OptimizerArguments, training_args: TranslationTrainingArguments) -> FNGDConfig | None:
-    """Load the configuration that was named and apply the options; None unless the optimizer is fngd."""
-    if arguments.optimizer != "fngd":
+    """Load the configuration that was named and apply the options; None unless the optimizer is FNGD."""
+    if not arguments.uses_fngd:
         return None
     return FNGDConfig.load(
         arguments.fngd_config or "default",
@@ -39,6 +42,15 @@ def optimizer_cls_and_kwargs(
     if arguments.optimizer == "sgd":
         momentum = 0.9 if arguments.momentum is None else arguments.momentum
         return torch.optim.SGD, {"lr": training_args.learning_rate, "momentum": momentum}
+    if arguments.optimizer in BASELINES:
+        return BaselineFactory, {
+            "name": arguments.optimizer,
+            "lr": training_args.learning_rate,
+            "weight_decay": training_args.weight_decay,
+            "rest_betas": (training_args.adam_beta1, training_args.adam_beta2),
+            "rest_eps": training_args.adam_epsilon,
+            **arguments.baseline_options(),
+        }
     return None
 
 
@@ -55,15 +67,16 @@ def describe(optimizer: torch.optim.Optimizer, config: FNGDConfig | None) -> dic
         config: FNGD's configuration, whose keys are its arguments.
 
     Returns:
-        `optimizer`, the class's name, and `optimizer_arguments`, in types that JSON knows: FNGD's configuration, any
-        other optimizer's options in its first group (that of the parameters with weight decay).
+        `optimizer`, its name or else its class's, and `optimizer_arguments`, in types that JSON knows: FNGD's
+        configuration, any other optimizer's options in its first group (that of the parameters with weight decay).
     """
     optimizer = getattr(optimizer, "optimizer", optimizer)
     if config is not None:
         arguments: Mapping[str, Any] = config.optimizer_arguments()
     else:
         group = optimizer.param_groups[0]
-        options = {key: group[key] for key in group if key not in ("params", "initial_lr")}
+        options = {key: group[key] for key in group if key not in _NO_OPTIONS}
         # The scheduler has moved lr by now; the peak is what was set.
         arguments = options | {"lr": group.get("initial_lr", group["lr"])}
-    return {"optimizer": type(optimizer).__name__, "optimizer_arguments": dict(arguments)}
+    name = getattr(optimizer, "name", type(optimizer).__name__)
+    return {"optimizer": name, "optimizer_arguments": dict(arguments)}

@@ -91,6 +91,15 @@ class TranslationTrainer(Seq2SeqTrainer):
             metrics[f"{prefix}_{name if name == 'bleu' else 'bleu_' + name}"] = value
         return translations, metrics
 
+    def translate_as_of(self, checkpoint: str, held_out: HeldOut, prefix: str) -> tuple[list[str], dict[str, Any]]:
+        """Do what `translate` does with the weights of a checkpoint, and keep the model's own."""
+        last = {name: tensor.clone() for name, tensor in self.model.state_dict().items()}
+        self.model.load_state_dict(type(self.model).from_pretrained(checkpoint).state_dict())
+        try:
+            return self.translate(held_out, prefix)
+        finally:
+            self.model.load_state_dict(last)
+
 
 class StepTimer(TrainerCallback):
     """Takes the time of each optimizer step: forward, backward and update, without the loading of data."""
@@ -115,6 +124,11 @@ class StepTimer(TrainerCallback):
         """Return the median in seconds, the first steps aside; None where there were no others."""
         timed = self.seconds[self.WARM_UP :]
         return statistics.median(timed) if timed else None
+
+    def mean(self) -> float | None:
+        """Return the mean likewise: what an optimizer does in one step of ten or of a hundred counts too."""
+        timed = self.seconds[self.WARM_UP :]
+        return statistics.mean(timed) if timed else None
 
 
 def make_loss(label_smoothing: float) -> Callable[..., Tensor]:

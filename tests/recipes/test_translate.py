@@ -15,7 +15,7 @@ import translate
 from tests.recipes.translate_pairs import PAIRS, TINY_MODEL, write_splits
 from translation.trainer import StepTimer
 
-CLASSES = {"fngd": "FNGD", "adamw": "AdamW", "sgd": "SGD"}
+CLASSES = {"fngd": "FNGD", "ngd": "FNGD", "adamw": "AdamW", "sgd": "SGD", "kfac": "KFAC"}
 
 
 @pytest.fixture
@@ -50,7 +50,14 @@ def test_a_run_leaves_a_model_that_loads_and_a_true_report(tmp_path, options, op
     assert results["predict_bleu"] == report["predict_bleu"]
     assert results["predict_bleu_signature"].startswith("nrefs:1|case:mixed")
     assert len(results["eval_bleu_counts"]) == 4
-    assert {"eval_loss", "predict_loss", "train_loss", "train_runtime", "step_seconds_median"} <= set(results)
+    assert {
+        "eval_loss",
+        "predict_loss",
+        "train_loss",
+        "train_runtime",
+        "step_seconds_median",
+        "step_seconds_mean",
+    } <= set(results)
     assert (results["seed"], results["train_samples"]) == (42, 64)
 
     card = (out / "README.md").read_text(encoding="utf-8")
@@ -133,6 +140,25 @@ def test_resuming_from_nothing_is_an_error(options, named, message):
 def test_sharing_by_index_reaches_the_optimizer(options):
     report = translate.main([*options, "--sharing=index", "--strict=true", "--do_eval=false", "--do_predict=false"])
     assert report["optimizer_arguments"]["sharing"] == "index"
+
+
+def test_the_best_epoch_is_scored_beside_the_last(tmp_path, options):
+    argv = [*options, "--optimizer=adamw", "--metric_for_best_model=loss", "--save_total_limit=2"]
+    argv += [
+        "--greater_is_better=true",
+        "--label_smoothing_factor=0",
+    ]  # the largest loss, so that the first epoch has it
+    report = translate.main(argv)
+    out = tmp_path / "out"
+    state = json.loads((out / "trainer_state.json").read_text(encoding="utf-8"))
+    losses = {event["step"]: event["eval_loss"] for event in state["log_history"] if "eval_loss" in event}
+    best = max(losses, key=losses.get)
+    assert best < max(losses)
+    # Validation and test pairs are the same.
+    assert report["best_predict_loss"] == pytest.approx(losses[best], rel=1e-5)
+    assert report["predict_loss"] == pytest.approx(losses[max(losses)], rel=1e-5)
+    saved, last = (load_file(out / folder / "model.safetensors") for folder in (".", f"checkpoint-{max(losses)}"))
+    assert all(torch.equal(saved[key], last[key]) for key in last)
 
 
 def test_accumulation_does_not_change_the_loss(tmp_path, options):

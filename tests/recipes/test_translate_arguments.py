@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from hf_fngd import FNGDConfig
-from translation.arguments import OptimizerArguments, parse_arguments
+from translation.arguments import BASELINE_OPTIONS, OptimizerArguments, parse_arguments
 from translation.optimizers import fngd_config
 
 CONFIGS = Path(__file__).parents[2] / "recipes" / "configs"
@@ -67,6 +67,10 @@ def test_command_line_wins_over_file_and_values_are_typed(tmp_path, text, argv, 
         ("optimizer: adamw\ndamping: 0.1", [], "--optimizer adamw has no use for --damping"),
         ("optimizer: adamw", ["--momentum=0.5"], "--optimizer adamw has no use for --momentum"),
         ("optimizer: sgd", ["--fngd_config=paper"], "--optimizer sgd has no use for --fngd_config"),
+        ("optimizer: kfac", ["--sharing=last"], "kfac has no use for --sharing.*takes momentum, damping, kl_clip"),
+        ("optimizer: muon", ["--inverse_every=5"], "muon has no use for --inverse_every"),
+        ("kl_clip: 0.1", [], "--optimizer fngd has no use for --kl_clip"),
+        ("optimizer: ngd", ["--sharing=last"], "ngd is fngd with --sharing never, not last"),
         ("optim: sgd", [], "Set --optimizer instead of --optim sgd"),
         ("generation_num_beams: 4", [], "Set --num_beams instead of --generation_num_beams"),
         ("do_train: false", [], "always trains"),
@@ -87,7 +91,8 @@ def test_values_of_the_wrong_type_end_the_program(tmp_path, capsys, text):
 def test_every_key_of_the_optimizers_configuration_is_an_option():
     options = {f.name for f in dataclasses.fields(OptimizerArguments)}
     keys = {f.name for f in dataclasses.fields(FNGDConfig)}
-    assert options - {"optimizer", "fngd_config"} == keys - {"lr", "weight_decay"}  # those are TrainingArguments'
+    others = {"optimizer", "fngd_config", *BASELINE_OPTIONS}
+    assert options - others == keys - {"lr", "weight_decay"}  # those are TrainingArguments'
 
 
 def test_a_list_of_one_is_a_name_or_an_expression(tmp_path):

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from transformers.trainer_pt_utils import LabelSmoother
 
+from baselines import BaselineFactory
 from hf_fngd import FNGDFactory
 from tests.recipes.translate_pairs import PAIRS
 from translation.arguments import DataArguments, ModelArguments, OptimizerArguments, TranslationTrainingArguments
@@ -85,6 +86,20 @@ def test_baselines_are_torchs(tmp_path, options, expected):
     assert optimizer_cls_and_kwargs(arguments, config, training_args) == expected
 
 
+def test_baselines_of_the_recipe_get_their_options(tmp_path):
+    training_args = TranslationTrainingArguments(output_dir=str(tmp_path), learning_rate=0.01, adam_beta2=0.9)
+    arguments = OptimizerArguments(optimizer="eva", damping=0.5)
+    expected = {"name": "eva", "lr": 0.01, "weight_decay": 0.0, "rest_betas": (0.9, 0.9), "rest_eps": 1e-8}
+    assert fngd_config(arguments, training_args) is None
+    assert optimizer_cls_and_kwargs(arguments, None, training_args) == (BaselineFactory, {**expected, "damping": 0.5})
+
+
+def test_ngd_is_fngd_without_sharing(tmp_path):
+    training_args = TranslationTrainingArguments(output_dir=str(tmp_path))
+    config = fngd_config(OptimizerArguments(optimizer="ngd", damping=0.5), training_args)
+    assert config == fngd_config(OptimizerArguments(sharing="never", damping=0.5), training_args)
+
+
 def test_fngd_takes_a_configuration_and_what_overrides_it(tmp_path):
     training_args = TranslationTrainingArguments(output_dir=str(tmp_path), learning_rate=0.01, weight_decay=0.1)
     arguments = OptimizerArguments(fngd_config="paper", damping=0.5, exclude_modules=["fc1"])
@@ -120,10 +135,12 @@ def test_step_timer_skips_the_first_steps(monkeypatch):
         timer.on_step_begin()
         timer.on_step_end()
     assert timer.median() is None
+    assert timer.mean() is None
     for _ in range(3):
         timer.on_step_begin()
         timer.on_step_end()
     assert timer.median() == 2.0
+    assert timer.mean() == 4.0
 
 
 @pytest.mark.parametrize("bleu", [True, False])

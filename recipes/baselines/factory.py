@@ -1,0 +1,147 @@
+"""From a baseline's name to an optimizer of the whole model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import AdamW, Optimizer
+
+from baselines.composite import Composite
+from baselines.eva import Eva
+from baselines.kfac import KFAC
+from baselines.muon import Muon
+from baselines.shampoo import Shampoo
+from hf_fngd.groups import decays
+from hf_fngd.selection import ALL_LINEAR, Selected, select_layers
+
+
+@dataclass(frozen=True)
+class Baseline:
+    """A rule for matrices.
+
+    Attributes:
+        title: The name to report.
+        build: Takes parameter groups, the layers that own their matrices, and the options; returns the optimizer.
+        options: The options of `recipes/translate.py` that it has a use for, and the argument that each sets.
+    """
+
+    title: str
+    build: Callable[..., Optimizer]
+    options: dict[str, str]
+
+
+def _soap(groups: list[dict[str, Any]], layers: Sequence[nn.Module], **options: Any) -> Optimizer:
+    """SOAP (Vyas et al. 2024) of pytorch-optimizer; like its authors', it makes no update in the first step."""
+    from pytorch_optimizer import SOAP  # a library of a hundred optimizers, for this one alone
+
+    if "beta2" in options:
+        options["betas"] = (0.95, options.pop("beta2"))
+    return SOAP(groups, **options)
+
+
+def _without_layers(cls: Callable[..., Optimizer]) -> Callable[..., Optimizer]:
+    return lambda groups, layers, **options: cls(groups, **options)
+
+
+_KRONECKER = {
+    "momentum": "momentum",
+    "damping": "damping",
+    "kl_clip": "kl_clip",
+    "statistics_every": "statistics_every",
+}
+
+BASELINES: dict[str, Baseline] = {
+    "muon": Baseline("Muon", _without_layers(Muon), {"momentum": "momentum"}),
+    "soap": Baseline("SOAP", _soap, {"beta2": "beta2", "eps": "eps", "inverse_every": "precondition_frequency"}),
+    "shampoo": Baseline(
+        "Shampoo",
+        _without_layers(Shampoo),
+        {n: n for n in ("momentum", "beta2", "eps", "statistics_every", "inverse_every")},
+    ),
+    "kfac": Baseline("KFAC", KFAC, {**_KRONECKER, "inverse_every": "inverse_every"}),
+    "eva": Baseline("Eva", Eva, _KRONECKER),
+}
+
+
+class BaselineFactory:
+    """For `Trainer(optimizer_cls_and_kwargs=(BaselineFactory, {"name": ..., "lr": ...}))`."""
+
+    def __call__(
+        self,
+        model: nn.Module,
+        *,
+        name: str,
+        lr: float,
+        weight_decay: float = 0.0,
+        rest_betas: tuple[float, float] = (0.9, 0.999),
+        rest_eps: float = 1e-8,
+        **options: Any,
+    ) -> Composite:
+        """Build the optimizer.
+
+        Args:
+            model: The model to train.
+            name: A key of `BASELINES`.
+            lr: Learning rate of all parameters.
+            weight_decay: Decoupled decay; by the Trainer's own rule not of biases and norms.
+            rest_betas: AdamW's, on the parameters that the rule leaves out.
+            rest_eps: AdamW's, there.
+            **options: Of the baseline, by the names of its `options`.
+
+        Raises:
+            ValueError: No such baseline, or an option that it has no use for.
+        """
+        if name not in BASELINES:
+            raise ValueError(f"{name!r} is no baseline; there are {', '.join(BASELINES)}.")
+        baseline = BASELINES[name]
+        useless = [option for option in options if option not in baseline.options]
+        if useless:
+            raise ValueError(f"{name} has no use for {', '.join(useless)}; it takes {', '.join(baseline.options)}.")
+        layers = [layer.module for layer in baseline_layers(model)]
+        matrices, rest = split(model, layers, weight_decay)
+        options = {baseline.options[option]: value for option, value in options.items()}
+        optimizers = [baseline.build(matrices, layers, lr=lr, **options)]
+        if rest:
+            optimizers.append(AdamW(rest, lr=lr, betas=rest_betas, eps=rest_eps, fused=True))
+        return Composite(baseline.title, optimizers)
+
+
+def baseline_layers(model: nn.Module) -> list[Selected]:
+    """The layers that FNGD preconditions, without those as wide as the vocabulary.
+
+    Raises:
+        ValueError: Nothing is left.
+    """
+    vocabulary = getattr(getattr(model, "config", None), "vocab_size", None)
+    layers = select_layers(model, ALL_LINEAR, None).layers
+    layers = [layer for layer in layers if vocabulary not in layer.module.weight.shape]
+    if not layers:
+        raise ValueError("The model has no layer that is not as wide as its vocabulary: nothing to precondition.")
+    return layers
+
+
+def split(
+    model: nn.Module, layers: Sequence[nn.Module], weight_decay: float
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Return the groups of the layers' weights and those of all other trained parameters, decayed ones first."""
+    weights = {id(layer.weight) for layer in layers}
+    decayed = decays(model)
+    groups: dict[tuple[bool, bool], list[torch.Tensor]] = {
+        (matrix, decay): [] for matrix in (True, False) for decay in (True, False)
+    }
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            groups[id(parameter) in weights, name in decayed].append(parameter)
+    matrices, rest = (
+        [
+            {"params": groups[matrix, decay], "weight_decay": weight_decay if decay else 0.0}
+            for decay in (True, False)
+            if groups[matrix, decay]
+        ]
+        for matrix in (True, False)
+    )
+    return matrices, rest

@@ -1,0 +1,85 @@
+"""KFAC (Martens & Grosse 2015): the curvature of a layer is the Kronecker product of two small matrices."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from baselines.kronecker import KroneckerOptimizer, average
+
+
+class KFAC(KroneckerOptimizer):
+    """`p = (G + sqrt(gamma) / pi I)^-1 g (A + pi sqrt(gamma) I)^-1`, second moments A of inputs, G of gradients.
+
+    Positions of a sequence count as samples ("expand" of Eschenhagen et al. 2023) and G is that of the training
+    targets (the empirical Fisher matrix, as FNGD's). pi is that of Sec. 6.3, from the traces.
+
+    Args:
+        groups: See `KroneckerOptimizer`, and for what follows.
+        layers: The layers.
+        lr: Learning rate.
+        momentum: Of the preconditioned gradients.
+        damping: gamma.
+        decay: Of the running averages of A and G.
+        kl_clip: Bound of the trust region.
+        statistics_every: Steps between two updates of A and G.
+        inverse_every: Steps between two inversions, a multiple of statistics_every.
+    """
+
+    averages = ("A", "G")
+
+    def __init__(
+        self,
+        groups: list[dict[str, Any]],
+        layers: Sequence[nn.Module],
+        *,
+        lr: float,
+        momentum: float = 0.9,
+        damping: float = 0.003,
+        decay: float = 0.95,
+        kl_clip: float = 0.001,
+        statistics_every: int = 10,
+        inverse_every: int = 100,
+    ) -> None:
+        if inverse_every % statistics_every:
+            raise ValueError(f"statistics_every={statistics_every} does not divide inverse_every={inverse_every}.")
+        super().__init__(
+            groups,
+            layers,
+            lr=lr,
+            momentum=momentum,
+            damping=damping,
+            decay=decay,
+            kl_clip=kl_clip,
+            statistics_every=statistics_every,
+            inverse_every=inverse_every,
+        )
+
+    def statistics(self, a: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
+        """`sum a a^T` and `sum g g^T`."""
+        return a.mT @ a, g.mT @ g
+
+    def update(self, state: dict[str, Any], sums: tuple[Tensor, Tensor], rows: int, group: dict[str, Any]) -> None:
+        """Average the factors; invert them where it is time."""
+        average(state, "A", sums[0] / rows, group["decay"])
+        average(state, "G", sums[1] * rows, group["decay"])  # (M g)(M g)^T / M
+        if group["steps"] % group["inverse_every"] == 0 or "A_inverse" not in state:
+            state["A_inverse"], state["G_inverse"] = damped_inverses(state["A"], state["G"], group["damping"])
+
+    def precondition(self, state: dict[str, Any], grad: Tensor, group: dict[str, Any]) -> Tensor:
+        """`G^-1 grad A^-1`."""
+        return (state["G_inverse"] @ grad.to(state["A"].dtype) @ state["A_inverse"]).to(grad.dtype)
+
+
+def damped_inverses(A: Tensor, G: Tensor, damping: float) -> tuple[Tensor, Tensor]:
+    """Return the inverses of `A + pi sqrt(gamma) I` and `G + sqrt(gamma) / pi I`, pi^2 the ratio of mean diagonals."""
+    tiny = torch.finfo(A.dtype).tiny
+    pi = ((A.diagonal().mean() + tiny) / (G.diagonal().mean() + tiny)).sqrt()
+    inverses = []
+    for factor, share in ((A, pi), (G, 1 / pi)):
+        damped = factor + share * damping**0.5 * torch.eye(len(factor), dtype=factor.dtype, device=factor.device)
+        inverses.append(torch.cholesky_inverse(torch.linalg.cholesky(damped)))
+    return inverses[0], inverses[1]

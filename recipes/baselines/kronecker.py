@@ -1,0 +1,131 @@
+"""What KFAC and Eva share: statistics of a layer's inputs and output gradients, momentum, and the size of a step.
+
+Layout: a layer's inputs `a [M, i]` and output gradients `g [M, o]`, one row a position (every token of every
+sample), g of a loss that is a mean, so that the gradients of single positions are M g. Gradients of weights are
+`[o, i]`; that of a Conv1D is transposed on the way in and out.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from transformers.pytorch_utils import Conv1D
+
+
+class KroneckerOptimizer(Optimizer):
+    """SGD with momentum on a preconditioned gradient, within a trust region.
+
+    The step is scaled down where `lr^2 sum_l <p_l, g_l>`, about twice the KL divergence that it makes, is above
+    `kl_clip` (Ba et al. 2017, Sec. 5): by the root of the ratio. Weight decay is decoupled. Statistics are sums over
+    all micro-batches of a step. The model has to be trained by one process and without loss scaling.
+
+    Args:
+        groups: Parameter groups of the layers' weights.
+        layers: The layers.
+        lr: Learning rate.
+        momentum: Of the preconditioned gradients.
+        damping: gamma, added to the curvature.
+        decay: Of the running averages of the statistics.
+        kl_clip: kappa, the bound of the trust region.
+        statistics_every: Steps between two statistics.
+        **defaults: More of the groups' defaults.
+
+    Raises:
+        ValueError: There are several processes, whose statistics would drift apart.
+    """
+
+    averages: tuple[str, str]
+    """The names in the state of the two running averages."""
+
+    def __init__(
+        self,
+        groups: list[dict[str, Any]],
+        layers: Sequence[nn.Module],
+        *,
+        lr: float,
+        momentum: float,
+        damping: float,
+        decay: float,
+        kl_clip: float,
+        statistics_every: int,
+        **defaults: Any,
+    ) -> None:
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            raise ValueError(f"{type(self).__name__} of this recipe is for one process.")
+        if damping <= 0:
+            raise ValueError(f"damping is {damping}; it must be positive.")
+        defaults |= {"lr": lr, "momentum": momentum, "damping": damping, "decay": decay, "kl_clip": kl_clip}
+        super().__init__(groups, defaults | {"weight_decay": 0.0, "statistics_every": statistics_every, "steps": 0})
+        self._sums: dict[Tensor, list[Any]] = {}
+        self._transposed = {layer.weight: isinstance(layer, Conv1D) for layer in layers}
+        for layer in layers:
+            layer.register_forward_hook(self._watch)
+
+    @abstractmethod
+    def statistics(self, a: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
+        """Return two sums over the rows."""
+
+    @abstractmethod
+    def update(self, state: dict[str, Any], sums: tuple[Tensor, Tensor], rows: int, group: dict[str, Any]) -> None:
+        """Bring the sums of a step, over all of its rows, into the running averages."""
+
+    @abstractmethod
+    def precondition(self, state: dict[str, Any], grad: Tensor, group: dict[str, Any]) -> Tensor:
+        """Return the direction `[o, i]` for a gradient `[o, i]`."""
+
+    def _watch(self, layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        group = self.param_groups[0]
+        wanted = group["steps"] % group["statistics_every"] == 0
+        if wanted and layer.training and output.requires_grad:
+            output.register_hook(partial(self._collect, layer.weight, inputs[0].detach()))
+
+    @torch.no_grad()
+    def _collect(self, weight: Tensor, a: Tensor, g: Tensor) -> None:
+        a, g = (x.reshape(-1, x.shape[-1]).to(torch.promote_types(x.dtype, torch.float32)) for x in (a, g))
+        sums = self._sums.setdefault(weight, [0.0, 0.0, 0])
+        for place, value in enumerate((*self.statistics(a, g), len(a))):
+            sums[place] = sums[place] + value
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """Update the statistics that backward collected, and the parameters."""
+        loss = None if closure is None else torch.enable_grad()(closure)()
+        directions: dict[Tensor, Tensor] = {}
+        size = torch.zeros(())
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                state = self.state[p]
+                if p in self._sums:
+                    *sums, rows = self._sums[p]
+                    self.update(state, tuple(sums), rows, group)
+                grad = p.grad.mT if self._transposed[p] else p.grad
+                direction = self.precondition(state, grad, group) if self.averages[0] in state else grad
+                directions[p] = direction.mT if self._transposed[p] else direction
+                size = size.to(p.device) + group["lr"] ** 2 * (directions[p] * p.grad).sum()
+        self._sums.clear()
+        for group in self.param_groups:
+            scale = (group["kl_clip"] / size.clamp(min=torch.finfo(size.dtype).tiny)).sqrt().clamp(max=1)
+            for p in group["params"]:
+                if p in directions:
+                    state = self.state[p]
+                    buffer = state.setdefault("momentum_buffer", torch.zeros_like(p))
+                    buffer.mul_(group["momentum"]).add_(directions[p] * scale)
+                    p.mul_(1 - group["lr"] * group["weight_decay"]).add_(buffer, alpha=-group["lr"])
+            group["steps"] += 1
+        return loss
+
+
+def average(state: dict[str, Any], name: str, new: Tensor, decay: float) -> None:
+    """Move a running average towards a new value, from which it starts."""
+    if name in state:
+        state[name].lerp_(new, 1 - decay)
+    else:
+        state[name] = new.clone()

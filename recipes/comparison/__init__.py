@@ -1,0 +1,1 @@
+"""The parts of `recipes/compare.py`: one file a purpose."""

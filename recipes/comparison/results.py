@@ -1,0 +1,138 @@
+"""The file of finished runs, one JSON line each, and what can be read from it."""
+
+from __future__ import annotations
+
+import json
+import math
+import threading
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from comparison.plan import Comparison, Run, recorded
+
+Record = dict[str, Any]
+_CURVE = ("epoch", "step")
+
+
+class Results:
+    """The runs that ended, by their keys. Of several lines of a run the last one counts.
+
+    A line holds `stage`, `arm`, `point`, `seed`, `key`, `options`, `status` ("finished" or "failed"), `seconds` (of the
+    process; null where it had ended before), `jobs`, `resumed`; if it finished `metrics`, what the recipe reported
+    except for lists, and `curve`, its events; if it failed `error`.
+
+    Args:
+        path: The file; it need not exist.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._lock = threading.Lock()
+        self._records: dict[str, Record] = {}
+        for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+            try:
+                record = json.loads(line)
+            except json.JSONDecodeError:  # cut off by a kill
+                continue
+            self._records[record["key"]] = record
+
+    def finished(self, run: Run) -> Record | None:
+        """Return the record of a run; None unless it finished."""
+        record = self._records.get(run.key)
+        return record if record is not None and record["status"] == "finished" else None
+
+    def failed(self, run: Run) -> Record | None:
+        """Return the record of a run whose last try failed."""
+        record = self._records.get(run.key)
+        return record if record is not None and record["status"] == "failed" else None
+
+    def append(self, run: Run, outcome: Record) -> Record:
+        """Write a line."""
+        record = {name: getattr(run, name) for name in ("stage", "arm", "point", "seed", "key")}
+        record |= {"options": recorded(run.options)} | outcome
+        with self._lock:
+            self._records[run.key] = record
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            whole = not self.path.exists() or self.path.read_bytes()[-1:] in (b"", b"\n")
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(("" if whole else "\n") + json.dumps(_finite(record), allow_nan=False) + "\n")
+        return record
+
+
+def read_outcome(folder: Path, comparison: Comparison) -> Record:
+    """Read what a run left in its output folder.
+
+    Returns:
+        A part of a record: "finished" with `metrics` and `curve`, or "failed" with `error`.
+    """
+    history: list[Record] = []
+    try:
+        reported = json.loads((folder / "all_results.json").read_text(encoding="utf-8"))
+        if (folder / "trainer_state.json").exists():
+            history = json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))["log_history"]
+    except (OSError, json.JSONDecodeError) as error:
+        return {"status": "failed", "error": f"its results cannot be read: {type(error).__name__}"}
+    if comparison.metric not in reported:
+        return {"status": "failed", "error": f"all_results.json has no {comparison.metric}"}
+    metrics = {key: value for key, value in reported.items() if not isinstance(value, list) and key != "dataset_name"}
+    kept = {*_CURVE, *comparison.curves, "loss", comparison.metric}
+    curve = [{key: event[key] for key in event if key in kept} for event in history]
+    return _finite({"status": "finished", "metrics": metrics, "curve": [event for event in curve if len(event) > 2]})
+
+
+def best_points(comparison: Comparison, results: Results) -> dict[str, dict[str, Any]]:
+    """Return each arm's best grid point: by the mean over the seeds, of the points that finished with all of them.
+
+    An arm of one point has that, and an arm of which nothing finished, or nothing with a number, none.
+    """
+    best = {}
+    for arm, declared in comparison.arms.items():
+        points = declared.points()
+        if len(points) == 1:
+            best[arm] = points[0]
+            continue
+        scored = [
+            (score, point) for point in points if (score := screened(comparison, results, arm, point)) is not None
+        ]
+        if scored:
+            best[arm] = (max if comparison.maximize else min)(scored, key=lambda pair: pair[0])[1]
+    return best
+
+
+def screened(comparison: Comparison, results: Results, arm: str, point: Mapping[str, Any]) -> float | None:
+    """Return a grid point's mean metric over the seeds of the screening; None if one of them has none."""
+    runs = [run for run in comparison.screen_runs() if run.arm == arm and run.point == point]
+    return mean([value(results.finished(run), comparison.metric) for run in runs])
+
+
+def value(record: Record | None, metric: str) -> float | None:
+    """Return a metric of a record; None if there is no number."""
+    found = None if record is None else record["metrics"].get(metric)
+    return float(found) if isinstance(found, int | float) and math.isfinite(found) else None
+
+
+def mean(values: Sequence[float | None]) -> float | None:
+    """Return the mean; None if there are no values or one is None."""
+    known = [v for v in values if v is not None]
+    return sum(known) / len(known) if known and len(known) == len(values) else None
+
+
+def step_seconds(record: Record) -> float | None:
+    """Return the mean time of an optimizer step, with evaluation and loading of data left out."""
+    return value(record, "step_seconds_mean")
+
+
+def training_seconds(record: Record) -> float | None:
+    """Return the time of all optimizer steps."""
+    steps, seconds = max((event["step"] for event in record["curve"]), default=None), step_seconds(record)
+    return None if steps is None or seconds is None else steps * seconds
+
+
+def _finite(value: Any) -> Any:
+    """Replace numbers that JSON does not know by None."""
+    if isinstance(value, dict):
+        return {key: _finite(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

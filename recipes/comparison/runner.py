@@ -1,0 +1,118 @@
+"""Runs as child processes, several side by side."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from comparison.plan import Comparison, Run, words
+from comparison.results import Record, Results, read_outcome, value
+
+_LONGEST = 300  # characters of a message that are recorded
+
+
+class Runner:
+    """Executes runs that have not finished yet.
+
+    An interrupted run starts again in the output folder that it had, with the same command line: it is up to the
+    recipe to resume from the checkpoint there.
+
+    Args:
+        comparison: What the runs belong to.
+        results: Where they are recorded.
+        output_dir: Parent of the runs' output folders.
+        jobs: Processes side by side; the cores are divided among them.
+    """
+
+    def __init__(self, comparison: Comparison, results: Results, output_dir: Path, jobs: int) -> None:
+        self.comparison = comparison
+        self.results = results
+        self.output_dir = output_dir
+        self.jobs = jobs
+        self._children: set[subprocess.Popen[bytes]] = set()
+        self._lock = threading.Lock()
+        self._stopped = False
+        self._done = 0
+
+    def execute(self, runs: Sequence[Run]) -> int:
+        """Run what has not finished; runs that failed before are tried again.
+
+        Returns:
+            The number of runs that failed.
+        """
+        todo = [run for run in runs if self.results.finished(run) is None]
+        self._done = len(runs) - len(todo)
+        if self._done:
+            print(f"{self._done} of {len(runs)} runs have finished before.", flush=True)
+        with ThreadPoolExecutor(self.jobs) as pool:
+            try:
+                records = list(pool.map(lambda run: self._one(run, len(runs)), todo))
+            except BaseException:
+                self.stop()
+                raise
+        return sum(record["status"] == "failed" for record in records)
+
+    def stop(self) -> None:
+        """End the children, and start no others."""
+        with self._lock:
+            self._stopped = True
+            for child in self._children:
+                child.terminate()
+
+    def _one(self, run: Run, total: int) -> Record:
+        folder = self.output_dir / run.folder
+        start = time.perf_counter()
+        outcome = read_outcome(folder, self.comparison)
+        if outcome["status"] == "finished" and self.results.failed(run) is None:
+            outcome |= {"seconds": None, "resumed": True}  # it ended, but nobody was there to record it
+        else:
+            resumed = any(folder.glob("checkpoint-*"))
+            code, message = self._child(run, folder)
+            outcome = read_outcome(folder, self.comparison)
+            if code != 0:
+                outcome = {"status": "failed", "error": f"exit code {code}: {message}"}
+            outcome |= {"seconds": round(time.perf_counter() - start, 1), "resumed": resumed}
+        record = self.results.append(run, outcome | {"jobs": self.jobs})
+        with self._lock:
+            self._done += 1
+            print(f"[{self._done}/{total}] {run}: {self._summary(run, record)}", flush=True)
+        return record
+
+    def _child(self, run: Run, folder: Path) -> tuple[int, str]:
+        """Run the recipe; return its exit code and the last line of its output."""
+        folder.mkdir(parents=True, exist_ok=True)
+        threads = max(1, (os.cpu_count() or 1) // self.jobs)
+        command = [sys.executable, str(self.comparison.recipe), *words(run.options | {"output_dir": str(folder)})]
+        log = folder / "log.txt"
+        with log.open("ab") as output:
+            with self._lock:
+                if self._stopped:
+                    raise InterruptedError("stopped")
+                child = subprocess.Popen(
+                    command,
+                    stdout=output,
+                    stderr=subprocess.STDOUT,
+                    stdin=subprocess.DEVNULL,
+                    env={"OMP_NUM_THREADS": str(threads), **os.environ},
+                )
+                self._children.add(child)
+            code = child.wait()
+            with self._lock:
+                self._children.remove(child)
+                if self._stopped:
+                    raise InterruptedError("stopped")
+        lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
+        return code, lines[-1].strip()[:_LONGEST] if lines else "no output"
+
+    def _summary(self, run: Run, record: Record) -> str:
+        if record["status"] == "failed":
+            return f"FAILED, {record['error']} (see {self.output_dir / run.folder / 'log.txt'})"
+        score = value(record, self.comparison.metric)
+        time_taken = "" if record["seconds"] is None else f", {record['seconds']:.0f} s"
+        return f"{self.comparison.metric} {'not a number' if score is None else f'{score:.4g}'}{time_taken}"

@@ -1,0 +1,333 @@
+"""The comparison: what it runs, what it never runs twice, what it selects, what it says."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+import compare
+from comparison.plan import RECIPES, load, recorded, words
+from comparison.plot import series
+from comparison.report import report
+from comparison.results import Results
+from translation.arguments import parse_arguments
+
+CONFIGS = sorted((RECIPES / "configs" / "compare").glob("*.yaml"))
+
+
+class Setting:
+    """A comparison of the fake recipe, in a folder of its own."""
+
+    def __init__(self, folder, **changes):
+        self.folder = folder
+        self.values = {
+            "recipe": str(Path(__file__).with_name("fake_recipe.py")),
+            "metric": "eval_score",
+            "test_metrics": ["test_score"],
+            "options": {"mode": ""},
+            "screen": {"options": {"epochs": 1}},
+            "final": {"seeds": [1, 2, 4], "options": {"epochs": 3}},
+            "arms": {
+                "a": {"options": {"optimizer": "a"}, "grid": {"lr": [0.1, 0.3, 0.2]}},
+                "b": {"options": {"optimizer": "b"}, "grid": {"lr": [0.4, 0.2, 0.3]}},
+            },
+        } | changes
+
+    @property
+    def argv(self):
+        """Return the command line."""
+        file = self.folder / "toy.yaml"
+        file.write_text(yaml.safe_dump(self.values), encoding="utf-8")
+        return [str(file), f"--results_dir={self.folder / 'results'}", f"--output_dir={self.folder / 'out'}"]
+
+    def run(self, *argv):
+        """Run the comparison; return its exit code."""
+        return compare.main([*self.argv, *argv])
+
+    def calls(self):
+        """Return how often the recipe was started."""
+        file = self.folder / "out" / "calls.txt"
+        return len(file.read_text().splitlines()) if file.exists() else 0
+
+    def lines(self):
+        """Return the records."""
+        file = self.folder / "results" / "toy.jsonl"
+        return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+
+    def page(self):
+        """Return the report."""
+        return (self.folder / "results" / "toy.md").read_text(encoding="utf-8")
+
+    def row(self, name, column=0):
+        """Return the cells of the first row of the report that has a name in a column."""
+        rows = [line.strip("| ").split(" | ") for line in self.page().splitlines() if line.startswith("| ")]
+        return next(row for row in rows if row[column] == name)
+
+
+@pytest.fixture
+def toy(tmp_path):
+    return Setting(tmp_path)
+
+
+def test_the_best_point_by_validation_goes_on_with_more_seeds(toy, capsys):
+    assert toy.run() == 0
+    lines = toy.lines()
+    assert [(line["stage"], line["arm"], line["point"]["lr"], line["seed"]) for line in lines] == [
+        *[("screen", "a", lr, 0) for lr in (0.1, 0.3, 0.2)],
+        *[("screen", "b", lr, 0) for lr in (0.4, 0.2, 0.3)],
+        *[("final", arm, lr, seed) for seed in (1, 2, 4) for arm, lr in (("a", 0.3), ("b", 0.4))],
+    ]
+    assert [line["options"]["epochs"] for line in lines] == [1] * 6 + [3] * 6
+    assert lines[0]["metrics"]["test_score"] == -1.0
+    assert "list" not in lines[0]["metrics"]
+    assert lines[0]["curve"][0] == {"epoch": 1, "step": 4, "eval_score": 0.0}
+    out = capsys.readouterr().out
+    assert "[6/6] screen b lr 0.3 seed 0: eval_score 3" in out
+    assert "[6/6] final b lr 0.4 seed 4: eval_score 8" in out
+
+
+def test_the_report_has_means_spreads_and_seconds(toy):
+    toy.run()
+    # Seeds 1, 2, 4 add themselves to the score 10 lr; the curve's best epoch is the second one, of the same score.
+    assert toy.row("optimizer")[4:] == [
+        "eval_score",
+        "eval_score, best epoch",
+        "test_score",
+        "seconds",
+        "seconds a step",
+    ]
+    spread = "5.333 ± 1.5 (4 to 7)"
+    assert toy.row("a") == ["a", "lr 0.3", "3", "3", spread, spread, "-5.333 ± 1.5 (-7 to -4)", "6", "0.5"]
+    assert toy.row("b")[6] == "-6.333 ± 1.5 (-8 to -5)"
+    assert toy.row("lr 0.2", column=1) == ["a", "lr 0.2", "2"]
+    assert "sacreBLEU `sig`." in toy.page()
+    assert (toy.folder / "results" / "toy.png").read_bytes().startswith(b"\x89PNG")
+    before = toy.page()
+    (toy.folder / "results" / "toy.md").unlink()
+    assert toy.run("--report") == 0
+    assert toy.page() == before
+    assert toy.calls() == 12
+
+
+def test_a_finished_run_is_never_repeated(toy, capsys):
+    toy.run()
+    assert toy.run() == 0
+    assert toy.calls() == 12
+    assert "6 of 6 runs have finished before." in capsys.readouterr().out
+    toy.values["final"]["seeds"] = [1, 2, 4, 5]
+    toy.values["arms"]["a"]["grid"]["lr"] = [0.1, 0.3, 0.2, 0.25]
+    toy.run()
+    assert toy.calls() == 12 + 2 + 1
+    toy.values["options"]["width"] = 7  # other options are other runs
+    toy.run()
+    assert toy.calls() == 15 + 7 + 8
+
+
+def test_runs_that_ended_unrecorded_are_read_and_a_line_cut_off_is_replaced(toy):
+    toy.run()
+    file = toy.folder / "results" / "toy.jsonl"
+    text = file.read_text(encoding="utf-8")
+    file.write_text(text[: len(text) * 5 // 6 - 50], encoding="utf-8")
+    with pytest.raises(json.JSONDecodeError):
+        toy.lines()
+    toy.run()
+    assert toy.calls() == 12
+    page = toy.page()
+    file.unlink()
+    toy.run()
+    assert toy.calls() == 12
+    assert toy.page() == page
+    assert all(line["seconds"] is None for line in toy.lines())
+
+
+def test_a_failure_is_recorded_the_others_go_on_and_it_is_tried_again(toy, capsys):
+    toy.values["arms"]["a"]["grid"]["lr"] = [0.1, 5, 0.2]
+    toy.values["arms"]["c"] = {"grid": {"lr": [2, 3, 4]}}
+    assert toy.run() == 1
+    assert toy.calls() == 9 + 6
+    failed = [line for line in toy.lines() if line["status"] == "failed"]
+    assert [(line["arm"], line["point"]["lr"]) for line in failed] == [("a", 5), ("c", 2), ("c", 3), ("c", 4)]
+    assert failed[0]["error"] == "exit code 1: lr 5.0 is too large"
+    out = capsys.readouterr().out
+    assert "screen a lr 5 seed 0: FAILED, exit code 1: lr 5.0 is too large (see " in out
+    assert "c: no grid point finished with a number" in out
+    assert "- Failed: screen a lr 5 seed 0 (exit code 1: lr 5.0 is too large)." in toy.page()
+    assert "- c has no finished final run." in toy.page()
+    assert toy.row("a")[1] == "lr 0.2"
+    assert toy.row("lr 5", column=1)[2] == "failed"
+
+    (toy.folder / "out" / "repaired").touch()
+    assert toy.run() == 0
+    assert toy.calls() == 15 + 4 + 6  # the point 5 wins now, and c has final runs
+    assert toy.row("a")[1] == "lr 5"
+    assert "Failed" not in toy.page()
+
+
+def test_a_run_without_the_metric_has_failed(toy):
+    toy.values["options"]["mode"] = "silent"
+    assert toy.run() == 1
+    assert {line["error"] for line in toy.lines()} == {"all_results.json has no eval_score"}
+
+
+def test_a_score_that_is_no_number_is_never_the_best(toy):
+    toy.values |= {"options": {"mode": "nan"}, "maximize": False}
+    toy.values["arms"]["a"]["grid"]["lr"] = [0.05, 0.3, 0.2]
+    assert toy.run() == 0
+    assert toy.row("a")[1] == "lr 0.2"  # the lowest of the others
+    assert toy.row("b")[1] == "lr 0.2"
+    assert toy.row("lr 0.05", column=1)[2] == "not a number"
+    assert "NaN" not in (toy.folder / "results" / "toy.jsonl").read_text(encoding="utf-8")
+
+
+def test_an_interrupted_run_starts_again_where_its_checkpoint_is(toy):
+    toy.values |= {"options": {"mode": "interrupted"}, "arms": {"a": {"options": {"lr": 0.1}}}, "final": {"seeds": [1]}}
+    command = [sys.executable, compare.__file__, *toy.argv]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as parent:
+        deadline = time.monotonic() + 60
+        while not list((toy.folder / "out").glob("*/checkpoint-1")) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        os.kill(parent.pid, signal.SIGTERM)  # the child sleeps for longer than this waits
+        assert b"start again to go on" in parent.communicate(timeout=50)[0]
+    assert parent.returncode == 1
+    assert not (toy.folder / "results" / "toy.jsonl").exists()
+    assert toy.run() == 0
+    (line,) = toy.lines()
+    assert (line["status"], line["resumed"]) == ("finished", True)
+    assert toy.calls() == 2
+
+
+def test_jobs_run_side_by_side(toy):
+    toy.values["options"]["mode"] = "meet"
+    assert toy.run("--jobs=2") == 0
+    assert "Some runs were made side by side" in toy.page()
+
+
+def test_remarks_come_with_their_causes_alone(toy):
+    toy.values["arms"]["b"]["options"]["bias"] = 1
+    toy.values["arms"]["a"]["grid"]["lr"] = [0.1, 0.3, 0.35, 0.2]
+    toy.values["arms"]["b"]["grid"]["lr"] = [0.2, 4]
+    (toy.folder / "out").mkdir()
+    (toy.folder / "out" / "repaired").touch()
+    toy.run()
+    assert "- The grids are not of equal size: a 4, b 2.\n" in toy.page()
+    assert "edge" in toy.page()  # 0.35 of a
+    assert "overlap" not in toy.page()  # 7.5 at most for a, 41 at least for b
+    toy.values["arms"]["a"]["grid"]["lr"] = [0.1, 0.3, 0.2, 0.35]
+    toy.values["arms"]["b"]["grid"]["lr"] = [0.1, 0.2, 0.3, 0.4]
+    toy.run()
+    assert "equal size" not in toy.page()
+    assert "- The best lr of b, 0.4, lies at the edge of its grid.\n" in toy.page()
+    assert "- test_score of a and of b differ by less than their seeds do: the ranges overlap.\n" in toy.page()
+    assert "one seed" not in toy.page()
+    toy.values["final"]["seeds"] = [1]
+    toy.run()
+    assert "- There is one seed: no spread." in toy.page()
+    assert "overlap" not in toy.page()
+
+
+def test_a_report_on_what_has_not_run_says_so(toy):
+    comparison = load(Path(toy.argv[0]))
+    page = report(comparison, Results(toy.folder / "nothing.jsonl"))
+    assert "- 6 runs of the screening are missing." in page
+    assert "| a | - | 3 | 0 | - | - | - | - | - |" in page
+
+
+def test_an_arm_of_one_point_is_not_screened_and_a_run_of_both_stages_is_made_once(toy):
+    toy.values["arms"] = {"a": {"options": {"lr": 0.1}}, "b": {"grid": {"lr": [0.1, 0.2]}}}
+    toy.values["final"] = {"seeds": [0, 1], "options": {"epochs": 1}}
+    toy.run()
+    assert [(line["stage"], line["arm"]) for line in toy.lines()] == [
+        ("screen", "b"),
+        ("screen", "b"),
+        ("final", "a"),
+        ("final", "a"),
+        ("final", "b"),
+    ]
+    assert toy.row("b")[3] == "2"
+
+
+def test_options_of_the_command_line_win_over_the_files(toy, capsys):
+    toy.run("--set", "epochs=7", "mode=x", "--arms", "b")
+    assert {line["arm"] for line in toy.lines()} == {"b"}
+    assert {(line["options"]["epochs"], line["options"]["mode"]) for line in toy.lines()} == {(7, "x")}
+    capsys.readouterr()
+    toy.run("--list", "--set", "epochs=7", "mode=x")
+    out = capsys.readouterr().out.splitlines()
+    assert out[0] == "to do    screen a lr 0.1 seed 0"
+    assert out[3] == "finished screen b lr 0.4 seed 0"
+    assert out[-1] == "3 final runs each of a, when their grids are screened"
+
+
+def test_base_is_a_recipes_own_file(toy):
+    (toy.folder / "base.yaml").write_text("width: 3\ndepth: 2\noutput_dir: elsewhere\n", encoding="utf-8")
+    toy.values |= {"base": "base.yaml", "options": {"width": 5, "mode": ""}}
+    assert load(Path(toy.argv[0])).options == {"width": 5, "depth": 2, "mode": ""}
+
+
+def test_folders_have_plain_names(toy):
+    toy.values["arms"] = {"a, w = 1/2": {"options": {"lr": 0.1}}}
+    (run,) = load(Path(toy.argv[0])).final_runs({"a, w = 1/2": {}})[:1]
+    assert run.folder == f"a-w-1-2-{run.key}"
+
+
+def test_words_are_the_recipes(tmp_path):
+    options = {"a": 1, "b": [1, 2], "c": {"d": 1}, "e": None, "f": False, "g": "1e-3"}
+    assert words(options) == ["--a=1", "--b", "1", "2", '--c={"d": 1}', "--f=False", "--g=1e-3"]
+    assert recorded({"a": str(tmp_path), "b": "user/name"}) == {"a": tmp_path.name, "b": "user/name"}
+
+
+def test_seconds_of_a_curve_are_those_of_its_steps():
+    record = {
+        "curve": [{"step": 3, "epoch": 1, "m": 5.0}, {"step": 6, "epoch": 2}],
+        "metrics": {"step_seconds_mean": 2.0},
+    }
+    assert series(record, "m", "epoch") == ([1], [5.0])
+    assert series(record, "m", "seconds") == ([6.0], [5.0])
+    assert series(record | {"metrics": {}}, "m", "seconds") == ([], [])
+
+
+@pytest.mark.parametrize(
+    ("changes", "argv", "message"),
+    [
+        ({"metrics": 1}, [], "has metrics; it may have arms, base"),
+        ({"arms": {"a": {"gird": {}}}}, [], "arm a has gird"),
+        ({"arms": {"a": {"grid": {"lr": 1}}}}, [], "the grid of lr must be a list"),
+        ({"arms": {"a": {"grid": {"seed": [1]}}}}, [], "sets seed or output_dir"),
+        ({"arms": {"a": {"grid": {"epochs": [1]}}}}, [], "arm a and its stages both set epochs"),
+        ({"arms": ["a"]}, [], "arms holds a list"),
+        ({"final": {"seeds": []}}, [], "final has no seeds"),
+        ({}, ["--arms", "c"], "no arms c; it has a, b"),
+        ({}, ["--set", "lr=1"], "arm a and its stages both set lr"),
+    ],
+)
+def test_bad_files_are_refused(tmp_path, changes, argv, message):
+    toy = Setting(tmp_path, **changes)
+    with pytest.raises(ValueError, match=message):
+        toy.run(*argv)
+    assert toy.calls() == 0
+
+
+def test_a_missing_key_is_named(toy):
+    del toy.values["metric"]
+    with pytest.raises(ValueError, match=r"toy\.yaml lacks metric"):
+        toy.run()
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_declared_comparisons_parse_and_have_equal_grids(tmp_path, path):
+    comparison = load(path)
+    runs = comparison.screen_runs()
+    runs += comparison.final_runs({name: arm.points()[0] for name, arm in comparison.arms.items()})
+    for run in runs:
+        training = parse_arguments([*words(run.options), f"--output_dir={tmp_path}"])[3]
+        assert training.seed == run.seed
+    assert len({len(arm.points()) for arm in comparison.arms.values()}) == 1
+    assert len({run.key for run in runs}) == len(runs)
