@@ -11,22 +11,19 @@ import torch
 from torch import Tensor, nn
 
 from hf_fngd.arguments import validate
-from hf_fngd.coefficients import damping_from_gradient, natural_step
+from hf_fngd.coefficients import damping_from_gradient
 from hf_fngd.coverage import CoverageReport
 from hf_fngd.groups import parameter_groups
 from hf_fngd.preconditioner import FNGDPreconditioner, check_keys
 from hf_fngd.rules import FALLBACK_RULES, RULES, Settings
 from hf_fngd.selection import Modules
-from hf_fngd.sharded import local, sum_over_parts
+from hf_fngd.sharded import local
 from hf_fngd.sharing import SharingPolicy
+from hf_fngd.step_scale import StepScale, of_layers, squared_norms, usable
 
 logger = logging.getLogger(__name__)
 
-# Decay of the running mean of ||p||^2 in step_scale="rms".
-_NORM_DECAY = 0.95
 _STATE_KEY = "fngd"
-# A gradient norm below which float32 squares lose digits.
-_FAINT = 1e-15
 
 
 class FNGD(torch.optim.Optimizer):
@@ -121,7 +118,8 @@ class FNGD(torch.optim.Optimizer):
             strict=strict,
         )
         self.step_scale = step_scale
-        self._norms: Tensor | None = None
+        self._scale = StepScale(step_scale, damping)
+        self._update = update
         self._checked = False
         self.skipped = 0
         groups = parameter_groups(
@@ -201,13 +199,16 @@ class FNGD(torch.optim.Optimizer):
                 loss = closure()
         if not self._checked:
             self._check_parameters()
-        squared = self._squared_norms()
-        if squared is not None and not _usable(squared):
+        squared = squared_norms(self.param_groups)
+        if squared is not None and not usable(squared):
             self.preconditioner.skip()
             self._report_skip()
             return loss
         self.preconditioner.step()
-        scales = None if squared is None else self._scales(squared)
+        scales = None
+        if squared is not None and self._update == "momentum":
+            norms, sizes = of_layers(squared, self.param_groups, len(self.preconditioner.layers))
+            scales = self._scale(norms, sizes, self.preconditioner.rho, self.preconditioner.spread)
         for group in self.param_groups:
             self._update_group(group, scales)
         return loss
@@ -219,7 +220,7 @@ class FNGD(torch.optim.Optimizer):
             return
         params: list[Tensor] = [group["params"][place] for place in live]
         grads: list[Tensor] = [local(p.grad) for p in params if p.grad is not None]
-        if scales is not None and group["layers"] and group["rule"] == "momentum":
+        if scales is not None and group["layers"]:
             factors = scales.to(grads[0].device).unbind()
             of_layer = [factors[group["layers"][place]] for place in live]
             grads = [g * factor.to(g.dtype) for g, factor in zip(grads, of_layer, strict=True)]
@@ -246,56 +247,6 @@ class FNGD(torch.optim.Optimizer):
                 "bad samples or a learning rate that is too high",
                 self.skipped,
             )
-
-    # Step scale ------------------------------------------------------------------------------------------
-
-    def _squared_norms(self) -> Tensor | None:
-        """``||p||^2`` of every parameter's gradient, in the groups' order ``[P]``; 0 where there is none."""
-        params = [p for group in self.param_groups for p in group["params"]]
-        live = [place for place, p in enumerate(params) if p.grad is not None]
-        if not live:
-            return None
-        squared = sum_over_parts(
-            _norms([local(params[place].grad) for place in live]).square(), [params[i] for i in live]
-        )
-        if len(live) == len(params):
-            return squared
-        return squared.new_zeros(len(params)).index_copy(0, torch.tensor(live, device=squared.device), squared)
-
-    def _of_layers(self, squared: Tensor) -> tuple[Tensor, Tensor]:
-        """From parameters to layers: ``||p||^2``, and the number of entries that have a gradient, both ``[L]``."""
-        places, layers, counts, first = [], [], [], 0
-        for group in self.param_groups:
-            # The groups of the fallback have no layers.
-            for place, (layer, p) in enumerate(zip(group["layers"], group["params"], strict=False), start=first):
-                places.append(place)
-                layers.append(layer)
-                counts.append(0.0 if p.grad is None else float(p.numel()))
-            first += len(group["params"])
-        totals = squared.new_zeros(2, len(self.preconditioner.layers))
-        sizes = torch.tensor(counts, dtype=squared.dtype, device=squared.device)
-        found = torch.stack([squared[places], sizes])
-        totals.index_add_(1, torch.tensor(layers, device=squared.device), found)
-        return totals[0], totals[1]
-
-    def _scales(self, squared: Tensor) -> Tensor | None:
-        if all(group["rule"] != "momentum" for group in self.param_groups if group["layers"]):
-            return None
-        squared, sizes = self._of_layers(squared)
-        # A layer that never measured rho gets a plain gradient; rho = 1 then makes lr the RMS of its update.
-        rho = self.preconditioner.rho.to(squared).nan_to_num(nan=1.0)
-        if self.step_scale == "ngd":
-            spread = self.preconditioner.spread.to(squared)
-            scales = natural_step(rho, spread, squared, self.preconditioner.damping)
-            scales = torch.minimum(scales, sizes.sqrt() / squared.sqrt())
-        else:
-            # Trainer loads checkpoints to the CPU, and a layer without a gradient keeps its mean.
-            known = squared if self._norms is None else self._norms.to(squared.device)
-            known = torch.where(known == 0, squared, known)
-            self._norms = torch.where(squared > 0, torch.lerp(squared, known, _NORM_DECAY), known)
-            scales = sizes.sqrt() / (rho * self._norms).sqrt()
-        # Finite in the gradients' dtype, where a gradient is subnormal.
-        return torch.where(squared > 0, scales, 0.0).clamp(max=torch.finfo(torch.float32).max)
 
     # Safety ----------------------------------------------------------------------------------------------
 
@@ -348,10 +299,10 @@ class FNGD(torch.optim.Optimizer):
         all processes have to call it.
         """
         own = self.preconditioner.diagnostics() | {"skipped": float(self.skipped)}
-        norms = self._squared_norms()
+        norms = squared_norms(self.param_groups)
         if norms is None:
             return own | {"lambda": float("nan")}
-        squared, _ = self._of_layers(norms)
+        squared, _ = of_layers(norms, self.param_groups, len(self.preconditioner.layers))
         damping = damping_from_gradient(self.preconditioner.rho.to(squared), squared, self.preconditioner.damping)
         known = damping[damping > 0]
         mean = float(known.log().mean().exp()) if known.numel() else float("nan")
@@ -368,7 +319,7 @@ class FNGD(torch.optim.Optimizer):
         state = super().state_dict()
         state["param_groups"][0][_STATE_KEY] = {
             "engine": self.preconditioner.state_dict(),
-            "norms": self._norms,
+            "norms": self._scale.norms,
             "skipped": self.skipped,
         }
         return state
@@ -399,7 +350,7 @@ class FNGD(torch.optim.Optimizer):
         self.preconditioner.load_state_dict(own["engine"])
         first = {key: value for key, value in groups[0].items() if key != _STATE_KEY}
         super().load_state_dict({**state_dict, "param_groups": [first, *groups[1:]]})
-        self._norms = None if own["norms"] is None else own["norms"].clone()
+        self._scale.norms = None if own["norms"] is None else own["norms"].clone()
         self.skipped = own["skipped"]
 
     def _check_shapes(self, state_dict: Mapping[str, Any]) -> None:
@@ -420,26 +371,3 @@ class FNGD(torch.optim.Optimizer):
                             f"the checkpoint's {entry} of {name} has the shape {tuple(value.shape)}, the parameter has "
                             f"{tuple(p.shape)}: resume with the model that the checkpoint was made with"
                         )
-
-
-def _norms(grads: list[Tensor]) -> Tensor:
-    """The 2-norms of tensors ``[P]``, in float64 where the device has it."""
-    device = grads[0].device
-    kinds = {grad.dtype for grad in grads}
-    if kinds in ({torch.float32}, {torch.float64}):
-        norms = torch._foreach_norm(grads)
-    else:
-        norms = torch._foreach_norm(grads, dtype=torch.float64 if torch.float64 in kinds else torch.float32)
-    found = torch.stack([norm.to(device) for norm in norms])
-    if device.type == "mps":
-        return found
-    found = found.double()
-    # Squares of these vanish in float32; float64 from the start is many times slower on a CPU.
-    for place in [place for place, norm in enumerate(found.tolist()) if norm < _FAINT]:
-        found[place] = torch.linalg.vector_norm(grads[place], dtype=torch.float64)
-    return found
-
-
-def _usable(squared: Tensor) -> bool:
-    """Whether gradients are finite, and stay so when an update rule squares them in float32. Waits for the device."""
-    return bool(squared.sum() <= torch.finfo(torch.float32).max)

@@ -16,7 +16,7 @@ ORDER = [
     {"layers"},
     {"sharing"},
     {"backward", "exchange", "inputs", "selection", "phase", "coverage"},
-    {"compiled", "rules", "groups", "ratios", "window"},
+    {"compiled", "rules", "groups", "ratios", "step_scale", "window"},
     {"preconditioner"},
     {"optimizer", "hub"},
     {"config"},

@@ -88,7 +88,7 @@ def test_a_later_rms_update_is_measured_by_a_running_mean() -> None:
         (factor * F.cross_entropy(model(x), y)).backward()
         optimizer.step()
     squared = sum(float(p.grad.square().sum()) for p in model.parameters())
-    assert float(optimizer._norms) == pytest.approx(squared * (0.95 / 100 + 0.05))
+    assert float(optimizer._scale.norms) == pytest.approx(squared * (0.95 / 100 + 0.05))
 
 
 @pytest.mark.parametrize("update", UPDATES)
