@@ -6,19 +6,17 @@ Run by `tests.distributed.launch`: ``python -m tests.distributed.checks NAME... 
 from __future__ import annotations
 
 import copy
-import hashlib
 import json
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
 from itertools import product
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
@@ -28,99 +26,21 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import Trainer, TrainingArguments
 
 from hf_fngd import FNGD, FNGDCallback
-from hf_fngd.sharing import INDEX_COLUMN
+from tests.distributed.harness import (
+    SETTINGS,
+    STEPS,
+    agree,
+    alone,
+    batch,
+    digest,
+    engine_state,
+    flat,
+    make,
+    optimizer,
+    run,
+)
 from tests.nets import data, loss, net
 from tests.trainer.test_trainer import bert, text
-
-STEPS, EPOCH = 12, 6
-
-# Every sharing policy, update rule, step scale and fallback at least once.
-SETTINGS: dict[str, dict[str, Any]] = {
-    "ranked, muon": {"sharing": "ranked", "update": "muon"},
-    "replay, momentum, rms": {"sharing": "replay", "update": "momentum", "fallback": "sgd", "weight_decay": 0.1},
-    "never, momentum, ngd": {"sharing": "never", "update": "momentum", "step_scale": "ngd"},
-    "replay, momentum, ngd": {"sharing": "replay", "update": "momentum", "step_scale": "ngd"},
-    "last, adam": {"sharing": "last", "update": "adam"},
-    "index, adam": {"sharing": "index", "update": "adam"},
-    "uniform, momentum, rms": {"sharing": "uniform", "update": "momentum"},
-}
-
-
-def make(conv1d: bool = False, **changes: Any) -> tuple[nn.Module, FNGD]:
-    """A small net and FNGD on it: four coefficient steps, then every third."""
-    model = net(width=9, layer_type="Conv1D" if conv1d else "Linear")
-    return model, optimizer(model, **changes)
-
-
-def optimizer(model: nn.Module, **changes: Any) -> FNGD:
-    return FNGD(model, **({"lr": 1e-2, "damping": 0.01, "refresh": 3, "coefficient_steps": 4} | changes))
-
-
-def batch(step: int, rank: int, world: int, sharing: str) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    """One rank's samples; in every third step, the last of a short epoch, each rank has another number of them."""
-    samples = 5 if step % 3 != 2 else 2 + rank
-    x, y = data(samples, 3, seed=100 * step + rank)
-    index = torch.arange(samples) + 20 * (world * (step % EPOCH) + rank)
-    return x, y, {INDEX_COLUMN: index} if sharing == "index" else {}
-
-
-def run(model: nn.Module, fngd: FNGD, ranks: list[int], world: int, steps: range = range(STEPS)) -> None:
-    """Train on the batches of some of the ranks, whose gradients are averaged in backward or accumulated."""
-    sharing = fngd.preconditioner.policy.name
-    for step in steps:
-        for rank in ranks:
-            x, y, extra = batch(step, rank, world, sharing)
-            last = rank == ranks[-1]
-            synchronized = nullcontext() if last or not hasattr(model, "no_sync") else model.no_sync()
-            with synchronized:
-                (nn.functional.cross_entropy(model(x, **extra), y) / len(ranks)).backward()
-        fngd.step()
-        fngd.zero_grad()
-        if step == EPOCH - 1:
-            fngd.end_epoch()
-
-
-@contextmanager
-def alone() -> Iterator[None]:
-    """This process by itself: what it does is no part of the group's work."""
-    initialized = dist.is_initialized
-    dist.is_initialized = lambda: False
-    try:
-        yield
-    finally:
-        dist.is_initialized = initialized
-
-
-def flat(model: nn.Module) -> Tensor:
-    parts = [p.full_tensor() if isinstance(p, DTensor) else p for p in model.parameters()]
-    return torch.cat([p.detach().flatten() for p in parts])
-
-
-def digest(value: Any) -> str:
-    """Of tensors, numbers, lists and dictionaries, bit for bit."""
-    if isinstance(value, dict):
-        return hashlib.sha256(
-            "".join(f"{k}:{digest(v)}" for k, v in sorted(value.items(), key=str)).encode()
-        ).hexdigest()
-    if isinstance(value, list | tuple):
-        return digest(dict(enumerate(value)) | {"type": "list"}) if value else "[]"
-    if isinstance(value, DTensor):
-        value = value.full_tensor()
-    if isinstance(value, Tensor):
-        return hashlib.sha256(value.contiguous().numpy().tobytes()).hexdigest() + str(value.dtype)
-    return repr(value)
-
-
-def agree(*values: Any) -> bool:
-    """Whether all ranks hold the same, bit for bit."""
-    own = digest(list(values))
-    found: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(found, own)
-    return found == [own] * len(found)
-
-
-def engine_state(fngd: FNGD) -> Any:
-    return fngd.state_dict()["param_groups"][0]["fngd"]
 
 
 def against_accumulation(prepare: Callable[..., tuple[nn.Module, nn.Module, FNGD, bool]]) -> dict[str, Any]:

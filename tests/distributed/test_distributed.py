@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tests.distributed.checks import SETTINGS
+from tests.distributed.harness import SETTINGS
 from tests.distributed.launch import launch
 
 CHECKS = "tests.distributed.checks"
