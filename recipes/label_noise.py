@@ -23,7 +23,7 @@ from tqdm import tqdm
 from hf_fngd import FNGD
 from hf_fngd.sharing import INDEX_COLUMN
 
-# What is compared: AdamW's update on gradients weighted in different ways.
+# What is compared: AdamW's update, and Muon's, on gradients weighted in different ways.
 ARMS: dict[str, dict[str, Any]] = {
     "w = 1 (AdamW)": {"sharing": "uniform", "refresh": 0, "coefficient_steps": 1},
     "recomputed every step": {"sharing": "never"},
@@ -33,6 +33,9 @@ ARMS: dict[str, dict[str, Any]] = {
     "index, every 10th step": {"sharing": "index", "refresh": 10},
     "ranked, first epoch only": {"sharing": "ranked", "refresh": 0, "coefficient_steps": 10**6},
     "replay, first epoch only (the paper's)": {"sharing": "replay", "refresh": 0, "coefficient_steps": 10**6},
+    "Muon, w = 1": {"update": "muon", "sharing": "uniform", "refresh": 0, "coefficient_steps": 1},
+    "Muon, recomputed every step": {"update": "muon", "sharing": "never"},
+    "Muon, ranked, every 10th step (preset robust)": {"update": "muon", "sharing": "ranked", "refresh": 10},
 }
 # What all runs of a table have in common.
 SETTINGS = ("noise", "epochs", "batch_size", "max_train_samples")
@@ -79,7 +82,7 @@ def train(
     torch.manual_seed(seed)
     inputs, labels = data["train"], corrupt(data["labels"], options.noise, seed)
     model = Perceptron()
-    optimizer = FNGD(model, lr=lr, damping=damping, update="adam", weight_decay=0.01, **ARMS[arm])
+    optimizer = FNGD(model, **({"lr": lr, "damping": damping, "update": "adam", "weight_decay": 0.01} | ARMS[arm]))
     per_epoch = len(inputs) // options.batch_size
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, options.epochs * per_epoch)
     curve: list[float] = []
