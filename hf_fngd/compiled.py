@@ -15,7 +15,7 @@ import weakref
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, library, nn
 
 from hf_fngd.backward import LayerCall, LayerSlot, MicroBatch, operands
 from hf_fngd.layers import LayerKernel
@@ -50,7 +50,7 @@ def number(batch: MicroBatch) -> Tensor:
     return torch.tensor(found)
 
 
-@torch.library.custom_op("hf_fngd::begin", mutates_args=())
+@library.custom_op("hf_fngd::begin", mutates_args=())
 def begin(sample: Tensor, index: Tensor | None, engine: int) -> Tensor:
     """Begin a forward pass with a batch as large as ``sample``; returns its `number`."""
     return number(_engines[engine].begin(sample.shape[0], index))
@@ -61,7 +61,7 @@ def _(sample: Tensor, index: Tensor | None, engine: int) -> Tensor:
     return torch.empty((), dtype=torch.int64, device="cpu")
 
 
-@torch.library.custom_op("hf_fngd::gradients", mutates_args=())
+@library.custom_op("hf_fngd::gradients", mutates_args=())
 def gradients(
     x: Tensor, g: Tensor, weight: Tensor, batch: Tensor, layer: int, engine: int, has_bias: bool
 ) -> tuple[Tensor, Tensor]:

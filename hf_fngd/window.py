@@ -47,7 +47,8 @@ class Window:
         """Before a forward pass: forget micro-batches that were abandoned.
 
         Those whose backward broke off (out of memory), and those whose gradients were cleared without a step (by a loss
-        scaler that skips it).
+        scaler that skips it). The latter cannot be told where gradients are zeroed in place; and where they are kept
+        outside of ``p.grad``, as torch.autograd.grad does, all micro-batches but a step's last count as abandoned.
 
         Args:
             has_gradients: whether any layer has a gradient.
