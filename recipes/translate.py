@@ -13,22 +13,23 @@ split is also scored with the weights of the best epoch, as best_predict_bleu.
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from transformers import AutoTokenizer, enable_full_determinism, set_seed
 
-from hf_fngd import add_index, last_complete_checkpoint
-from translation.arguments import TranslationTrainingArguments, parse_arguments
+from common.checkpoints import find_checkpoint
+from common.optimizers import callbacks, describe, fngd_config, optimizer_cls_and_kwargs
+from common.timer import StepTimer
+from hf_fngd import add_index
+from translation.arguments import parse_arguments
 from translation.card import render_card
 from translation.data import encode, hold_out, load_pairs, make_collator, training_texts
 from translation.model import build_model
-from translation.optimizers import callbacks, describe, fngd_config, optimizer_cls_and_kwargs
 from translation.plot import plot_learning_curve
 from translation.tokenizer import train_tokenizer
-from translation.trainer import StepTimer, TranslationTrainer, make_bleu, make_loss
+from translation.trainer import TranslationTrainer, make_bleu, make_loss
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
@@ -114,32 +115,6 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     if args.push_to_hub:
         trainer.push_to_hub()
     return report
-
-
-def find_checkpoint(args: TranslationTrainingArguments, overwrite: bool) -> str | None:
-    """Return the checkpoint to resume from: the one that was named, or the last complete one in the output folder.
-
-    Args:
-        args: `output_dir` and `resume_from_checkpoint`: a folder, or "true" for the last one in `output_dir`, which
-            must exist then and be complete.
-        overwrite: Delete the folder's checkpoints, so that none is resumed, now or after an interruption.
-
-    Raises:
-        ValueError: A checkpoint was asked for and there is none.
-    """
-    named, output_dir = args.resume_from_checkpoint, Path(args.output_dir)
-    if named is not None and named.lower() != "true":
-        if not Path(named).is_dir():
-            raise ValueError(f"resume_from_checkpoint {named!r} is no folder.")
-        return named
-    with args.main_process_first(local=False, desc="looking for checkpoints"):
-        if overwrite and args.process_index == 0:
-            for folder in output_dir.glob("checkpoint-*"):
-                shutil.rmtree(folder)
-        last = last_complete_checkpoint(output_dir)
-    if last is None and named is not None:
-        raise ValueError(f"{output_dir} holds no complete checkpoint to resume from.")
-    return last
 
 
 if __name__ == "__main__":

@@ -12,8 +12,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
 import translate
+from common.timer import StepTimer
 from tests.recipes.translate_pairs import PAIRS, TINY_MODEL, write_splits
-from translation.trainer import StepTimer
 
 CLASSES = {"fngd": "FNGD", "ngd": "FNGD", "adamw": "AdamW", "sgd": "SGD", "kfac": "KFAC"}
 

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from common.arguments import BASELINE_OPTIONS, OptimizerArguments
+from common.optimizers import fngd_config
 from hf_fngd import FNGDConfig
-from translation.arguments import BASELINE_OPTIONS, OptimizerArguments, parse_arguments
-from translation.optimizers import fngd_config
+from translation.arguments import parse_arguments
 
 CONFIGS = Path(__file__).parents[2] / "recipes" / "configs"
 

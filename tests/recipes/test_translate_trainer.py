@@ -10,14 +10,16 @@ from torch import nn
 from transformers.trainer_pt_utils import LabelSmoother
 
 from baselines import BaselineFactory
+from common.arguments import OptimizerArguments
+from common.optimizers import describe, fngd_config, optimizer_cls_and_kwargs
+from common.timer import StepTimer
 from hf_fngd import FNGDFactory
 from tests.recipes.translate_pairs import PAIRS
-from translation.arguments import DataArguments, ModelArguments, OptimizerArguments, TranslationTrainingArguments
+from translation.arguments import DataArguments, ModelArguments, TranslationTrainingArguments
 from translation.model import build_model
-from translation.optimizers import describe, fngd_config, optimizer_cls_and_kwargs
 from translation.plot import plot_learning_curve
 from translation.tokenizer import train_tokenizer
-from translation.trainer import StepTimer, make_loss
+from translation.trainer import make_loss
 
 
 @pytest.fixture(scope="module")
@@ -129,7 +131,7 @@ def test_description_is_of_the_optimizer_that_trained():
 
 def test_step_timer_skips_the_first_steps(monkeypatch):
     clock = iter([*[0.0, 100.0] * StepTimer.WARM_UP, 0.0, 1.0, 0.0, 2.0, 0.0, 9.0])
-    monkeypatch.setattr("translation.trainer.time.perf_counter", lambda: next(clock))
+    monkeypatch.setattr("common.timer.time.perf_counter", lambda: next(clock))
     timer = StepTimer()
     for _ in range(StepTimer.WARM_UP):
         timer.on_step_begin()

@@ -1,4 +1,4 @@
-"""The optimizers of the recipe, as the Trainer takes them."""
+"""The optimizers of the recipes, as the Trainer takes them."""
 
 from __future__ import annotations
 
@@ -6,16 +6,16 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainingArguments
 
 from baselines import BASELINES, BaselineFactory
+from common.arguments import OptimizerArguments
 from hf_fngd import FNGDCallback, FNGDConfig, FNGDFactory
-from translation.arguments import OptimizerArguments, TranslationTrainingArguments
 
 _NO_OPTIONS = ("params", "initial_lr", "step", "steps")  # keys of a parameter group
 
 
-def fngd_config(arguments: OptimizerArguments, training_args: TranslationTrainingArguments) -> FNGDConfig | None:
+def fngd_config(arguments: OptimizerArguments, training_args: TrainingArguments) -> FNGDConfig | None:
     """Load the configuration that was named and apply the options; None unless the optimizer is FNGD."""
     if not arguments.uses_fngd:
         return None
@@ -28,7 +28,7 @@ def fngd_config(arguments: OptimizerArguments, training_args: TranslationTrainin
 
 
 def optimizer_cls_and_kwargs(
-    arguments: OptimizerArguments, config: FNGDConfig | None, training_args: TranslationTrainingArguments
+    arguments: OptimizerArguments, config: FNGDConfig | None, training_args: TrainingArguments
 ) -> tuple[Any, dict[str, Any]] | None:
     """Return what `Trainer(optimizer_cls_and_kwargs=...)` takes; None leaves it to `--optim`, an AdamW.
 

@@ -1,0 +1,1 @@
+"""What all recipes share: the optimizer and its options, checkpoints to resume from, the clock."""
