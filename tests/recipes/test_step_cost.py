@@ -76,4 +76,4 @@ def test_the_script_prints_a_row_an_arm(monkeypatch: pytest.MonkeyPatch, capsys:
     torch.set_num_threads(threads)
     rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
     assert len(rows) == 1 + len(step_cost.ARMS)
-    assert rows[1].startswith("| SGD-m | 1.00 |")
+    assert rows[1].startswith("| SGD-m | 1.00 | 1.00 |")
