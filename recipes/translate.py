@@ -9,6 +9,11 @@ The output folder holds the model and its tokenizer, README.md, all_results.json
 learning_curve.png. A run that was interrupted resumes from its last checkpoint when it is started again.
 With `--metric_for_best_model loss` (or bleu, and `--predict_with_generate true`) and `--save_total_limit 2` the test
 split is also scored with the weights of the best epoch, as best_predict_bleu.
+
+The losses that Trainer logs have label smoothing in them, and the training loss dropout. At the end train_nll and
+eval_nll are measured without either: the mean negative log-likelihood of a target token, in the validation split and
+in as many pairs from the start of the training split. `--misaligned 0.3` gives a share of the training pairs wrong
+targets (`--random_targets 0.01`: random ones); then train_nll_wrong and train_nll_right tell the two kinds apart.
 """
 
 from __future__ import annotations
@@ -17,19 +22,20 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import AutoTokenizer, enable_full_determinism, set_seed
 
 from common.checkpoints import find_checkpoint
 from common.optimizers import callbacks, describe, fngd_config, optimizer_cls_and_kwargs
-from common.timer import StepTimer
 from hf_fngd import add_index
 from translation.arguments import parse_arguments
 from translation.card import render_card
 from translation.data import encode, hold_out, load_pairs, make_collator, training_texts
 from translation.model import build_model
+from translation.noise import add_noise
 from translation.plot import plot_learning_curve
 from translation.tokenizer import train_tokenizer
-from translation.trainer import TranslationTrainer, make_bleu, make_loss
+from translation.trainer import TranslationTrainer, make_bleu, make_loss, mean_nll
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
@@ -55,8 +61,10 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     else:
         tokenizer = AutoTokenizer.from_pretrained(checkpoint)
     train = encode(pairs["train"], tokenizer, data_args, "Tokenizing train")
+    train, noise = add_noise(train, tokenizer, data_args, args.seed)
     validation = hold_out(pairs["validation"], tokenizer, data_args, "Tokenizing validation")
     test = hold_out(pairs["test"], tokenizer, data_args, "Tokenizing test")
+    first = train.select(range(min(len(train), len(validation.order))))
     if config is not None and config.sharing == "index":
         train = add_index(train)
 
@@ -70,8 +78,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         "parameters": model.num_parameters(only_trainable=True),
         "train_samples": len(train),
         "seed": args.seed,
-    }
-    timer = StepTimer()
+    } | noise.report()
     trainer = TranslationTrainer(
         optimizer_cls_and_kwargs=optimizer,
         render_card=lambda: render_card(report | describe(trainer.optimizer, config), args),
@@ -83,19 +90,26 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         processing_class=tokenizer,
         compute_loss_func=make_loss(args.label_smoothing_factor),
         compute_metrics=make_bleu(tokenizer, len(validation.order)) if args.predict_with_generate else None,
-        callbacks=[timer, *callbacks(config)],
+        callbacks=callbacks(config),
     )
     metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics
     if checkpoint is None:
         report |= metrics  # after resuming, Trainer divides the rest's loss and time by the steps of the whole run
-    report |= describe(trainer.optimizer, config)
-    report |= {"step_seconds_median": timer.median(), "step_seconds_mean": timer.mean()}
+    report |= describe(trainer.optimizer, config) | trainer.timer.report()
     trainer.save_model()
     trainer.save_state()
 
     output_dir = Path(args.output_dir)
     if args.do_eval:
         report |= trainer.translate(validation, "eval")[1]
+        report["eval_nll"] = mean_nll(trainer.log_likelihoods(validation.encoded))
+        scores = trainer.log_likelihoods(first)
+        report["train_nll"] = mean_nll(scores)
+        if noise.rows:
+            wrong = torch.zeros(len(train), dtype=torch.bool)
+            wrong[noise.rows] = True
+            wrong = wrong[: len(first)]
+            report |= {"train_nll_wrong": mean_nll(scores[wrong]), "train_nll_right": mean_nll(scores[~wrong])}
     if args.do_predict:
         translations, metrics = trainer.translate(test, "predict")
         report |= metrics

@@ -1,33 +1,52 @@
-"""The time of optimizer steps."""
+"""The time of optimizer steps, and of what they consist of."""
 
 from __future__ import annotations
 
+import platform
 import statistics
 import time
+from collections.abc import Iterable
 from typing import Any
 
 import torch
-from transformers import TrainerCallback
+from transformers import Trainer, TrainerCallback
+
+PARTS = ("forward", "backward", "update")
 
 
 class StepTimer(TrainerCallback):
-    """Takes the time of each optimizer step: forward, backward and update, without the loading of data."""
+    """Takes the time of each optimizer step: forward, backward and update, without the loading of data.
+
+    Under a `TimedTrainer` it takes the parts' times too, summed over the micro-batches of a step. "forward" ends with
+    the loss; "backward" with the gradients, FNGD's coefficients and weighting included; "update" is the rest:
+    clipping, the optimizer's step, which is where other optimizers precondition, the scheduler, zeroed gradients.
+    """
 
     WARM_UP = 10  # steps that allocators and caches need
 
     def __init__(self) -> None:
         self.seconds: list[float] = []
-        self._start = 0.0
+        self.parts: list[dict[str, float]] = []
+        self._start = self._mark = 0.0
+        self._current: dict[str, float] = {}
 
     def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
         """Start the clock."""
-        self._start = time.perf_counter()
+        self._start = self._mark = time.perf_counter()
+        self._current = {}
+
+    def end(self, part: str) -> None:
+        """Count the time since the last end of a part, or the begin of the step, as this part's."""
+        now = self._now()
+        self._current[part] = self._current.get(part, 0.0) + now - self._mark
+        self._mark = now
 
     def on_step_end(self, *args: Any, **kwargs: Any) -> None:
-        """Stop the clock, when the device has done what it was told."""
-        if torch.accelerator.is_available():
-            torch.accelerator.synchronize()
-        self.seconds.append(time.perf_counter() - self._start)
+        """Stop the clock."""
+        now = self._now()
+        self.seconds.append(now - self._start)
+        if self._current:
+            self.parts.append(self._current | {"update": now - self._mark})
 
     def median(self) -> float | None:
         """Return the median in seconds, the first steps aside; None where there were no others."""
@@ -38,3 +57,52 @@ class StepTimer(TrainerCallback):
         """Return the mean likewise: what an optimizer does in one step of ten or of a hundred counts too."""
         timed = self.seconds[self.WARM_UP :]
         return statistics.mean(timed) if timed else None
+
+    def report(self) -> dict[str, Any]:
+        """Return what all_results.json holds: median and mean of a step, the mean of each part, the hardware."""
+        times: dict[str, Any] = {"step_seconds_median": self.median(), "step_seconds_mean": self.mean()}
+        timed = self.parts[self.WARM_UP :]
+        for part in PARTS if timed else ():
+            times[f"step_seconds_{part}"] = statistics.mean(parts[part] for parts in timed)
+        return times | {"hardware": hardware()}
+
+    def _now(self) -> float:
+        """Return the time at which the device has done what it was told."""
+        if torch.accelerator.is_available():
+            torch.accelerator.synchronize()
+        return time.perf_counter()
+
+
+class TimedTrainer(Trainer):
+    """A Trainer with a `timer` that it tells of the parts of a step; goes before Seq2SeqTrainer among bases.
+
+    Args:
+        callbacks: As the Trainer's. The timer comes first, so that theirs is not counted as time of a step.
+        **kwargs: The Trainer's.
+    """
+
+    def __init__(self, *, callbacks: Iterable[TrainerCallback] | None = None, **kwargs: Any) -> None:
+        self.timer = StepTimer()
+        super().__init__(callbacks=[self.timer, *(callbacks or ())], **kwargs)
+
+    def compute_loss(self, model: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
+        """Compute the loss as the Trainer does; in training, that is the forward part."""
+        result = super().compute_loss(model, *args, **kwargs)
+        if model.training:
+            self.timer.end("forward")
+        return result
+
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Do what the Trainer does with a micro-batch: behind the forward part, that is the backward part."""
+        loss: torch.Tensor = super().training_step(*args, **kwargs)
+        self.timer.end("backward")
+        return loss
+
+
+def hardware() -> str:
+    """Return what the times were taken on: the accelerator's name, or the CPU's kind and the number of threads."""
+    if torch.cuda.is_available():
+        return str(torch.cuda.get_device_name())
+    if torch.accelerator.is_available():
+        return str(torch.accelerator.current_accelerator())
+    return f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} thread(s)"

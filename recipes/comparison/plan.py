@@ -81,6 +81,9 @@ class Comparison:
         screen: Stage that tries each grid point.
         final: Stage of the best grid points.
         arms: The optimizers.
+        reference: The arm that others are measured against: its time of a step is 1, its final metric a target.
+        targets: Values of the metric; the report tells after how long each arm reached them. Where there are none,
+            it takes the final metric of the reference and of the weakest arm.
     """
 
     name: str
@@ -93,6 +96,8 @@ class Comparison:
     screen: Stage
     final: Stage
     arms: dict[str, Arm]
+    reference: str
+    targets: tuple[float, ...] = ()
 
     def screen_runs(self) -> list[Run]:
         """Return the runs of the first stage: none of an arm whose grid has one point."""
@@ -140,6 +145,12 @@ def load(path: Path, overrides: Mapping[str, Any] | None = None, arms: Sequence[
     unknown = [arm for arm in arms or () if arm not in found]
     if unknown:
         raise ValueError(f"{path} has no arms {', '.join(unknown)}; it has {', '.join(found)}.")
+    if not found:
+        raise ValueError(f"{path} has no arms; name at least one, with its options and grid.")
+    reference = values.get("reference", next(iter(found)))
+    if reference not in found:
+        raise ValueError(f"{path} has the reference {reference!r}, which is no arm; the arms are {', '.join(found)}.")
+    kept = {name: arm for name, arm in found.items() if arms is None or name in arms}
     comparison = Comparison(
         name=path.stem,
         recipe=RECIPES / values["recipe"],
@@ -150,7 +161,9 @@ def load(path: Path, overrides: Mapping[str, Any] | None = None, arms: Sequence[
         options=options,
         screen=_stage("screen", values.get("screen")),
         final=_stage("final", values["final"]),
-        arms={name: arm for name, arm in found.items() if arms is None or name in arms},
+        arms=kept,
+        reference=reference if reference in kept else next(iter(kept)),
+        targets=_targets(values.get("targets")),
     )
     new = dict(overrides or {})  # into the stages' options, which would hide them otherwise
     comparison = replace(
@@ -209,6 +222,14 @@ def _arm(name: str, value: Any) -> Arm:
         if not isinstance(tried, list) or not tried:
             raise ValueError(f"arm {name}: the grid of {key} must be a list of values.")
     return Arm(_checked(name, values.get("options")), grid)
+
+
+def _targets(values: Any) -> tuple[float, ...]:
+    if values is None:
+        return ()
+    if not isinstance(values, list) or any(isinstance(v, bool) or not isinstance(v, int | float) for v in values):
+        raise ValueError(f"targets is {values!r}; it must be a list of numbers, such as [20, 25.5].")
+    return tuple(map(float, values))
 
 
 def _checked(where: str, value: Any) -> dict[str, Any]:

@@ -1,15 +1,29 @@
-"""The tables of a comparison, as Markdown."""
+"""The page of a comparison, as Markdown."""
 
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
 from itertools import pairwise
 
 import yaml
 
-from comparison.plan import Comparison, Run, describe, recorded
-from comparison.results import Record, Results, best_points, mean, screened, step_seconds, training_seconds, value
+from comparison import speed
+from comparison.grids import grid_sections
+from comparison.markdown import as_number, number, spread, table
+from comparison.plan import Comparison, describe, recorded
+from comparison.results import (
+    Record,
+    Results,
+    best_epoch,
+    best_points,
+    mean,
+    step_seconds,
+    training_seconds,
+    value,
+)
+
+_TRAINING = ("train_nll", "eval_nll")
+_NOISY = ("train_nll_right", "train_nll_wrong")
 
 
 def report(comparison: Comparison, results: Results) -> str:
@@ -20,7 +34,8 @@ def report(comparison: Comparison, results: Results) -> str:
         results: The runs that ended.
 
     Returns:
-        Remarks on what limits the comparison, the table of the best points, the table of the grids, the options.
+        Remarks on what limits the comparison; tables of the best points, of the time to a target, of a step's time, of
+        the gap between training and validation, of the grids; the options.
     """
     best = best_points(comparison, results)
     finals = {
@@ -30,10 +45,8 @@ def report(comparison: Comparison, results: Results) -> str:
     parts = [f"# {comparison.name}", _introduction(comparison)]
     if found := remarks(comparison, results, finals):
         parts.append("**Mind:**\n\n" + "\n".join(f"- {remark}" for remark in found))
-    parts += ["## Best grid points", _best_table(comparison, results, finals)]
-    parts += _signatures(finals)
-    if comparison.screen_runs():
-        parts += ["## Grids", _grid_table(comparison, results)]
+    parts += ["## Best grid points", _best_table(comparison, finals), *_signatures(finals)]
+    parts += speed.speed(comparison, finals) + _gap_section(comparison, finals) + grid_sections(comparison, results)
     set_elsewhere = {*comparison.screen.options, *comparison.final.options}
     set_elsewhere.update(*(arm.grid for arm in comparison.arms.values()))
     common = {key: item for key, item in recorded(comparison.options).items() if key not in set_elsewhere}
@@ -67,6 +80,7 @@ def remarks(comparison: Comparison, results: Results, finals: dict[str, list[Rec
     records = [record for run in runs if (record := results.finished(run))]
     if any(record["jobs"] > 1 for record in records):
         found.append("Some runs were made side by side, which their seconds show.")
+    found += speed.remarks(finals)
     return found + _overlaps(comparison, finals)
 
 
@@ -77,7 +91,7 @@ def _edges(comparison: Comparison, finals: dict[str, list[Record]], arm: str) ->
     point = finals[arm][0]["point"]
     found = []
     for key, tried in comparison.arms[arm].grid.items():
-        numbers = sorted(float(item) for item in tried if _is_number(item))
+        numbers = sorted(n for item in tried if (n := as_number(item)) is not None)
         if len(numbers) == len(tried) > 2 and float(point[key]) in (numbers[0], numbers[-1]):
             found.append(f"The best {key} of {arm}, {point[key]}, lies at the edge of its grid.")
     return found
@@ -112,52 +126,50 @@ def _introduction(comparison: Comparison) -> str:
     return "\n".join(lines)
 
 
-def _best_table(comparison: Comparison, results: Results, finals: dict[str, list[Record]]) -> str:
+def _best_table(comparison: Comparison, finals: dict[str, list[Record]]) -> str:
     head = ["optimizer", "best point", "grid", "seeds", comparison.metric, f"{comparison.metric}, best epoch"]
     head += [*comparison.test_metrics, "seconds", "seconds a step"]
     rows = []
     for arm, declared in comparison.arms.items():
         records = finals.get(arm, [])
         cells = [arm, describe(records[0]["point"]) if records else "-", str(len(declared.points())), str(len(records))]
-        cells.append(_spread([value(record, comparison.metric) for record in records]))
-        cells.append(_spread([_best_epoch(comparison, record) for record in records]))
-        cells += [_spread([value(record, metric) for record in records]) for metric in comparison.test_metrics]
-        cells += [
-            _number(mean([measure(record) for record in records])) for measure in (training_seconds, step_seconds)
-        ]
+        cells.append(spread([value(record, comparison.metric) for record in records]))
+        cells.append(spread([best_epoch(comparison, record) for record in records]))
+        cells += [spread([value(record, metric) for record in records]) for metric in comparison.test_metrics]
+        cells += [number(mean([measure(record) for record in records])) for measure in (training_seconds, step_seconds)]
         rows.append(cells)
-    return _table(head, rows)
+    return table(head, rows)
 
 
-def _grid_table(comparison: Comparison, results: Results) -> str:
+def _gap_section(comparison: Comparison, finals: dict[str, list[Record]]) -> list[str]:
+    """Compare training and validation at the end, where a recipe measured both by the same loss or logged one."""
+    records = [record for runs in finals.values() for record in runs]
+    if not any(value(record, "train_nll") is not None or _logged_loss(record) is not None for record in records):
+        return []
+    metrics = [*_TRAINING, *(name for name in _NOISY if any(name in record["metrics"] for record in records))]
     rows = []
-    for arm, declared in comparison.arms.items():
-        points = declared.points()
-        if len(points) == 1:
-            continue
-        for point in points:
-            runs = [run for run in comparison.screen_runs() if run.arm == arm and run.point == point]
-            rows.append(
-                [
-                    arm,
-                    describe(point),
-                    _screened_cell(comparison, results, runs, screened(comparison, results, arm, point)),
-                ]
-            )
-    return _table(["optimizer", "point", comparison.metric], rows)
+    for arm in comparison.arms:
+        of_arm = finals.get(arm, [])
+        cells = [arm, spread([_logged_loss(record) for record in of_arm])]
+        cells += [spread([value(record, name) for record in of_arm]) for name in metrics]
+        cells.append(spread([_gap(record) for record in of_arm]))
+        rows.append(cells)
+    caption = (
+        "`train_nll` and `eval_nll` are the same loss at the end of training, without label smoothing and dropout: in "
+        "the start of the training split and in the validation split. The gap is their difference. The logged loss is "
+        "Trainer's last one, with both."
+    )
+    return ["## Training and validation loss", caption, table(["optimizer", "logged loss", *metrics, "gap"], rows)]
 
 
-def _screened_cell(comparison: Comparison, results: Results, runs: Sequence[Run], score: float | None) -> str:
-    if score is not None:
-        return _number(score)
-    if any(results.failed(run) for run in runs):
-        return "failed"
-    return "not a number" if all(results.finished(run) for run in runs) else "-"
+def _logged_loss(record: Record) -> float | None:
+    losses = [event["loss"] for event in record["curve"] if event.get("loss") is not None]
+    return losses[-1] if losses else None
 
 
-def _best_epoch(comparison: Comparison, record: Record) -> float | None:
-    scores = [event[comparison.metric] for event in record["curve"] if event.get(comparison.metric) is not None]
-    return (max if comparison.maximize else min)(scores) if scores else None
+def _gap(record: Record) -> float | None:
+    train, validation = (value(record, name) for name in _TRAINING)
+    return None if train is None or validation is None else validation - train
 
 
 def _signatures(finals: dict[str, list[Record]]) -> list[str]:
@@ -169,30 +181,3 @@ def _signatures(finals: dict[str, list[Record]]) -> list[str]:
         if key.endswith("_signature")
     }
     return [f"sacreBLEU {', '.join(f'`{item}`' for item in sorted(found))}."] if found else []
-
-
-def _spread(values: Sequence[float | None]) -> str:
-    center = mean(values)
-    if center is None:
-        return "not a number" if values and any(v is not None for v in values) else "-"
-    known = [v for v in values if v is not None]
-    if len(known) == 1:
-        return _number(center)
-    return f"{_number(center)} ± {statistics.stdev(known):.2g} ({_number(min(known))} to {_number(max(known))})"
-
-
-def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.4g}"
-
-
-def _is_number(item: object) -> bool:
-    try:
-        float(item)  # type: ignore[arg-type]
-    except (TypeError, ValueError):
-        return False
-    return not isinstance(item, bool)
-
-
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)

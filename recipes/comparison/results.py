@@ -118,6 +118,28 @@ def mean(values: Sequence[float | None]) -> float | None:
     return sum(known) / len(known) if known and len(known) == len(values) else None
 
 
+def evaluations(comparison: Comparison, record: Record) -> list[Record]:
+    """Return the events of a run's curve that have the metric, and its final value as the last one."""
+    events = [event for event in record["curve"] if event.get(comparison.metric) is not None]
+    final, last = value(record, comparison.metric), max(record["curve"], key=lambda event: event["step"], default=None)
+    if final is not None and last is not None:
+        events.append({**{key: last[key] for key in _CURVE}, comparison.metric: final})
+    return events
+
+
+def best_epoch(comparison: Comparison, record: Record) -> float | None:
+    """Return the best value of the metric over a run's curve."""
+    scores = [event[comparison.metric] for event in record["curve"] if event.get(comparison.metric) is not None]
+    return (max if comparison.maximize else min)(scores) if scores else None
+
+
+def first_reaching(comparison: Comparison, record: Record, target: float) -> Record | None:
+    """Return the first evaluation of a run at which the metric had reached a target; None if there is none."""
+    sign = 1 if comparison.maximize else -1
+    reached = (event for event in evaluations(comparison, record) if sign * (event[comparison.metric] - target) >= 0)
+    return next(reached, None)
+
+
 def step_seconds(record: Record) -> float | None:
     """Return the mean time of an optimizer step, with evaluation and loading of data left out."""
     return value(record, "step_seconds_mean")

@@ -26,6 +26,9 @@ class DataArguments:
     max_source_length: int = option(128, "Longer sources are cut to so many tokens.")
     max_target_length: int = option(128, "Longer targets are cut, and generation stops, at so many tokens.")
     num_beams: int = option(1, "Beams of the generation; 1 is greedy.")
+    misaligned: float = option(0.0, "Share of the training pairs whose targets are permuted among themselves.")
+    random_targets: float = option(0.0, "Share of the training pairs, others, whose targets become random tokens.")
+    noise_seed: int | None = option(None, "Seed of the two shares' pairs and targets. Default: --seed.")
     preprocessing_num_workers: int | None = option(None, "Processes that tokenize the dataset.")
     overwrite_output_dir: bool = option(
         False, "Start anew: delete the checkpoints in output_dir instead of resuming from the last one."
@@ -35,6 +38,11 @@ class DataArguments:
         """Reject values that no run can use."""
         if self.source_lang == self.target_lang:
             raise ValueError(f"source_lang and target_lang are both {self.source_lang!r}; name two languages.")
+        if self.misaligned < 0 or self.random_targets < 0 or self.misaligned + self.random_targets > 1:
+            raise ValueError(
+                f"misaligned={self.misaligned:g} and random_targets={self.random_targets:g} must be shares of the "
+                "training pairs, between 0 and 1, also together."
+            )
         for name in ("max_source_length", "max_target_length", "num_beams"):
             at_least_one(self, name)
         for name in (

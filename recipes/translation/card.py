@@ -43,7 +43,7 @@ print(tokenizer.batch_decode(model.generate(**batch), skip_special_tokens=True))
 
 ## Training
 
-- data: {dataset}, {train_samples:,} training pairs
+- data: {dataset}, {train_samples:,} training pairs{noise}
 - optimizer: **{optimizer}**, with the arguments below
 {settings}
 
@@ -103,6 +103,7 @@ def render_card(report: dict[str, Any], args: transformers.Seq2SeqTrainingArgume
         scores=_scores(report, scored),
         dataset=f"`{dataset}`" if dataset else EMBEDDED,
         train_samples=report["train_samples"],
+        noise=_noise(report),
         optimizer=report["optimizer"],
         settings=_settings(args),
         optimizer_arguments=json.dumps(report["optimizer_arguments"], indent=2),
@@ -129,6 +130,15 @@ def _scores(report: dict[str, Any], scored: list[tuple[str, str]]) -> str:
             "",
             f"Translations by {search}; sacreBLEU `{signature}`.",
         ]
+    )
+
+
+def _noise(report: dict[str, Any]) -> str:
+    if "noise_seed" not in report:
+        return ""
+    return (
+        f", {report['misaligned_pairs']:,} of them with each other's targets and {report['random_target_pairs']:,} "
+        f"with random ones (noise seed {report['noise_seed']})"
     )
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from datasets import Dataset
 from torch import Tensor
 from torch.nn import functional as F
@@ -14,12 +15,13 @@ from torch.utils.data import Sampler, SequentialSampler
 from transformers import PreTrainedTokenizerBase, Seq2SeqTrainer
 from transformers.trainer_utils import EvalPrediction
 
+from common.timer import TimedTrainer
 from translation.data import LENGTH, HeldOut
 from translation.metric import SacreBleu
 from translation.sampler import ShuffledLengthGroups
 
 
-class TranslationTrainer(Seq2SeqTrainer):
+class TranslationTrainer(TimedTrainer, Seq2SeqTrainer):
     """A Seq2SeqTrainer for `HeldOut` splits.
 
     Args:
@@ -84,6 +86,24 @@ class TranslationTrainer(Seq2SeqTrainer):
             metrics[f"{prefix}_{name if name == 'bleu' else 'bleu_' + name}"] = value
         return translations, metrics
 
+    @torch.no_grad()
+    def log_likelihoods(self, encoded: Dataset) -> Tensor:
+        """Score the targets of tokenized pairs, without dropout and label smoothing.
+
+        Returns:
+            `[n, 2]`, a row a pair: the negative log-likelihood of its target in nats, and the tokens of its target.
+        """
+        self.model.eval()
+        rows = []
+        for batch in self.get_eval_dataloader(encoded):
+            inputs = self._prepare_inputs(batch)
+            labels = inputs.pop("labels")
+            logits = self.model(**inputs)["logits"]
+            losses = F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), reduction="none").view_as(labels)
+            scored = torch.stack([losses.sum(1), labels.ne(-100).sum(1)], dim=1)
+            rows.append(self.accelerator.gather_for_metrics(scored).cpu())
+        return torch.cat(rows).double()
+
     def translate_as_of(self, checkpoint: str, held_out: HeldOut, prefix: str) -> tuple[list[str], dict[str, Any]]:
         """Do what `translate` does with the weights of a checkpoint, and keep the model's own."""
         last = {name: tensor.clone() for name, tensor in self.model.state_dict().items()}
@@ -110,6 +130,12 @@ def make_loss(label_smoothing: float) -> Callable[..., Tensor]:
         return total / (labels.ne(-100).sum() if num_items_in_batch is None else num_items_in_batch)
 
     return loss
+
+
+def mean_nll(scores: Tensor) -> float | None:
+    """Return the mean negative log-likelihood of a token from `log_likelihoods`' rows; None where there are none."""
+    loss, tokens = scores.sum(0).tolist()
+    return loss / tokens if tokens else None
 
 
 def make_bleu(tokenizer: PreTrainedTokenizerBase, size: int) -> Callable[[EvalPrediction], dict[str, float]]:

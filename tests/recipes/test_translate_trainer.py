@@ -12,7 +12,6 @@ from transformers.trainer_pt_utils import LabelSmoother
 from baselines import BaselineFactory
 from common.arguments import OptimizerArguments
 from common.optimizers import describe, fngd_config, optimizer_cls_and_kwargs
-from common.timer import StepTimer
 from hf_fngd import FNGDFactory
 from tests.recipes.translate_pairs import PAIRS
 from translation.arguments import DataArguments, ModelArguments, TranslationTrainingArguments
@@ -127,22 +126,6 @@ def test_description_is_of_the_optimizer_that_trained():
     assert described["optimizer_arguments"]["lr"] == 0.5  # the peak, not the scheduler's last value
     assert described["optimizer_arguments"]["betas"] == (0.8, 0.9)
     assert "params" not in described["optimizer_arguments"]
-
-
-def test_step_timer_skips_the_first_steps(monkeypatch):
-    clock = iter([*[0.0, 100.0] * StepTimer.WARM_UP, 0.0, 1.0, 0.0, 2.0, 0.0, 9.0])
-    monkeypatch.setattr("common.timer.time.perf_counter", lambda: next(clock))
-    timer = StepTimer()
-    for _ in range(StepTimer.WARM_UP):
-        timer.on_step_begin()
-        timer.on_step_end()
-    assert timer.median() is None
-    assert timer.mean() is None
-    for _ in range(3):
-        timer.on_step_begin()
-        timer.on_step_end()
-    assert timer.median() == 2.0
-    assert timer.mean() == 4.0
 
 
 @pytest.mark.parametrize("bleu", [True, False])

@@ -1,0 +1,40 @@
+"""Tables and numbers as Markdown."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+
+from comparison.results import mean
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Return a table."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def number(value: float | None) -> str:
+    """Return a number in four digits."""
+    return "-" if value is None else f"{value:.4g}"
+
+
+def spread(values: Sequence[float | None]) -> str:
+    """Return mean, standard deviation and range of the values over the seeds."""
+    center = mean(values)
+    if center is None:
+        return "not a number" if values and any(v is not None for v in values) else "-"
+    known = [v for v in values if v is not None]
+    if len(known) == 1:
+        return number(center)
+    return f"{number(center)} ± {statistics.stdev(known):.2g} ({number(min(known))} to {number(max(known))})"
+
+
+def as_number(item: object) -> float | None:
+    """Return what YAML gave as a number, or as the text of one (1e-3); None for anything else."""
+    if isinstance(item, bool):
+        return None
+    try:
+        return float(item)  # type: ignore[arg-type]
+    except (TypeError, ValueError):
+        return None

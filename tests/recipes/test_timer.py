@@ -1,0 +1,168 @@
+"""The clock of the recipes: whole steps, and their parts."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from transformers import TrainerCallback, TrainingArguments
+
+from common.timer import PARTS, StepTimer, TimedTrainer, hardware
+
+
+class Clock:
+    """Time that passes by the work that is done."""
+
+    def __init__(self, monkeypatch):
+        self.now = 0.0
+        monkeypatch.setattr("common.timer.time.perf_counter", lambda: self.now)
+
+    def spend(self, seconds):
+        self.now += seconds
+
+
+class Slow(torch.autograd.Function):
+    """Takes 1 second forward and 10 backward, of a clock's time."""
+
+    @staticmethod
+    def forward(ctx, x, clock):
+        ctx.clock = clock
+        clock.spend(1)
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        ctx.clock.spend(10)
+        return grad, None
+
+
+class Net(nn.Module):
+    def __init__(self, clock):
+        super().__init__()
+        self.clock = clock
+        self.weight = nn.Parameter(torch.ones(1))
+
+    def forward(self, x, labels=None):
+        return {"loss": Slow.apply(self.weight, self.clock).sum() * x.mean()}
+
+
+class SlowSGD(torch.optim.SGD):
+    """Takes 100 seconds a step of a clock's time."""
+
+    clock: Clock
+
+    def step(self, closure=None):
+        self.clock.spend(100)
+        return super().step(closure)
+
+
+class SlowCallback(TrainerCallback):
+    """Takes 10,000 seconds at the end of a step, which is no time of the step."""
+
+    def __init__(self, clock):
+        self.clock = clock
+
+    def on_step_end(self, *args, **kwargs):
+        self.clock.spend(10_000)
+
+
+@pytest.mark.parametrize("accumulation", [1, 3])
+def test_parts_of_a_step_are_those_of_its_micro_batches(tmp_path, monkeypatch, accumulation):
+    clock = Clock(monkeypatch)
+    monkeypatch.setattr(SlowSGD, "clock", clock, raising=False)
+    monkeypatch.setattr(StepTimer, "WARM_UP", 1)
+
+    class Rows(torch.utils.data.Dataset):
+        def __len__(self):
+            return 12
+
+        def __getitem__(self, row):
+            clock.spend(1000)  # loading, which is no time of a step
+            return {"x": torch.ones(1)}
+
+    net = Net(clock)
+    args = TrainingArguments(
+        output_dir=str(tmp_path),
+        use_cpu=True,
+        max_steps=3,
+        per_device_train_batch_size=1,
+        gradient_accumulation_steps=accumulation,
+        max_grad_norm=0,
+        report_to=[],
+        disable_tqdm=True,
+        dataloader_pin_memory=False,
+        eval_strategy="steps",  # forward passes that are no part of a step
+        eval_steps=1,
+    )
+    optimizer = SlowSGD(net.parameters(), lr=0.1)
+    trainer = TimedTrainer(
+        model=net,
+        args=args,
+        train_dataset=Rows(),
+        eval_dataset=Rows(),
+        optimizers=(optimizer, None),
+        callbacks=[SlowCallback(clock)],
+    )
+    trainer.train()
+    report = trainer.timer.report()
+    expected = {"forward": 1.0 * accumulation, "backward": 10.0 * accumulation, "update": 100.0}
+    assert {part: report[f"step_seconds_{part}"] for part in PARTS} == expected
+    assert len(trainer.timer.seconds) == 3
+    assert report["step_seconds_mean"] == report["step_seconds_median"] == sum(expected.values())
+    assert report["hardware"] == hardware()
+
+
+def test_the_clock_waits_for_the_device(monkeypatch):
+    clock = Clock(monkeypatch)
+    monkeypatch.setattr("common.timer.torch.accelerator.is_available", lambda: True)
+    monkeypatch.setattr("common.timer.torch.accelerator.synchronize", lambda: clock.spend(5))
+    monkeypatch.setattr(StepTimer, "WARM_UP", 0)
+    timer = StepTimer()
+    timer.on_step_begin()
+    timer.end("forward")
+    timer.end("backward")
+    timer.on_step_end()
+    assert timer.parts == [{"forward": 5.0, "backward": 5.0, "update": 5.0}]
+    assert timer.seconds == [15.0]
+
+
+def test_a_step_that_was_broken_off_leaves_nothing(monkeypatch):
+    clock = Clock(monkeypatch)
+    timer = StepTimer()
+    timer.on_step_begin()
+    clock.spend(7)
+    timer.end("forward")  # and out of memory
+    timer.on_step_begin()
+    timer.end("forward")
+    timer.end("backward")
+    timer.on_step_end()
+    assert timer.parts == [{"forward": 0.0, "backward": 0.0, "update": 0.0}]
+
+
+def test_the_first_steps_are_skipped(monkeypatch):
+    clock = Clock(monkeypatch)
+    timer = StepTimer()
+
+    def step(seconds):
+        timer.on_step_begin()
+        clock.spend(seconds)
+        timer.on_step_end()
+
+    for _ in range(StepTimer.WARM_UP):
+        step(100)
+    assert timer.median() is None
+    assert timer.mean() is None
+    for seconds in (1, 2, 9):
+        step(seconds)
+    assert timer.median() == 2
+    assert timer.mean() == 4
+    assert "step_seconds_forward" not in timer.report()  # nobody told it of parts
+
+
+def test_hardware_names_the_device_or_the_threads(monkeypatch):
+    monkeypatch.setattr("common.timer.torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr("common.timer.torch.accelerator.is_available", lambda: False)
+    assert hardware().endswith(f", {torch.get_num_threads()} thread(s)")
+    monkeypatch.setattr("common.timer.torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("common.timer.torch.cuda.get_device_name", lambda: "A fast one")
+    assert hardware() == "A fast one"
