@@ -70,8 +70,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     report: dict[str, Any] = {
         "dataset_name": data_args.dataset_name,
         "model": model_args.model,
-        "loss": loss_args.loss,
-        "parameters": sum(p.numel() for p in model.parameters()),
+        "loss_function": loss_args.loss,
+        "parameters": model.num_parameters(),
         "train_samples": len(splits.train),
         "seed": args.seed,
     }
@@ -88,7 +88,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     logits = predicted(trainer, splits.train, "train")[0]
     labels = splits.train.columns["labels"]
     report |= memorized(logits, labels, splits.true_labels)
-    scores = {"loss": F.cross_entropy(logits, labels, reduction="none"), "mean_loss": record.means()}
+    scores = {"loss": F.cross_entropy(logits, labels, reduction="none"), "mean_loss": trainer.whole_record().means()}
     for name, values in (scores | weight_scores(trainer.optimizer, len(labels))).items():
         report |= detection(name, values, splits.wrong)
     trainer.save_metrics("all", report, combined=False)

@@ -2,33 +2,56 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import ViTConfig, ViTForImageClassification
+from transformers import PreTrainedConfig, PreTrainedModel, ViTConfig, ViTForImageClassification
 from transformers.modeling_outputs import ImageClassifierOutput
 
 from images.arguments import ModelArguments
 
 
-class Perceptron(nn.Module):
-    """ReLU layers of equal width on all pixels.
+class PerceptronConfig(PreTrainedConfig):
+    """Size of a `Perceptron`; `num_labels`, the number of classes, is transformers' own."""
 
-    Args:
-        inputs: Pixels of an image, times channels.
-        width: Units of a hidden layer.
-        depth: Hidden layers.
-        classes: Number of classes.
-        dropout: Dropout behind each hidden layer.
-    """
+    model_type = "perceptron"
 
-    def __init__(self, inputs: int, width: int, depth: int, classes: int, dropout: float) -> None:
-        super().__init__()
+    def __init__(
+        self,
+        image_size: int = 16,
+        hidden_size: int = 512,
+        num_hidden_layers: int = 2,
+        dropout: float = 0.0,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        self.image_size = image_size
+        self.hidden_size = hidden_size
+        self.num_hidden_layers = num_hidden_layers
+        self.dropout = dropout
+
+
+class Perceptron(PreTrainedModel):
+    """ReLU layers of equal width on all pixels, each with dropout behind it, initialized as torch does."""
+
+    config_class = PerceptronConfig
+    main_input_name = "pixel_values"
+
+    def __init__(self, config: PerceptronConfig) -> None:
+        super().__init__(config)
         layers: list[nn.Module] = [nn.Flatten()]
-        for fan_in in [inputs, *[width] * (depth - 1)]:
-            layers += [nn.Linear(fan_in, width), nn.ReLU()]
-            if dropout > 0:
-                layers.append(nn.Dropout(dropout))
-        self.layers = nn.Sequential(*layers, nn.Linear(width, classes))
+        width = 3 * config.image_size**2
+        for _ in range(config.num_hidden_layers):
+            layers += [nn.Linear(width, config.hidden_size), nn.ReLU()]
+            if config.dropout > 0:
+                layers.append(nn.Dropout(config.dropout))
+            width = config.hidden_size
+        self.layers = nn.Sequential(*layers, nn.Linear(width, config.num_labels))
+        self.post_init()
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """Leave every layer as torch made it."""
 
     def forward(self, pixel_values: Tensor, labels: Tensor | None = None) -> ImageClassifierOutput:
         """Return the logits, and with labels the mean cross entropy."""
@@ -36,7 +59,7 @@ class Perceptron(nn.Module):
         return ImageClassifierOutput(loss=None if labels is None else F.cross_entropy(logits, labels), logits=logits)
 
 
-def build_model(arguments: ModelArguments, image_size: int, classes: int) -> nn.Module:
+def build_model(arguments: ModelArguments, image_size: int, classes: int) -> PreTrainedModel:
     """Build a classifier, initialized from torch's global generator.
 
     Args:
@@ -45,8 +68,15 @@ def build_model(arguments: ModelArguments, image_size: int, classes: int) -> nn.
         classes: Number of classes.
     """
     if arguments.model == "mlp":
-        inputs = 3 * image_size**2
-        return Perceptron(inputs, arguments.hidden_size, arguments.num_layers, classes, arguments.dropout)
+        return Perceptron(
+            PerceptronConfig(
+                image_size=image_size,
+                hidden_size=arguments.hidden_size,
+                num_hidden_layers=arguments.num_layers,
+                dropout=arguments.dropout,
+                num_labels=classes,
+            )
+        )
     return ViTForImageClassification(
         ViTConfig(
             hidden_size=arguments.hidden_size,

@@ -10,7 +10,7 @@ CLASSES = 10
 _PATTERNS = 4  # a class
 _COARSE = 4  # cells a side of a pattern, before it is made smooth
 _SHIFT = 0.25  # of the side, in each direction
-_NOISE = 1.5  # deviations of a pattern
+_NOISE = 2.0  # deviations of a pattern
 
 
 def generate(size: int, image_size: int, seed: int) -> tuple[Tensor, Tensor]:

@@ -43,12 +43,24 @@ class ImageTrainer(Trainer):
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save the losses beside the model: ahead of trainer_state.json, with which a checkpoint is complete."""
         super().save_model(output_dir, _internal_call)
+        state = self.whole_record().state_dict()
         if self.args.should_save:
-            torch.save(self.record.state_dict(), Path(output_dir or self.args.output_dir, LOSSES_NAME))
+            torch.save(state, Path(output_dir or self.args.output_dir, LOSSES_NAME))
+
+    def whole_record(self) -> LossRecord:
+        """Return the record of all processes; the losses of batches are those of this one."""
+        whole = LossRecord(len(self.record.sums))
+        whole.sums, whole.counts = (
+            self.accelerator.reduce(tensor.to(self.args.device)).cpu()
+            for tensor in (self.record.sums, self.record.counts)
+        )
+        whole.batches = self.record.batches
+        return whole
 
     def load_record(self, checkpoint: str) -> None:
-        """Read the losses of a checkpoint."""
-        self.record.load_state_dict(torch.load(Path(checkpoint, LOSSES_NAME), weights_only=True))
+        """Read the losses of a checkpoint, of all processes, into the first one's record."""
+        if self.is_world_process_zero():
+            self.record.load_state_dict(torch.load(Path(checkpoint, LOSSES_NAME), weights_only=True))
 
 
 def accuracy(prediction: EvalPrediction) -> dict[str, float]:
