@@ -17,10 +17,12 @@ from comparison.plan import RECIPES, load, recorded, words
 from comparison.plot import series
 from comparison.report import report
 from comparison.results import Results
+from images import arguments as images
 from tests.recipes.comparison_setting import Setting
-from translation.arguments import parse_arguments
+from translation import arguments as translation
 
 CONFIGS = sorted((RECIPES / "configs" / "compare").glob("*.yaml"))
+PARSERS = {"translate.py": translation.parse_arguments, "image_classification.py": images.parse_arguments}
 
 
 @pytest.fixture
@@ -279,7 +281,7 @@ def test_declared_comparisons_parse_and_have_equal_grids(tmp_path, path):
     runs = comparison.screen_runs()
     runs += comparison.final_runs({name: arm.points()[0] for name, arm in comparison.arms.items()})
     for run in runs:
-        training = parse_arguments([*words(run.options), f"--output_dir={tmp_path}"])[3]
+        *_, training = PARSERS[comparison.recipe.name]([*words(run.options), f"--output_dir={tmp_path}"])
         assert training.seed == run.seed
     assert len({len(arm.points()) for arm in comparison.arms.values()}) == 1
     assert len({run.key for run in runs}) == len(runs)

@@ -1,0 +1,1 @@
+"""The parts of `recipes/image_classification.py`: one file a purpose."""

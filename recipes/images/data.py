@@ -1,0 +1,160 @@
+"""From a dataset's name to tensors: images averaged down and standardized, labels with noise."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from datasets import Array3D, ClassLabel, Dataset, Features, load_dataset
+from PIL.Image import Image
+from torch import Tensor
+from torch.nn import functional as F
+
+from hf_fngd.sharing import INDEX_COLUMN
+from images import synthetic
+from images.arguments import DataArguments
+from images.noise import corrupt, read_rates, uniform_rates
+
+_SHUFFLE_SEED = 0  # which images are used: the same in every run
+_TRAIN, _TEST = 0, 1  # seeds of the synthetic images
+_TEST_SIZE = 2000
+
+
+class Columns(torch.utils.data.Dataset[dict[str, Tensor]]):
+    """Rows of tensors in memory, fetched a batch at a time: no row is ever touched by itself.
+
+    Args:
+        **columns: Tensors `[n, ...]` of equal length.
+    """
+
+    def __init__(self, **columns: Tensor) -> None:
+        self.columns = columns
+
+    def __len__(self) -> int:
+        return len(next(iter(self.columns.values())))
+
+    def __getitem__(self, row: int) -> dict[str, Tensor]:
+        return {name: column[row] for name, column in self.columns.items()}
+
+    def __getitems__(self, rows: Sequence[int]) -> dict[str, Tensor]:
+        chosen = torch.tensor(rows)
+        return {name: column[chosen] for name, column in self.columns.items()}
+
+
+def as_it_is(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Collate what `Columns` has fetched, which is a batch already."""
+    return batch
+
+
+@dataclass(frozen=True)
+class Splits:
+    """What a run is trained and measured on; each split has the columns `pixel_values` and `labels`.
+
+    Attributes:
+        train: Images with noisy labels, and the index column that loss and optimizer follow samples by.
+        validation: Images with labels as noisy: nobody has others to select a model by.
+        test: Images with true labels.
+        true_labels: The true labels of `train`.
+        classes: Number of classes.
+    """
+
+    train: Columns
+    validation: Columns
+    test: Columns
+    true_labels: Tensor
+    classes: int
+
+    @property
+    def wrong(self) -> Tensor:
+        """Which rows of `train` have a wrong label."""
+        return self.train.columns["labels"] != self.true_labels
+
+
+def load(arguments: DataArguments, seed: int) -> Splits:
+    """Load, standardize by the mean and the deviation of each channel in the training images, and add the noise.
+
+    Args:
+        arguments: Dataset, sizes and noise.
+        seed: Seed of the noise where the arguments have none.
+
+    Raises:
+        ValueError: A split, a column or enough images are missing, or the noise is not one of these classes.
+    """
+    if arguments.dataset_name is None:
+        pixels, labels = synthetic.generate(arguments.max_train_samples, arguments.image_size, _TRAIN)
+        test_size = _TEST_SIZE if arguments.max_test_samples is None else arguments.max_test_samples
+        test_pixels, test_labels = synthetic.generate(test_size, arguments.image_size, _TEST)
+        names, classes = None, synthetic.CLASSES
+    else:
+        splits = load_dataset(arguments.dataset_name, arguments.dataset_config_name)
+        missing = [name for name in ("train", "test") if name not in splits]
+        if missing:
+            raise ValueError(
+                f"{arguments.dataset_name} has the splits {', '.join(splits)} and lacks {', '.join(missing)}."
+            )
+        train = splits["train"].shuffle(seed=_SHUFFLE_SEED)
+        pixels, labels = _tensors(_first(train, arguments.max_train_samples), arguments.image_size)
+        test_pixels, test_labels = _tensors(_first(splits["test"], arguments.max_test_samples), arguments.image_size)
+        feature = train.features["label"]
+        names = feature.names if isinstance(feature, ClassLabel) else None
+        classes = len(names) if names else int(max(labels.max(), test_labels.max())) + 1
+    size = len(pixels) - arguments.validation_samples
+    if size < 1:
+        raise ValueError(
+            f"The dataset has {len(pixels)} training images, validation_samples={arguments.validation_samples} leaves "
+            "none to train on; lower it."
+        )
+    if arguments.noise_rates is None:
+        rates = uniform_rates(classes, arguments.label_noise)
+    else:
+        rates = read_rates(arguments.noise_rates, arguments.noise_kind, names, classes)
+    noisy = corrupt(labels, rates, seed if arguments.noise_seed is None else arguments.noise_seed)
+    mean = pixels[:size].mean(dim=(0, 2, 3), keepdim=True)
+    deviation = pixels[:size].std(dim=(0, 2, 3), keepdim=True).clamp(min=1e-6)
+    pixels, test_pixels = (pixels - mean) / deviation, (test_pixels - mean) / deviation
+    index = torch.arange(size)
+    return Splits(
+        train=Columns(pixel_values=pixels[:size], labels=noisy[:size], **{INDEX_COLUMN: index}),
+        validation=Columns(pixel_values=pixels[size:], labels=noisy[size:]),
+        test=Columns(pixel_values=test_pixels, labels=test_labels),
+        true_labels=labels[:size],
+        classes=classes,
+    )
+
+
+def _first(split: Dataset, limit: int | None) -> Dataset:
+    return split if limit is None else split.select(range(min(limit, len(split))))
+
+
+def _tensors(split: Dataset, image_size: int) -> tuple[Tensor, Tensor]:
+    """Return pixels `[n, 3, image_size, image_size]` in [0, 1] and labels `[n]`; `datasets` caches the pixels."""
+    columns = [name for name in ("img", "image") if name in split.column_names]
+    if not columns or "label" not in split.column_names:
+        raise ValueError(
+            f"The dataset needs the columns 'img' (or 'image') and 'label', it has {', '.join(split.column_names)}."
+        )
+    small = split.map(
+        _average_down,
+        input_columns=columns[0],
+        fn_kwargs={"image_size": image_size},
+        batched=True,
+        remove_columns=split.column_names,
+        features=Features({"pixels": Array3D((3, image_size, image_size), "float32")}),
+        desc="Averaging images down",
+    )
+    return torch.from_numpy(small.with_format("numpy")[:]["pixels"]), torch.tensor(list(split["label"]))
+
+
+def _average_down(images: list[Image], image_size: int) -> dict[str, list[np.ndarray]]:
+    """Average images down to a square, in RGB, values in [0, 1]."""
+    pixels = []
+    for image in images:
+        if min(image.size) < image_size:
+            raise ValueError(
+                f"An image has {image.width} x {image.height} pixels, fewer than image_size={image_size}; lower it."
+            )
+        values = torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1) / 255
+        pixels.append(F.adaptive_avg_pool2d(values, image_size).numpy())
+    return {"pixels": pixels}
