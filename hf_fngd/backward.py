@@ -142,12 +142,9 @@ class LayerSlot:
             assert batch.stored is not None
             return self.policy.decode(batch.stored[self.layer].to(x.device), norms)
         with torch.autocast(a.device.type, enabled=False):
-            k = gram(
-                a.to(accumulation_dtype(a.dtype)),
-                normalize(g),
-                bias=has_bias,
-                memory_budget=self.memory_budget,
-            )
+            dtype = accumulation_dtype(a.dtype)
+            a, g = self.policy.reduce(a.to(dtype), g.to(dtype))
+            k = gram(a, normalize(g), bias=has_bias, memory_budget=self.memory_budget)
             w, rho = self.policy.solve(k, self.damping)
         batch.record(self.layer, self.policy.encode(w, norms), rho)
         return w

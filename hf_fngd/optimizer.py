@@ -45,7 +45,8 @@ class FNGD(torch.optim.Optimizer):
         momentum: decay of the first moment, in [0, 1).
         damping: alpha of Eq. 14, dimensionless: lambda = alpha ||K||_F. Infinity would be plain averaging.
         weight_decay: decoupled; biases and norms are not decayed.
-        sharing: a policy's name, ``"replay" | "last" | "ranked" | "index" | "uniform" | "never"``, or an object.
+        sharing: a policy's name, ``"replay" | "last" | "ranked" | "index" | "uniform" | "never" |
+            "sketched"``, or an object.
         refresh: optimizer steps between coefficient steps after the first epoch; 0: none (the paper's).
         coefficient_steps: cap of the first-epoch phase, in optimizer steps.
         step_scale: scale of a layer's gradient under update "momentum" (the other updates are scale-free).

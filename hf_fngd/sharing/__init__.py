@@ -6,6 +6,7 @@ from hf_fngd.sharing.last import LastSharing
 from hf_fngd.sharing.never import NeverSharing
 from hf_fngd.sharing.ranked import RankedSharing
 from hf_fngd.sharing.replay import ReplaySharing
+from hf_fngd.sharing.sketched import SketchedSharing
 from hf_fngd.sharing.uniform import UniformSharing
 
 __all__ = [
@@ -17,6 +18,7 @@ __all__ = [
     "RankedSharing",
     "ReplaySharing",
     "SharingPolicy",
+    "SketchedSharing",
     "UniformSharing",
     "add_index",
     "make_policy",

@@ -66,6 +66,18 @@ class SharingPolicy(ABC):
         """
         self.layers = layers
 
+    def reduce(self, a: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
+        """What a coefficient step forms one layer's Gram matrix from (default: all of it).
+
+        Args:
+            a: inputs ``[N, T, i]``, in float32 or better.
+            g: output gradients ``[N, T, o]``, likewise.
+
+        Returns:
+            Both, with fewer features.
+        """
+        return a, g
+
     def solve(self, k: Tensor, damping: float) -> Coefficients:
         """What a coefficient step takes from one layer's Gram matrix ``[N, N]``."""
         return coefficients(k, damping)

@@ -15,7 +15,7 @@ from tests.reference import ranked_fit, replay_fit
 from tests.sharing.engine import L, commit, fetch, info, norms, prepared, store_tensors, weights
 
 NAMES = policy_names()
-STORING = [name for name in NAMES if name not in ("never", "uniform")]
+STORING = [name for name in NAMES if name not in ("never", "sketched", "uniform")]
 SIZES = [1, 2, 5, 8, 13]
 
 
@@ -120,8 +120,8 @@ def test_solving_takes_the_gram_of_one_layer(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_only_never_computes_in_every_step(name: str) -> None:
-    assert make_policy(name).always == (name == "never")
+def test_which_policies_compute_in_every_step(name: str) -> None:
+    assert make_policy(name).always == (name in ("never", "sketched"))
 
 
 # States ----------------------------------------------------------------------------------------------------
@@ -226,7 +226,7 @@ def test_a_batch_of_less_than_half_the_stored_size_leaves_the_row(name: str, siz
 
 
 def test_the_registry_knows_the_documented_names() -> None:
-    assert NAMES == ("index", "last", "never", "ranked", "replay", "uniform")
+    assert NAMES == ("index", "last", "never", "ranked", "replay", "sketched", "uniform")
 
 
 def test_an_unknown_name_lists_those_that_exist() -> None:
