@@ -20,7 +20,8 @@ class Suspects:
     """The samples that coefficient steps weighted, the lowest mean weight first; all on the CPU.
 
     A low weight is a hint, not a verdict: a sample gets one where its gradient is long, as a wrong label makes it, or
-    where the rest of its batch says the same.
+    where the rest of its batch says the same. The samples' losses, averaged over the epochs, find more of the wrong
+    labels; the weights are what a run has without keeping them.
 
     Attributes:
         index: the samples' indices in the dataset ``[M]`` (int64).
