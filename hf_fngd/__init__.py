@@ -4,7 +4,7 @@ from hf_fngd.config import FNGDConfig
 from hf_fngd.coverage import CoverageReport
 from hf_fngd.optimizer import FNGD
 from hf_fngd.preconditioner import FNGDPreconditioner, detach
-from hf_fngd.sharing import add_index, policy_names
+from hf_fngd.sharing import Suspects, add_index, policy_names
 from hf_fngd.trainer import FNGDCallback, FNGDFactory, last_complete_checkpoint
 
 __version__ = "0.1.0"
@@ -16,6 +16,7 @@ __all__ = [
     "FNGDConfig",
     "FNGDFactory",
     "FNGDPreconditioner",
+    "Suspects",
     "__version__",
     "add_index",
     "detach",

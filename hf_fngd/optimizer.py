@@ -18,7 +18,7 @@ from hf_fngd.preconditioner import FNGDPreconditioner, check_keys
 from hf_fngd.rules import FALLBACK_RULES, RULES, Settings
 from hf_fngd.selection import Modules
 from hf_fngd.sharded import local
-from hf_fngd.sharing import SharingPolicy
+from hf_fngd.sharing import SharingPolicy, Suspects
 from hf_fngd.step_scale import StepScale, of_layers, squared_norms, usable
 
 logger = logging.getLogger(__name__)
@@ -290,6 +290,10 @@ class FNGD(torch.optim.Optimizer):
     def coverage(self) -> CoverageReport:
         """Which parameters are preconditioned, which are not, and why; complete once a step was done."""
         return self.preconditioner.coverage()
+
+    def suspects(self) -> Suspects:
+        """Which samples got low weights, as wrong labels often do; see `FNGDPreconditioner.suspects`."""
+        return self.preconditioner.suspects()
 
     @torch.no_grad()
     def diagnostics(self) -> dict[str, float]:

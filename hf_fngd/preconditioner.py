@@ -27,7 +27,15 @@ from hf_fngd.phase import EpochEdge, Phase
 from hf_fngd.ratios import Ratios
 from hf_fngd.selection import Modules, Selected, select_layers
 from hf_fngd.sharded import is_sharded
-from hf_fngd.sharing import INDEX_COLUMN, BatchInfo, SharingPolicy, make_policy, policy_names
+from hf_fngd.sharing import (
+    INDEX_COLUMN,
+    BatchInfo,
+    IndexSharing,
+    SharingPolicy,
+    Suspects,
+    make_policy,
+    policy_names,
+)
 from hf_fngd.sharing.base import State
 from hf_fngd.window import Window
 
@@ -384,6 +392,22 @@ class FNGDPreconditioner:
             "rho": float(known.log().mean().exp()) if known.numel() else float("nan"),
             "weight_spread": float((self.spread.mean() - 1).clamp(min=0).sqrt()),
         }
+
+    def suspects(self) -> Suspects:
+        """The samples of the dataset and their mean weights, the lowest first; those seen in coefficient steps so far.
+
+        Alike on all processes. In the first epoch every step is a coefficient step (up to ``coefficient_steps``), later
+        on one in ``refresh``.
+
+        Raises:
+            ValueError: the sharing policy does not follow samples.
+        """
+        if not isinstance(self.policy, IndexSharing):
+            raise ValueError(
+                f"suspects() needs weights that follow samples, this optimizer has sharing={self.policy.name!r}: use "
+                'sharing="index", and train on hf_fngd.add_index(dataset)'
+            )
+        return self.policy.suspects()
 
     # State -----------------------------------------------------------------------------------------------
 

@@ -159,7 +159,8 @@ def test_a_state_goes_on_in_another_dtype(sharing: str, saved: str, loaded: str)
     before = [p.detach().clone() for p in trained(other)]
     train(other, resumed, 4, first=3)
     assert resumed.preconditioner.phase.steps == 7
-    assert {value.dtype for value in own_state(resumed).values()} <= {torch.float32, torch.float64}
+    kept = {value.dtype for value in own_state(resumed).values()}
+    assert kept <= {torch.float32, torch.float64, torch.int32}  # int32: how often index sharing weighted each sample
     assert {value.dtype for value in tensors(resumed.state_dict()["state"]).values()} == {DTYPES[loaded]}
     for p, q in zip(trained(other), before, strict=True):
         assert torch.isfinite(p).all()

@@ -15,8 +15,10 @@ from hf_fngd.sharing.base import (
     register_policy,
     with_mean_one,
 )
+from hf_fngd.sharing.suspects import INDEX_COLUMN, Suspects
 
-INDEX_COLUMN = "fngd_index"
+# Of a sample's entry in ``count``.
+_COUNT_BYTES = 4
 
 
 def add_index(dataset: Any) -> Any:
@@ -49,6 +51,11 @@ class IndexSharing(SharingPolicy):
 
     Args:
         size: number of rows of the dataset. None lets the table grow (by doubling) as larger indices appear.
+
+    Attributes:
+        table: the last weights of each sample ``[L, capacity]``; None before the first coefficient step.
+        total: the sum over coefficient steps of its weight, averaged over the layers ``[capacity]``.
+        count: in how many coefficient steps it was weighted ``[capacity]`` (int32).
     """
 
     name: ClassVar[str] = "index"
@@ -59,6 +66,8 @@ class IndexSharing(SharingPolicy):
             raise ValueError(f"IndexSharing(size={size}): size is the number of rows of the dataset, at least 1")
         self.size = size
         self.table: Tensor | None = None
+        self.total: Tensor | None = None
+        self.count: Tensor | None = None
 
     def prepare(self, layers: int, coefficient_steps: int, memory_budget: int) -> None:
         """See `SharingPolicy.prepare`."""
@@ -85,7 +94,13 @@ class IndexSharing(SharingPolicy):
             )
         self._reserve(int(index.max()) + 1, w)
         assert self.table is not None
+        assert self.total is not None
+        assert self.count is not None
         self.table[:, index] = torch.where(valid[:, None], w, self.table[:, index])
+        usable = valid.sum()
+        mean = torch.where(valid[:, None], w, 0).sum(dim=0) / usable.clamp(min=1)
+        self.total.index_add_(0, index, mean)  # a sample may be in a batch twice
+        self.count.index_add_(0, index, (usable > 0).to(self.count).expand(len(index)))
 
     def _reserve(self, needed: int, w: Tensor) -> None:
         rows = 0 if self.table is None else self.table.shape[1]
@@ -96,25 +111,45 @@ class IndexSharing(SharingPolicy):
                 f"a batch holds the sample {needed - 1}, beyond IndexSharing(size={self.size}): give it the number of "
                 "rows of the dataset"
             )
-        affordable = self.memory_budget // (self.layers * w.element_size())
+        bytes_each = (self.layers + 1) * w.element_size() + _COUNT_BYTES
+        affordable = self.memory_budget // bytes_each
         capacity = max(needed, min(2 * rows, affordable)) if self.size is None else self.size
         if capacity > affordable:
             raise ValueError(
-                f'sharing="index" needs {capacity * self.layers * w.element_size()} bytes for {capacity} samples and '
+                f'sharing="index" needs {capacity * bytes_each} bytes for {capacity} samples and '
                 f'{self.layers} layers, memory_budget is {self.memory_budget}; raise it, or use sharing="ranked"'
             )
-        grown = w.new_ones(self.layers, capacity)
-        if self.table is not None:
-            grown[:, :rows] = self.table
-        self.table = grown
+        table, total = w.new_ones(self.layers, capacity), w.new_zeros(capacity)
+        count = torch.zeros(capacity, dtype=torch.int32, device=w.device)
+        if self.table is not None and self.total is not None and self.count is not None:
+            table[:, :rows], total[:rows], count[:rows] = self.table, self.total, self.count
+        self.table, self.total, self.count = table, total, count
+
+    def suspects(self) -> Suspects:
+        """The samples that were weighted, the lowest mean weight first, equal ones by index."""
+        if self.total is None or self.count is None:
+            nothing = torch.empty(0)
+            return Suspects(nothing.long(), nothing, nothing.int())
+        total, count = self.total.cpu(), self.count.cpu()
+        index = count.nonzero().squeeze(1)
+        mean = total[index] / count[index]
+        order = mean.argsort(stable=True)
+        return Suspects(index[order], mean[order], count[index[order]])
 
     def state_dict(self) -> State:
         """See `SharingPolicy.state_dict`."""
-        return {} if self.table is None else {"table": self.table}
+        return {} if self.table is None else {"table": self.table, "total": self.total, "count": self.count}
 
     def load_state_dict(self, state: State) -> None:
         """See `SharingPolicy.load_state_dict`."""
         table = state.get("table")
         if table is not None:
             check_layers(table.shape[0], self.layers)
-        self.table = None if table is None else table.clone()
+        if table is None:
+            self.table = self.total = self.count = None
+            return
+        self.table = table.clone()
+        # Those of a state that was written before they were kept start from nothing.
+        total, count = state.get("total"), state.get("count")
+        self.total = table.new_zeros(table.shape[1]) if total is None else total.clone()
+        self.count = torch.zeros_like(self.total, dtype=torch.int32) if count is None else count.clone()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from os import PathLike
+from pathlib import Path
 from typing import Any
 
 from tqdm.auto import tqdm
@@ -18,11 +20,17 @@ class FNGDCallback(TrainerCallback):  # type: ignore[misc]
     epoch and 1 from its last step on, which ends it; ``fngd_skipped`` counts the steps skipped so far, by FNGD or by a
     loss scaler. The coverage report is printed once, after the first step.
 
+    Args:
+        suspects: a CSV file to write `hf_fngd.FNGD.suspects` to at the end of training, by the main process; a relative
+            path is one inside ``args.output_dir``. None for none. Needs ``sharing="index"``.
+
     Raises:
-        ValueError: at the start of training, where the optimizer is not FNGD.
+        ValueError: at the start of training, where the optimizer is not FNGD, or ``suspects`` is given and the sharing
+            policy is another.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, suspects: str | PathLike[str] | None = None) -> None:
+        self._suspects = suspects
         self._values: dict[str, float] = {}
         self._told = False
 
@@ -30,7 +38,16 @@ class FNGDCallback(TrainerCallback):  # type: ignore[misc]
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Check the optimizer."""
-        _fngd(kwargs["optimizer"])
+        optimizer = _fngd(kwargs["optimizer"])
+        if self._suspects is not None:
+            optimizer.suspects()  # refused now, not when training is over
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Write the suspects."""
+        if self._suspects is not None and state.is_world_process_zero:
+            _fngd(kwargs["optimizer"]).suspects().to_csv(Path(args.output_dir) / self._suspects)
 
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

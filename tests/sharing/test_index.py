@@ -38,11 +38,11 @@ def test_grows_to_the_samples_that_appear() -> None:
 
 def test_uses_the_whole_budget_before_it_gives_up() -> None:
     rows = 20
-    policy = prepared("index", budget=rows * L * 8)
+    policy = prepared("index", budget=rows * ((L + 1) * 8 + 4))  # a weight a layer, their mean, and a count
     for first in range(0, rows, 4):
         commit(policy, weights(first, 4), norms(0, 4), info(4, first=first))
     torch.testing.assert_close(policy.lookup(info(4, first=16)), weights(16, 4))
-    with pytest.raises(ValueError, match=r"memory_budget is 480; raise it, or use sharing=\"ranked\""):
+    with pytest.raises(ValueError, match=r"memory_budget is 720; raise it, or use sharing=\"ranked\""):
         commit(policy, weights(0, 4), norms(0, 4), info(4, first=rows))
 
 
