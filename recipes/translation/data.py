@@ -10,10 +10,11 @@ from datasets import Dataset, DatasetDict, load_dataset
 from torch import Tensor
 from transformers import DataCollatorForSeq2Seq, PreTrainedModel, PreTrainedTokenizerBase
 
+from common.trainer import LENGTH
 from translation import corpus
 from translation.arguments import DataArguments
 
-SOURCE, TARGET, LENGTH = "source", "target", "length"
+SOURCE, TARGET = "source", "target"
 
 
 @dataclass(frozen=True)
