@@ -23,13 +23,14 @@ from common.checkpoints import find_checkpoint
 from common.optimizers import callbacks, describe, fngd_config, optimizer_cls_and_kwargs
 from common.timer import StepTimer
 from common.tokenizer import train_tokenizer
+from common.trainer import make_loss
 from hf_fngd import add_index
 from translation.arguments import parse_arguments
 from translation.card import render_card
 from translation.data import encode, hold_out, load_pairs, make_collator, training_texts
 from translation.model import build_model
 from translation.plot import plot_learning_curve
-from translation.trainer import TranslationTrainer, make_bleu, make_loss
+from translation.trainer import TranslationTrainer, make_bleu
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:

@@ -1,13 +1,15 @@
-"""What the Trainers of the recipes on text share: their samplers, a true model card, weights of an earlier epoch."""
+"""What the recipes on text train with: a Trainer with their samplers and a true model card, collator, loss."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
+from torch import Tensor
+from torch.nn import functional as F
 from torch.utils.data import Sampler, SequentialSampler
 from transformers import Trainer
 
@@ -64,3 +66,37 @@ class TextTrainer(Trainer):
             yield
         finally:
             self.model.load_state_dict(last)
+
+
+def drop_length(pad: Callable[[list[dict[str, Any]]], Mapping[str, Tensor]]) -> Callable[..., dict[str, Tensor]]:
+    """Return a collator that drops `length` and keeps every other column.
+
+    Trainer cannot drop it: it would drop the index column of FNGD's `sharing="index"` too.
+
+    Args:
+        pad: The collator that pads the rows of a batch.
+    """
+
+    def collate(features: list[dict[str, Any]]) -> dict[str, Tensor]:
+        return dict(pad([{key: row[key] for key in row if key != LENGTH} for row in features]))
+
+    return collate
+
+
+def make_loss(label_smoothing: float) -> Callable[..., Tensor]:
+    """Return the label-smoothed cross entropy for Trainer's `compute_loss_func`.
+
+    It is the mean over the labels of the whole batch (target tokens, or rows to classify), over all micro-batches
+    and processes. The model's own loss is not: Marian, or BERT's classifier, ignores `num_items_in_batch`, so that
+    Trainer would make its gradient larger by the number of accumulation steps. With smoothing it equals Trainer's
+    LabelSmoother, in less time and memory.
+    """
+
+    def loss(outputs: Any, labels: Tensor, num_items_in_batch: Tensor | int | None = None) -> Tensor:
+        logits = outputs["logits"]
+        total = F.cross_entropy(
+            logits.flatten(0, -2), labels.flatten(), reduction="sum", label_smoothing=label_smoothing
+        )
+        return total / (labels.ne(-100).sum() if num_items_in_batch is None else num_items_in_batch)
+
+    return loss

@@ -1,4 +1,4 @@
-"""The Trainer of the recipe: translations in a known order, a right loss."""
+"""The Trainer of the recipe: translations in a known order, scored."""
 
 from __future__ import annotations
 
@@ -6,8 +6,6 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from torch import Tensor
-from torch.nn import functional as F
 from transformers import PreTrainedTokenizerBase, Seq2SeqTrainer
 from transformers.trainer_utils import EvalPrediction
 
@@ -49,24 +47,6 @@ class TranslationTrainer(TextTrainer, Seq2SeqTrainer):
         """Do what `translate` does with the weights of a checkpoint, and keep the model's own."""
         with self.weights_of(checkpoint):
             return self.translate(held_out, prefix)
-
-
-def make_loss(label_smoothing: float) -> Callable[..., Tensor]:
-    """Return the label-smoothed cross entropy for Trainer's `compute_loss_func`.
-
-    It is the mean over the target tokens of the whole batch, over all micro-batches and processes. The model's
-    own loss is not: Marian ignores `num_items_in_batch`, so that Trainer would make its gradient larger by the
-    number of accumulation steps. With smoothing it equals Trainer's LabelSmoother, in less time and memory.
-    """
-
-    def loss(outputs: Any, labels: Tensor, num_items_in_batch: Tensor | int | None = None) -> Tensor:
-        logits = outputs["logits"]
-        total = F.cross_entropy(
-            logits.flatten(0, 1), labels.flatten(), reduction="sum", label_smoothing=label_smoothing
-        )
-        return total / (labels.ne(-100).sum() if num_items_in_batch is None else num_items_in_batch)
-
-    return loss
 
 
 def make_bleu(tokenizer: PreTrainedTokenizerBase, size: int) -> Callable[[EvalPrediction], dict[str, float]]:

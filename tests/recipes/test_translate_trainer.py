@@ -14,12 +14,12 @@ from common.arguments import OptimizerArguments
 from common.optimizers import describe, fngd_config, optimizer_cls_and_kwargs
 from common.timer import StepTimer
 from common.tokenizer import train_tokenizer
+from common.trainer import make_loss
 from hf_fngd import FNGDFactory
 from tests.recipes.translate_pairs import PAIRS
 from translation.arguments import DataArguments, ModelArguments, TranslationTrainingArguments
 from translation.model import build_model
 from translation.plot import plot_learning_curve
-from translation.trainer import make_loss
 
 
 @pytest.fixture(scope="module")
