@@ -33,7 +33,7 @@ from transformers import (
 from common.arguments import OptimizerArguments, TextTrainingArguments, at_least_one, option, parse
 from common.tokenizer import EOS, train_tokenizer
 from common.trainer import drop_length, make_loss
-from text import questions
+from text import subjects
 from text.arguments import TextArguments, check_dropout
 from text.data import TEXT, encode, load_splits
 from text.run import prepare, train_and_score
@@ -195,7 +195,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     data_args, model_args, optimizer_args, args = parse(DATACLASSES, argv)
     run = prepare(data_args, optimizer_args, args)
     with args.main_process_first(desc="loading the dataset"):  # the other processes find the download
-        texts, labels = number_labels(load_splits(data_args, questions.load, (TEXT, LABEL)))
+        texts, labels = number_labels(load_splits(data_args, subjects.load, (TEXT, LABEL)))
     true = list(texts["train"][LABELS])
     given = corrupt(true, len(labels), data_args.label_noise, data_args.label_noise_seed)
     texts["train"] = texts["train"].remove_columns(LABELS).add_column(LABELS, given)
