@@ -110,6 +110,10 @@ def number_labels(splits: DatasetDict) -> tuple[DatasetDict, list[str]]:
         raise ValueError(
             f"Labels like {values[0]!r} are no classes; choose whole numbers or strings by --label_column."
         )
+    if len(values) < 2:
+        raise ValueError(
+            "The training split has one class alone: nothing to tell apart. Shuffle it, or take more of it."
+        )
     numbers = {value: number for number, value in enumerate(values)}
     numbered = {}
     for split, rows in splits.items():

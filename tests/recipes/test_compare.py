@@ -14,12 +14,20 @@ import pytest
 import yaml
 
 import compare
+import language_modeling
+import text_classification
+import translation.arguments
+from common.arguments import parse
 from comparison.plan import RECIPES, load, recorded, words
 from comparison.plot import series
 from comparison.report import report
 from comparison.results import Results
-from translation.arguments import parse_arguments
 
+RECIPE_OPTIONS = {
+    "translate.py": translation.arguments.DATACLASSES,
+    "language_modeling.py": language_modeling.DATACLASSES,
+    "text_classification.py": text_classification.DATACLASSES,
+}
 CONFIGS = sorted((RECIPES / "configs" / "compare").glob("*.yaml"))
 
 
@@ -327,7 +335,7 @@ def test_declared_comparisons_parse_and_have_equal_grids(tmp_path, path):
     runs = comparison.screen_runs()
     runs += comparison.final_runs({name: arm.points()[0] for name, arm in comparison.arms.items()})
     for run in runs:
-        training = parse_arguments([*words(run.options), f"--output_dir={tmp_path}"])[3]
+        training = parse(RECIPE_OPTIONS[comparison.recipe.name], [*words(run.options), f"--output_dir={tmp_path}"])[3]
         assert training.seed == run.seed
-    assert len({len(arm.points()) for arm in comparison.arms.values()}) == 1
+    assert len({len(arm.points()) for arm in comparison.arms.values() if arm.grid}) == 1
     assert len({run.key for run in runs}) == len(runs)
