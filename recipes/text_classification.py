@@ -175,6 +175,8 @@ def build_model(
             attention_probs_dropout_prob=model_args.dropout,
             max_position_embeddings=max_length,
             type_vocab_size=1,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
             pad_token_id=tokenizer.pad_token_id,
             **names,
         )
