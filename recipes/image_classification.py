@@ -18,7 +18,6 @@ from transformers import enable_full_determinism, set_seed
 
 from common.checkpoints import find_checkpoint
 from common.optimizers import callbacks, describe, fngd_config, optimizer_cls_and_kwargs
-from common.timer import StepTimer
 from images.arguments import parse_arguments
 from images.data import load
 from images.detection import detection, weight_scores
@@ -50,7 +49,6 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     enable_full_determinism(args.seed) if args.full_determinism else set_seed(args.seed)
     model = build_model(model_args, data_args.image_size, splits.classes)
     record = LossRecord(len(splits.train))
-    timer = StepTimer()
     trainer = ImageTrainer(
         record=record,
         keeps_index=config is not None,
@@ -62,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
             loss_args, args.label_smoothing_factor, record, lambda: trainer.state.epoch or 0.0
         ),
         optimizer_cls_and_kwargs=optimizer,
-        callbacks=[timer, *callbacks(config)],
+        callbacks=callbacks(config),
     )
     if checkpoint is not None:
         trainer.load_record(checkpoint)
@@ -77,8 +75,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     }
     if checkpoint is None:
         report |= metrics  # after resuming, Trainer divides the rest's loss and time by the steps of the whole run
-    report |= describe(trainer.optimizer, config)
-    report |= {"step_seconds_median": timer.median(), "step_seconds_mean": timer.mean()}
+    report |= describe(trainer.optimizer, config) | trainer.timer.report()
     report |= best_epochs(trainer.state.log_history) | {"largest_rise": largest_rise(record.batches)}
     trainer.save_model()
     trainer.save_state()

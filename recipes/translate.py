@@ -27,6 +27,8 @@ from transformers import AutoTokenizer, enable_full_determinism, set_seed
 
 from common.checkpoints import find_checkpoint
 from common.optimizers import callbacks, describe, fngd_config, optimizer_cls_and_kwargs
+from common.tokenizer import train_tokenizer
+from common.trainer import make_loss
 from hf_fngd import add_index
 from translation.arguments import parse_arguments
 from translation.card import render_card
@@ -34,8 +36,7 @@ from translation.data import encode, hold_out, load_pairs, make_collator, traini
 from translation.model import build_model
 from translation.noise import add_noise
 from translation.plot import plot_learning_curve
-from translation.tokenizer import train_tokenizer
-from translation.trainer import TranslationTrainer, make_bleu, make_loss, mean_nll
+from translation.trainer import TranslationTrainer, make_bleu, mean_nll
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:

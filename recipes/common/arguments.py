@@ -132,6 +132,38 @@ def check_training_arguments(args: TrainingArguments) -> None:
         raise ValueError(f"Set --optimizer instead of --optim {args.optim.value}.")
 
 
+@dataclass
+class TextTrainingArguments(TrainingArguments):
+    """TrainingArguments with the defaults of the recipes on text."""
+
+    do_train: bool = option(True, "Always on: a finished run is evaluated again by resuming it.")
+    do_eval: bool = option(True, "Score the validation split at the end.")
+    do_predict: bool = option(True, "Score the test split at the end.")
+    learning_rate: float = option(1e-3, "Peak learning rate.")
+    per_device_train_batch_size: int = option(64, "Rows in a training batch, on each device.")
+    per_device_eval_batch_size: int = option(128, "Rows in an evaluation batch, on each device.")
+    eval_strategy: str = option("epoch", "When to measure the validation loss.")
+    logging_strategy: str = option("epoch", "When to log the training loss.")
+    save_strategy: str = option("epoch", "When to write a checkpoint.")
+    save_total_limit: int | None = option(1, "Checkpoints to keep.")
+    train_sampling_strategy: str = field(
+        default="group_by_length",
+        metadata={
+            "help": "Sampler of the training batches; 'group_by_length' saves most of the padding.",
+            "choices": ["random", "sequential", "group_by_length", "batch_rebalance"],
+        },
+    )
+    ddp_find_unused_parameters: bool | None = option(False, "Off: every parameter takes part in every step.")
+    remove_unused_columns: bool = option(
+        False, "Off, so that the index column of `--sharing index` reaches the optimizer."
+    )
+
+    def __post_init__(self) -> None:
+        """Reject what the recipes have another option for; the rest is checked by the Trainer."""
+        super().__post_init__()
+        check_training_arguments(self)
+
+
 def parse(classes: Sequence[type], argv: Sequence[str] | None = None) -> tuple[Any, ...]:
     """Parse the command line, over the values of the file that `--config` names.
 

@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import Trainer
 from transformers.trainer_utils import EvalPrediction
 
+from common.timer import TimedTrainer
 from hf_fngd.sharing import INDEX_COLUMN
 from images.data import as_it_is
 from images.losses import TrainingLoss
@@ -18,7 +18,7 @@ from images.record import LossRecord
 LOSSES_NAME = "sample_losses.pt"
 
 
-class ImageTrainer(Trainer):
+class ImageTrainer(TimedTrainer):
     """A Trainer for `images.data.Columns`.
 
     Args:
@@ -68,7 +68,9 @@ def accuracy(prediction: EvalPrediction) -> dict[str, float]:
     return {"accuracy": float((prediction.predictions.argmax(axis=1) == prediction.label_ids).mean())}
 
 
-def predicted(trainer: Trainer, split: torch.utils.data.Dataset[Any], prefix: str) -> tuple[Tensor, dict[str, float]]:
+def predicted(
+    trainer: ImageTrainer, split: torch.utils.data.Dataset[Any], prefix: str
+) -> tuple[Tensor, dict[str, float]]:
     """Return the logits `[n, C]` of a split, and its loss and accuracy with the prefix before their names."""
     output = trainer.predict(split, metric_key_prefix=prefix)
     metrics = {key: output.metrics[key] for key in (f"{prefix}_loss", f"{prefix}_accuracy")}

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from transformers import Seq2SeqTrainingArguments
 
-from common.arguments import OptimizerArguments, at_least_one, check_training_arguments, option, parse
+from common.arguments import OptimizerArguments, TextTrainingArguments, at_least_one, option, parse
 
 
 @dataclass
@@ -78,37 +78,17 @@ class ModelArguments:
 
 
 @dataclass
-class TranslationTrainingArguments(Seq2SeqTrainingArguments):
+class TranslationTrainingArguments(TextTrainingArguments, Seq2SeqTrainingArguments):
     """Seq2SeqTrainingArguments with the defaults of a translation model that is trained from scratch."""
 
     output_dir: str = option("outputs/translation", "Folder of the model, its card, plots and results.")
-    do_train: bool = option(True, "Always on: a finished run is evaluated again by resuming it.")
     do_eval: bool = option(True, "Translate and score the validation split at the end.")
     do_predict: bool = option(True, "Translate and score the test split at the end.")
-    learning_rate: float = option(1e-3, "Peak learning rate.")
     label_smoothing_factor: float = option(0.1, "Label smoothing, as in Vaswani et al. (2017).")
-    per_device_train_batch_size: int = option(64, "Sentence pairs in a training batch, on each device.")
-    per_device_eval_batch_size: int = option(128, "Sentence pairs in an evaluation batch, on each device.")
-    eval_strategy: str = option("epoch", "When to measure the validation loss.")
-    logging_strategy: str = option("epoch", "When to log the training loss.")
-    save_strategy: str = option("epoch", "When to write a checkpoint.")
-    save_total_limit: int | None = option(1, "Checkpoints to keep.")
-    train_sampling_strategy: str = field(
-        default="group_by_length",
-        metadata={
-            "help": "Sampler of the training batches; 'group_by_length' saves most of the padding.",
-            "choices": ["random", "sequential", "group_by_length", "batch_rebalance"],
-        },
-    )
-    ddp_find_unused_parameters: bool | None = option(False, "Off: every parameter takes part in every step.")
-    remove_unused_columns: bool = option(
-        False, "Off, so that the index column of `--sharing index` reaches the optimizer."
-    )
 
     def __post_init__(self) -> None:
         """Reject what this recipe has another option for; the rest is checked by the Trainer."""
         super().__post_init__()
-        check_training_arguments(self)
         for name, ours in (("generation_num_beams", "num_beams"), ("generation_max_length", "max_target_length")):
             if getattr(self, name) is not None:
                 raise ValueError(f"Set --{ours} instead of --{name}: it is saved with the model.")

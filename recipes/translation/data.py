@@ -10,10 +10,11 @@ from datasets import Dataset, DatasetDict, load_dataset
 from torch import Tensor
 from transformers import DataCollatorForSeq2Seq, PreTrainedModel, PreTrainedTokenizerBase
 
+from common.trainer import LENGTH, drop_length
 from translation import corpus
 from translation.arguments import DataArguments
 
-SOURCE, TARGET, LENGTH = "source", "target", "length"
+SOURCE, TARGET = "source", "target"
 
 
 @dataclass(frozen=True)
@@ -118,16 +119,8 @@ def hold_out(pairs: Dataset, tokenizer: PreTrainedTokenizerBase, arguments: Data
 def make_collator(
     tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel
 ) -> Callable[[list[dict[str, Any]]], dict[str, Tensor]]:
-    """Return the function that pads a batch, drops `length` and keeps every other column.
-
-    Trainer cannot drop it: it would drop the index column of FNGD's `sharing="index"` too.
-    """
-    pad = DataCollatorForSeq2Seq(tokenizer, model=model)
-
-    def collate(features: list[dict[str, Any]]) -> dict[str, Tensor]:
-        return dict(pad([{key: row[key] for key in row if key != LENGTH} for row in features]))
-
-    return collate
+    """Return the function that pads a batch, drops `length` and keeps every other column."""
+    return drop_length(DataCollatorForSeq2Seq(tokenizer, model=model))
 
 
 def _texts(split: Dataset, limit: int | None, arguments: DataArguments) -> Dataset:

@@ -11,8 +11,12 @@ import time
 from pathlib import Path
 
 import pytest
+from transformers import TrainingArguments
 
 import compare
+import language_modeling
+import text_classification
+from common.arguments import parse
 from comparison.plan import RECIPES, load, recorded, words
 from comparison.plot import series
 from comparison.report import report
@@ -21,6 +25,12 @@ from images import arguments as images
 from tests.recipes.comparison_setting import Setting
 from translation import arguments as translation
 
+RECIPE_OPTIONS = {
+    "translate.py": translation.DATACLASSES,
+    "image_classification.py": images.DATACLASSES,
+    "language_modeling.py": language_modeling.DATACLASSES,
+    "text_classification.py": text_classification.DATACLASSES,
+}
 CONFIGS = sorted((RECIPES / "configs" / "compare").glob("*.yaml"))
 PARSERS = {"translate.py": translation.parse_arguments, "image_classification.py": images.parse_arguments}
 
@@ -281,7 +291,8 @@ def test_declared_comparisons_parse_and_have_equal_grids(tmp_path, path):
     runs = comparison.screen_runs()
     runs += comparison.final_runs({name: arm.points()[0] for name, arm in comparison.arms.items()})
     for run in runs:
-        *_, training = PARSERS[comparison.recipe.name]([*words(run.options), f"--output_dir={tmp_path}"])
+        parsed = parse(RECIPE_OPTIONS[comparison.recipe.name], [*words(run.options), f"--output_dir={tmp_path}"])
+        (training,) = [arguments for arguments in parsed if isinstance(arguments, TrainingArguments)]
         assert training.seed == run.seed
-    assert len({len(arm.points()) for arm in comparison.arms.values()}) == 1
-    assert len({run.key for run in runs}) == len(runs)
+    assert len({len(arm.points()) for arm in comparison.arms.values() if arm.grid}) == 1
+    assert len({run.key for run in runs}) == len({(run.arm, str(run.options)) for run in runs})

@@ -110,7 +110,9 @@ def test_bad_arguments_name_the_fix():
 
 
 def test_too_many_sentences_are_refused(monkeypatch):
-    only = grammar.Sentence("One sentence is all there is.", "Ein Satz ist alles, was es gibt.", frozenset())
+    only = grammar.Sentence(
+        "One sentence is all there is.", "Ein Satz ist alles, was es gibt.", frozenset(), "sentence"
+    )
     monkeypatch.setattr(grammar.Grammar, "sentence", lambda self: only)
     with pytest.raises(ValueError, match="gave only 1 of 2 sentences; lower the size"):
         corpus.generate("train", 2)

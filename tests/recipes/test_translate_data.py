@@ -6,12 +6,12 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
+from common.sampler import ShuffledLengthGroups
+from common.tokenizer import train_tokenizer
 from tests.recipes.translate_pairs import PAIRS, write_splits
 from translation.arguments import DataArguments, ModelArguments
 from translation.data import encode, hold_out, load_pairs, make_collator, training_texts
 from translation.model import build_model
-from translation.sampler import ShuffledLengthGroups
-from translation.tokenizer import train_tokenizer
 
 TEXTS = [pair[lang] for lang in ("en", "de") for pair in PAIRS]
 

@@ -12,13 +12,13 @@ from transformers.trainer_pt_utils import LabelSmoother
 from baselines import BaselineFactory
 from common.arguments import OptimizerArguments
 from common.optimizers import describe, fngd_config, optimizer_cls_and_kwargs
+from common.tokenizer import train_tokenizer
+from common.trainer import make_loss
 from hf_fngd import FNGDFactory
 from tests.recipes.translate_pairs import PAIRS
 from translation.arguments import DataArguments, ModelArguments, TranslationTrainingArguments
 from translation.model import build_model
 from translation.plot import plot_learning_curve
-from translation.tokenizer import train_tokenizer
-from translation.trainer import make_loss
 
 
 @pytest.fixture(scope="module")

@@ -11,6 +11,7 @@ or test sentence ever meet in training, while every noun and every verb occurs t
 """
 
 import random
+from collections.abc import Callable
 from typing import get_args
 
 import datasets
@@ -18,13 +19,16 @@ import datasets
 from translation.corpus.grammar import Grammar, Sentence, Split
 
 
-def sentences(split: Split, size: int, seed: int = 0) -> list[Sentence]:
+def sentences(
+    split: Split, size: int, seed: int = 0, wanted: Callable[[Sentence], bool] | None = None
+) -> list[Sentence]:
     """Draw distinct sentences of one split, with the (subject noun, verb) pairs they hold.
 
     Args:
         split: "train", "validation" or "test".
         size: Number of sentences, at least 1. A smaller size gives the first sentences of a larger one.
         seed: Seed of the choices; the same arguments give the same sentences everywhere.
+        wanted: Returns whether to keep a sentence; by default all are kept.
 
     Returns:
         The sentences in the order drawn; no two share their English or their German side.
@@ -42,7 +46,8 @@ def sentences(split: Split, size: int, seed: int = 0) -> list[Sentence]:
     misses = 0
     while len(found) < size:
         sentence = grammar.sentence()
-        if sentence is None or sentence.en in seen or sentence.de in seen:
+        unwanted = sentence is None or (wanted is not None and not wanted(sentence))
+        if unwanted or sentence.en in seen or sentence.de in seen:
             misses += 1
             if misses > 1000 + 20 * size:
                 raise ValueError(f"split {split!r} gave only {len(found)} of {size} sentences; lower the size")

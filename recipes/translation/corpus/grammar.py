@@ -58,15 +58,23 @@ SECOND_KINDS: dict[Kind, tuple[Kind, ...]] = {
 WHILE = Text("while", "während")
 
 Pair = tuple[Noun, Verb]
-Draft = tuple[Text, list[Pair]]  # the words and the (subject noun, verb) pairs they hold
+Draft = tuple[Text, list[Pair]]  # the words and the (subject noun, verb) pairs they hold, the main clause's first
 
 
 class Sentence(NamedTuple):
-    """A finished pair of sentences and the (subject noun, verb) pairs in it, by their English names."""
+    """A finished pair of sentences and the (subject noun, verb) pairs in it, by their English names.
+
+    Attributes:
+        en: The English sentence.
+        de: The German sentence.
+        pairs: The pairs.
+        subject: The subject noun of the main clause, the first one where there are two.
+    """
 
     en: str
     de: str
     pairs: frozenset[tuple[str, str]]
+    subject: str
 
 
 def split_of(noun: str, verb: str) -> Split:
@@ -109,7 +117,7 @@ class Grammar:
         if not all(SHORTEST <= len(side.split()) <= LONGEST for side in text):
             return None
         en, de = (side[0].upper() + side[1:] + "." for side in text)
-        return Sentence(en, de, frozenset((noun.en, verb.en) for noun, verb in pairs))
+        return Sentence(en, de, frozenset((noun.en, verb.en) for noun, verb in pairs), pairs[0][0].en)
 
     def plain(self) -> Draft:
         """Draw a main clause: In the park, two boys are playing football."""

@@ -1,4 +1,4 @@
-"""A byte-level BPE tokenizer, trained on both sides of the training split."""
+"""A byte-level BPE tokenizer, trained on the texts of the training split."""
 
 from __future__ import annotations
 
@@ -11,18 +11,20 @@ PAD, EOS = "<pad>", "</s>"
 _SMALLEST = 256 + 2  # every byte, and the two special tokens
 
 
-def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
-    """Train one vocabulary for both languages, which is what shared embeddings need.
+def train_tokenizer(texts: Iterable[str], vocab_size: int, template: str = f"$A {EOS}") -> PreTrainedTokenizerFast:
+    """Train one vocabulary for all texts; of several languages, which is what shared embeddings need.
 
     Bytes are the alphabet, so that no text is out of vocabulary, and decoding gives back any text that does not
     start with white space.
 
     Args:
-        texts: Sentences of both languages.
+        texts: Sentences.
         vocab_size: Upper bound of the vocabulary's size; a small corpus may not fill it.
+        template: What a tokenized text `$A` gets in front and behind; by default it ends with `</s>`.
 
     Returns:
-        A tokenizer that ends every sequence with `</s>` and saves and loads as any other.
+        A tokenizer that saves and loads as any other. It knows `</s>` as the start of a sequence too, as GPT-2's does,
+        where the template has it in front.
 
     Raises:
         ValueError: vocab_size is too small for the alphabet.
@@ -41,12 +43,14 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
     )
     tokenizer.train_from_iterator(texts, trainer)
     tokenizer.post_processor = processors.TemplateProcessing(
-        single=f"$A {EOS}", special_tokens=[(EOS, tokenizer.token_to_id(EOS))]
+        single=template, special_tokens=[(EOS, tokenizer.token_to_id(EOS))]
     )
+    start = {"bos_token": EOS} if template.startswith(EOS) else {}
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         pad_token=PAD,
         eos_token=EOS,
+        **start,
         model_input_names=["input_ids", "attention_mask"],
         clean_up_tokenization_spaces=False,
     )

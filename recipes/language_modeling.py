@@ -1,0 +1,189 @@
+"""Train a GPT-2 from scratch on single sentences, and measure its perplexity.
+
+    accelerate launch recipes/language_modeling.py --output_dir outputs/language_modeling
+    accelerate launch recipes/language_modeling.py --dataset_name bentrevett/multi30k --optimizer adamw
+
+Every sentence is a row of its own, padded to the longest of its batch: FNGD weights sequences, and packed into blocks
+they would lose their borders. Loss and perplexity are those of a token, over all tokens of the split. The output folder
+holds the model and its tokenizer, README.md and all_results.json. A run that was interrupted resumes from its last
+checkpoint when it is started again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import (
+    AutoTokenizer,
+    DataCollatorForSeq2Seq,
+    EvalPrediction,
+    GPT2Config,
+    GPT2LMHeadModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.trainer_utils import EvalLoopOutput
+
+from common.arguments import OptimizerArguments, TextTrainingArguments, at_least_one, option, parse
+from common.tokenizer import EOS, train_tokenizer
+from common.trainer import TextTrainer, drop_length
+from text.arguments import TextArguments, check_dropout
+from text.data import TEXT, encode, load_splits
+from text.run import prepare, train_and_score
+from translation import corpus
+
+
+@dataclass
+class DataArguments(TextArguments):
+    """Which sentences, and how many of them."""
+
+    text_column: str = option("en", "Column of the sentences.")
+
+
+@dataclass
+class ModelArguments:
+    """Size of the GPT-2."""
+
+    n_embd: int = option(128, "Width of embeddings and hidden states.")
+    n_layer: int = option(4, "Layers.")
+    n_head: int = option(4, "Attention heads; they divide n_embd.")
+    n_positions: int = option(128, "Longer sentences are cut to so many tokens.")
+    dropout: float = option(0.1, "Dropout on embeddings, attention weights and each sublayer's output.")
+    vocab_size: int = option(8000, "Size of the vocabulary, an upper bound.")
+
+    def __post_init__(self) -> None:
+        """Reject sizes that do not fit together."""
+        for name in ("n_embd", "n_layer", "n_head"):
+            at_least_one(self, name)
+        if self.n_positions < 2:
+            raise ValueError(f"n_positions is {self.n_positions}; a token and the next one take at least 2.")
+        if self.n_embd % self.n_head:
+            raise ValueError(f"n_head={self.n_head} does not divide n_embd={self.n_embd}.")
+        check_dropout(self.dropout)
+
+
+@dataclass
+class LanguageModelingArguments(TextTrainingArguments):
+    """TrainingArguments with the defaults of a small language model."""
+
+    output_dir: str = option("outputs/language_modeling", "Folder of the model, its card and results.")
+
+
+DATACLASSES = (DataArguments, ModelArguments, OptimizerArguments, LanguageModelingArguments)
+
+
+class LanguageModelingTrainer(TextTrainer):
+    """A Trainer whose evaluation loss is the mean over tokens; Trainer's own weights batches by their rows."""
+
+    def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> EvalLoopOutput:
+        """Evaluate, as Trainer does, and correct the loss."""
+        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        output.metrics[f"{metric_key_prefix}_loss"] = _loss_of_a_token(output.predictions)
+        return output
+
+
+def token_losses(logits: Tensor, labels: Tensor) -> Tensor:
+    """Reduce logits to what a perplexity needs, for `preprocess_logits_for_metrics`.
+
+    Args:
+        logits: `[N, T, V]`.
+        labels: `[N, T]` or longer, where several processes padded them to the same length; -100 counts not.
+
+    Returns:
+        `[N, 2]`: of each sentence the sum of the losses of its tokens but the first, and their number.
+    """
+    targets = labels[:, 1 : logits.shape[1]]
+    losses = F.cross_entropy(logits[:, :-1].transpose(1, 2).float(), targets, reduction="none")
+    return torch.stack([losses.sum(dim=1), targets.ne(-100).sum(dim=1).to(losses.dtype)], dim=1)
+
+
+def perplexity(prediction: EvalPrediction) -> dict[str, float]:
+    """Return `compute_metrics`'s perplexity, from what `token_losses` left of each sentence."""
+    return {"perplexity": float(torch.tensor(_loss_of_a_token(prediction.predictions), dtype=torch.float64).exp())}
+
+
+def _loss_of_a_token(losses: np.ndarray) -> float:
+    total, tokens = losses.sum(axis=0, dtype=np.float64)
+    return float(total / tokens)
+
+
+def build_model(tokenizer: PreTrainedTokenizerBase, arguments: ModelArguments) -> GPT2LMHeadModel:
+    """Build a GPT-2 with transformers' own initialization, from torch's global generator."""
+    model = GPT2LMHeadModel(
+        GPT2Config(
+            vocab_size=len(tokenizer),
+            n_embd=arguments.n_embd,
+            n_layer=arguments.n_layer,
+            n_head=arguments.n_head,
+            n_positions=arguments.n_positions,
+            resid_pdrop=arguments.dropout,
+            embd_pdrop=arguments.dropout,
+            attn_pdrop=arguments.dropout,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    )
+    # GPT2LMHeadModel's name tells transformers nothing of its loss, so that Trainer would count the first token of each
+    # sentence, which nobody predicts, among those that the loss is a mean of.
+    model.loss_type = "ForCausalLM"
+    return model
+
+
+def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
+    """Train, evaluate, and write the output folder.
+
+    Args:
+        argv: The command line behind the program's name; `sys.argv[1:]` where None.
+
+    Returns:
+        What all_results.json holds.
+    """
+    data_args, model_args, optimizer_args, args = parse(DATACLASSES, argv)
+    run = prepare(data_args, optimizer_args, args)
+    with args.main_process_first(desc="loading the dataset"):  # the other processes find the download
+        texts = load_splits(data_args, corpus.load)
+    if run.checkpoint is None:
+        # A sentence starts and ends with </s>, so that its first word is predicted too. The tokenizer sets the first
+        # alone: a text to go on with has no end.
+        tokenizer = train_tokenizer(texts["train"][TEXT], model_args.vocab_size, f"{EOS} $A")
+    else:
+        tokenizer = AutoTokenizer.from_pretrained(run.checkpoint)
+
+    def tokenize(sentences: list[str]) -> dict[str, Any]:
+        whole = [[*ids, tokenizer.eos_token_id] for ids in tokenizer(sentences)["input_ids"]]
+        rows = [ids[: model_args.n_positions] for ids in whole]
+        return {"input_ids": rows, "labels": rows}
+
+    splits = {
+        name: encode(rows, tokenize, data_args.preprocessing_num_workers, f"Tokenizing {name}")
+        for name, rows in texts.items()
+    }
+    run.seed()
+    facts = {"recipe": "language_modeling.py", "dataset_name": data_args.dataset_name}
+    facts |= {"text_column": data_args.text_column}
+    report = train_and_score(
+        run,
+        build_model(tokenizer, model_args),
+        tokenizer,
+        splits,
+        facts,
+        trainer_cls=LanguageModelingTrainer,
+        data_collator=drop_length(DataCollatorForSeq2Seq(tokenizer)),  # labels are padded with -100
+        compute_metrics=perplexity,
+        preprocess_logits_for_metrics=token_losses,
+    )
+    if args.process_index == 0:
+        for prefix in ("eval", "predict"):
+            if f"{prefix}_perplexity" in report:
+                print(f"{prefix}: perplexity {report[f'{prefix}_perplexity']:.2f}")
+    return report
+
+
+if __name__ == "__main__":
+    main()

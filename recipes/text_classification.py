@@ -1,0 +1,245 @@
+"""Fine-tune a classifier of texts, or train a small one from scratch, and measure its accuracy.
+
+    accelerate launch recipes/text_classification.py --output_dir outputs/text_classification --label_noise 0.3
+    accelerate launch recipes/text_classification.py --model_name_or_path google-bert/bert-base-uncased
+        --dataset_name fancyzhx/ag_news --train_split 'train[:95%]' --validation_split 'train[95%:]'
+
+With `--label_noise 0.3`, 30 % of the training labels are replaced by random ones, some of which are right by chance,
+and the share of training labels that the model fits in the end is reported as fitted_accuracy. The output folder holds
+the model and its tokenizer, README.md and all_results.json. A run that was interrupted resumes from its last checkpoint
+when it is started again. With `--metric_for_best_model accuracy` and `--save_total_limit 2` the test split is also
+scored with the weights of the best epoch, as best_predict_accuracy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from datasets import ClassLabel, Dataset, DatasetDict
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    BertConfig,
+    BertForSequenceClassification,
+    DataCollatorWithPadding,
+    EvalPrediction,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from common.arguments import OptimizerArguments, TextTrainingArguments, at_least_one, option, parse
+from common.tokenizer import EOS, train_tokenizer
+from common.trainer import drop_length, make_loss
+from text import subjects
+from text.arguments import TextArguments, check_dropout
+from text.data import TEXT, encode, load_splits
+from text.run import prepare, train_and_score
+
+LABEL, LABELS = "label", "labels"  # of the dataset, and of the model
+
+
+@dataclass
+class DataArguments(TextArguments):
+    """Which texts with which labels, and how many of them."""
+
+    label_column: str = option("label", "Column of the labels: class labels, whole numbers or strings.")
+    max_length: int = option(128, "Longer texts are cut to so many tokens.")
+    label_noise: float = option(0.0, "Share of the training labels to replace by uniformly random ones.")
+    label_noise_seed: int = option(0, "Seed of the label noise: the same for runs of all seeds.")
+
+    def __post_init__(self) -> None:
+        """Reject values that no run can use."""
+        super().__post_init__()
+        if not 0 <= self.label_noise <= 1:
+            raise ValueError(f"label_noise is {self.label_noise}; it must lie in [0, 1].")
+
+
+@dataclass
+class ModelArguments:
+    """A model to fine-tune, or the size of a BERT to train from scratch."""
+
+    model_name_or_path: str | None = option(
+        None, "Hub id or local folder of a model and its tokenizer. Default: a new BERT of the sizes below."
+    )
+    hidden_size: int = option(128, "New model: width of embeddings and hidden states; feed-forward layers have four.")
+    num_hidden_layers: int = option(2, "New model: layers.")
+    num_attention_heads: int = option(4, "New model: attention heads; they divide hidden_size.")
+    dropout: float = option(0.1, "New model: dropout on embeddings, attention weights and each sublayer's output.")
+    vocab_size: int = option(1000, "New model: size of the vocabulary, an upper bound.")
+
+    def __post_init__(self) -> None:
+        """Reject sizes that do not fit together, or that nobody would heed."""
+        given = [f.name for f in fields(self) if getattr(self, f.name) != f.default and f.name != "model_name_or_path"]
+        if self.model_name_or_path is not None and given:
+            raise ValueError(f"{', '.join(given)}: options of a new model; leave them out with --model_name_or_path.")
+        for name in ("hidden_size", "num_hidden_layers", "num_attention_heads"):
+            at_least_one(self, name)
+        if self.hidden_size % self.num_attention_heads:
+            raise ValueError(
+                f"num_attention_heads={self.num_attention_heads} does not divide hidden_size={self.hidden_size}."
+            )
+        check_dropout(self.dropout)
+
+
+@dataclass
+class TextClassificationArguments(TextTrainingArguments):
+    """TrainingArguments with the defaults of a classifier."""
+
+    output_dir: str = option("outputs/text_classification", "Folder of the model, its card and results.")
+
+
+DATACLASSES = (DataArguments, ModelArguments, OptimizerArguments, TextClassificationArguments)
+
+
+def number_labels(splits: DatasetDict) -> tuple[DatasetDict, list[str]]:
+    """Replace the column `label` by numbers from 0 on, in the column `labels`.
+
+    Returns:
+        The splits, and the names of the labels: a ClassLabel's, else the values in the training split, sorted.
+
+    Raises:
+        ValueError: A label is missing, is a fraction, or does not occur in training.
+    """
+    feature = splits["train"].features[LABEL]
+    names = list(feature.names) if isinstance(feature, ClassLabel) else None
+    values = list(range(len(names))) if names else sorted(set(splits["train"][LABEL]) - {None})
+    if any(not isinstance(value, int | str) for value in values):
+        raise ValueError(
+            f"Labels like {values[0]!r} are no classes; choose whole numbers or strings by --label_column."
+        )
+    if len(values) < 2:
+        raise ValueError(
+            "The training split has one class alone: nothing to tell apart. Shuffle it, or take more of it."
+        )
+    numbers = {value: number for number, value in enumerate(values)}
+    numbered = {}
+    for split, rows in splits.items():
+        unknown = sorted({repr(value) for value in rows[LABEL] if value not in numbers})
+        if unknown:
+            raise ValueError(
+                f"The {split} split has labels that training does not have: {', '.join(unknown[:5])}. Splits without "
+                f"labels have None or -1; a part of another split serves as well: --{split}_split 'train[90%:]'."
+            )
+        columns = {TEXT: list(rows[TEXT]), LABELS: [numbers[value] for value in rows[LABEL]]}
+        numbered[split] = Dataset.from_dict(columns)
+    return DatasetDict(numbered), names or [str(value) for value in values]
+
+
+def corrupt(labels: Sequence[int], classes: int, share: float, seed: int) -> list[int]:
+    """Replace a share of the labels by uniformly random ones, some of which are right by chance."""
+    generator = torch.Generator().manual_seed(seed)
+    hit = torch.rand(len(labels), generator=generator) < share
+    return torch.where(hit, torch.randint(classes, hit.shape, generator=generator), torch.tensor(labels)).tolist()
+
+
+def load_tokenizer(model_args: ModelArguments, checkpoint: str | None, texts: Sequence[str]) -> PreTrainedTokenizerBase:
+    """Load the tokenizer of a checkpoint or of the model that was named, or else train one.
+
+    A tokenizer without a padding token, like GPT-2's, pads with its end of text.
+    """
+    named = checkpoint or model_args.model_name_or_path
+    if named is None:
+        return train_tokenizer(texts, model_args.vocab_size, f"{EOS} $A")  # the first token stands for the whole text
+    tokenizer = AutoTokenizer.from_pretrained(named)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def build_model(
+    tokenizer: PreTrainedTokenizerBase, model_args: ModelArguments, max_length: int, labels: Sequence[str]
+) -> PreTrainedModel:
+    """Load the model that was named, with a new output layer, or build a small BERT; both from torch's generator."""
+    names: dict[str, Any] = {
+        "id2label": dict(enumerate(labels)),
+        "label2id": {label: number for number, label in enumerate(labels)},
+    }
+    if model_args.model_name_or_path is not None:
+        return AutoModelForSequenceClassification.from_pretrained(
+            model_args.model_name_or_path,
+            pad_token_id=tokenizer.pad_token_id,
+            ignore_mismatched_sizes=True,  # an output layer for other labels
+            **names,
+        )
+    return BertForSequenceClassification(
+        BertConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=model_args.hidden_size,
+            num_hidden_layers=model_args.num_hidden_layers,
+            num_attention_heads=model_args.num_attention_heads,
+            intermediate_size=4 * model_args.hidden_size,
+            hidden_dropout_prob=model_args.dropout,
+            attention_probs_dropout_prob=model_args.dropout,
+            max_position_embeddings=max_length,
+            type_vocab_size=1,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+            **names,
+        )
+    )
+
+
+def accuracy(prediction: EvalPrediction) -> dict[str, float]:
+    """Return `compute_metrics`'s accuracy, from 0 to 1."""
+    logits = prediction.predictions[0] if isinstance(prediction.predictions, tuple) else prediction.predictions
+    return {"accuracy": float((logits.argmax(axis=-1) == prediction.label_ids).mean())}
+
+
+def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
+    """Train, evaluate, and write the output folder.
+
+    Args:
+        argv: The command line behind the program's name; `sys.argv[1:]` where None.
+
+    Returns:
+        What all_results.json holds.
+    """
+    data_args, model_args, optimizer_args, args = parse(DATACLASSES, argv)
+    run = prepare(data_args, optimizer_args, args)
+    with args.main_process_first(desc="loading the dataset"):  # the other processes find the download
+        texts, labels = number_labels(load_splits(data_args, subjects.load, (TEXT, LABEL)))
+    true = list(texts["train"][LABELS])
+    given = corrupt(true, len(labels), data_args.label_noise, data_args.label_noise_seed)
+    texts["train"] = texts["train"].remove_columns(LABELS).add_column(LABELS, given)
+    tokenizer = load_tokenizer(model_args, run.checkpoint, texts["train"][TEXT])
+    max_length = min(data_args.max_length, tokenizer.model_max_length)
+
+    def tokenize(batch: list[str]) -> dict[str, Any]:
+        return dict(tokenizer(batch, truncation=True, max_length=max_length))
+
+    splits = {
+        name: encode(rows, tokenize, data_args.preprocessing_num_workers, f"Tokenizing {name}")
+        for name, rows in texts.items()
+    }
+    run.seed()
+    report = train_and_score(
+        run,
+        build_model(tokenizer, model_args, max_length, labels),
+        tokenizer,
+        splits,
+        {
+            "recipe": "text_classification.py",
+            "dataset_name": data_args.dataset_name,
+            "model_name_or_path": model_args.model_name_or_path,
+            "num_labels": len(labels),
+            "label_noise": data_args.label_noise,
+            "wrong_labels": sum(one != other for one, other in zip(true, given, strict=True)) / len(true),
+        },
+        fitted=data_args.label_noise > 0,
+        data_collator=drop_length(DataCollatorWithPadding(tokenizer)),
+        compute_loss_func=make_loss(args.label_smoothing_factor),
+        compute_metrics=accuracy,
+    )
+    if args.process_index == 0:
+        for prefix in ("eval", "predict"):
+            if f"{prefix}_accuracy" in report:
+                print(f"{prefix}: accuracy {report[f'{prefix}_accuracy']:.4f}")
+    return report
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,213 @@
+"""The classification recipe: its embedded data, labels, noise, loss, whole runs."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+
+import pytest
+import torch
+from datasets import ClassLabel, Dataset, DatasetDict
+from torch import nn
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, GPT2Config, GPT2ForSequenceClassification
+
+import text_classification
+from baselines.factory import baseline_layers
+from common.tokenizer import EOS, train_tokenizer
+from hf_fngd import FNGD
+from tests.recipes.translate_pairs import PAIRS
+from text import subjects
+from text_classification import ModelArguments, build_model, corrupt, number_labels
+
+TINY = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 300}
+# Who sings, from "A man sings here.": four classes, by name.
+ROWS = [{"sentence": pair["en"], "who": pair["en"].split()[1]} for pair in PAIRS]
+
+
+@pytest.fixture
+def options(tmp_path):
+    """Return the command line of a run of four steps, without a model."""
+    folder = tmp_path / "rows"
+    folder.mkdir()
+    for split, rows in {"train": ROWS, "validation": ROWS[::4], "test": ROWS[1::4]}.items():
+        (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return [
+        f"--dataset_name={folder}",
+        "--text_column=sentence",
+        "--label_column=who",
+        f"--output_dir={tmp_path / 'out'}",
+        "--max_length=32",
+        "--per_device_train_batch_size=16",
+        "--num_train_epochs=1",
+        "--learning_rate=0.01",
+        "--save_strategy=no",
+        "--disable_tqdm=true",
+    ]
+
+
+NEW_MODEL = [f"--{name}={value}" for name, value in TINY.items()]
+
+
+@pytest.fixture(scope="module")
+def embedded():
+    return subjects.load(300, 40, 40)
+
+
+def test_embedded_labels_are_the_subject_of_the_main_clause(embedded):
+    names = embedded["train"].features["label"].names
+    assert sum(len(embedded[split]) for split in embedded) == 380
+    assert len({text for split in embedded for text in embedded[split]["text"]}) == 380
+    later = 0
+    for row in embedded["train"]:
+        noun = subjects.SUBJECTS[row["label"]]
+        assert noun.en == names[row["label"]]
+        # English tells by the order: the main clause comes first, or behind the comma of the clause in front.
+        aside, _, rest = row["text"].partition(", ") if row["text"].startswith("While ") else ("", "", row["text"])
+        words = rest.rstrip(".").split()
+        beings = [word for word in words if any(word in (each.en, each.en_plural) for each in subjects.SUBJECTS)]
+        assert beings[0] in (noun.en, noun.en_plural), row
+        later += bool(aside)
+    assert 30 < later < 150  # the first being is not the answer
+
+
+def test_more_rows_to_train_on_leave_the_others_as_they_are(embedded):
+    more = subjects.load(320, 40, 40)
+    for split in ("validation", "test"):
+        assert more[split]["text"] == embedded[split]["text"]
+    assert list(more["train"]["text"])[:300] == list(embedded["train"]["text"])
+    with pytest.raises(ValueError, match="test_size is 0"):
+        subjects.load(10, 10, 0)
+
+
+def splits(train, other, feature=None):
+    """Return splits with these labels."""
+
+    def rows(labels):
+        data = Dataset.from_dict({"text": ["a"] * len(labels), "label": labels})
+        return data if feature is None else data.cast_column("label", feature)
+
+    return DatasetDict({"train": rows(train), "test": rows(other)})
+
+
+@pytest.mark.parametrize(
+    ("train", "other", "feature", "numbers", "names"),
+    [
+        (["b", "a", "b"], ["a"], None, [1, 0, 1], ["a", "b"]),
+        ([5, 3], [3], None, [1, 0], ["3", "5"]),
+        ([2, 0], [1], ClassLabel(names=["x", "y", "z"]), [2, 0], ["x", "y", "z"]),
+    ],
+)
+def test_labels_are_numbered(train, other, feature, numbers, names):
+    numbered, found = number_labels(splits(train, other, feature))
+    assert found == names
+    assert list(numbered["train"]["labels"]) == numbers
+    assert found[numbered["test"]["labels"][0]] == (feature.names[other[0]] if feature else str(other[0]))
+
+
+@pytest.mark.parametrize(
+    ("train", "other", "message"),
+    [
+        ([0, 1], [-1], "test split has labels that training does not have: -1.*--test_split"),
+        (["a", "b"], [None], "test split has labels .* None"),
+        (["a", "b", None], ["a"], "train split has labels .* None"),
+        ([0.5, 1.5], [0.5], "like 0.5 are no classes.*--label_column"),
+        (["a", "a"], ["a"], "one class alone"),
+    ],
+)
+def test_labels_that_nobody_can_learn_are_errors(train, other, message):
+    with pytest.raises(ValueError, match=message):
+        number_labels(splits(train, other))
+
+
+def test_noise_replaces_a_share_of_the_labels_by_its_own_seed():
+    labels = [n % 5 for n in range(5000)]
+    noisy = corrupt(labels, 5, 0.4, 0)
+    changed = sum(one != other for one, other in zip(labels, noisy, strict=True))
+    assert changed / 5000 == pytest.approx(0.4 * 4 / 5, abs=0.03)
+    assert min(Counter(noisy).values()) > 900
+    assert corrupt(labels, 5, 0.4, 0) == noisy != corrupt(labels, 5, 0.4, 1)
+    assert corrupt(labels, 5, 0, 0) == labels
+
+
+@pytest.mark.parametrize("optimizer", ["fngd", "eva"])
+def test_a_run_leaves_a_model_that_loads_and_a_true_report(tmp_path, options, optimizer):
+    text_classification.main([*options, *NEW_MODEL, f"--optimizer={optimizer}"])
+    out = tmp_path / "out"
+    results = json.loads((out / "all_results.json").read_text(encoding="utf-8"))
+    assert results["optimizer"] == {"fngd": "FNGD", "eva": "Eva"}[optimizer]
+    assert {"step_seconds_mean", "train_loss", "eval_loss", "eval_accuracy", "predict_loss"} <= set(results)
+    assert (results["num_labels"], results["wrong_labels"], results["train_samples"]) == (4, 0, 64)
+    assert "fitted_accuracy" not in results
+    assert f"optimizer: **{results['optimizer']}**" in (out / "README.md").read_text(encoding="utf-8")
+
+    model, tokenizer = AutoModelForSequenceClassification.from_pretrained(out), AutoTokenizer.from_pretrained(out)
+    batch = tokenizer([row["sentence"] for row in ROWS[1::4]], padding=True, return_tensors="pt")
+    found = [model.config.id2label[number] for number in model(**batch).logits.argmax(-1).tolist()]
+    right = sum(name == row["who"] for name, row in zip(found, ROWS[1::4], strict=True))
+    assert results["predict_accuracy"] == right / 16
+
+
+def test_training_classifies_and_noise_is_measured(options):
+    argv = [*options, *NEW_MODEL, "--hidden_size=32", "--dropout=0", "--optimizer=adamw", "--num_train_epochs=20"]
+    argv += ["--eval_strategy=no"]
+    assert text_classification.main(argv)["predict_accuracy"] == 1.0
+    noisy = text_classification.main([*argv, "--label_noise=0.5", "--overwrite_output_dir"])
+    assert 0.2 < noisy["wrong_labels"] < 0.6
+    assert noisy["fitted_accuracy"] < 1.0
+
+
+def test_accumulation_does_not_change_the_training(tmp_path, options):
+    argv = [*options, *NEW_MODEL, "--optimizer=sgd", "--dropout=0", "--max_steps=3", "--learning_rate=0.3"]
+    whole = text_classification.main(argv)
+    parts = text_classification.main(
+        [
+            *argv,
+            "--per_device_train_batch_size=4",
+            "--gradient_accumulation_steps=4",
+            f"--output_dir={tmp_path / 'parts'}",
+        ]
+    )
+    for name in ("train_loss", "eval_loss"):
+        assert parts[name] == pytest.approx(whole[name], rel=1e-4)
+
+
+def test_a_model_by_name_is_fine_tuned_whatever_it_classified_before(tmp_path, options):
+    folder = tmp_path / "gpt2"
+    tokenizer = train_tokenizer([row["sentence"] for row in ROWS], 300, f"{EOS} $A")
+    tokenizer.pad_token = None  # as GPT-2's
+    tokenizer.save_pretrained(folder)
+    config = GPT2Config(vocab_size=300, n_embd=16, n_layer=1, n_head=2, n_positions=32, num_labels=7)
+    torch.manual_seed(0)
+    GPT2ForSequenceClassification(config).save_pretrained(folder)
+    report = text_classification.main([*options, f"--model_name_or_path={folder}", "--optimizer=sgd"])
+    assert (report["model"], report["num_labels"]) == ("GPT2ForSequenceClassification", 4)
+    with pytest.raises(ValueError, match="hidden_size: options of a new model"):
+        text_classification.main([*options, f"--model_name_or_path={folder}", "--hidden_size=16"])
+
+
+def test_fngd_and_the_baselines_take_blocks_pooler_and_head():
+    tokenizer = train_tokenizer([row["sentence"] for row in ROWS], 300, f"{EOS} $A")
+    model = build_model(tokenizer, ModelArguments(**TINY), 32, ["a", "b", "c"])
+    linear = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    assert {"classifier", "bert.pooler.dense"} <= linear
+    assert {layer.name for layer in baseline_layers(model)} == linear
+    optimizer = FNGD(model)
+    batch = tokenizer([row["sentence"] for row in ROWS[:4]], padding=True, return_tensors="pt")
+    model(**batch, labels=torch.tensor([0, 1, 2, 0])).loss.backward()
+    optimizer.step()
+    assert {name.rsplit(".", 1)[0] for name in optimizer.coverage().preconditioned} == linear
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--label_column=stars"], "no column 'stars'; its columns are sentence, who.*--label_column"),
+        (["--label_noise=1.5"], "label_noise is 1.5"),
+        (["--max_length=0"], "max_length is 0"),
+        (["--num_attention_heads=3"], "num_attention_heads=3 does not divide hidden_size=16"),
+        (["--num_hidden_layers=0"], "num_hidden_layers is 0"),
+    ],
+)
+def test_bad_options_name_the_fix(options, argv, message):
+    with pytest.raises(ValueError, match=message):
+        text_classification.main([*options, *NEW_MODEL, *argv])
