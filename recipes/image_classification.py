@@ -60,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
             loss_args, args.label_smoothing_factor, record, lambda: trainer.state.epoch or 0.0
         ),
         optimizer_cls_and_kwargs=optimizer,
-        callbacks=callbacks(config),
+        callbacks=callbacks(optimizer_args),
     )
     if checkpoint is not None:
         trainer.load_record(checkpoint)

@@ -91,7 +91,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         processing_class=tokenizer,
         compute_loss_func=make_loss(args.label_smoothing_factor),
         compute_metrics=make_bleu(tokenizer, len(validation.order)) if args.predict_with_generate else None,
-        callbacks=callbacks(config),
+        callbacks=callbacks(optimizer_args),
     )
     metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics
     if checkpoint is None:

@@ -18,7 +18,8 @@ from transformers import HfArgumentParser, TrainingArguments
 from baselines import BASELINES
 from hf_fngd.config import PRESETS, FNGDConfig
 
-# What FNGDConfig does not have.
+# What FNGDConfig does not have: options of the baselines, and of fngd.
+NOT_IN_CONFIG = ("fngd_config", "shuffle_weights")
 BASELINE_OPTIONS = ("kl_clip", "statistics_every", "inverse_every")
 
 
@@ -72,6 +73,9 @@ class OptimizerArguments:
     target_modules: list[str] | None = field(default=None, metadata=_fngd_help("target_modules"))
     exclude_modules: list[str] | None = field(default=None, metadata=_fngd_help("exclude_modules"))
     strict: bool | None = field(default=None, metadata=_fngd_help("strict"))
+    shuffle_weights: bool | None = option(
+        None, "fngd: a control experiment; the weights of each step go to samples of its batch drawn at random."
+    )
     kl_clip: float | None = _baseline_option("kl_clip", "Bound of the trust region.")
     statistics_every: int | None = _baseline_option("statistics_every", "Steps between two statistics.")
     inverse_every: int | None = _baseline_option("inverse_every", "Steps between two inverses, roots or eigenbases.")
@@ -106,7 +110,7 @@ class OptimizerArguments:
 
     def overrides(self) -> dict[str, Any]:
         """Return the keys of FNGDConfig that were given a value, with PEFT's convention for lists of one."""
-        values = {name: getattr(self, name) for name in self._given() if name != "fngd_config"}
+        values = {name: getattr(self, name) for name in self._given() if name not in NOT_IN_CONFIG}
         if self.optimizer == "ngd":
             values["sharing"] = "never"
         for name in ("target_modules", "exclude_modules"):

@@ -10,6 +10,7 @@ from transformers import TrainerCallback, TrainingArguments
 
 from baselines import BASELINES, BaselineFactory
 from common.arguments import OptimizerArguments
+from common.controls import ShuffledWeights
 from hf_fngd import FNGDCallback, FNGDConfig, FNGDFactory
 
 _NO_OPTIONS = ("params", "initial_lr", "step", "steps")  # keys of a parameter group
@@ -54,9 +55,11 @@ def optimizer_cls_and_kwargs(
     return None
 
 
-def callbacks(config: FNGDConfig | None) -> list[TrainerCallback]:
+def callbacks(arguments: OptimizerArguments) -> list[TrainerCallback]:
     """Return the callbacks that the optimizer wants."""
-    return [] if config is None else [FNGDCallback()]
+    if not arguments.uses_fngd:
+        return []
+    return [FNGDCallback(), *([ShuffledWeights()] if arguments.shuffle_weights else [])]
 
 
 def describe(optimizer: torch.optim.Optimizer, config: FNGDConfig | None) -> dict[str, Any]:

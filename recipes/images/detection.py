@@ -61,14 +61,13 @@ def weight_scores(optimizer: torch.optim.Optimizer, samples: int) -> dict[str, T
         samples: Rows of the training set.
 
     Returns:
-        `weight`, from the last measured weight, averaged over the layers; nothing where the optimizer followed no
-        samples.
+        `weight`, from the mean of the weights over layers and coefficient steps, NaN where there were none; nothing
+        where the optimizer followed no samples.
     """
     optimizer = getattr(optimizer, "optimizer", optimizer)
-    policy = optimizer.preconditioner.policy if isinstance(optimizer, FNGD) else None
-    if not isinstance(policy, IndexSharing) or policy.table is None:
+    if not isinstance(optimizer, FNGD) or not isinstance(optimizer.preconditioner.policy, IndexSharing):
         return {}
-    weights = torch.ones(samples)
-    measured = policy.table.float().mean(dim=0).cpu()[:samples]
-    weights[: len(measured)] = measured
-    return {"weight": -weights}
+    suspects = optimizer.suspects()
+    scores = torch.full((samples,), torch.nan)
+    scores[suspects.index] = -suspects.weight
+    return {"weight": scores}

@@ -7,7 +7,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from datasets import Dataset
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments, enable_full_determinism, set_seed
+from transformers import (
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    TrainerCallback,
+    TrainingArguments,
+    enable_full_determinism,
+    set_seed,
+)
 
 from common.arguments import OptimizerArguments
 from common.checkpoints import find_checkpoint
@@ -26,12 +33,14 @@ class Run:
         args: The training arguments.
         config: FNGD's configuration; None for any other optimizer.
         optimizer: What `Trainer(optimizer_cls_and_kwargs=...)` takes.
+        callbacks: What the optimizer wants.
         checkpoint: The checkpoint to go on from; None at the start.
     """
 
     args: TrainingArguments
     config: FNGDConfig | None
     optimizer: tuple[Any, dict[str, Any]] | None
+    callbacks: list[TrainerCallback]
     checkpoint: str | None
 
     def seed(self) -> None:
@@ -46,7 +55,7 @@ def prepare(data_args: TextArguments, optimizer_args: OptimizerArguments, args: 
     checkpoint = find_checkpoint(args, data_args.overwrite_output_dir)
     if checkpoint is not None and args.process_index == 0:
         print(f"Resuming from {checkpoint}; --overwrite_output_dir starts anew.")
-    return Run(args, config, optimizer, checkpoint)
+    return Run(args, config, optimizer, callbacks(optimizer_args), checkpoint)
 
 
 def train_and_score(
@@ -92,7 +101,7 @@ def train_and_score(
         train_dataset=add_index(train) if config is not None and config.sharing == "index" else train,
         eval_dataset=_longest_first(splits["validation"]),
         processing_class=tokenizer,
-        callbacks=callbacks(config),
+        callbacks=run.callbacks,
         **trainer_kwargs,
     )
     metrics = trainer.train(resume_from_checkpoint=run.checkpoint).metrics

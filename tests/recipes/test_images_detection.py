@@ -68,14 +68,14 @@ def test_low_weights_score_high(size):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(5, 4), nn.Linear(4, 1))
     optimizer = FNGD(model, sharing=IndexSharing(size))
-    assert weight_scores(optimizer, 8) == {}  # nothing was measured yet
+    assert weight_scores(optimizer, 8)["weight"].isnan().all()  # nothing was measured yet
     inputs = torch.randn(6, 5)
     inputs[2] *= 50  # its gradient outweighs the others'
     model(inputs, **{INDEX_COLUMN: torch.arange(6)}).square().mean().backward()
     optimizer.step()
     scores = weight_scores(optimizer, 8)["weight"]
-    assert scores.argmax() == 2
-    assert scores[6:].tolist() == [-1, -1]  # never weighted
+    assert scores[:6].argmax() == 2
+    assert scores[6:].isnan().all()  # never weighted
     torch.testing.assert_close(-scores[:6].mean(), torch.tensor(1.0))
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from common.arguments import BASELINE_OPTIONS, OptimizerArguments
+from common.arguments import BASELINE_OPTIONS, NOT_IN_CONFIG, OptimizerArguments
 from common.optimizers import fngd_config
 from hf_fngd import FNGDConfig
 from translation.arguments import parse_arguments
@@ -92,7 +92,7 @@ def test_values_of_the_wrong_type_end_the_program(tmp_path, capsys, text):
 def test_every_key_of_the_optimizers_configuration_is_an_option():
     options = {f.name for f in dataclasses.fields(OptimizerArguments)}
     keys = {f.name for f in dataclasses.fields(FNGDConfig)}
-    others = {"optimizer", "fngd_config", *BASELINE_OPTIONS}
+    others = {"optimizer", *NOT_IN_CONFIG, *BASELINE_OPTIONS}
     assert options - others == keys - {"lr", "weight_decay"}  # those are TrainingArguments'
 
 
