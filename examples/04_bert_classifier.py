@@ -73,11 +73,10 @@ set_seed(SEED)
 train_set = [with_noise(make_sentence()) for _ in range(512)]
 test_set = [make_sentence() for _ in range(512)]
 
-# The control beside the preset: the same update rule with all weights 1, so that only the weights differ. The rule
-# is Muon's, whose updates have a root mean square of 0.2 lr where those of AdamW start with lr: hence the rates.
+# The control beside the preset: the same update rule, Adam's, with all weights 1, so that only the weights differ.
 runs = {
-    "FNGD, robust preset": (FNGDConfig.preset("robust"), 5e-3),
-    "FNGD, all weights 1": (FNGDConfig.preset("robust", sharing="uniform"), 5e-3),
+    "FNGD, robust preset": (FNGDConfig.preset("robust"), 1e-3),
+    "FNGD, all weights 1": (FNGDConfig.preset("robust", sharing="uniform"), 1e-3),
     "AdamW": (None, 1e-3),
 }
 

@@ -36,8 +36,8 @@ PRESETS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
                 "fallback": "sgd",
             }
         ),
-        # Noisy labels: low damping keeps the model from memorizing them, as long as coefficients stay fresh.
-        "robust": MappingProxyType({"damping": 0.001, "sharing": "ranked", "refresh": 10}),
+        # Noisy labels: low damping keeps the model from memorizing them, as long as every step has its own weights.
+        "robust": MappingProxyType({"damping": 0.001, "sharing": "sketched", "update": "adam"}),
     }
 )
 """Departures from the defaults, by the name of the preset."""
