@@ -98,6 +98,7 @@ ARMS: dict[str, Callable[[nn.Module], Step]] = {
     "FNGD muon, refresh 10 (the default)": partial(fngd, "muon", "ranked", 10),
     "FNGD muon, refresh 50": partial(fngd, "muon", "ranked", 50),
     "FNGD adam, refresh 10": partial(fngd, "adam", "ranked", 10),
+    "FNGD adam, sketched (preset robust)": partial(fngd, "adam", "sketched", 0),
     "FNGD adam, every step (NGD)": partial(fngd, "adam", "never", 0),
     "Muon": partial(baseline, "muon"),
     "Eva": partial(baseline, "eva"),
