@@ -38,7 +38,7 @@ def plot(comparison: Comparison, results: Results, path: Path) -> None:
             axes[row][column].set(xlabel=unit, ylabel=metric if column == 0 else "")
             axes[row][column].grid(alpha=0.3)
     if axes[0][0].get_lines():
-        figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside upper center", ncols=5)
+        figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside upper center", ncols=3)
     figure.savefig(path, dpi=120)
 
 
