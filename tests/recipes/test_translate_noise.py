@@ -11,11 +11,11 @@ from datasets import Dataset
 from torch.nn import functional as F
 
 import translate
+from common.tokenizer import train_tokenizer
 from tests.recipes.translate_pairs import PAIRS, TINY_MODEL, write_splits
 from translation.arguments import DataArguments
 from translation.data import encode
 from translation.noise import add_noise
-from translation.tokenizer import train_tokenizer
 from translation.trainer import TranslationTrainer, mean_nll
 
 
