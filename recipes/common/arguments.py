@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import difflib
-import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +15,7 @@ import yaml
 from transformers import HfArgumentParser, TrainingArguments
 
 from baselines import BASELINES
+from common.command_line import words
 from hf_fngd.config import PRESETS, FNGDConfig
 
 # What FNGDConfig does not have: options of the baselines, and of fngd.
@@ -208,15 +208,7 @@ def _as_options(path: Path, names: Sequence[str]) -> list[str]:
     unknown = [str(key) for key in values if key not in names]
     if unknown:
         raise ValueError(_unknown(str(path), unknown, names))
-    words: list[str] = []
-    for key, value in values.items():
-        if isinstance(value, list):
-            words += [f"--{key}", *map(str, value)]
-        elif isinstance(value, dict):
-            words.append(f"--{key}={json.dumps(value)}")
-        elif value is not None:
-            words.append(f"--{key}={value}")
-    return words
+    return words(values)
 
 
 def _names_of(optimizer_args: OptimizerArguments) -> list[str]:

@@ -179,19 +179,6 @@ def load(path: Path, overrides: Mapping[str, Any] | None = None, arms: Sequence[
     return comparison
 
 
-def words(options: Mapping[str, Any]) -> list[str]:
-    """Return options as command line words."""
-    line: list[str] = []
-    for key, value in options.items():
-        if isinstance(value, list):
-            line += [f"--{key}", *map(str, value)]
-        elif isinstance(value, dict):
-            line.append(f"--{key}={json.dumps(value)}")
-        elif value is not None:
-            line.append(f"--{key}={value}")
-    return line
-
-
 def recorded(options: Mapping[str, Any]) -> dict[str, Any]:
     """Return options as they are recorded: of local folders the name alone."""
     return {

@@ -11,7 +11,8 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from comparison.plan import Comparison, Run, words
+from common.command_line import words
+from comparison.plan import Comparison, Run
 from comparison.results import Record, Results, read_outcome, value
 
 _LONGEST = 300  # characters of a message that are recorded

@@ -17,7 +17,8 @@ import compare
 import language_modeling
 import text_classification
 from common.arguments import parse
-from comparison.plan import RECIPES, load, recorded, words
+from common.command_line import words
+from comparison.plan import RECIPES, load, recorded
 from comparison.plot import series
 from comparison.report import report
 from comparison.results import Results
