@@ -53,7 +53,7 @@ class Eva(KroneckerOptimizer):
         """`sum a` and `sum g`."""
         return a.sum(0), g.sum(0)
 
-    def update(self, state: dict[str, Any], sums: tuple[Tensor, Tensor], rows: int, group: dict[str, Any]) -> None:
+    def update(self, state: dict[str, Any], sums: tuple[Tensor, Tensor], rows: Tensor, group: dict[str, Any]) -> None:
         """Average the two vectors."""
         average(state, "a", sums[0] / rows, group["decay"])
         average(state, "b", sums[1], group["decay"])  # the mean of M g

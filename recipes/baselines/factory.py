@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.optim import AdamW, Optimizer
+from transformers import PreTrainedModel
 
 from baselines.composite import Composite
 from baselines.eva import Eva
@@ -111,16 +112,15 @@ class BaselineFactory:
 
 
 def baseline_layers(model: nn.Module) -> list[Selected]:
-    """The layers that FNGD preconditions, without those as wide as the vocabulary.
+    """The layers that FNGD preconditions, without the one that yields the scores of a vocabulary.
 
     Raises:
         ValueError: Nothing is left.
     """
-    vocabulary = getattr(getattr(model, "config", None), "vocab_size", None)
-    layers = select_layers(model, ALL_LINEAR, None).layers
-    layers = [layer for layer in layers if vocabulary not in layer.module.weight.shape]
+    head = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
+    layers = [layer for layer in select_layers(model, ALL_LINEAR, None).layers if layer.module is not head]
     if not layers:
-        raise ValueError("The model has no layer that is not as wide as its vocabulary: nothing to precondition.")
+        raise ValueError("The model has no Linear beside that of its output vocabulary: nothing to precondition.")
     return layers
 
 

@@ -62,7 +62,7 @@ class KFAC(KroneckerOptimizer):
         """`sum a a^T` and `sum g g^T`."""
         return a.mT @ a, g.mT @ g
 
-    def update(self, state: dict[str, Any], sums: tuple[Tensor, Tensor], rows: int, group: dict[str, Any]) -> None:
+    def update(self, state: dict[str, Any], sums: tuple[Tensor, Tensor], rows: Tensor, group: dict[str, Any]) -> None:
         """Average the factors; invert them where it is time."""
         average(state, "A", sums[0] / rows, group["decay"])
         average(state, "G", sums[1] * rows, group["decay"])  # (M g)(M g)^T / M

@@ -1,8 +1,8 @@
 """What KFAC and Eva share: statistics of a layer's inputs and output gradients, momentum, and the size of a step.
 
 Layout: a layer's inputs `a [M, i]` and output gradients `g [M, o]`, one row a position (every token of every
-sample), g of a loss that is a mean, so that the gradients of single positions are M g. Gradients of weights are
-`[o, i]`; that of a Conv1D is transposed on the way in and out.
+sample) that is no padding, g of a loss that is a mean, so that the gradients of single positions are M g. Gradients of
+weights are `[o, i]`; that of a Conv1D is transposed on the way in and out.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ class KroneckerOptimizer(Optimizer):
         """Return two sums over the rows."""
 
     @abstractmethod
-    def update(self, state: dict[str, Any], sums: tuple[Tensor, Tensor], rows: int, group: dict[str, Any]) -> None:
+    def update(self, state: dict[str, Any], sums: tuple[Tensor, Tensor], rows: Tensor, group: dict[str, Any]) -> None:
         """Bring the sums of a step, over all of its rows, into the running averages."""
 
     @abstractmethod
@@ -88,8 +88,9 @@ class KroneckerOptimizer(Optimizer):
     @torch.no_grad()
     def _collect(self, weight: Tensor, a: Tensor, g: Tensor) -> None:
         a, g = (x.reshape(-1, x.shape[-1]).to(torch.promote_types(x.dtype, torch.float32)) for x in (a, g))
+        used = g.any(-1, keepdim=True)  # padding has no gradient, and no place in the statistics of the inputs
         sums = self._sums.setdefault(weight, [0.0, 0.0, 0])
-        for place, value in enumerate((*self.statistics(a, g), len(a))):
+        for place, value in enumerate((*self.statistics(a * used, g), used.sum().clamp(min=1))):
             sums[place] = sums[place] + value
 
     @torch.no_grad()

@@ -90,6 +90,15 @@ def test_statistics_are_those_of_all_micro_batches(cls):
 
 
 @pytest.mark.parametrize("cls", [KFAC, Eva])
+def test_padding_has_no_part_in_the_statistics(cls):
+    x, y = data(6)
+    alone, _ = direction(cls, net(), [(x[:4], y[:4])])
+    y[4:] = -100  # what a loss ignores
+    padded, _ = direction(cls, net(), [(x, y)])
+    torch.testing.assert_close(padded, alone)
+
+
+@pytest.mark.parametrize("cls", [KFAC, Eva])
 def test_a_step_leaves_no_trust_region(cls):
     whole, grads = direction(cls, net(), [data(6)])
     size = 0.1**2 * sum((p * g).sum() for p, g in zip(whole, grads, strict=True))
@@ -247,11 +256,16 @@ def test_every_baseline_updates_all_parameters_and_the_same_matrices_by_its_rule
     assert ruled | others == {id(p) for p in model.parameters()}
 
 
+def test_the_output_vocabulary_is_left_out_and_nothing_else_of_its_width():
+    config = GPT2Config(vocab_size=64, n_positions=8, n_embd=16, n_layer=1, n_head=2, tie_word_embeddings=False)
+    names = [layer.name for layer in baseline_layers(GPT2LMHeadModel(config))]  # c_fc has 64 outputs too
+    assert "transformer.h.0.mlp.c_fc" in names and "lm_head" not in names
+
+
 def test_a_model_of_nothing_but_its_vocabulary_is_refused():
-    model = nn.Sequential(nn.Linear(4, 50))
-    model.config = GPT2Config(vocab_size=50)
+    config = GPT2Config(vocab_size=50, n_positions=8, n_embd=16, n_layer=0, n_head=2, tie_word_embeddings=False)
     with pytest.raises(ValueError, match="nothing to precondition"):
-        baseline_layers(model)
+        baseline_layers(GPT2LMHeadModel(config))
 
 
 class Lossy(nn.Module):
