@@ -259,7 +259,8 @@ def test_every_baseline_updates_all_parameters_and_the_same_matrices_by_its_rule
 def test_the_output_vocabulary_is_left_out_and_nothing_else_of_its_width():
     config = GPT2Config(vocab_size=64, n_positions=8, n_embd=16, n_layer=1, n_head=2, tie_word_embeddings=False)
     names = [layer.name for layer in baseline_layers(GPT2LMHeadModel(config))]  # c_fc has 64 outputs too
-    assert "transformer.h.0.mlp.c_fc" in names and "lm_head" not in names
+    assert "transformer.h.0.mlp.c_fc" in names
+    assert "lm_head" not in names
 
 
 def test_a_model_of_nothing_but_its_vocabulary_is_refused():
