@@ -1,9 +1,10 @@
 """Inverse-free fast natural gradient descent (FNGD, arXiv 2403.03473) for the Hugging Face Trainer."""
 
+from hf_fngd.attach import detach
 from hf_fngd.config import FNGDConfig
 from hf_fngd.coverage import CoverageReport
 from hf_fngd.optimizer import FNGD
-from hf_fngd.preconditioner import FNGDPreconditioner, detach
+from hf_fngd.preconditioner import FNGDPreconditioner
 from hf_fngd.sharing import Suspects, add_index, policy_names
 from hf_fngd.trainer import FNGDCallback, FNGDFactory, last_complete_checkpoint
 

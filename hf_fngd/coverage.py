@@ -2,7 +2,16 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
+
+from torch import Tensor
+
+from hf_fngd.backward import LayerSlot
+from hf_fngd.selection import Selection
+
+logger = logging.getLogger(__name__)
 
 NEVER_CALLED = "it was never called in a forward pass of the model in training mode"
 
@@ -32,3 +41,79 @@ class CoverageReport:
                 shown = ", ".join(names[:4]) + (f", and {len(names) - 4} more" if len(names) > 4 else "")
                 lines.append(f"{len(names)} {title}: {reason} ({shown})")
         return "\n  ".join(lines)
+
+
+class Coverage:
+    """Follows what becomes of a model's parameters; tells it after the first step, and when more layers are missed.
+
+    Args:
+        selection: the layers that were selected.
+        slots: what backward keeps of them, in the same order.
+        strict: raise, instead of warning, where a selected layer is missed.
+    """
+
+    def __init__(self, selection: Selection, slots: Sequence[LayerSlot], strict: bool) -> None:
+        self._selection, self._slots, self._strict = selection, slots, strict
+        self._told = False
+        self._told_fallbacks = 0
+
+    def report(self) -> CoverageReport:
+        """What became of every trainable parameter; before the first step, what is going to."""
+        preconditioned: list[str] = []
+        missed: dict[str, str] = {}
+        for layer, slot in zip(self._selection.layers, self._slots, strict=True):
+            names = [
+                f"{layer.name}.{leaf}" if layer.name else leaf
+                for leaf, parameter in layer.module.named_parameters(recurse=False)
+                if parameter.requires_grad
+            ]
+            reasons = sorted(slot.fallbacks)
+            if self._told and not reasons and not slot.preconditioned:
+                reasons = [NEVER_CALLED]
+            if reasons:
+                missed.update(dict.fromkeys(names, "; ".join(reasons)))
+            else:
+                preconditioned += names
+        return CoverageReport(tuple(preconditioned), dict(self._selection.plain), missed)
+
+    def tell(self, samples: int) -> None:
+        """A step was taken: log the report, if it is the first or says more than the last one.
+
+        Args:
+            samples: those of the step's largest micro-batch.
+
+        Raises:
+            RuntimeError: ``strict``, and a selected layer is missed.
+        """
+        if samples == 1 and not self._told:
+            logger.warning(
+                "the first micro-batch holds one sample, whose weight is 1: with such batches FNGD is its update rule "
+                "alone. Packed sequences count as one sample, and accumulation does not help: raise "
+                "per_device_train_batch_size, or train without packing"
+            )
+        fallbacks = sum(len(slot.fallbacks) for slot in self._slots)
+        if self._told and fallbacks == self._told_fallbacks:
+            return
+        self._told, self._told_fallbacks = True, fallbacks
+        report = self.report()
+        if not report.missed:
+            logger.info("%s", report)
+        elif self._strict:
+            raise RuntimeError(f"strict=True: {report}\nExclude these layers with exclude_modules.")
+        else:
+            logger.warning("%s", report)
+
+    def tell_of_none(self) -> None:
+        """A step was taken without a backward pass through any layer: say so, if there are gradients all the same.
+
+        Raises:
+            RuntimeError: ``strict``, and there are.
+        """
+        if not self._told and self._has_nonzero_gradients():
+            self.tell(0)
+
+    def _has_nonzero_gradients(self) -> bool:
+        # Zero gradients are those of a checkpoint loader that initializes the optimizer's state.
+        weights = (layer.module.weight for layer in self._selection.layers)
+        grads = (w.grad for w in weights if isinstance(w, Tensor) and w.is_leaf)
+        return any(isinstance(grad, Tensor) and bool(grad.any()) for grad in grads)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -15,9 +14,9 @@ from torch.utils.hooks import RemovableHandle
 
 from hf_fngd import compiled
 from hf_fngd.arguments import validate
-from hf_fngd.attach import restore_forward, swap_forward
+from hf_fngd.attach import Attachment, refuse_attached
 from hf_fngd.backward import ON_TOP_OF_ANOTHER, LayerSlot, MicroBatch, call_layer, in_backward
-from hf_fngd.coverage import NEVER_CALLED, CoverageReport
+from hf_fngd.coverage import Coverage, CoverageReport
 from hf_fngd.environment import rank_and_world, refuse_environment, refuse_replica, refuse_split_weight
 from hf_fngd.exchange import Exchange, Measurement
 from hf_fngd.graph import uses_of_leaves
@@ -38,11 +37,6 @@ from hf_fngd.sharing import (
 )
 from hf_fngd.sharing.base import State
 from hf_fngd.window import Window
-
-logger = logging.getLogger(__name__)
-
-_LAYER_ATTRIBUTE = "_fngd_layer"
-_MODEL_ATTRIBUTE = "_fngd_model"
 
 
 class FNGDPreconditioner:
@@ -101,15 +95,13 @@ class FNGDPreconditioner:
             values["sharing"] = sharing
         validate(values, choices={"sharing": policy_names()})
         refuse_environment(model)
-        _refuse_attached(model)
+        refuse_attached(model)
         self.damping = damping
-        self.strict = strict
         self.policy = make_policy(sharing)
         self.phase = Phase(coefficient_steps, refresh, always=self.policy.always)
         selection = select_layers(model, target_modules, exclude_modules)
         self.layers: list[Selected] = selection.layers
         self.policy.prepare(len(self.layers), coefficient_steps, memory_budget)
-        self._plain = selection.plain
         self._model = weakref.ref(model)
         self._edge = EpochEdge()
         self._exchange = Exchange()
@@ -120,33 +112,19 @@ class FNGDPreconditioner:
         self._checked = False
         self._fsdp = False
         self._inspected = False
-        self._reported = False
-        self._reported_fallbacks = 0
         self._hooks: list[RemovableHandle] = []
         self.slots = [
             LayerSlot(place, layer.name, layer.kernel, self.policy, damping, memory_budget)
             for place, layer in enumerate(self.layers)
         ]
+        self._coverage = Coverage(selection, self.slots, strict)
         self._engine = compiled.register(self)
         self._number: Tensor | None = None
-        self._attach(model)
-
-    def _attach(self, model: nn.Module) -> None:
-        try:
-            for layer, slot in zip(self.layers, self.slots, strict=True):
-                swap_forward(layer.module, _LAYER_ATTRIBUTE, partial(self._layer_forward, slot))
-            # TRL, for one, puts a forward of its own on the model before Trainer asks for the optimizer.
-            swap_forward(model, _MODEL_ATTRIBUTE, self._model_forward, take_replaced=True)
-        except RuntimeError:
-            detach(model)
-            raise
-        self._handlers = [
-            (weakref.ref(module), attribute, module.__dict__[attribute])
-            for module, attribute in (
-                (model, _MODEL_ATTRIBUTE),
-                *((layer.module, _LAYER_ATTRIBUTE) for layer in self.layers),
-            )
+        handlers = [
+            (layer.module, partial(self._layer_forward, slot))
+            for layer, slot in zip(self.layers, self.slots, strict=True)
         ]
+        self._attachment = Attachment(model, self._model_forward, handlers)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         raise TypeError(
@@ -293,9 +271,9 @@ class FNGDPreconditioner:
             self.phase.advance()
             if self.phase.sharing and not sharing:
                 self._window.place = 0
-            self._report(max((batch.info.size for batch in batches), default=0))
-        elif not self._reported and self._has_nonzero_gradients():
-            self._report(0)  # which says that no layer was called
+            self._coverage.tell(max((batch.info.size for batch in batches), default=0))
+        else:
+            self._coverage.tell_of_none()
         if self.epoch_ended:
             self.end_epoch()
 
@@ -327,57 +305,13 @@ class FNGDPreconditioner:
         self._window.abandon()
         while self._hooks:
             self._hooks.pop().remove()
-        while self._handlers:  # those that are still its own
-            reference, attribute, handler = self._handlers.pop(0)
-            module = reference()
-            if module is not None and module.__dict__.get(attribute) is handler:
-                restore_forward(module, attribute)
+        self._attachment.undo()
 
     # Reports ---------------------------------------------------------------------------------------------
 
     def coverage(self) -> CoverageReport:
         """What is preconditioned, what is not, and why; before the first step, what is going to be."""
-        preconditioned: list[str] = []
-        missed: dict[str, str] = {}
-        for layer, slot in zip(self.layers, self.slots, strict=True):
-            names = [
-                f"{layer.name}.{leaf}" if layer.name else leaf
-                for leaf, parameter in layer.module.named_parameters(recurse=False)
-                if parameter.requires_grad
-            ]
-            reasons = sorted(slot.fallbacks)
-            if self._reported and not reasons and not slot.preconditioned:
-                reasons = [NEVER_CALLED]
-            if reasons:
-                missed.update(dict.fromkeys(names, "; ".join(reasons)))
-            else:
-                preconditioned += names
-        return CoverageReport(tuple(preconditioned), dict(self._plain), missed)
-
-    def _has_nonzero_gradients(self) -> bool:
-        # Zero gradients are those of a checkpoint loader that initializes the optimizer's state.
-        weights = (layer.module.weight for layer in self.layers)
-        grads = (w.grad for w in weights if isinstance(w, Tensor) and w.is_leaf)
-        return any(isinstance(grad, Tensor) and bool(grad.any()) for grad in grads)
-
-    def _report(self, samples: int) -> None:
-        if samples == 1 and not self._reported:
-            logger.warning(
-                "the first micro-batch holds one sample, whose weight is 1: with such batches FNGD is its update rule "
-                "alone. Packed sequences count as one sample, and accumulation does not help: raise "
-                "per_device_train_batch_size, or train without packing"
-            )
-        fallbacks = sum(len(slot.fallbacks) for slot in self.slots)
-        if self._reported and fallbacks == self._reported_fallbacks:
-            return
-        self._reported, self._reported_fallbacks = True, fallbacks
-        report = self.coverage()
-        if not report.missed:
-            logger.info("%s", report)
-        elif self.strict:
-            raise RuntimeError(f"strict=True: {report}\nExclude these layers with exclude_modules.")
-        else:
-            logger.warning("%s", report)
+        return self._coverage.report()
 
     def diagnostics(self) -> dict[str, float]:
         """What a user wants to see, as plain numbers (waits for the device).
@@ -386,12 +320,7 @@ class FNGDPreconditioner:
             ``phase`` (0: first epoch, 1: sharing), ``rho`` (geometric mean over the layers) and
             ``weight_spread`` (standard deviation of w, root mean square over the layers).
         """
-        known = self.rho[~self.rho.isnan()]
-        return {
-            "phase": float(self.phase.sharing),
-            "rho": float(known.log().mean().exp()) if known.numel() else float("nan"),
-            "weight_spread": float((self.spread.mean() - 1).clamp(min=0).sqrt()),
-        }
+        return {"phase": float(self.phase.sharing), **self._ratios.summary()}
 
     def suspects(self) -> Suspects:
         """The samples of the dataset and their mean weights, the lowest first; those seen in coefficient steps so far.
@@ -467,20 +396,3 @@ def check_keys(state: Mapping[str, Any], keys: Sequence[str]) -> None:
         raise ValueError(
             f"this optimizer state lacks {', '.join(missing)}: it is damaged, or of another version of FNGD"
         )
-
-
-def detach(model: nn.Module) -> None:
-    """Restore a model that an `FNGDPreconditioner` or an `FNGD` was built on; others are left as they are."""
-    for attribute in (_MODEL_ATTRIBUTE, _LAYER_ATTRIBUTE):
-        for module in model.modules():
-            if attribute in module.__dict__:
-                restore_forward(module, attribute)
-
-
-def _refuse_attached(model: nn.Module) -> None:
-    # Before anything is swapped, so that a refusal leaves the model as it is.
-    for name, module in model.named_modules():
-        if _MODEL_ATTRIBUTE in module.__dict__ or _LAYER_ATTRIBUTE in module.__dict__:
-            raise RuntimeError(
-                f"the module {name!r} is attached to another FNGD already; call hf_fngd.detach(model) first"
-            )

@@ -39,3 +39,15 @@ class Ratios:
         elif self.averages is not None:
             self.rho, self.spread = self.averages
         self.spread = self.spread.nan_to_num(nan=1.0)
+
+    def summary(self) -> dict[str, float]:
+        """The layers in two numbers; waits for the device.
+
+        Returns:
+            ``rho`` (geometric mean) and ``weight_spread`` (standard deviation of w, root mean square over the layers).
+        """
+        known = self.rho[~self.rho.isnan()]
+        return {
+            "rho": float(known.log().mean().exp()) if known.numel() else float("nan"),
+            "weight_spread": float((self.spread.mean() - 1).clamp(min=0).sqrt()),
+        }

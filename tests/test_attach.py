@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import BertConfig, BertForSequenceClassification, GPT2Config, GPT2LMHeadModel, PreTrainedModel
 
 from hf_fngd import FNGD, FNGDPreconditioner, detach
-from hf_fngd.attach import restore_forward, swap_forward
+from hf_fngd.swap import restore_forward, swap_forward
 from tests.nets import Net, data, graph_nodes, loss, net, parameters, train
 
 

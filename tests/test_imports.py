@@ -11,12 +11,12 @@ ROOT = Path(hf_fngd.__file__).parent
 
 # From the bottom to the top. A module imports from lower layers, and from siblings of its own package.
 ORDER = [
-    {"arguments", "persample", "attach", "sharded", "graph"},
-    {"coefficients", "environment"},
+    {"arguments", "persample", "swap", "sharded", "graph"},
+    {"coefficients", "environment", "attach"},
     {"layers"},
     {"sharing"},
-    {"backward", "exchange", "inputs", "selection", "phase", "coverage"},
-    {"compiled", "rules", "groups", "ratios", "step_scale", "window"},
+    {"backward", "exchange", "inputs", "selection", "phase"},
+    {"compiled", "rules", "groups", "ratios", "step_scale", "window", "coverage"},
     {"preconditioner"},
     {"optimizer", "hub"},
     {"config"},
