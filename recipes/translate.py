@@ -78,6 +78,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         "num_beams": data_args.num_beams,
         "parameters": model.num_parameters(only_trainable=True),
         "train_samples": len(train),
+        "outliers": data_args.outliers,
         "seed": args.seed,
     } | noise.report()
     trainer = TranslationTrainer(
@@ -89,7 +90,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         eval_dataset=validation.encoded,
         data_collator=make_collator(tokenizer, model),
         processing_class=tokenizer,
-        compute_loss_func=make_loss(args.label_smoothing_factor),
+        compute_loss_func=make_loss(args.label_smoothing_factor, data_args.outliers, data_args.outlier_scale),
         compute_metrics=make_bleu(tokenizer, len(validation.order)) if args.predict_with_generate else None,
         callbacks=callbacks(optimizer_args),
     )

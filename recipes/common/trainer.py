@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from datasets import Dataset
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import Sampler, SequentialSampler
 
+from common.outliers import scale_outliers
 from common.sampler import ShuffledLengthGroups
 from common.timer import TimedTrainer
 
@@ -83,20 +86,28 @@ def drop_length(pad: Callable[[list[dict[str, Any]]], Mapping[str, Tensor]]) -> 
     return collate
 
 
-def make_loss(label_smoothing: float) -> Callable[..., Tensor]:
+def make_loss(label_smoothing: float, outliers: int = 0, outlier_scale: float = 1.0) -> Callable[..., Tensor]:
     """Return the label-smoothed cross entropy for Trainer's `compute_loss_func`.
 
     It is the mean over the labels of the whole batch (target tokens, or rows to classify), over all micro-batches
     and processes. The model's own loss is not: Marian, or BERT's classifier, ignores `num_items_in_batch`, so that
     Trainer would make its gradient larger by the number of accumulation steps. With smoothing it equals Trainer's
     LabelSmoother, in less time and memory.
+
+    Args:
+        label_smoothing: The share of the target that is spread over all labels.
+        outliers: Samples of each training batch whose loss is multiplied (`common.outliers`).
+        outlier_scale: The factor.
     """
 
     def loss(outputs: Any, labels: Tensor, num_items_in_batch: Tensor | int | None = None) -> Tensor:
-        logits = outputs["logits"]
-        total = F.cross_entropy(
-            logits.flatten(0, -2), labels.flatten(), reduction="sum", label_smoothing=label_smoothing
-        )
+        logits = outputs["logits"].flatten(0, -2)
+        losses = partial(F.cross_entropy, logits, labels.flatten(), label_smoothing=label_smoothing)
+        if outliers and torch.is_grad_enabled():
+            of_samples = losses(reduction="none").view(len(labels), -1).sum(1)
+            total = scale_outliers(of_samples, outliers, outlier_scale).sum()
+        else:
+            total = losses(reduction="sum")
         return total / (labels.ne(-100).sum() if num_items_in_batch is None else num_items_in_batch)
 
     return loss

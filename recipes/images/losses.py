@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from common.outliers import scale_outliers
 from images.arguments import LossArguments
 from images.record import LossRecord
 
@@ -69,9 +70,7 @@ class TrainingLoss:
         if self.arguments.loss == "small_loss":
             losses = losses * smallest(losses.detach(), self.dropped())
         if self.arguments.outliers:
-            factors = torch.ones(len(losses))
-            factors[torch.randperm(len(losses))[: self.arguments.outliers]] = self.arguments.outlier_scale
-            losses = losses * factors.to(losses.device)
+            losses = scale_outliers(losses, self.arguments.outliers, self.arguments.outlier_scale)
         return losses.sum() / samples
 
     def dropped(self) -> float:

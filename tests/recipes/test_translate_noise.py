@@ -82,6 +82,7 @@ def test_no_noise_leaves_the_split_as_it_is(clean, tokenizer):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        ({"outliers": -1}, r"outliers is -1"),
         ({"misaligned": -0.1}, r"misaligned=-0.1 and random_targets=0 must be shares"),
         ({"misaligned": 0.6, "random_targets": 0.5}, r"between 0 and 1, also together"),
     ],

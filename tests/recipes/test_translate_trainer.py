@@ -71,6 +71,21 @@ def test_loss_is_trainers_label_smoothing_over_the_tokens_of_the_whole_batch(smo
     torch.testing.assert_close(sum(parts), whole)
 
 
+def test_outliers_count_many_times_in_training_alone():
+    torch.manual_seed(0)
+    logits, labels = torch.randn(6, 5, 11, requires_grad=True), torch.randint(0, 11, (6, 5))
+    labels[0, 2:] = -100
+    plain, loss = make_loss(0.1), make_loss(0.1, outliers=2, outlier_scale=100.0)
+    tokens = labels.ne(-100).sum()
+    alone = torch.stack([plain({"logits": logits[n : n + 1]}, labels[n : n + 1], tokens) for n in range(6)])
+    torch.manual_seed(1)
+    outliers = torch.randperm(6)[:2]
+    torch.manual_seed(1)
+    torch.testing.assert_close(loss({"logits": logits}, labels), alone.sum() + 99 * alone[outliers].sum())
+    with torch.no_grad():
+        torch.testing.assert_close(loss({"logits": logits}, labels), alone.sum())
+
+
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
