@@ -16,6 +16,7 @@ from typing import Any, Self
 
 from hf_fngd import arguments
 from hf_fngd.hub import HubMixin
+from hf_fngd.sharing import policy_names
 
 CONFIG_VERSION = "1.0"
 """MAJOR.MINOR of the file format: MAJOR changes where an older reader would misunderstand a file."""
@@ -138,7 +139,7 @@ class FNGDConfig(HubMixin):
             ValueError: A value is out of range.
         """
         values = {key: getattr(self, key) for key in arguments.ARGUMENTS}
-        arguments.validate(values)
+        _check(values)
         for key, value in values.items():
             if key in arguments.REALS and value is not None:
                 setattr(self, key, float(value))
@@ -178,7 +179,7 @@ class FNGDConfig(HubMixin):
         """
         if not isinstance(values, Mapping):
             raise TypeError(f"a config must be a mapping from argument names, got a {type(values).__name__}")
-        arguments.validate(overrides)
+        _check(overrides)
         _check_version(values.get("config_version", CONFIG_VERSION))
         known = {key: value for key, value in values.items() if key in arguments.ARGUMENTS}
         unknown = [_named(key) for key in values if key not in known and key != "config_version"]
@@ -273,3 +274,8 @@ def _check_version(version: object) -> None:
             f"config_version is {version}, and this version of hf-fngd reads up to {CONFIG_VERSION}: "
             "upgrade it with `pip install --upgrade hf-fngd`"
         )
+
+
+def _check(values: Mapping[str, object]) -> None:
+    # A policy of the user's is as good as ours: the optimizer takes it by its name too.
+    arguments.validate(values, choices={"sharing": policy_names()})

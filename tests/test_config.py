@@ -12,6 +12,8 @@ from hypothesis import strategies as st
 from hf_fngd import arguments
 from hf_fngd.config import CONFIG_VERSION, PRESETS, FNGDConfig
 from hf_fngd.optimizer import FNGD
+from hf_fngd.sharing import SharingPolicy, register_policy
+from hf_fngd.sharing.base import _POLICIES
 from tests.test_arguments import GOOD, WRONG_TYPES, WRONG_VALUES, rows
 
 names = st.lists(st.text(min_size=1, max_size=20), min_size=1, max_size=5)
@@ -207,6 +209,14 @@ def test_presets_are_what_they_say(name):
     assert config == FNGDConfig(**departures)
     assert FNGDConfig.load(name) == config
     assert FNGDConfig.load(name, lr=0.5) == FNGDConfig.preset(name, lr=0.5) == dataclasses.replace(config, lr=0.5)
+
+
+def test_a_registered_policy_is_a_value_like_ours(monkeypatch):
+    monkeypatch.setattr("hf_fngd.sharing.base._POLICIES", dict(_POLICIES))
+    with pytest.raises(ValueError, match="sharing must be one of"):
+        FNGDConfig(sharing="mine")
+    register_policy(type("Mine", (SharingPolicy,), {"name": "mine"}))
+    assert FNGDConfig.from_dict(FNGDConfig(sharing="mine").to_dict()).sharing == "mine"
 
 
 def test_the_paper_preset_is_the_paper():
