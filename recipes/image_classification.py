@@ -14,13 +14,14 @@ from collections.abc import Sequence
 from typing import Any
 
 from torch.nn import functional as F
-from transformers import enable_full_determinism, set_seed
+from transformers import TrainingArguments, enable_full_determinism, set_seed
 
 from common.checkpoints import find_checkpoint
 from common.optimizers import callbacks, describe, fngd_config, optimizer_cls_and_kwargs
 from images.arguments import parse_arguments
-from images.data import load
+from images.data import Columns, load
 from images.detection import detection, weight_scores
+from images.folds import out_of_sample_logits, without_traces
 from images.losses import TrainingLoss
 from images.models import build_model
 from images.record import LossRecord, largest_rise
@@ -46,22 +47,26 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
 
     with args.main_process_first(desc="loading the dataset"):  # the other processes find the download
         splits = load(data_args, args.seed)
-    enable_full_determinism(args.seed) if args.full_determinism else set_seed(args.seed)
-    model = build_model(model_args, data_args.image_size, splits.classes)
-    record = LossRecord(len(splits.train))
-    trainer = ImageTrainer(
-        record=record,
-        keeps_index=config is not None,
-        model=model,
-        args=args,
-        train_dataset=splits.train,
-        eval_dataset={"noisy": splits.validation, "test": splits.test},
-        compute_loss_func=TrainingLoss(
-            loss_args, args.label_smoothing_factor, record, lambda: trainer.state.epoch or 0.0
-        ),
-        optimizer_cls_and_kwargs=optimizer,
-        callbacks=callbacks(optimizer_args),
-    )
+
+    def make_trainer(train: Columns, args: TrainingArguments) -> ImageTrainer:
+        enable_full_determinism(args.seed) if args.full_determinism else set_seed(args.seed)
+        record = LossRecord(len(splits.train))
+        trainer = ImageTrainer(
+            record=record,
+            keeps_index=config is not None,
+            model=build_model(model_args, data_args.image_size, splits.classes),
+            args=args,
+            train_dataset=train,
+            eval_dataset={"noisy": splits.validation, "test": splits.test},
+            compute_loss_func=TrainingLoss(
+                loss_args, args.label_smoothing_factor, record, lambda: trainer.state.epoch or 0.0
+            ),
+            optimizer_cls_and_kwargs=optimizer,
+            callbacks=callbacks(optimizer_args),
+        )
+        return trainer
+
+    trainer = make_trainer(splits.train, args)
     if checkpoint is not None:
         trainer.load_record(checkpoint)
     metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics
@@ -69,14 +74,14 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         "dataset_name": data_args.dataset_name,
         "model": model_args.model,
         "loss_function": loss_args.loss,
-        "parameters": model.num_parameters(),
+        "parameters": trainer.model.num_parameters(),
         "train_samples": len(splits.train),
         "seed": args.seed,
     }
     if checkpoint is None:
         report |= metrics  # after resuming, Trainer divides the rest's loss and time by the steps of the whole run
     report |= describe(trainer.optimizer, config) | trainer.timer.report()
-    report |= best_epochs(trainer.state.log_history) | {"largest_rise": largest_rise(record.batches)}
+    report |= best_epochs(trainer.state.log_history) | {"largest_rise": largest_rise(trainer.record.batches)}
     trainer.save_model()
     trainer.save_state()
 
@@ -86,7 +91,12 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     labels = splits.train.columns["labels"]
     report |= memorized(logits, labels, splits.true_labels)
     scores = {"loss": F.cross_entropy(logits, labels, reduction="none"), "mean_loss": trainer.whole_record().means()}
-    for name, values in (scores | weight_scores(trainer.optimizer, len(labels))).items():
+    scores |= weight_scores(trainer.optimizer, len(labels))
+    if data_args.folds:
+        quiet = without_traces(args)
+        unseen = out_of_sample_logits(splits.train, data_args.folds, lambda part: make_trainer(part, quiet))
+        scores["self_confidence"] = F.cross_entropy(unseen, labels, reduction="none")
+    for name, values in scores.items():
         report |= detection(name, values, splits.wrong)
     trainer.save_metrics("all", report, combined=False)
     if trainer.is_world_process_zero():

@@ -37,12 +37,19 @@ class DataArguments:
     )
     noise_kind: str | None = option(None, "Name of the matrix in the file of --noise_rates.")
     noise_seed: int | None = option(None, "Seed of the wrong labels. Default: --seed.")
+    folds: int = option(
+        0,
+        "Afterwards, train so many models more, each without one part of the training images, and report how well the "
+        "probability that it gives their labels finds the wrong ones (cleanlab's self-confidence). 0: none.",
+    )
     overwrite_output_dir: bool = option(
         False, "Start anew: delete the checkpoints in output_dir instead of resuming from the last one."
     )
 
     def __post_init__(self) -> None:
         """Reject values that no run can use."""
+        if self.folds < 0 or self.folds == 1:
+            raise ValueError(f"folds is {self.folds}; it must be 0, or at least 2.")
         for name in ("max_train_samples", "validation_samples", "image_size"):
             at_least_one(self, name)
         if self.max_test_samples is not None:

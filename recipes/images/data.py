@@ -42,6 +42,10 @@ class Columns(torch.utils.data.Dataset[dict[str, Tensor]]):
         chosen = torch.tensor(rows)
         return {name: column[chosen] for name, column in self.columns.items()}
 
+    def where(self, mask: Tensor) -> Columns:
+        """Return the rows `[n]` that a mask selects."""
+        return Columns(**{name: column[mask] for name, column in self.columns.items()})
+
 
 def as_it_is(batch: dict[str, Tensor]) -> dict[str, Tensor]:
     """Collate what `Columns` has fetched, which is a batch already."""

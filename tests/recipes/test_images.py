@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,6 +12,8 @@ from safetensors.torch import load_file
 import image_classification
 from common.timer import StepTimer
 from images.arguments import ModelArguments
+from images.data import Columns
+from images.folds import out_of_sample_logits
 from images.models import Perceptron, build_model
 
 CLASSES = {"fngd": "FNGD", "adamw": "AdamW", "kfac": "KFAC"}
@@ -67,6 +70,35 @@ def test_a_run_leaves_a_report_and_curves(tmp_path, options, optimizer, model):
     record = torch.load(tmp_path / "out" / "sample_losses.pt", weights_only=True)
     assert record["counts"].tolist() == [2] * 128
     assert len(record["batches"]) == 8
+
+
+@pytest.mark.parametrize("optimizer", ["fngd", "adamw"])
+def test_folds_find_wrong_labels_that_a_model_has_memorized(options, optimizer):
+    sizes = ["--max_train_samples=832", "--hidden_size=64", "--num_train_epochs=10", "--eval_strategy=no"]
+    argv = [*options, *sizes, f"--optimizer={optimizer}", "--label_noise=0.2"]
+    plain, folded = image_classification.main(argv), image_classification.main([*argv, "--folds=3"])
+    assert "self_confidence_auc" not in plain
+    assert folded["test_accuracy"] == plain["test_accuracy"]  # of the model that saw all
+    assert folded["self_confidence_auc"] > max(0.6, folded["loss_auc"])
+
+
+def test_rows_keep_their_place_in_the_folds():
+    class Fold:
+        """Predicts each row's own number, if it was not trained on it."""
+
+        def __init__(self, part):
+            self.part = part
+
+        def train(self):
+            pass
+
+        def predict(self, split, metric_key_prefix):
+            rows = split.columns["labels"]
+            assert not torch.isin(rows, self.part.columns["labels"]).any()
+            metrics = dict.fromkeys([f"{metric_key_prefix}_loss", f"{metric_key_prefix}_accuracy"], 0.0)
+            return SimpleNamespace(predictions=rows[:, None].double().numpy(), metrics=metrics)
+
+    assert out_of_sample_logits(Columns(labels=torch.arange(11)), 3, Fold).flatten().tolist() == list(range(11))
 
 
 def test_what_can_be_memorized_is(options):

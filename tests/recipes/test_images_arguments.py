@@ -52,6 +52,7 @@ def test_rates_replace_the_share(tmp_path):
         (["--loss=small_loss", "--trim_epochs=-1"], "trim_epochs is -1.0"),
         (["--outlier_scale=10"], "--outlier_scale needs --outliers"),
         (["--outliers=-1"], "outliers is -1"),
+        (["--folds=1"], "folds is 1; it must be 0, or at least 2"),
         (["--remove_unused_columns=true"], "Leave --remove_unused_columns off"),
         (["--push_to_hub=true"], "no --push_to_hub"),
         (["--optim=sgd"], "Set --optimizer instead of --optim sgd"),
