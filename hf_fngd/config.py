@@ -78,7 +78,7 @@ class FNGDConfig(HubMixin):
         },
     )
     refresh: int = field(
-        default=10,
+        default=50,
         metadata={"help": "Steps between coefficient steps after the first epoch; 0: never, as in the paper."},
     )
     coefficient_steps: int = field(

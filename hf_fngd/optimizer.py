@@ -81,7 +81,7 @@ class FNGD(torch.optim.Optimizer):
         weight_decay: float = 0.0,
         *,
         sharing: str | SharingPolicy = "ranked",
-        refresh: int = 10,
+        refresh: int = 50,
         coefficient_steps: int = 100,
         step_scale: str = "rms",
         update: str = "muon",

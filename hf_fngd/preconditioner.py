@@ -70,7 +70,7 @@ class FNGDPreconditioner:
         damping: float = 0.1,
         *,
         sharing: str | SharingPolicy = "ranked",
-        refresh: int = 10,
+        refresh: int = 50,
         coefficient_steps: int = 100,
         memory_budget: int = 2**28,
         target_modules: Modules = "all-linear",
