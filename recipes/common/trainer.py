@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import Sampler, SequentialSampler
 
+from common.evaluation import WholeEvaluation
 from common.outliers import scale_outliers
 from common.sampler import ShuffledLengthGroups
 from common.timer import TimedTrainer
@@ -21,7 +22,7 @@ from common.timer import TimedTrainer
 LENGTH = "length"
 
 
-class TextTrainer(TimedTrainer):
+class TextTrainer(WholeEvaluation, TimedTrainer):
     """A Trainer for rows with a column `length`, of which those to evaluate on are sorted already.
 
     Args:

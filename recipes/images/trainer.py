@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers.trainer_utils import EvalPrediction
 
+from common.evaluation import WholeEvaluation
 from common.timer import TimedTrainer
 from hf_fngd.sharing import INDEX_COLUMN
 from images.data import as_it_is
@@ -18,7 +19,7 @@ from images.record import LossRecord
 LOSSES_NAME = "sample_losses.pt"
 
 
-class ImageTrainer(TimedTrainer):
+class ImageTrainer(WholeEvaluation, TimedTrainer):
     """A Trainer for `images.data.Columns`.
 
     Args:

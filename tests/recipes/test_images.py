@@ -82,6 +82,14 @@ def test_folds_find_wrong_labels_that_a_model_has_memorized(options, optimizer):
     assert folded["self_confidence_auc"] > max(0.6, folded["loss_auc"])
 
 
+def test_dropping_the_last_batch_drops_no_row_of_an_evaluation(options):
+    batches = ["--per_device_eval_batch_size=25", "--per_device_train_batch_size=60"]
+    argv = [*options, *batches, "--optimizer=adamw", "--num_train_epochs=0.01", "--folds=3"]  # one step
+    whole, dropped = (image_classification.main([*argv, f"--dataloader_drop_last={drop}"]) for drop in (False, True))
+    names = ["test_accuracy", "eval_noisy_accuracy", "train_accuracy", "loss_auc"]
+    assert {name: dropped[name] for name in names} == {name: whole[name] for name in names}
+
+
 def test_rows_keep_their_place_in_the_folds():
     class Fold:
         """Predicts each row's own number, if it was not trained on it."""
