@@ -61,8 +61,8 @@ def sgd(model: nn.Module) -> Step:
 
 
 def adamw(model: nn.Module) -> Step:
-    """AdamW."""
-    return torch.optim.AdamW(model.parameters(), lr=1e-5, foreach=True).step
+    """AdamW, as Trainer builds it."""
+    return torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True).step
 
 
 def engine(sharing: str, computes: bool, model: nn.Module) -> Step:

@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 
 from comparison.markdown import as_number
 from comparison.plan import RECIPES, Comparison, load
-from comparison.results import Results, best_points, screened
+from comparison.results import Results, best_points, value
 
 
 @dataclass(frozen=True)
@@ -28,16 +28,16 @@ class Panel:
         name: Of its YAML file.
         dataset: What `dataset_name` was when it ran: the name of a local folder.
         title: Above the panel.
-        unit: Of the metric.
-        percent: Whether the metric is a share.
+        label: Of the axis of the metric.
+        unit: What a label's unit is in the metric's.
         arms: The optimizers to draw, each with its line's colour and style.
     """
 
     name: str
     dataset: str
     title: str
-    unit: str
-    percent: bool
+    label: str
+    unit: float
     arms: dict[str, tuple[str, str]]
 
 
@@ -46,22 +46,36 @@ PANELS = (
         "outliers_mlp",
         "cifar10",
         "An outlier in every batch (images, MLP)",
-        "validation accuracy, %",
-        True,
+        "test accuracy, %",
+        0.01,
         {
             "adamw, without outliers": ("tab:gray", ":"),
             "adamw": ("tab:blue", "-"),
             "adamw, clipped at 0.1": ("tab:blue", "--"),
-            "fngd adam, ranked, refresh 10, damping 0.1": ("tab:red", "-"),
-            "fngd adam, every step, shuffled": ("tab:red", ":"),
+            "muon": ("tab:orange", "-"),
+            "fngd": ("tab:red", "-"),
+            "fngd adam, ranked, refresh 50, damping 0.1": ("tab:red", "--"),
+        },
+    ),
+    Panel(
+        "outliers_translation",
+        "multi30k",
+        "An outlier in every batch (translation)",
+        "test BLEU",
+        1,
+        {
+            "adamw": ("tab:blue", "-"),
+            "muon": ("tab:orange", "-"),
+            "fngd": ("tab:red", "-"),
+            "fngd adam": ("tab:red", "--"),
         },
     ),
     Panel(
         "label_noise_mlp",
         "cifar10",
         "40 % of the labels random (images, MLP)",
-        "accuracy on validation labels as noisy, %",
-        True,
+        "test accuracy, %",
+        0.01,
         {
             "adamw": ("tab:blue", "-"),
             "adamw, gce": ("tab:green", "-"),
@@ -74,8 +88,8 @@ PANELS = (
         "multi30k_small",
         "multi30k",
         "Multi30K, two epochs (Transformer)",
-        "validation BLEU",
-        False,
+        "test BLEU",
+        1,
         {
             "adamw": ("tab:blue", "-"),
             "soap": ("tab:green", "-"),
@@ -96,8 +110,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--results_dir", type=Path, default=RECIPES / "results", help="folder of the result files")
     results_dir = parser.parse_args(argv).results_dir
-    figure = Figure(figsize=(12, 3.8), layout="constrained")
-    for axes, panel in zip(figure.subplots(1, len(PANELS)), PANELS, strict=True):
+    figure = Figure(figsize=(13, 7), layout="constrained")
+    for axes, panel in zip(figure.subplots(2, 2).flat, PANELS, strict=True):
         draw(axes, panel, results_dir)
     path = results_dir / "summary.png"
     figure.savefig(path, dpi=120)
@@ -105,32 +119,32 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def draw(axes: Axes, panel: Panel, results_dir: Path) -> None:
-    """Draw one comparison's screening: a line an optimizer, its learning rates as multiples of its best one."""
+    """Draw one comparison's screening: a line an optimizer, with a ring around the point that validation chose."""
     overrides = {"dataset_name": panel.dataset}
     comparison = load(RECIPES / "configs" / "compare" / f"{panel.name}.yaml", overrides, list(panel.arms))
     results = Results(results_dir / f"{panel.name}.jsonl")
+    best = best_points(comparison, results)
     for arm, (color, style) in panel.arms.items():
-        points = curve(comparison, results, arm)
-        values = [100 * y if panel.percent else y for _, y in points]
-        axes.plot([x for x, _ in points], values, color=color, linestyle=style, marker=".", label=arm)
-    axes.set(xscale="log", xlabel="learning rate / the optimizer's best", ylabel=panel.unit, title=panel.title)
+        points = curve(comparison, results, arm, panel.unit)
+        axes.plot(
+            *zip(*points, strict=True) if points else ([], []), color=color, linestyle=style, marker=".", label=arm
+        )
+        chosen = as_number(best[arm]["learning_rate"]) if arm in best else None
+        ring = [point for point in points if point[0] == chosen]
+        axes.scatter([x for x, _ in ring], [y for _, y in ring], s=60, facecolors="none", edgecolors=color)
+    axes.set(xscale="log", xlabel="learning rate", ylabel=panel.label, title=panel.title)
     axes.grid(alpha=0.3)
-    axes.legend(fontsize="small")
+    axes.legend(fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))
 
 
-def curve(comparison: Comparison, results: Results, arm: str) -> list[tuple[float, float]]:
-    """Return the points of an optimizer that have a number, by their learning rates over the best one."""
-    best = best_points(comparison, results).get(arm)
-    if best is None:
-        return []
-    rates = {name: as_number(point["learning_rate"]) for name, point in enumerate(comparison.arms[arm].points())}
-    unit = as_number(best["learning_rate"])
-    scores = [screened(comparison, results, arm, point) for point in comparison.arms[arm].points()]
-    return sorted(
-        (rates[place] / unit, score)  # type: ignore[operator]
-        for place, score in enumerate(scores)
-        if score is not None
-    )
+def curve(comparison: Comparison, results: Results, arm: str, unit: float) -> list[tuple[float, float]]:
+    """Return an optimizer's points of the screening: the learning rate and the test metric, in units of `unit`."""
+    points = []
+    for run in comparison.screen_runs():
+        score, rate = value(results.finished(run), comparison.test_metrics[0]), as_number(run.point["learning_rate"])
+        if run.arm == arm and score is not None and rate is not None:
+            points.append((rate, score / unit))
+    return sorted(points)
 
 
 if __name__ == "__main__":

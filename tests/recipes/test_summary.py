@@ -1,0 +1,40 @@
+"""The plot of the README, from the results that are kept beside the recipes."""
+
+from __future__ import annotations
+
+import shutil
+
+import pytest
+from matplotlib.figure import Figure
+
+import summary
+from comparison.plan import RECIPES
+
+RESULTS = RECIPES / "results"
+
+
+@pytest.mark.parametrize("panel", summary.PANELS, ids=[panel.name for panel in summary.PANELS])
+def test_every_line_of_a_panel_has_points_and_one_that_was_chosen(panel):
+    axes = Figure().subplots()
+    summary.draw(axes, panel, RESULTS)
+    assert [line.get_label() for line in axes.get_lines()] == list(panel.arms)
+    for line, ring in zip(axes.get_lines(), axes.collections, strict=True):
+        points = list(zip(line.get_xdata(), line.get_ydata(), strict=True))
+        assert len(points) > 1
+        assert points == sorted(points)
+        assert all(0 < y < 100 for _, y in points)
+        assert [tuple(point) for point in ring.get_offsets()] in [[point] for point in points]
+
+
+def test_the_plot_is_written_beside_the_results(tmp_path):
+    for panel in summary.PANELS:
+        shutil.copy(RESULTS / f"{panel.name}.jsonl", tmp_path)
+    summary.main(["--results_dir", str(tmp_path)])
+    assert (tmp_path / "summary.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_an_optimizer_without_runs_has_no_points(tmp_path):
+    panel = summary.PANELS[0]
+    axes = Figure().subplots()
+    summary.draw(axes, panel, tmp_path)
+    assert [len(line.get_xdata()) for line in axes.get_lines()] == [0] * len(panel.arms)
