@@ -145,7 +145,7 @@ def test_callback_measures_for_logs_of_epochs(tmp_path: Path) -> None:
         model=model,
         args=arguments(tmp_path, logging_strategy="epoch", logging_steps=500),
         train_dataset=text(model),
-        optimizers=(FNGD(model, lr=1e-3), None),
+        optimizers=(FNGD(model, lr=1e-3, refresh=10), None),
         callbacks=[FNGDCallback()],
     )
     trainer.train()
