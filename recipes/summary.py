@@ -30,7 +30,7 @@ class Panel:
         title: Above the panel.
         label: Of the axis of the metric.
         unit: What a label's unit is in the metric's.
-        arms: The optimizers to draw, each with its line's colour and style.
+        arms: The optimizers to draw, keys of `STYLES`.
     """
 
     name: str
@@ -38,65 +38,69 @@ class Panel:
     title: str
     label: str
     unit: float
-    arms: dict[str, tuple[str, str]]
+    arms: tuple[str, ...]
 
 
+STYLES = {
+    "adamw": ("tab:blue", "-"),
+    "adamw, clipped at 0.1": ("tab:blue", "--"),
+    "adamw, without outliers": ("tab:gray", ":"),
+    "adamw, gce": ("tab:green", "-"),
+    "soap": ("tab:green", "-"),
+    "muon": ("tab:orange", "-"),
+    "fngd": ("tab:red", "-"),
+    "fngd, w = 1": ("tab:red", ":"),
+    "fngd adam": ("tab:red", "--"),
+    "fngd adam, ranked, refresh 50, damping 0.1": ("tab:red", "--"),
+    "fngd adam, every step": ("tab:red", "-"),
+    "fngd adam, every step, shuffled": ("tab:red", ":"),
+    "fngd adam, sketched": ("tab:red", "--"),
+}
+"""Colour and style of an optimizer's line."""
+
+BLEU = ("test BLEU", 1)
+ACCURACY = ("test accuracy, %", 0.01)
 PANELS = (
     Panel(
         "outliers_mlp",
         "cifar10",
         "An outlier in every batch (images, MLP)",
-        "test accuracy, %",
-        0.01,
-        {
-            "adamw, without outliers": ("tab:gray", ":"),
-            "adamw": ("tab:blue", "-"),
-            "adamw, clipped at 0.1": ("tab:blue", "--"),
-            "muon": ("tab:orange", "-"),
-            "fngd": ("tab:red", "-"),
-            "fngd adam, ranked, refresh 50, damping 0.1": ("tab:red", "--"),
-        },
+        *ACCURACY,
+        (
+            "adamw, without outliers",
+            "adamw",
+            "adamw, clipped at 0.1",
+            "muon",
+            "fngd",
+            "fngd adam, ranked, refresh 50, damping 0.1",
+        ),
     ),
     Panel(
         "outliers_translation",
         "multi30k",
         "An outlier in every batch (translation)",
-        "test BLEU",
-        1,
-        {
-            "adamw": ("tab:blue", "-"),
-            "muon": ("tab:orange", "-"),
-            "fngd": ("tab:red", "-"),
-            "fngd adam": ("tab:red", "--"),
-        },
+        *BLEU,
+        ("adamw", "muon", "fngd", "fngd adam"),
     ),
     Panel(
         "label_noise_mlp",
         "cifar10",
         "40 % of the labels random (images, MLP)",
-        "test accuracy, %",
-        0.01,
-        {
-            "adamw": ("tab:blue", "-"),
-            "adamw, gce": ("tab:green", "-"),
-            "fngd adam, every step": ("tab:red", "-"),
-            "fngd adam, sketched": ("tab:red", "--"),
-            "fngd adam, every step, shuffled": ("tab:red", ":"),
-        },
+        *ACCURACY,
+        (
+            "adamw",
+            "adamw, gce",
+            "fngd adam, every step",
+            "fngd adam, sketched",
+            "fngd adam, every step, shuffled",
+        ),
     ),
     Panel(
         "multi30k_small",
         "multi30k",
         "Multi30K, two epochs (Transformer)",
-        "test BLEU",
-        1,
-        {
-            "adamw": ("tab:blue", "-"),
-            "soap": ("tab:green", "-"),
-            "muon": ("tab:orange", "-"),
-            "fngd, w = 1": ("tab:red", ":"),
-            "fngd": ("tab:red", "-"),
-        },
+        *BLEU,
+        ("adamw", "soap", "muon", "fngd, w = 1", "fngd"),
     ),
 )
 
@@ -124,11 +128,11 @@ def draw(axes: Axes, panel: Panel, results_dir: Path) -> None:
     comparison = load(RECIPES / "configs" / "compare" / f"{panel.name}.yaml", overrides, list(panel.arms))
     results = Results(results_dir / f"{panel.name}.jsonl")
     best = best_points(comparison, results)
-    for arm, (color, style) in panel.arms.items():
+    for arm in panel.arms:
+        color, style = STYLES[arm]
         points = curve(comparison, results, arm, panel.unit)
-        axes.plot(
-            *zip(*points, strict=True) if points else ([], []), color=color, linestyle=style, marker=".", label=arm
-        )
+        rates, scores = [rate for rate, _ in points], [score for _, score in points]
+        axes.plot(rates, scores, color=color, linestyle=style, marker=".", label=arm)
         chosen = as_number(best[arm]["learning_rate"]) if arm in best else None
         ring = [point for point in points if point[0] == chosen]
         axes.scatter([x for x, _ in ring], [y for _, y in ring], s=60, facecolors="none", edgecolors=color)

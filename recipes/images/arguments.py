@@ -10,6 +10,7 @@ from typing import Any, Literal
 from transformers import TrainingArguments
 
 from common.arguments import OptimizerArguments, at_least_one, check_training_arguments, option, parse
+from common.outliers import OutlierArguments
 
 LABEL_NOISE = 0.4  # where neither a share nor rates are given
 
@@ -100,7 +101,7 @@ class ModelArguments:
 
 
 @dataclass
-class LossArguments:
+class LossArguments(OutlierArguments):
     """The training loss; evaluation measures the plain cross entropy, whatever it is.
 
     Label smoothing is TrainingArguments' label_smoothing_factor.
@@ -116,22 +117,17 @@ class LossArguments:
     trim_epochs: float | None = option(
         None, "small_loss: epochs over which the share grows linearly from 0 to --trim. Default: 10."
     )
-    outliers: int = option(0, "Samples of each batch, drawn at random, whose loss is multiplied.")
-    outlier_scale: float | None = option(None, "Factor of the outliers' loss. Default: 100.")
 
     def __post_init__(self) -> None:
         """Fill in the defaults; reject what is out of range or would be ignored."""
+        super().__post_init__()
         users = {"gce_q": "gce", "trim": "small_loss", "trim_epochs": "small_loss"}
         for name, user in users.items():
             if getattr(self, name) is not None and self.loss != user:
                 raise ValueError(f"--loss {self.loss} has no use for --{name}, which --loss {user} takes.")
-        if self.outlier_scale is not None and self.outliers == 0:
-            raise ValueError("--outlier_scale needs --outliers, the number of such samples in a batch.")
-        for name, default in {"gce_q": 0.7, "trim": 0.4, "trim_epochs": 10.0, "outlier_scale": 100.0}.items():
+        for name, default in {"gce_q": 0.7, "trim": 0.4, "trim_epochs": 10.0}.items():
             if getattr(self, name) is None:
                 setattr(self, name, default)
-        if self.outliers < 0:
-            raise ValueError(f"outliers is {self.outliers}; it must be at least 0.")
         if not 0 < self.gce_q <= 1:
             raise ValueError(f"gce_q is {self.gce_q}; it must lie in (0, 1]. For cross entropy set --loss.")
         if not 0 <= self.trim < 1:

@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from transformers import Seq2SeqTrainingArguments
 
 from common.arguments import OptimizerArguments, TextTrainingArguments, at_least_one, option, parse
+from common.outliers import OutlierArguments
 
 
 @dataclass
-class DataArguments:
+class DataArguments(OutlierArguments):
     """What to translate, and how much of it."""
 
     dataset_name: str | None = option(
@@ -29,8 +30,6 @@ class DataArguments:
     misaligned: float = option(0.0, "Share of the training pairs whose targets are permuted among themselves.")
     random_targets: float = option(0.0, "Share of the training pairs, others, whose targets become random tokens.")
     noise_seed: int | None = option(None, "Seed of the two shares' pairs and targets. Default: --seed.")
-    outliers: int = option(0, "Sentences of each training batch, drawn at random, whose loss is multiplied.")
-    outlier_scale: float = option(100.0, "Factor of the outliers' loss.")
     preprocessing_num_workers: int | None = option(None, "Processes that tokenize the dataset.")
     overwrite_output_dir: bool = option(
         False, "Start anew: delete the checkpoints in output_dir instead of resuming from the last one."
@@ -38,6 +37,7 @@ class DataArguments:
 
     def __post_init__(self) -> None:
         """Reject values that no run can use."""
+        super().__post_init__()
         if self.source_lang == self.target_lang:
             raise ValueError(f"source_lang and target_lang are both {self.source_lang!r}; name two languages.")
         if self.misaligned < 0 or self.random_targets < 0 or self.misaligned + self.random_targets > 1:
@@ -45,8 +45,6 @@ class DataArguments:
                 f"misaligned={self.misaligned:g} and random_targets={self.random_targets:g} must be shares of the "
                 "training pairs, between 0 and 1, also together."
             )
-        if self.outliers < 0:
-            raise ValueError(f"outliers is {self.outliers}; it must be at least 0.")
         for name in ("max_source_length", "max_target_length", "num_beams"):
             at_least_one(self, name)
         for name in (
