@@ -16,10 +16,12 @@ from transformers import HfArgumentParser, TrainingArguments
 
 from baselines import BASELINES
 from common.command_line import words
+from common.controls import CONTROLS
 from hf_fngd.config import PRESETS, FNGDConfig
 
 # What FNGDConfig does not have: options of the baselines, and of fngd.
-NOT_IN_CONFIG = ("fngd_config", "shuffle_weights")
+NOT_IN_CONFIG = ("fngd_config", "control")
+_controls = "; ".join(f"{name}: {text}" for name, (_, text) in CONTROLS.items())
 BASELINE_OPTIONS = ("kl_clip", "statistics_every", "inverse_every")
 
 
@@ -73,8 +75,9 @@ class OptimizerArguments:
     target_modules: list[str] | None = field(default=None, metadata=_fngd_help("target_modules"))
     exclude_modules: list[str] | None = field(default=None, metadata=_fngd_help("exclude_modules"))
     strict: bool | None = field(default=None, metadata=_fngd_help("strict"))
-    shuffle_weights: bool | None = option(
-        None, "fngd: a control experiment; the weights of each step go to samples of its batch drawn at random."
+    control: str | None = field(
+        default=None,
+        metadata={"help": f"fngd: a control experiment, with other weights. {_controls}.", "choices": [*CONTROLS]},
     )
     kl_clip: float | None = _baseline_option("kl_clip", "Bound of the trust region.")
     statistics_every: int | None = _baseline_option("statistics_every", "Steps between two statistics.")
@@ -93,6 +96,8 @@ class OptimizerArguments:
                 f"--optimizer {self.optimizer} has no use for {', '.join(f'--{name}' for name in ignored)}: "
                 f"leave out what only others use; it takes {', '.join(useful) or 'none of these options'}."
             )
+        if self.control is not None and self.control not in CONTROLS:
+            raise ValueError(f"--control {self.control} does not exist; there are {', '.join(CONTROLS)}.")
         if self.optimizer == "ngd" and self.sharing not in (None, "never"):
             raise ValueError(f"--optimizer ngd is fngd with --sharing never, not {self.sharing}.")
 

@@ -1,7 +1,8 @@
-"""Control experiments: what FNGD's weights do when they know nothing."""
+"""Control experiments: weights that know less than FNGD's."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -9,30 +10,57 @@ from torch import Tensor
 from transformers import TrainerCallback
 
 from hf_fngd import FNGD
-from hf_fngd.coefficients import Coefficients
+from hf_fngd.coefficients import Coefficients, coefficients
 from hf_fngd.sharing import SharingPolicy
 
+_Weights = Callable[[Tensor, float], Tensor]
 
-class ShuffledWeights(TrainerCallback):
-    """Gives the weights of every coefficient step to samples of the batch drawn at random.
 
-    Their spread stays as it is: what a run gains without this and not with it is due to whom the weights are given.
+def _shuffled(k: Tensor, damping: float) -> Tensor:
+    w = coefficients(k, damping).w
+    return w[torch.randperm(len(w), device=w.device)]
+
+
+def _clipped(k: Tensor, damping: float) -> Tensor:
+    norms = k.diagonal().clamp(min=0).sqrt()
+    return (norms.median() / norms).clamp(max=1)
+
+
+def _diagonal(k: Tensor, damping: float) -> Tensor:
+    return 1 / (k.diagonal() + damping * torch.linalg.matrix_norm(k))
+
+
+CONTROLS: dict[str, tuple[_Weights, str]] = {
+    "shuffled": (_shuffled, "the weights of each step, given to samples of its batch drawn at random"),
+    "clipped": (_clipped, "those of a clipping of the samples' gradient norms at their median, without a damping"),
+    "diagonal": (_diagonal, "those of the Gram matrix's diagonal alone, which knows the norms and no directions"),
+}
+"""What weights ``[N]`` each control takes from a Gram matrix ``[N, N]`` and a damping, up to a factor, and in words."""
+
+
+class Control(TrainerCallback):
+    """Replaces the weights of coefficient steps: what a run gains without this alone is due to what these do not know.
+
+    Args:
+        name: One of `CONTROLS`.
     """
+
+    def __init__(self, name: str) -> None:
+        self.weights = CONTROLS[name][0]
 
     def on_train_begin(self, *args: Any, optimizer: Any, **kwargs: Any) -> None:
         """Change the policy of the optimizer, which is FNGD."""
         optimizer = getattr(optimizer, "optimizer", optimizer)
         assert isinstance(optimizer, FNGD)
-        shuffle_weights(optimizer.preconditioner.policy)
+        replace_weights(optimizer.preconditioner.policy, self.weights)
 
 
-def shuffle_weights(policy: SharingPolicy) -> None:
-    """Let a policy's `solve` return its weights in random order, and the rho of the gradient so weighted."""
-    solve = policy.solve
+def replace_weights(policy: SharingPolicy, weights: _Weights) -> None:
+    """Let a policy's `solve` return other weights, with mean 1, and the rho of the gradient so weighted."""
 
-    def shuffled(k: Tensor, damping: float) -> Coefficients:
-        w = solve(k, damping).w
-        w = w[torch.randperm(len(w), device=w.device)]
+    def solve(k: Tensor, damping: float) -> Coefficients:
+        w = weights(k, damping)
+        w = w / w.mean()
         return Coefficients(w, len(w) * torch.linalg.matrix_norm(k) / (w @ k @ w))
 
-    policy.solve = shuffled  # type: ignore[method-assign]
+    policy.solve = solve  # type: ignore[method-assign]

@@ -10,7 +10,7 @@ from transformers import TrainerCallback, TrainingArguments
 
 from baselines import BASELINES, BaselineFactory
 from common.arguments import OptimizerArguments
-from common.controls import ShuffledWeights
+from common.controls import Control
 from hf_fngd import FNGDCallback, FNGDConfig, FNGDFactory
 
 _NO_OPTIONS = ("params", "initial_lr", "step", "steps")  # keys of a parameter group
@@ -59,7 +59,7 @@ def callbacks(arguments: OptimizerArguments) -> list[TrainerCallback]:
     """Return the callbacks that the optimizer wants."""
     if not arguments.uses_fngd:
         return []
-    return [FNGDCallback(), *([ShuffledWeights()] if arguments.shuffle_weights else [])]
+    return [FNGDCallback(), *([Control(arguments.control)] if arguments.control else [])]
 
 
 def describe(optimizer: torch.optim.Optimizer, config: FNGDConfig | None) -> dict[str, Any]:

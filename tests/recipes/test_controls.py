@@ -4,48 +4,82 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from common.arguments import OptimizerArguments
-from common.controls import ShuffledWeights, shuffle_weights
+from common.controls import CONTROLS, Control, replace_weights
 from common.optimizers import callbacks
 from hf_fngd import FNGD
-from hf_fngd.coefficients import coefficients
+from hf_fngd.coefficients import Coefficients, coefficients
 from hf_fngd.sharing import NeverSharing
 
 
-def test_shuffled_weights_are_each_steps_own_in_another_order() -> None:
+def gradients() -> Tensor:
+    """Twelve samples' gradients ``[50, 12]``, one of which is a hundred times as large."""
     torch.manual_seed(0)
     u = torch.randn(50, 12, dtype=torch.float64)
-    k = u.T @ u / 12
-    exact = coefficients(k, 0.01)
+    u[:, 3] *= 100
+    return u
+
+
+def solved(control: str, u: Tensor, damping: float) -> Coefficients:
     policy = NeverSharing()
-    shuffle_weights(policy)
-    first, second = policy.solve(k, 0.01), policy.solve(k, 0.01)
+    replace_weights(policy, CONTROLS[control][0])
+    return policy.solve(u.T @ u / 12, damping)
+
+
+@pytest.mark.parametrize("control", CONTROLS)
+def test_weights_have_mean_1_and_the_rho_of_the_gradient_that_they_make(control: str) -> None:
+    u = gradients()
+    found = solved(control, u, 0.01)
+    assert float(found.w.mean()) == pytest.approx(1)
+    weighted = u @ found.w / 12  # of h_n = u_n / N
+    assert float(found.rho) == pytest.approx(float(torch.linalg.matrix_norm(u.T @ u / 12) / weighted.square().sum()))
+
+
+def test_shuffled_weights_are_each_steps_own_in_another_order() -> None:
+    u = gradients()
+    exact = coefficients(u.T @ u / 12, 0.01).w
+    first, second = solved("shuffled", u, 0.01).w, solved("shuffled", u, 0.01).w
     for shuffled in (first, second):
-        torch.testing.assert_close(shuffled.w.sort().values, exact.w.sort().values)
-        assert not torch.equal(shuffled.w, exact.w)
-        weighted = u @ shuffled.w / 12  # of h_n = u_n / N
-        assert float(shuffled.rho) == pytest.approx(float(torch.linalg.matrix_norm(k) / weighted.square().sum()))
-    assert not torch.equal(first.w, second.w)
+        torch.testing.assert_close(shuffled.sort().values, exact.sort().values)
+        assert not torch.equal(shuffled, exact)
+    assert not torch.equal(first, second)
+
+
+def test_clipping_bounds_the_norms_at_their_median() -> None:
+    u = gradients()
+    clipped = (u * solved("clipped", u, 0.01).w).norm(dim=0)
+    bound = clipped.max()
+    assert int((clipped > bound * (1 - 1e-9)).sum()) == 7  # the median itself is one of them
+    assert float(clipped[3]) == pytest.approx(float(bound))
+
+
+def test_the_diagonal_is_all_there_is_of_orthogonal_gradients() -> None:
+    u = torch.linalg.qr(gradients()).Q * torch.arange(1, 13)
+    torch.testing.assert_close(solved("diagonal", u, 0.01).w, coefficients(u.T @ u / 12, 0.01).w)
+    u[:, 0] += u[:, 1]
+    assert not torch.allclose(solved("diagonal", u, 0.01).w, coefficients(u.T @ u / 12, 0.01).w, rtol=0.01)
 
 
 def test_the_option_changes_the_optimizer_that_trains() -> None:
-    arguments = OptimizerArguments(sharing="never", shuffle_weights=True)
-    (control,) = [c for c in callbacks(arguments) if isinstance(c, ShuffledWeights)]
-    gradients = []
-    for shuffles in (False, True):
+    arguments = OptimizerArguments(sharing="never", control="shuffled")
+    (control,) = [c for c in callbacks(arguments) if isinstance(c, Control)]
+    made = []
+    for used in (False, True):
         torch.manual_seed(0)
         model = nn.Linear(6, 3)
         optimizer = FNGD(model, sharing="never", damping=0.001)
-        if shuffles:
+        if used:
             control.on_train_begin(optimizer=optimizer)
         model(torch.randn(8, 6)).square().mean().backward()
-        gradients.append(model.weight.grad)
-    assert not torch.allclose(*gradients, rtol=1e-3)
+        made.append(model.weight.grad)
+    assert not torch.allclose(*made, rtol=1e-3)
 
 
-def test_it_is_fngds_alone() -> None:
-    assert not any(isinstance(c, ShuffledWeights) for c in callbacks(OptimizerArguments()))
-    with pytest.raises(ValueError, match="adamw has no use for --shuffle_weights"):
-        OptimizerArguments(optimizer="adamw", shuffle_weights=True)
+def test_it_is_fngds_alone_and_one_of_those_that_exist() -> None:
+    assert not any(isinstance(c, Control) for c in callbacks(OptimizerArguments()))
+    with pytest.raises(ValueError, match="adamw has no use for --control"):
+        OptimizerArguments(optimizer="adamw", control="clipped")
+    with pytest.raises(ValueError, match="--control random does not exist; there are shuffled, clipped, diagonal"):
+        OptimizerArguments(control="random")
