@@ -180,9 +180,9 @@ def load(path: Path, overrides: Mapping[str, Any] | None = None, arms: Sequence[
 
 
 def recorded(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Return options as they are recorded: of local folders the name alone."""
+    """Return options as they are recorded: of local files and folders the name alone."""
     return {
-        key: Path(value).name if isinstance(value, str) and "/" in value and Path(value).is_dir() else value
+        key: Path(value).name if isinstance(value, str) and "/" in value and Path(value).exists() else value
         for key, value in options.items()
     }
 
