@@ -90,7 +90,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         eval_dataset=validation.encoded,
         data_collator=make_collator(tokenizer, model),
         processing_class=tokenizer,
-        compute_loss_func=make_loss(args.label_smoothing_factor, data_args.outliers, data_args.outlier_scale),
+        compute_loss_func=make_loss(args.label_smoothing_factor, data_args),
         compute_metrics=make_bleu(tokenizer, len(validation.order)) if args.predict_with_generate else None,
         callbacks=callbacks(optimizer_args),
     )

@@ -1,4 +1,4 @@
-"""A stress test: a few samples of each batch whose loss counts many times."""
+"""A stress test: a few samples of each batch whose loss counts many times; and the simplest remedy, a bound."""
 
 from __future__ import annotations
 
@@ -16,6 +16,9 @@ class OutlierArguments:
 
     outliers: int = option(0, "Samples of each training batch, drawn at random, whose loss is multiplied.")
     outlier_scale: float | None = option(None, "Factor of the outliers' loss. Default: 100.")
+    loss_bound: float | None = option(
+        None, "Bound of a sample's loss, in units of the median of its batch: what is above is scaled down to it."
+    )
 
     def __post_init__(self) -> None:
         """Fill in the default; reject what is out of range or would be ignored."""
@@ -25,6 +28,19 @@ class OutlierArguments:
             raise ValueError("--outlier_scale needs --outliers, the number of such samples in a batch.")
         if self.outlier_scale is None:
             self.outlier_scale = 100.0
+        if self.loss_bound is not None and self.loss_bound <= 0:
+            raise ValueError(f"loss_bound is {self.loss_bound}; it must be above 0.")
+
+    @property
+    def of_samples(self) -> bool:
+        """Whether the loss has to be known sample by sample."""
+        return self.outliers > 0 or self.loss_bound is not None
+
+    def distort(self, losses: Tensor) -> Tensor:
+        """Return the losses `[N]` of a training batch's samples with outliers among them, bounded."""
+        if self.outliers:
+            losses = scale_outliers(losses, self.outliers, self.outlier_scale or 1.0)
+        return losses if self.loss_bound is None else bound(losses, self.loss_bound)
 
 
 def scale_outliers(losses: Tensor, outliers: int, scale: float) -> Tensor:
@@ -38,3 +54,9 @@ def scale_outliers(losses: Tensor, outliers: int, scale: float) -> Tensor:
     factors = torch.ones(len(losses))
     factors[torch.randperm(len(losses))[:outliers]] = scale
     return losses * factors.to(losses.device)
+
+
+def bound(losses: Tensor, limit: float) -> Tensor:
+    """Return losses `[N]` of which none is above `limit` times the median; a sample's gradient shrinks with its loss."""
+    value = losses.detach()
+    return losses * (limit * value.median() / value).clamp(max=1)

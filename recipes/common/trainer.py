@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from torch.utils.data import Sampler, SequentialSampler
 
 from common.evaluation import WholeEvaluation
-from common.outliers import scale_outliers
+from common.outliers import OutlierArguments
 from common.sampler import ShuffledLengthGroups
 from common.timer import TimedTrainer
 
@@ -87,7 +87,7 @@ def drop_length(pad: Callable[[list[dict[str, Any]]], Mapping[str, Tensor]]) -> 
     return collate
 
 
-def make_loss(label_smoothing: float, outliers: int = 0, outlier_scale: float = 1.0) -> Callable[..., Tensor]:
+def make_loss(label_smoothing: float, outliers: OutlierArguments | None = None) -> Callable[..., Tensor]:
     """Return the label-smoothed cross entropy for Trainer's `compute_loss_func`.
 
     It is the mean over the labels of the whole batch (target tokens, or rows to classify), over all micro-batches
@@ -97,16 +97,14 @@ def make_loss(label_smoothing: float, outliers: int = 0, outlier_scale: float = 
 
     Args:
         label_smoothing: The share of the target that is spread over all labels.
-        outliers: Samples of each training batch whose loss is multiplied (`common.outliers`).
-        outlier_scale: The factor.
+        outliers: What is done to the losses of a training batch's samples.
     """
 
     def loss(outputs: Any, labels: Tensor, num_items_in_batch: Tensor | int | None = None) -> Tensor:
         logits = outputs["logits"].flatten(0, -2)
         losses = partial(F.cross_entropy, logits, labels.flatten(), label_smoothing=label_smoothing)
-        if outliers and torch.is_grad_enabled():
-            of_samples = losses(reduction="none").view(len(labels), -1).sum(1)
-            total = scale_outliers(of_samples, outliers, outlier_scale).sum()
+        if outliers is not None and outliers.of_samples and torch.is_grad_enabled():
+            total = outliers.distort(losses(reduction="none").view(len(labels), -1).sum(1)).sum()
         else:
             total = losses(reduction="sum")
         return total / (labels.ne(-100).sum() if num_items_in_batch is None else num_items_in_batch)

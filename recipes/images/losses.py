@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from common.outliers import scale_outliers
 from images.arguments import LossArguments
 from images.record import LossRecord
 
@@ -69,9 +68,7 @@ class TrainingLoss:
         losses = self._losses(logits, labels, plain)
         if self.arguments.loss == "small_loss":
             losses = losses * smallest(losses.detach(), self.dropped())
-        if self.arguments.outliers:
-            losses = scale_outliers(losses, self.arguments.outliers, self.arguments.outlier_scale)
-        return losses.sum() / samples
+        return self.arguments.distort(losses).sum() / samples
 
     def dropped(self) -> float:
         """Return the share of `small_loss` that is dropped at this point of the training."""

@@ -99,7 +99,7 @@ def test_outliers_are_multiplied_and_not_recorded_so(batch):
     assert loss.record.batches == pytest.approx([plain.mean().item()] * 60)
 
 
-@pytest.mark.parametrize("options", [{"loss": "gce"}, {"loss": "small_loss"}, {"outliers": 2}])
+@pytest.mark.parametrize("options", [{"loss": "gce"}, {"loss": "small_loss"}, {"outliers": 2}, {"loss_bound": 0.5}])
 def test_evaluation_measures_cross_entropy_and_records_nothing(batch, options):
     logits, labels = batch
     loss = make_loss(smoothing=0.1, epoch=99, **options)

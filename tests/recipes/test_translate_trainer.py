@@ -12,6 +12,7 @@ from transformers.trainer_pt_utils import LabelSmoother
 from baselines import BaselineFactory
 from common.arguments import OptimizerArguments
 from common.optimizers import describe, fngd_config, optimizer_cls_and_kwargs
+from common.outliers import OutlierArguments
 from common.tokenizer import train_tokenizer
 from common.trainer import make_loss
 from hf_fngd import FNGDFactory
@@ -75,7 +76,7 @@ def test_outliers_count_many_times_in_training_alone():
     torch.manual_seed(0)
     logits, labels = torch.randn(6, 5, 11, requires_grad=True), torch.randint(0, 11, (6, 5))
     labels[0, 2:] = -100
-    plain, loss = make_loss(0.1), make_loss(0.1, outliers=2, outlier_scale=100.0)
+    plain, loss = make_loss(0.1), make_loss(0.1, OutlierArguments(outliers=2, outlier_scale=100.0))
     tokens = labels.ne(-100).sum()
     alone = torch.stack([plain({"logits": logits[n : n + 1]}, labels[n : n + 1], tokens) for n in range(6)])
     torch.manual_seed(1)

@@ -1,0 +1,33 @@
+"""Outsized losses, and the bound against them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from common.outliers import OutlierArguments, bound
+
+
+def test_a_bound_shrinks_what_is_above_it_alone() -> None:
+    losses = torch.tensor([1.0, 2.0, 3.0, 40.0, 0.0], requires_grad=True)
+    bounded = bound(losses, 2)  # of the median, 2
+    torch.testing.assert_close(bounded, torch.tensor([1.0, 2.0, 3.0, 4.0, 0.0]))
+    bounded.sum().backward()
+    torch.testing.assert_close(losses.grad, torch.tensor([1.0, 1.0, 1.0, 0.1, 1.0]))
+
+
+def test_a_bound_takes_back_what_the_outliers_were_multiplied_by() -> None:
+    losses = torch.full((8,), 3.0)
+    torch.testing.assert_close(OutlierArguments(outliers=2, loss_bound=1).distort(losses), losses)
+    assert OutlierArguments(outliers=2).distort(losses).sum() == 6 * 3 + 2 * 300
+
+
+def test_samples_are_looked_at_only_where_they_have_to_be() -> None:
+    assert not OutlierArguments().of_samples
+    assert OutlierArguments(outliers=1).of_samples
+    assert OutlierArguments(loss_bound=2).of_samples
+
+
+def test_a_bound_is_above_0() -> None:
+    with pytest.raises(ValueError, match=r"loss_bound is 0; it must be above 0\."):
+        OutlierArguments(loss_bound=0)
