@@ -57,6 +57,6 @@ def scale_outliers(losses: Tensor, outliers: int, scale: float) -> Tensor:
 
 
 def bound(losses: Tensor, limit: float) -> Tensor:
-    """Return losses `[N]` of which none is above `limit` times the median; a sample's gradient shrinks with its loss."""
+    """Scale the losses `[N]` that are above `limit` times the median down to it, and their gradients with them."""
     value = losses.detach()
     return losses * (limit * value.median() / value).clamp(max=1)
