@@ -264,6 +264,7 @@ _CHECKS: Mapping[str, _Check] = MappingProxyType(
         "memory_budget": _integer(1),
         "target_modules": _modules(_LINEAR_OR_NAMES, fewest=1),
         "exclude_modules": _or_none(_modules("None, a regular expression or a list of module names", fewest=0)),
+        "weigh_rest": _flag,
         "strict": _flag,
     }
 )

@@ -9,7 +9,7 @@ never computed, and no per-sample gradient is kept.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -43,6 +43,7 @@ class MicroBatch:
         info: size, place and dataset indices.
         computes: whether this is a coefficient step.
         stored: weights of a shared step ``[L, N]``; None for w = 1.
+        mean: weights of the samples outside of the preconditioned layers ``[N]``; None for w = 1.
         calls: how often each layer was called in the forward pass.
         fresh: encoded weights of a coefficient step ``[L, N]``, filled layer by layer.
         rho: the noise ratios that go with them ``[L]``; NaN where a layer measured none.
@@ -56,6 +57,7 @@ class MicroBatch:
     computes: bool
     stored: Tensor | None
     calls: list[int]
+    mean: Tensor | None = None
     fresh: Tensor | None = None
     rho: Tensor | None = None
     recomputed: bool = False
@@ -188,6 +190,11 @@ class LayerCall:
     _weights: Tensor | None = None
     _weighed: bool = False
 
+    @property
+    def kernel(self) -> LayerKernel:
+        """The conversions of the layer's type."""
+        return self.slot.kernel
+
     def gradients(self, x: Tensor, g: Tensor, has_bias: bool) -> tuple[Tensor, Tensor | None]:
         """The weighted sums for weight and bias.
 
@@ -208,15 +215,26 @@ class LayerCall:
         return self.slot.kernel.weighted_gradient(a, g, w), weighted_bias_sum(g, w) if has_bias else None
 
 
+class Call(Protocol):
+    """What the Function needs of a call: `LayerCall`, or that of a tied head (`hf_fngd.rest`)."""
+
+    @property
+    def kernel(self) -> LayerKernel:
+        """The conversions of the layer's type."""
+
+    def gradients(self, x: Tensor, g: Tensor, has_bias: bool) -> tuple[Tensor, Tensor | None]:
+        """The weighted sums for weight and bias."""
+
+
 class PreconditionedFunction(torch.autograd.Function):
     """A layer whose weight gradient is the weighted sum."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, call: LayerCall) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, call: Call) -> Tensor:
         """The layer's own forward, flattened to ``[N T, o]``."""
         ctx.save_for_backward(x, weight)
         ctx.call = call
-        return call.slot.kernel.forward(x.reshape(-1, x.shape[-1]), weight, bias)
+        return call.kernel.forward(x.reshape(-1, x.shape[-1]), weight, bias)
 
     @staticmethod
     @once_differentiable
@@ -224,7 +242,7 @@ class PreconditionedFunction(torch.autograd.Function):
         """Gradients of x, weight and bias."""
         x, weight = ctx.saved_tensors
         needs_x, needs_weight, needs_bias, _ = ctx.needs_input_grad
-        grad_x = ctx.call.slot.kernel.input_gradient(g, weight).view(x.shape) if needs_x else None
+        grad_x = ctx.call.kernel.input_gradient(g, weight).view(x.shape) if needs_x else None
         if x.numel() == 0 or not needs_weight:
             zero = torch.zeros_like(weight) if needs_weight else None
             return grad_x, zero, g.sum(0) if needs_bias else None, None

@@ -122,6 +122,12 @@ class FNGDConfig(HubMixin):
         default=None,
         metadata={"help": "Modules to leave out: None, a regular expression or a list, as in target_modules."},
     )
+    weigh_rest: bool = field(
+        default=False,
+        metadata={
+            "help": "Weigh the samples of the gradients of embeddings, norms and tied heads too, by their mean weights."
+        },
+    )
     strict: bool = field(
         default=False, metadata={"help": "Raise where the coverage report would only tell of a missed layer."}
     )

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from hf_fngd.backward import LayerSlot
-from hf_fngd.selection import Selection
+from hf_fngd.rest import RestSlot
+from hf_fngd.selection import Selected, Selection
 
 logger = logging.getLogger(__name__)
 
@@ -23,6 +24,7 @@ class CoverageReport:
     Attributes:
         preconditioned: names of the parameters whose gradient is the weighted sum.
         plain: name to reason, for those that get a plain gradient by their kind.
+        weighed: names of those of them whose samples had their mean weights (``weigh_rest``).
         missed: name to reason, for those of selected layers that could not be preconditioned in some or all
             steps so far.
     """
@@ -30,6 +32,7 @@ class CoverageReport:
     preconditioned: tuple[str, ...]
     plain: dict[str, str]
     missed: dict[str, str]
+    weighed: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         lines = [f"FNGD preconditions {len(self.preconditioned)} parameters."]
@@ -40,6 +43,8 @@ class CoverageReport:
             for reason, names in reasons.items():
                 shown = ", ".join(names[:4]) + (f", and {len(names) - 4} more" if len(names) > 4 else "")
                 lines.append(f"{len(names)} {title}: {reason} ({shown})")
+        if self.weighed:
+            lines.append(f"{len(self.weighed)} of the plain gradients with the samples' mean weights")
         return "\n  ".join(lines)
 
 
@@ -49,11 +54,14 @@ class Coverage:
     Args:
         selection: the layers that were selected.
         slots: what backward keeps of them, in the same order.
+        rest: what it keeps of the modules outside of them.
         strict: raise, instead of warning, where a selected layer is missed.
     """
 
-    def __init__(self, selection: Selection, slots: Sequence[LayerSlot], strict: bool) -> None:
-        self._selection, self._slots, self._strict = selection, slots, strict
+    def __init__(
+        self, selection: Selection, slots: Sequence[LayerSlot], rest: Sequence[RestSlot], strict: bool
+    ) -> None:
+        self._selection, self._slots, self._rest, self._strict = selection, slots, rest, strict
         self._told = False
         self._told_fallbacks = 0
 
@@ -62,11 +70,7 @@ class Coverage:
         preconditioned: list[str] = []
         missed: dict[str, str] = {}
         for layer, slot in zip(self._selection.layers, self._slots, strict=True):
-            names = [
-                f"{layer.name}.{leaf}" if layer.name else leaf
-                for leaf, parameter in layer.module.named_parameters(recurse=False)
-                if parameter.requires_grad
-            ]
+            names = _parameters(layer)
             reasons = sorted(slot.fallbacks)
             if self._told and not reasons and not slot.preconditioned:
                 reasons = [NEVER_CALLED]
@@ -74,7 +78,8 @@ class Coverage:
                 missed.update(dict.fromkeys(names, "; ".join(reasons)))
             else:
                 preconditioned += names
-        return CoverageReport(tuple(preconditioned), dict(self._selection.plain), missed)
+        weighed = tuple(name for slot in self._rest if slot.weighed for name in _parameters(slot))
+        return CoverageReport(tuple(preconditioned), dict(self._selection.plain), missed, weighed)
 
     def tell(self, samples: int) -> None:
         """A step was taken: log the report, if it is the first or says more than the last one.
@@ -117,3 +122,12 @@ class Coverage:
         weights = (layer.module.weight for layer in self._selection.layers)
         grads = (w.grad for w in weights if isinstance(w, Tensor) and w.is_leaf)
         return any(isinstance(grad, Tensor) and bool(grad.any()) for grad in grads)
+
+
+def _parameters(owner: Selected | RestSlot) -> list[str]:
+    """The names of a module's own trained parameters."""
+    return [
+        f"{owner.name}.{leaf}" if owner.name else leaf
+        for leaf, parameter in owner.module.named_parameters(recurse=False)
+        if parameter.requires_grad
+    ]

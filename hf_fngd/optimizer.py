@@ -64,6 +64,9 @@ class FNGD(torch.optim.Optimizer):
             copies of one layer's input and output gradient.
         target_modules: ``"all-linear"``, a regular expression, or a list of names or dotted suffixes (PEFT's).
         exclude_modules: a regular expression or a list, or None.
+        weigh_rest: weigh the samples of the other parameters' gradients (embeddings, norms, tied heads) too, each with
+            its mean weight over the preconditioned layers; needs a policy that keeps weights. No effect inside a graph
+            of torch.compile.
         strict: raise, instead of warning, where a selected layer cannot be preconditioned.
 
     Raises:
@@ -92,6 +95,7 @@ class FNGD(torch.optim.Optimizer):
         memory_budget: int = 2**28,
         target_modules: Modules = "all-linear",
         exclude_modules: Modules = None,
+        weigh_rest: bool = False,
         strict: bool = False,
     ) -> None:
         validate(
@@ -116,6 +120,7 @@ class FNGD(torch.optim.Optimizer):
             memory_budget=memory_budget,
             target_modules=target_modules,
             exclude_modules=exclude_modules,
+            weigh_rest=weigh_rest,
             strict=strict,
         )
         self.step_scale = step_scale

@@ -24,6 +24,7 @@ from hf_fngd.inputs import check_index, find_sample
 from hf_fngd.persample import accumulation_dtype
 from hf_fngd.phase import EpochEdge, Phase
 from hf_fngd.ratios import Ratios
+from hf_fngd.rest import RestSlot, call_rest, select_rest
 from hf_fngd.selection import Modules, Selected, select_layers
 from hf_fngd.sharded import is_sharded
 from hf_fngd.sharing import (
@@ -56,6 +57,8 @@ class FNGDPreconditioner:
             copies of one layer's input and output gradient.
         target_modules: ``"all-linear"``, a regular expression, or a list of names or dotted suffixes (PEFT's).
         exclude_modules: a regular expression or a list, or None.
+        weigh_rest: weigh the samples of the other parameters' gradients (embeddings, norms, tied heads) too, each with
+            its mean weight over the preconditioned layers; needs a policy that keeps weights.
         strict: raise, instead of warning, where a selected layer cannot be preconditioned.
 
     Raises:
@@ -75,6 +78,7 @@ class FNGDPreconditioner:
         memory_budget: int = 2**28,
         target_modules: Modules = "all-linear",
         exclude_modules: Modules = None,
+        weigh_rest: bool = False,
         strict: bool = False,
     ) -> None:
         if not isinstance(model, nn.Module):
@@ -89,6 +93,7 @@ class FNGDPreconditioner:
             "memory_budget": memory_budget,
             "target_modules": target_modules,
             "exclude_modules": exclude_modules,
+            "weigh_rest": weigh_rest,
             "strict": strict,
         }
         if not isinstance(sharing, SharingPolicy):
@@ -98,6 +103,11 @@ class FNGDPreconditioner:
         refuse_attached(model)
         self.damping = damping
         self.policy = make_policy(sharing)
+        if weigh_rest and self.policy.always:
+            raise ValueError(
+                "weigh_rest=True gives weights of earlier steps to embeddings and norms, and "
+                f'sharing={self.policy.name!r} keeps none: use sharing="ranked", or weigh_rest=False'
+            )
         self.phase = Phase(coefficient_steps, refresh, always=self.policy.always)
         selection = select_layers(model, target_modules, exclude_modules)
         self.layers: list[Selected] = selection.layers
@@ -117,13 +127,15 @@ class FNGDPreconditioner:
             LayerSlot(place, layer.name, layer.kernel, self.policy, damping, memory_budget)
             for place, layer in enumerate(self.layers)
         ]
-        self._coverage = Coverage(selection, self.slots, strict)
+        self._rest = select_rest(model, self.layers, self.policy) if weigh_rest else []
+        self._coverage = Coverage(selection, self.slots, self._rest, strict)
         self._engine = compiled.register(self)
         self._number: Tensor | None = None
         handlers = [
             (layer.module, partial(self._layer_forward, slot))
             for layer, slot in zip(self.layers, self.slots, strict=True)
         ]
+        handlers += [(slot.module, partial(self._rest_forward, slot)) for slot in self._rest]
         self._attachment = Attachment(model, self._model_forward, handlers)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
@@ -158,6 +170,21 @@ class FNGDPreconditioner:
             slot.fallbacks.add(ON_TOP_OF_ANOTHER)
             return own(x)
         return call_layer(module, x, slot, batch)
+
+    def _rest_forward(
+        self, slot: RestSlot, module: nn.Module, own: Callable[..., Tensor], *args: Any, **kwargs: Any
+    ) -> Tensor:
+        batch = self._batch
+        if (
+            batch is None
+            or not module.training
+            or not torch.is_grad_enabled()
+            or torch.compiler.is_compiling()
+            or len(args) + len(kwargs) != 1
+        ):
+            return own(*args, **kwargs)
+        (x,) = (*args, *kwargs.values())
+        return call_rest(slot, own, x, batch)
 
     def _model_forward(self, module: nn.Module, own: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         index = kwargs.pop(INDEX_COLUMN, None)
@@ -206,8 +233,10 @@ class FNGDPreconditioner:
         self._window.make_room(self._has_gradients())
         info = BatchInfo(size, self._window.next_place, None if index is None else index.detach().flatten())
         computes = self.phase.computes
-        stored = None if computes else self.policy.lookup(info)
-        batch = MicroBatch(info, computes, stored, [0] * len(self.layers), recomputed=in_backward())
+        stored = self.policy.lookup(info) if self._rest or not computes else None
+        mean = stored.mean(dim=0) if self._rest and stored is not None else None
+        calls = [0] * len(self.layers)
+        batch = MicroBatch(info, computes, None if computes else stored, calls, mean, recomputed=in_backward())
         self._window.add(batch)
         self._batch = batch  # for layers outside of a graph of torch.compile that began in one, too
         return batch

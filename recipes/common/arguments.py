@@ -74,6 +74,7 @@ class OptimizerArguments:
     memory_budget: int | None = field(default=None, metadata=_fngd_help("memory_budget"))
     target_modules: list[str] | None = field(default=None, metadata=_fngd_help("target_modules"))
     exclude_modules: list[str] | None = field(default=None, metadata=_fngd_help("exclude_modules"))
+    weigh_rest: bool | None = field(default=None, metadata=_fngd_help("weigh_rest"))
     strict: bool | None = field(default=None, metadata=_fngd_help("strict"))
     control: str | None = field(
         default=None,
