@@ -90,6 +90,7 @@ GOOD = {
     "memory_budget": [1, 2**28],
     "target_modules": ["all-linear", *SWIFT_PATTERNS, ["fc1"], ("decoder.fc1", "fc2")],
     "exclude_modules": [None, "lm_head", [], ["lm_head"]],
+    "weigh_rest": [True, False],
     "strict": [True, False],
 }
 WRONG_TYPES = {
@@ -109,6 +110,7 @@ WRONG_TYPES = {
     "memory_budget": NOT_AN_INTEGER,
     "target_modules": [None, *NOT_MODULES],
     "exclude_modules": NOT_MODULES,
+    "weigh_rest": [None, 0, 1, "true"],
     "strict": [None, 0, 1, "true"],
 }
 WRONG_VALUES = {
@@ -128,7 +130,7 @@ WRONG_VALUES = {
     "memory_budget": [0, -1, MAX_INTEGER + 1],
     "target_modules": [[], (), *BAD_MODULES],
     "exclude_modules": BAD_MODULES,
-    # Both values of a bool are right: strict has no wrong ones.
+    # Both values of a bool are right: weigh_rest and strict have no wrong ones.
 }
 
 
@@ -137,7 +139,7 @@ def rows(table):
 
 
 def test_the_tables_cover_every_argument():
-    assert tuple(GOOD) == tuple(WRONG_TYPES) == (*WRONG_VALUES, "strict") == ARGUMENTS
+    assert tuple(GOOD) == tuple(WRONG_TYPES) == (*WRONG_VALUES, "weigh_rest", "strict") == ARGUMENTS
 
 
 @pytest.mark.parametrize(("key", "value"), rows(GOOD))

@@ -41,6 +41,7 @@ values = st.fixed_dictionaries(
         "memory_budget": counts,
         "target_modules": patterns | names | names.map(tuple),
         "exclude_modules": st.none() | patterns | names | st.just([]),
+        "weigh_rest": st.booleans(),
         "strict": st.booleans(),
     },
 )

@@ -148,7 +148,7 @@ def bad_value(of: random.Random, key: str) -> Any:
         names = CHOICES[key]
         value = of.choice([misspelt(of, of.choice(names)), misspelt(of, of.choice(names)), "", None, 0, True])
         return value if value not in names else ""
-    if key == "strict":
+    if key in ("weigh_rest", "strict"):
         return of.choice([0, 1, None, "true", "False", math.nan, huge(of)])
     if key in INTEGERS:
         lowest = INTEGERS[key]

@@ -26,6 +26,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "replay, momentum, ngd": {"sharing": "replay", "update": "momentum", "step_scale": "ngd"},
     "last, adam": {"sharing": "last", "update": "adam"},
     "index, adam": {"sharing": "index", "update": "adam"},
+    "ranked, muon, weigh_rest": {"sharing": "ranked", "update": "muon", "weigh_rest": True},
     "uniform, momentum, rms": {"sharing": "uniform", "update": "momentum"},
 }
 
