@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import itertools
 import weakref
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
@@ -19,12 +20,14 @@ from torch import Tensor, library, nn
 
 from hf_fngd.backward import LayerCall, LayerSlot, MicroBatch, operands
 from hf_fngd.layers import LayerKernel
+from hf_fngd.rest import RestCall, RestSlot
 
 
 class Engine(Protocol):
     """What the operators need of a preconditioner."""
 
     slots: list[LayerSlot]
+    rest: list[RestSlot]
 
     def begin(self, size: int, index: Tensor | None) -> MicroBatch:
         """A training forward pass begins."""
@@ -68,7 +71,12 @@ def gradients(
     """`LayerCall.gradients` of a layer; a bias gradient that is not asked for is empty."""
     # None where backward comes after the optimizer's step: too late to weigh anything.
     found = None if x.numel() == 0 else _batches.get(int(batch))
-    call = LayerCall(_engines[engine].slots[layer], found)
+    slots = _engines[engine].slots
+    if layer >= len(slots):
+        call: LayerCall | RestCall = RestCall(_engines[engine].rest[layer - len(slots)], found)
+        grad_weight, grad_bias = call.gradients(x, g, has_bias)
+        return grad_weight.contiguous(), g.new_empty(0) if grad_bias is None else grad_bias
+    call = LayerCall(slots[layer], found)
     if found is not None and found.complete:  # a retained graph runs backward again, with the same weights
         call = found.calls_of_graphs.get(layer, call)
     elif found is not None:
@@ -121,11 +129,52 @@ class CompiledFunction(torch.autograd.Function):
         )
 
 
+@library.custom_op("hf_fngd::weigh", mutates_args=())
+def weigh(g: Tensor, batch: Tensor, place: int, engine: int) -> Tensor:
+    """`RestSlot.weigh` of an embedding."""
+    slot = _engines[engine].rest[place - len(_engines[engine].slots)]
+    weighed = slot.weigh(g, _batches.get(int(batch)))
+    return weighed.clone() if weighed is g else weighed
+
+
+@weigh.register_fake
+def _(g: Tensor, batch: Tensor, place: int, engine: int) -> Tensor:
+    return torch.empty_like(g)
+
+
+class CompiledWeighing(torch.autograd.Function):
+    """`hf_fngd.rest.WeighedFunction`, made of tensors and numbers."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, batch: Tensor, place: int, engine: int) -> Tensor:
+        """The output of an embedding."""
+        ctx.save_for_backward(batch)
+        ctx.place, ctx.engine = place, engine
+        return y.view_as(y)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        """The gradient that the embedding sums up."""
+        (batch,) = ctx.saved_tensors
+        return torch.ops.hf_fngd.weigh(g, batch, ctx.place, ctx.engine), None, None, None
+
+
+def call_rest(slot: RestSlot, own: Callable[..., Tensor], x: Tensor, batch: Tensor, engine: int) -> Tensor:
+    """Run a module outside of the preconditioned layers in a traced training forward pass; see `call_layer`."""
+    if slot.kernel is None:
+        return CompiledWeighing.apply(own(x), batch, slot.place, engine)  # type: ignore[no-any-return, no-untyped-call]
+    return _call(slot.module, x, slot.kernel, batch, slot.place, engine)
+
+
 def call_layer(module: nn.Module, x: Tensor, slot: LayerSlot, batch: Tensor, engine: int) -> Tensor:
     """Run an attached layer in a traced training forward pass; ``batch`` is what `begin` returned."""
+    return _call(module, x, slot.kernel, batch, slot.layer, engine)
+
+
+def _call(module: nn.Module, x: Tensor, kernel: LayerKernel, batch: Tensor, place: int, engine: int) -> Tensor:
     x, weight, bias = operands(module, x)
     has_bias = bias is not None and bias.requires_grad
     output: Tensor = CompiledFunction.apply(  # type: ignore[no-untyped-call]
-        x, weight, bias, batch, slot.kernel, slot.layer, engine, has_bias
+        x, weight, bias, batch, kernel, place, engine, has_bias
     )
     return output.view(*x.shape[:-1], output.shape[-1])

@@ -35,6 +35,7 @@ PRESETS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
                 "step_scale": "ngd",
                 "update": "momentum",
                 "fallback": "sgd",
+                "weigh_rest": False,
             }
         ),
         # Noisy labels: low damping keeps the model from memorizing them, as long as every step has its own weights.
@@ -123,9 +124,9 @@ class FNGDConfig(HubMixin):
         metadata={"help": "Modules to leave out: None, a regular expression or a list, as in target_modules."},
     )
     weigh_rest: bool = field(
-        default=False,
+        default=True,
         metadata={
-            "help": "Weigh the samples of the gradients of embeddings, norms and tied heads too, by their mean weights."
+            "help": "Weigh the samples in the gradients of embeddings and tied heads too, by their mean weights."
         },
     )
     strict: bool = field(

@@ -64,9 +64,9 @@ class FNGD(torch.optim.Optimizer):
             copies of one layer's input and output gradient.
         target_modules: ``"all-linear"``, a regular expression, or a list of names or dotted suffixes (PEFT's).
         exclude_modules: a regular expression or a list, or None.
-        weigh_rest: weigh the samples of the other parameters' gradients (embeddings, norms, tied heads) too, each with
-            its mean weight over the preconditioned layers; needs a policy that keeps weights. No effect inside a graph
-            of torch.compile.
+        weigh_rest: weigh the samples in the gradients of embeddings and of Linear and Conv1D layers that are not
+            preconditioned (tied heads) too, each by its mean weight over the layers that are. "never" and "sketched"
+            keep no weights to do so.
         strict: raise, instead of warning, where a selected layer cannot be preconditioned.
 
     Raises:
@@ -95,7 +95,7 @@ class FNGD(torch.optim.Optimizer):
         memory_budget: int = 2**28,
         target_modules: Modules = "all-linear",
         exclude_modules: Modules = None,
-        weigh_rest: bool = False,
+        weigh_rest: bool = True,
         strict: bool = False,
     ) -> None:
         validate(

@@ -57,8 +57,9 @@ class FNGDPreconditioner:
             copies of one layer's input and output gradient.
         target_modules: ``"all-linear"``, a regular expression, or a list of names or dotted suffixes (PEFT's).
         exclude_modules: a regular expression or a list, or None.
-        weigh_rest: weigh the samples of the other parameters' gradients (embeddings, norms, tied heads) too, each with
-            its mean weight over the preconditioned layers; needs a policy that keeps weights.
+        weigh_rest: weigh the samples in the gradients of embeddings and of Linear and Conv1D layers that are not
+            preconditioned (tied heads) too, each by its mean weight over the layers that are. "never" and "sketched"
+            keep no weights to do so.
         strict: raise, instead of warning, where a selected layer cannot be preconditioned.
 
     Raises:
@@ -78,7 +79,7 @@ class FNGDPreconditioner:
         memory_budget: int = 2**28,
         target_modules: Modules = "all-linear",
         exclude_modules: Modules = None,
-        weigh_rest: bool = False,
+        weigh_rest: bool = True,
         strict: bool = False,
     ) -> None:
         if not isinstance(model, nn.Module):
@@ -103,11 +104,6 @@ class FNGDPreconditioner:
         refuse_attached(model)
         self.damping = damping
         self.policy = make_policy(sharing)
-        if weigh_rest and self.policy.always:
-            raise ValueError(
-                "weigh_rest=True gives weights of earlier steps to embeddings and norms, and "
-                f'sharing={self.policy.name!r} keeps none: use sharing="ranked", or weigh_rest=False'
-            )
         self.phase = Phase(coefficient_steps, refresh, always=self.policy.always)
         selection = select_layers(model, target_modules, exclude_modules)
         self.layers: list[Selected] = selection.layers
@@ -127,15 +123,15 @@ class FNGDPreconditioner:
             LayerSlot(place, layer.name, layer.kernel, self.policy, damping, memory_budget)
             for place, layer in enumerate(self.layers)
         ]
-        self._rest = select_rest(model, self.layers, self.policy) if weigh_rest else []
-        self._coverage = Coverage(selection, self.slots, self._rest, strict)
+        self.rest = select_rest(model, self.layers, self.policy) if weigh_rest else []
+        self._coverage = Coverage(selection, self.slots, self.rest, strict)
         self._engine = compiled.register(self)
         self._number: Tensor | None = None
         handlers = [
             (layer.module, partial(self._layer_forward, slot))
             for layer, slot in zip(self.layers, self.slots, strict=True)
         ]
-        handlers += [(slot.module, partial(self._rest_forward, slot)) for slot in self._rest]
+        handlers += [(slot.module, partial(self._rest_forward, slot)) for slot in self.rest]
         self._attachment = Attachment(model, self._model_forward, handlers)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
@@ -149,22 +145,17 @@ class FNGDPreconditioner:
     def _layer_forward(
         self, slot: LayerSlot, module: nn.Module, own: Callable[..., Tensor], *args: Any, **kwargs: Any
     ) -> Tensor:
-        weight = module.weight
-        assert isinstance(weight, Tensor)
-        if (
-            not module.training
-            or not torch.is_grad_enabled()
-            or not weight.requires_grad
-            or len(args) + len(kwargs) != 1
-        ):
+        x = _trained_on(module, args, kwargs)
+        if x is None:
             return own(*args, **kwargs)
-        (x,) = (*args, *kwargs.values())
         if torch.compiler.is_compiling():
             number = self._number
             return own(x) if number is None else compiled.call_layer(module, x, slot, number, self._engine)
         batch = self._batch
         if batch is None:
             return own(x)
+        weight = module.weight
+        assert isinstance(weight, Tensor)
         refuse_split_weight(weight)
         if in_backward() and not batch.recomputed and self._window.mixed_up(slot.layer):
             slot.fallbacks.add(ON_TOP_OF_ANOTHER)
@@ -174,17 +165,13 @@ class FNGDPreconditioner:
     def _rest_forward(
         self, slot: RestSlot, module: nn.Module, own: Callable[..., Tensor], *args: Any, **kwargs: Any
     ) -> Tensor:
-        batch = self._batch
-        if (
-            batch is None
-            or not module.training
-            or not torch.is_grad_enabled()
-            or torch.compiler.is_compiling()
-            or len(args) + len(kwargs) != 1
-        ):
+        x = _trained_on(module, args, kwargs)
+        if x is None:
             return own(*args, **kwargs)
-        (x,) = (*args, *kwargs.values())
-        return call_rest(slot, own, x, batch)
+        if torch.compiler.is_compiling():
+            number = self._number
+            return own(x) if number is None else compiled.call_rest(slot, own, x, number, self._engine)
+        return own(x) if self._batch is None else call_rest(slot, own, x, self._batch)
 
     def _model_forward(self, module: nn.Module, own: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         index = kwargs.pop(INDEX_COLUMN, None)
@@ -233,8 +220,8 @@ class FNGDPreconditioner:
         self._window.make_room(self._has_gradients())
         info = BatchInfo(size, self._window.next_place, None if index is None else index.detach().flatten())
         computes = self.phase.computes
-        stored = self.policy.lookup(info) if self._rest or not computes else None
-        mean = stored.mean(dim=0) if self._rest and stored is not None else None
+        stored = self.policy.lookup(info) if self.rest or not computes else None
+        mean = stored.mean(dim=0) if self.rest and stored is not None else None
         calls = [0] * len(self.layers)
         batch = MicroBatch(info, computes, None if computes else stored, calls, mean, recomputed=in_backward())
         self._window.add(batch)
@@ -413,6 +400,17 @@ class FNGDPreconditioner:
         self._ratios.averages = None if averages is None else averages.to(like, copy=True)
         for slot in self.slots:
             slot.batch_first, slot.repeated = found[slot.name]
+
+
+def _trained_on(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:
+    """The argument of a forward pass that trains the module's weight; None where it does not, or has others."""
+    weight = module.weight
+    assert isinstance(weight, Tensor)
+    if not module.training or not torch.is_grad_enabled() or not weight.requires_grad or len(args) + len(kwargs) != 1:
+        return None
+    x: Tensor
+    (x,) = (*args, *kwargs.values())
+    return x
 
 
 def check_keys(state: Mapping[str, Any], keys: Sequence[str]) -> None:

@@ -1,8 +1,9 @@
-"""Weights outside of the preconditioned layers: embeddings, norms and tied heads (``weigh_rest``)."""
+"""Weights outside of the preconditioned layers: embeddings, tied heads, layers that were left out (``weigh_rest``)."""
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -15,40 +16,36 @@ from hf_fngd import FNGD, FNGDPreconditioner, detach
 from hf_fngd.sharing import INDEX_COLUMN
 
 VOCABULARY, LENGTH, WIDTH = 11, 3, 4
-REST = ["tokens.weight", "norm.weight", "norm.bias", "scale.weight"]
-POSITIONS = "positions.weight"
+REST = ["tokens.weight", "left_out.weight", "left_out.bias"]
+PLAIN = ["positions.weight", "norm.weight", "norm.bias"]
 
 
-class ScaleNorm(nn.Module):
-    """A norm as models bring their own."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(WIDTH))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.weight * x / x.norm(dim=-1, keepdim=True)
+@pytest.fixture(autouse=True)
+def fresh_compiler() -> Iterator[None]:
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
 
 
 class Block(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.fc = nn.Linear(WIDTH, WIDTH)
+        self.left_out = nn.Linear(WIDTH, WIDTH)
         self.norm = nn.LayerNorm(WIDTH)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.norm(x + torch.tanh(self.fc(x)))
+        return self.norm(x + self.left_out(torch.tanh(self.fc(x))))
 
 
 class LanguageModel(Block):
-    """Two tables, a Linear layer, two kinds of norms, and a head that shares the tokens' table."""
+    """Two tables, two layers, one of which is left out, a norm, and a head that shares the tokens' table."""
 
     def __init__(self, checkpointing: bool | None = None) -> None:
         super().__init__()
         self.checkpointing = checkpointing
         self.tokens = nn.Embedding(VOCABULARY, WIDTH, padding_idx=0)
         self.positions = nn.Embedding(LENGTH, WIDTH)
-        self.scale = ScaleNorm()
         self.head = nn.Linear(WIDTH, VOCABULARY, bias=False)
         self.head.weight = self.tokens.weight
 
@@ -58,7 +55,7 @@ class LanguageModel(Block):
             y = super().forward(y)
         else:
             y = checkpoint(super().forward, y, use_reentrant=self.checkpointing)
-        return self.head(self.scale(y))
+        return self.head(y)
 
 
 def model(dtype: torch.dtype = torch.float64, **kwargs: Any) -> LanguageModel:
@@ -89,11 +86,19 @@ def weighted(net: nn.Module, x: Tensor, w: Tensor) -> dict[str, Tensor]:
     return gradients(plain)
 
 
+def check(found: dict[str, Tensor], expected: dict[str, Tensor], names: list[str]) -> None:
+    for name in names:
+        torch.testing.assert_close(found[name], expected[name], rtol=1e-12, atol=1e-14)
+
+
+def attach(net: nn.Module, sharing: str = "last", **kwargs: Any) -> FNGDPreconditioner:
+    arguments = {"coefficient_steps": 1, "refresh": 0, "exclude_modules": ["left_out"]} | kwargs
+    return FNGDPreconditioner(net, 0.1, sharing=sharing, **arguments)
+
+
 def after_a_coefficient_step(net: nn.Module, sharing: str = "last", **kwargs: Any) -> FNGDPreconditioner:
     """A preconditioner whose next step is a shared one."""
-    preconditioner = FNGDPreconditioner(
-        net, 0.1, sharing=sharing, coefficient_steps=1, refresh=0, weigh_rest=True, **kwargs
-    )
+    preconditioner = attach(net, sharing, **kwargs)
     losses(net, batch(6)).mean().backward()
     preconditioner.step()
     net.zero_grad()
@@ -111,104 +116,104 @@ def kept(preconditioner: FNGDPreconditioner) -> Tensor:
 @pytest.mark.parametrize("times", [1, 2])
 def test_gradients_are_weighted_sums_with_the_mean_weights_of_the_layers(times: int) -> None:
     net = model()
-    preconditioner = after_a_coefficient_step(net)
-    w = kept(preconditioner)
+    w = kept(after_a_coefficient_step(net))
     assert float(w.min()) < 0.5
     x = batch(6, seed=2)
     total = losses(net, x).mean()
     for time in range(times):
         total.backward(retain_graph=time + 1 < times)
-    expected, plain = weighted(net, x, w), weighted(net, x, torch.ones(6))
-    found = gradients(net)
-    for name in REST:
-        torch.testing.assert_close(found[name], times * expected[name], rtol=1e-12, atol=1e-14)
-        assert not torch.allclose(found[name], times * plain[name], rtol=0.01)
-    torch.testing.assert_close(found[POSITIONS], times * plain[POSITIONS], rtol=1e-12, atol=1e-14)
+    found = {name: grad / times for name, grad in gradients(net).items()}
+    plain = weighted(net, x, torch.ones(6))
+    check(found, weighted(net, x, w), REST)
+    check(found, plain, PLAIN)
+    assert not any(torch.allclose(found[name], plain[name], rtol=0.01) for name in REST)
 
 
 def test_ranks_are_those_of_the_modules_output_gradients() -> None:
     net = model()
-    preconditioner = after_a_coefficient_step(net, sharing="ranked")
-    in_order = kept(preconditioner)
-    x = batch(6, seed=2)
-    seen: dict[str, Tensor] = {}
-
-    def watch(name: str, output: Tensor) -> None:
-        output.register_hook(lambda g: seen.update({name: g.flatten(1).norm(dim=1)}))
-
-    for name in ("norm", "scale"):
-        net.get_submodule(name).register_forward_hook(lambda _, __, output, name=name: watch(name, output))
+    in_order = kept(after_a_coefficient_step(net, sharing="ranked"))
+    x, seen = batch(6, seed=2), list[Tensor]()
+    net.left_out.register_forward_hook(
+        lambda _, __, output: output.register_hook(lambda g: seen.append(g.flatten(1).norm(dim=1))) and None
+    )
     losses(net, x).mean().backward()
-    for name in ("norm", "scale"):
-        w = torch.empty_like(in_order)
-        w[seen[name].argsort()] = in_order
-        expected = weighted(net, x, w)[f"{name}.weight"]
-        torch.testing.assert_close(net.get_parameter(f"{name}.weight").grad, expected, rtol=1e-12, atol=1e-14)
+    w = torch.empty_like(in_order)
+    w[seen[0].argsort()] = in_order
+    check(gradients(net), weighted(net, x, w), ["left_out.weight", "left_out.bias"])
 
 
 def test_weights_that_follow_samples_reach_them() -> None:
     net, x = model(), batch(6)
-    preconditioner = FNGDPreconditioner(net, 0.1, sharing="index", coefficient_steps=1, refresh=0, weigh_rest=True)
+    preconditioner = attach(net, "index")
     losses(net, x, **{INDEX_COLUMN: torch.arange(6)}).mean().backward()
     preconditioner.step()
     net.zero_grad()
     order = torch.tensor([3, 5, 0, 1, 4, 2])
     losses(net, x[order], **{INDEX_COLUMN: order}).mean().backward()
     w = preconditioner.policy.table.mean(0)[order]
-    expected = weighted(net, x[order], w / w.mean())
-    for name in REST:
-        torch.testing.assert_close(gradients(net)[name], expected[name], rtol=1e-12, atol=1e-14)
+    check(gradients(net), weighted(net, x[order], w / w.mean()), REST)
 
 
 def test_a_coefficient_step_has_the_weights_of_the_one_before() -> None:
     net = model()
-    preconditioner = FNGDPreconditioner(net, 0.1, sharing="last", coefficient_steps=2, weigh_rest=True)
+    preconditioner = attach(net, coefficient_steps=2)
     x = batch(6)
     losses(net, x).mean().backward()
-    plain = weighted(net, x, torch.ones(6))
-    for name in REST:  # there are none before the first
-        torch.testing.assert_close(gradients(net)[name], plain[name])
+    check(gradients(net), weighted(net, x, torch.ones(6)), REST)  # there are none before the first
     preconditioner.step()
     w = kept(preconditioner)
     net.zero_grad()
     x = batch(6, seed=2)
     losses(net, x).mean().backward()
-    expected = weighted(net, x, w)
-    for name in REST:
-        torch.testing.assert_close(gradients(net)[name], expected[name], rtol=1e-12, atol=1e-14)
+    check(gradients(net), weighted(net, x, w), REST)
 
 
-def test_an_outlier_is_small_everywhere() -> None:
+def test_an_outlier_is_small_there_too() -> None:
     net = model()
     after_a_coefficient_step(net, sharing="ranked")
     x = batch(6, seed=2)
     losses(net, x).mean().backward()
     found, plain = gradients(net), weighted(net, x, torch.ones(6))
-    for name in REST:
-        assert float(found[name].norm() / plain[name].norm()) < 0.5
+    assert all(float(found[name].norm() / plain[name].norm()) < 0.5 for name in REST)
+
+
+def test_another_batch_size_has_weights_too() -> None:
+    net = model()
+    preconditioner = after_a_coefficient_step(net)
+    x = batch(4, seed=2)
+    losses(net, x).mean().backward()
+    w = preconditioner.policy.fit(preconditioner.policy.row, 4).mean(0)
+    check(gradients(net), weighted(net, x, w), REST)
+
+
+def test_a_table_of_as_many_positions_as_samples_is_none_of_samples() -> None:
+    net = model()
+    after_a_coefficient_step(net)
+    x = batch(LENGTH, seed=2)
+    losses(net, x).mean().backward()
+    check(gradients(net), weighted(net, x, torch.ones(LENGTH)), PLAIN)
 
 
 # What stays as it is ------------------------------------------------------------------------------------------
 
 
-def test_without_it_the_rest_is_plain() -> None:
-    net, x = model(), batch(6)
-    preconditioner = FNGDPreconditioner(net, 0.1, sharing="last", coefficient_steps=1)
+@pytest.mark.parametrize(("sharing", "weigh_rest"), [("last", False), ("never", True), ("sketched", True)])
+def test_the_rest_is_plain_without_it_and_where_no_weights_are_kept(sharing: str, weigh_rest: bool) -> None:
+    net = model()
+    preconditioner = attach(net, sharing, weigh_rest=weigh_rest)
     for seed in (1, 2):
         x = batch(6, seed)
         net.zero_grad()
         losses(net, x).mean().backward()
         preconditioner.step()
-    plain = weighted(net, x, torch.ones(6))
-    for name in (*REST, POSITIONS):
-        torch.testing.assert_close(gradients(net)[name], plain[name], rtol=1e-12, atol=1e-14)
+    check(gradients(net), weighted(net, x, torch.ones(6)), REST + PLAIN)
 
 
 def test_equal_weights_change_nothing() -> None:
     found = []
     for weigh_rest in (False, True):
         net = model()
-        preconditioner = FNGDPreconditioner(net, sharing="uniform", coefficient_steps=1, weigh_rest=weigh_rest)
+        preconditioner = attach(net, "uniform", weigh_rest=weigh_rest)
         for seed in (1, 2):
             net.zero_grad()
             losses(net, batch(6, seed)).mean().backward()
@@ -230,39 +235,37 @@ def test_the_forward_is_the_models_own(dtype: torch.dtype) -> None:
     assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in net.parameters())
 
 
-def test_evaluation_and_no_grad_pass_it_by() -> None:
+def test_evaluation_passes_it_by() -> None:
     net, x = model(), batch(6)
     after_a_coefficient_step(net)
     with torch.no_grad():
         assert net(x).grad_fn is None
     net.eval()
     losses(net, x).mean().backward()
-    plain = weighted(net, x, torch.ones(6))
-    torch.testing.assert_close(gradients(net)["norm.weight"], plain["norm.weight"])
+    check(gradients(net), weighted(net, x, torch.ones(6)), REST)
 
 
 def test_frozen_parts_stay_frozen() -> None:
     net = model()
-    net.norm.bias.requires_grad_(False)
-    net.scale.requires_grad_(False)
+    net.left_out.bias.requires_grad_(False)
+    net.positions.requires_grad_(False)
     after_a_coefficient_step(net)
     losses(net, batch(6, seed=2)).mean().backward()
-    assert net.norm.bias.grad is None
-    assert net.scale.weight.grad is None
-    assert net.norm.weight.grad is not None
+    assert net.left_out.bias.grad is None
+    assert net.positions.weight.grad is None
+    assert net.left_out.weight.grad is not None
 
 
 def test_detaching_gives_back_the_model() -> None:
     net = model()
     after_a_coefficient_step(net)
-    assert type(copy.deepcopy(net.norm)) is nn.LayerNorm
+    assert type(copy.deepcopy(net.tokens)).__mro__[0] is nn.Embedding
     detach(net)
-    assert type(net.norm) is nn.LayerNorm
     assert type(net.tokens) is nn.Embedding
+    assert type(net.head) is nn.Linear
     x = batch(6, seed=2)
-    net.zero_grad()
     losses(net, x).mean().backward()
-    torch.testing.assert_close(gradients(net)["norm.weight"], weighted(net, x, torch.ones(6))["norm.weight"])
+    check(gradients(net), weighted(net, x, torch.ones(6)), REST)
 
 
 # In other modes -----------------------------------------------------------------------------------------------
@@ -276,31 +279,34 @@ def test_checkpointing_makes_no_difference(reentrant: bool) -> None:
         after_a_coefficient_step(net, sharing="ranked")
         losses(net, batch(6, seed=2)).mean().backward()
         found.append(gradients(net))
-    for name, expected in found[0].items():
-        torch.testing.assert_close(found[1][name], expected, rtol=1e-12, atol=1e-14)
+    check(found[1], found[0], REST + PLAIN)
 
 
 def test_micro_batches_add_up() -> None:
     net = model()
     w = kept(after_a_coefficient_step(net))
-    whole, expected = batch(12, seed=2), []
-    parts = whole.split(6)
-    for part in parts:
+    expected = []
+    for part in batch(12, seed=2).split(6):
         losses(net, part).mean().backward()
         expected.append(weighted(net, part, w))
-    for name in REST:
-        torch.testing.assert_close(gradients(net)[name], sum(e[name] for e in expected), rtol=1e-12, atol=1e-14)
+    check(gradients(net), {name: expected[0][name] + expected[1][name] for name in REST}, REST)
 
 
-def test_another_batch_size_has_weights_too() -> None:
-    net = model()
-    preconditioner = after_a_coefficient_step(net)
-    x = batch(4, seed=2)
-    losses(net, x).mean().backward()
-    w = kept(preconditioner)[:4]
-    expected = weighted(net, x, w / w.mean().clamp(min=0.5) + (1 - w.mean() / w.mean().clamp(min=0.5)))
-    for name in REST:
-        torch.testing.assert_close(gradients(net)[name], expected[name], rtol=1e-12, atol=1e-14)
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # the compiler's own
+@pytest.mark.parametrize("sharing", ["last", "ranked"])
+def test_a_compiled_model_has_the_same_gradients(sharing: str) -> None:
+    found = []
+    for compiles in (False, True):
+        net = model()
+        preconditioner = attach(net, sharing, coefficient_steps=2)
+        called = torch.compile(net, backend="aot_eager", fullgraph=True) if compiles else net
+        for seed in (1, 2, 3):
+            net.zero_grad()
+            losses(called, batch(6, seed)).mean().backward()
+            preconditioner.step()
+        found.append(gradients(net))
+    check(found[1], found[0], REST + PLAIN)
+    assert preconditioner.coverage().weighed
 
 
 def test_an_interrupted_run_goes_on_as_it_would_have() -> None:
@@ -312,7 +318,7 @@ def test_an_interrupted_run_goes_on_as_it_would_have() -> None:
 
     def make() -> tuple[nn.Module, FNGD]:
         net = model()
-        return net, FNGD(net, weigh_rest=True, coefficient_steps=3, refresh=2)
+        return net, FNGD(net, coefficient_steps=3, refresh=2)
 
     whole, optimizer = make()
     train(whole, optimizer, range(9))
@@ -326,35 +332,12 @@ def test_an_interrupted_run_goes_on_as_it_would_have() -> None:
         assert torch.equal(parameter, second.get_parameter(name)), name
 
 
-@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # the compiler's own
-def test_a_compiled_model_is_plain_there() -> None:
-    net, x = model(), batch(6, seed=2)
-    preconditioner = after_a_coefficient_step(net)
-    torch.compile(net, backend="aot_eager")(x).square().mean().backward()
-    found = gradients(net)
-    net.zero_grad()
-    plain = copy.deepcopy(net)
-    plain(x).square().mean().backward()
-    for name in REST:
-        torch.testing.assert_close(found[name], gradients(plain)[name])
-    assert preconditioner.coverage().weighed == ()
-
-
-# What is said of it -------------------------------------------------------------------------------------------
-
-
 def test_the_report_names_what_was_weighed() -> None:
     net = model()
     preconditioner = after_a_coefficient_step(net)
     assert preconditioner.coverage().weighed == ()
     losses(net, batch(6, seed=2)).mean().backward()
     report = preconditioner.coverage()
-    assert report.weighed == ("norm.weight", "norm.bias", "tokens.weight", "scale.weight", "head.weight")
-    assert POSITIONS in report.plain
-    assert str(report).splitlines()[-1] == "  5 of the plain gradients with the samples' mean weights"
-
-
-@pytest.mark.parametrize("sharing", ["never", "sketched"])
-def test_policies_that_keep_nothing_are_refused(sharing: str) -> None:
-    with pytest.raises(ValueError, match=f"sharing='{sharing}' keeps none: use sharing=\"ranked\""):
-        FNGD(model(), sharing=sharing, weigh_rest=True)
+    assert report.weighed == ("left_out.weight", "left_out.bias", "tokens.weight", "head.weight")
+    assert "positions.weight" in report.plain
+    assert str(report).splitlines()[-1] == "  4 of the plain gradients with the samples' mean weights"
