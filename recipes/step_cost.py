@@ -17,6 +17,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -75,9 +76,10 @@ def engine(sharing: str, computes: bool, model: nn.Module) -> Step:
     return optimizer.step
 
 
-def fngd(update: str, sharing: str, refresh: int, model: nn.Module) -> Step:
+def fngd(update: str, sharing: str, refresh: int, model: nn.Module, weigh_rest: bool = True) -> Step:
     """The whole optimizer behind its first phase; in shared steps alone where refresh is 0."""
-    return FNGD(model, lr=1e-5, update=update, sharing=sharing, refresh=refresh, coefficient_steps=1).step
+    arguments: dict[str, Any] = {"update": update, "sharing": sharing, "refresh": refresh, "weigh_rest": weigh_rest}
+    return FNGD(model, lr=1e-5, coefficient_steps=1, **arguments).step
 
 
 def baseline(name: str, model: nn.Module) -> Step:
@@ -97,6 +99,7 @@ ARMS: dict[str, Callable[[nn.Module], Step]] = {
     "FNGD muon, w = 1": partial(fngd, "muon", "uniform", 0),
     "FNGD muon, refresh 10": partial(fngd, "muon", "ranked", 10),
     "FNGD muon, refresh 50 (the default)": partial(fngd, "muon", "ranked", 50),
+    "FNGD muon, refresh 50, plain rest": partial(fngd, "muon", "ranked", 50, weigh_rest=False),
     "FNGD adam, refresh 10": partial(fngd, "adam", "ranked", 10),
     "FNGD adam, refresh 50": partial(fngd, "adam", "ranked", 50),
     "FNGD adam, sketched (preset robust)": partial(fngd, "adam", "sketched", 0),

@@ -209,7 +209,8 @@ def compare(
     loss: SampleLoss | None = None,
     smoothing: float = 0.0,
 ) -> Difference:
-    """The recorded gradients of every layer against the oracle's: weighted where preconditioned, else plain.
+    """The recorded gradients of every layer against the oracle's: weighted, by the layer's own weights where it is
+    preconditioned and by their mean over the layers where the run says so, else plain.
 
     Args:
         kind: of the model.
@@ -221,10 +222,11 @@ def compare(
     assert record.optimizer is not None
     model = (make or kind.make)().double()
     stores = {layer.name: ReplayStore() for layer in record.optimizer.preconditioner.layers}
+    rest = set(record.optimizer.coverage().weighed)
     found, place = Difference(), 0
     for step in record.steps:
         load(model, step.parameters)
-        exact, plain = expected(model, step, stores, place, loss or kind.loss, smoothing)
+        exact, plain = expected(model, step, stores, rest, place, loss or kind.loss, smoothing)
         assert step.gradients.keys() == exact.keys()
         norm = float(flat(exact, exact).norm())
         factor = min(1.0, step.clip / (norm + 1e-6))
@@ -263,6 +265,7 @@ def expected(
     model: nn.Module,
     step: Step,
     stores: dict[str, ReplayStore],
+    rest: set[str],
     place: int,
     loss: SampleLoss,
     smoothing: float,
@@ -271,8 +274,9 @@ def expected(
     parameters = {name: p for name, p in model.named_parameters() if name in step.gradients}
     exact = {name: torch.zeros_like(p) for name, p in parameters.items()}
     plain = {name: torch.zeros_like(p) for name, p in parameters.items()}
-    for offset, batch in enumerate(step.batches):
-        size = len(batch.inputs["input_ids"])
+    sizes = [len(batch.inputs["input_ids"]) for batch in step.batches]
+    means = [mean_weights(stores, place + offset, size) for offset, size in enumerate(sizes)]
+    for offset, (batch, size) in enumerate(zip(step.batches, sizes, strict=True)):
 
         def alone(model: nn.Module, n: int, batch: MicroBatch = batch) -> Tensor:
             return loss(model, {key: value[n : n + 1] for key, value in batch.inputs.items()}, smoothing)
@@ -293,5 +297,12 @@ def expected(
         for name, of_samples in rows.items():
             plain[name] += (factor * of_samples.sum(dim=1)).view_as(plain[name])
             if name.rpartition(".")[0] not in stores:
-                exact[name] += (factor * of_samples.sum(dim=1)).view_as(exact[name])
+                w = means[offset] if name in rest else torch.ones(size, dtype=torch.float64)
+                exact[name] += (factor * of_samples @ w).view_as(exact[name])
     return exact, plain
+
+
+def mean_weights(stores: Mapping[str, ReplayStore], place: int, size: int) -> Tensor:
+    """The weights of the samples outside of the preconditioned layers: those of earlier steps, the layers' mean."""
+    ones = torch.ones(size, dtype=torch.float64)
+    return torch.stack([store.get(place, ones) if store.rows else ones for store in stores.values()]).mean(dim=0)
