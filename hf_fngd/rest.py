@@ -75,7 +75,7 @@ def select_rest(model: nn.Module, layers: Sequence[Selected], policy: SharingPol
         (name, module)
         for name, module in model.named_modules()
         if id(module) not in taken
-        and (type(module) is nn.Embedding or kernel_for(module) is not None)
+        and (isinstance(module, nn.Embedding) or kernel_for(module) is not None)
         and isinstance(module.weight, nn.Parameter)
         and module.weight.requires_grad
     ]
