@@ -45,7 +45,8 @@ class FNGDPreconditioner:
 
     Attach it, train with any optimizer, and call `step` once after every optimizer step (or let `follow` do
     so). Each backward then leaves ``sum_n w_n h_n == lambda' (F + lambda I)^-1 g`` in the ``grad`` of the
-    preconditioned layers (Eq. 9), and the plain gradient everywhere else.
+    preconditioned layers (Eq. 9), in embeddings and tied heads a sum with the mean of their weights, and the plain
+    gradient everywhere else.
 
     Args:
         model: the module that is called with the batch; its first dimension is the sample.
