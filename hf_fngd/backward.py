@@ -43,8 +43,9 @@ class MicroBatch:
         info: size, place and dataset indices.
         computes: whether this is a coefficient step.
         stored: weights of a shared step ``[L, N]``; None for w = 1.
-        mean: weights of the samples outside of the preconditioned layers ``[N]``; None for w = 1.
-        calls: how often each layer was called in the forward pass.
+        calls: how often each layer, and each module of the rest behind them, was called in the forward pass.
+        layers: how many layers are preconditioned, L.
+        mean: weights of the samples in the rest ``[N]``; None for w = 1.
         fresh: encoded weights of a coefficient step ``[L, N]``, filled layer by layer.
         rho: the noise ratios that go with them ``[L]``; NaN where a layer measured none.
         recomputed: whether the forward pass is one that checkpointing of the whole model recomputes.
@@ -57,13 +58,14 @@ class MicroBatch:
     computes: bool
     stored: Tensor | None
     calls: list[int]
+    layers: int
     mean: Tensor | None = None
     fresh: Tensor | None = None
     rho: Tensor | None = None
     recomputed: bool = False
     reached: bool = False
     complete: bool = False
-    calls_of_graphs: dict[int, LayerCall] = field(default_factory=dict)
+    calls_of_graphs: dict[int, Call] = field(default_factory=dict)
 
     @property
     def half_done(self) -> bool:
@@ -82,9 +84,8 @@ class MicroBatch:
     def record(self, layer: int, w: Tensor, rho: Tensor) -> None:
         """Keep one layer's coefficients until the optimizer's step."""
         if self.fresh is None or self.rho is None:
-            layers = len(self.calls)
-            self.fresh = w.new_ones(layers, self.info.size)
-            self.rho = w.new_full((layers,), torch.nan)
+            self.fresh = w.new_ones(self.layers, self.info.size)
+            self.rho = w.new_full((self.layers,), torch.nan)
         self.fresh[layer] = w
         self.rho[layer] = rho
 
@@ -161,19 +162,10 @@ class LayerSlot:
             self.repeated = True
             return CALLED_AGAIN
         self.seen = batch
-        return self._layout(shape, batch.info.size)
-
-    def _layout(self, shape: torch.Size, samples: int) -> str | None:
-        if len(shape) < 2 or shape[0] != samples or samples == 0:
-            self.batch_first = False
-        elif self.batch_first is None:
-            if samples == 1:
-                return None  # its weight is 1
-            if samples in shape[1:-1]:
-                return AMBIGUOUS
-            self.batch_first = True
+        self.batch_first, reason = layout(self.batch_first, shape, batch.info.size)
+        if self.batch_first:
             self.fallbacks.discard(AMBIGUOUS)
-        return None if self.batch_first else NOT_THE_BATCH
+        return reason
 
 
 @dataclass(eq=False)
@@ -213,6 +205,25 @@ class LayerCall:
         samples = 1 if w is None else w.shape[0]
         a, g = self.slot.kernel.canonical(x, samples), self.slot.kernel.canonical(g, samples)
         return self.slot.kernel.weighted_gradient(a, g, w), weighted_bias_sum(g, w) if has_bias else None
+
+
+def layout(known: bool | None, shape: torch.Size, samples: int) -> tuple[bool | None, str | None]:
+    """Whether the first dimension of a tensor is the batch, and the reason for which it can not be weighed.
+
+    Args:
+        known: what earlier tensors at the same place told; None for nothing.
+        shape: the tensor's.
+        samples: the batch's number of them, N.
+    """
+    if len(shape) < 2 or shape[0] != samples or samples == 0:
+        known = False
+    elif known is None:
+        if samples == 1:
+            return None, None  # its weight is 1
+        if samples in shape[1:-1]:
+            return None, AMBIGUOUS
+        known = True
+    return known, None if known else NOT_THE_BATCH
 
 
 class Call(Protocol):

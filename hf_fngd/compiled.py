@@ -1,4 +1,4 @@
-"""What a graph of torch.compile sees of the engine: two opaque operators and a tensor between them.
+"""What a graph of torch.compile sees of the engine: three opaque operators and a tensor between them.
 
 A traced graph keeps no Python objects, and an integer that changes from step to step would recompile it. So the
 micro-batch travels through it as a number in a tensor: `begin` numbers the forward pass, and `gradients` finds it by
@@ -12,13 +12,12 @@ from __future__ import annotations
 
 import itertools
 import weakref
-from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, library, nn
 
-from hf_fngd.backward import LayerCall, LayerSlot, MicroBatch, operands
+from hf_fngd.backward import Call, LayerCall, LayerSlot, MicroBatch, operands
 from hf_fngd.layers import LayerKernel
 from hf_fngd.rest import RestCall, RestSlot
 
@@ -69,20 +68,25 @@ def gradients(
     x: Tensor, g: Tensor, weight: Tensor, batch: Tensor, layer: int, engine: int, has_bias: bool
 ) -> tuple[Tensor, Tensor]:
     """`LayerCall.gradients` of a layer; a bias gradient that is not asked for is empty."""
-    # None where backward comes after the optimizer's step: too late to weigh anything.
-    found = None if x.numel() == 0 else _batches.get(int(batch))
-    slots = _engines[engine].slots
-    if layer >= len(slots):
-        call: LayerCall | RestCall = RestCall(_engines[engine].rest[layer - len(slots)], found)
-        grad_weight, grad_bias = call.gradients(x, g, has_bias)
-        return grad_weight.contiguous(), g.new_empty(0) if grad_bias is None else grad_bias
-    call = LayerCall(slots[layer], found)
-    if found is not None and found.complete:  # a retained graph runs backward again, with the same weights
-        call = found.calls_of_graphs.get(layer, call)
-    elif found is not None:
-        found.calls_of_graphs[layer] = call
+    call = _call(batch, layer, engine, x.numel() > 0)
     grad_weight, grad_bias = call.gradients(x, g, has_bias)
     return grad_weight.contiguous(), g.new_empty(0) if grad_bias is None else grad_bias
+
+
+def _call(batch: Tensor, place: int, engine: int, known: bool = True) -> Call:
+    """The call of a layer, or of a module of the rest behind the layers, that a backward pass belongs to."""
+    # None where backward comes after the optimizer's step: too late to weigh anything.
+    found = _batches.get(int(batch)) if known else None
+    slots, rest = _engines[engine].slots, _engines[engine].rest
+    if place >= len(slots):
+        return RestCall(rest[place - len(slots)], found)
+    call = LayerCall(slots[place], found)
+    if found is None:
+        return call
+    if found.complete:  # a retained graph runs backward again, with the same weights
+        return found.calls_of_graphs.get(place, call)
+    found.calls_of_graphs[place] = call
+    return call
 
 
 @gradients.register_fake
@@ -131,9 +135,10 @@ class CompiledFunction(torch.autograd.Function):
 
 @library.custom_op("hf_fngd::weigh", mutates_args=())
 def weigh(g: Tensor, batch: Tensor, place: int, engine: int) -> Tensor:
-    """`RestSlot.weigh` of an embedding."""
-    slot = _engines[engine].rest[place - len(_engines[engine].slots)]
-    weighed = slot.weigh(g, _batches.get(int(batch)))
+    """`RestCall.weigh` of an embedding."""
+    call = _call(batch, place, engine)
+    assert isinstance(call, RestCall)
+    weighed = call.weigh(g)
     return weighed.clone() if weighed is g else weighed
 
 
@@ -147,10 +152,10 @@ class CompiledWeighing(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, y: Tensor, batch: Tensor, place: int, engine: int) -> Tensor:
-        """The output of an embedding."""
+        """The output of an embedding, as a tensor of its own, which a model may change in place."""
         ctx.save_for_backward(batch)
         ctx.place, ctx.engine = place, engine
-        return y.view_as(y)
+        return y.clone()
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
@@ -159,19 +164,22 @@ class CompiledWeighing(torch.autograd.Function):
         return torch.ops.hf_fngd.weigh(g, batch, ctx.place, ctx.engine), None, None, None
 
 
-def call_rest(slot: RestSlot, own: Callable[..., Tensor], x: Tensor, batch: Tensor, engine: int) -> Tensor:
-    """Run a module outside of the preconditioned layers in a traced training forward pass; see `call_layer`."""
-    if slot.kernel is None:
-        return CompiledWeighing.apply(own(x), batch, slot.place, engine)  # type: ignore[no-any-return, no-untyped-call]
-    return _call(slot.module, x, slot.kernel, batch, slot.place, engine)
+def weigh_output(y: Tensor, place: int, batch: Tensor, engine: int) -> Tensor:
+    """Hand on the output of an embedding in a traced training forward pass; ``batch`` is what `begin` returned."""
+    return CompiledWeighing.apply(y, batch, place, engine)  # type: ignore[no-any-return, no-untyped-call]
 
 
-def call_layer(module: nn.Module, x: Tensor, slot: LayerSlot, batch: Tensor, engine: int) -> Tensor:
-    """Run an attached layer in a traced training forward pass; ``batch`` is what `begin` returned."""
-    return _call(module, x, slot.kernel, batch, slot.layer, engine)
+def call_layer(module: nn.Module, x: Tensor, kernel: LayerKernel, place: int, batch: Tensor, engine: int) -> Tensor:
+    """Run an attached layer, or a tied head, in a traced training forward pass.
 
-
-def _call(module: nn.Module, x: Tensor, kernel: LayerKernel, batch: Tensor, place: int, engine: int) -> Tensor:
+    Args:
+        module: the module.
+        x: its input.
+        kernel: the conversions of its type.
+        place: its index among the layers, or among those of the rest behind them.
+        batch: what `begin` returned.
+        engine: what `register` returned.
+    """
     x, weight, bias = operands(module, x)
     has_bias = bias is not None and bias.requires_grad
     output: Tensor = CompiledFunction.apply(  # type: ignore[no-untyped-call]

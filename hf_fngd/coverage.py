@@ -24,9 +24,9 @@ class CoverageReport:
     Attributes:
         preconditioned: names of the parameters whose gradient is the weighted sum.
         plain: name to reason, for those that get a plain gradient by their kind.
-        weighed: names of those of them whose samples had their mean weights (``weigh_rest``).
         missed: name to reason, for those of selected layers that could not be preconditioned in some or all
             steps so far.
+        weighed: names of the parameters of embeddings and tied heads whose samples have their mean weights.
     """
 
     preconditioned: tuple[str, ...]
@@ -36,6 +36,10 @@ class CoverageReport:
 
     def __str__(self) -> str:
         lines = [f"FNGD preconditions {len(self.preconditioned)} parameters."]
+        if self.weighed:
+            lines[0] = (
+                f"{lines[0][:-1]}, and weighs the samples of {', '.join(self.weighed)} by the mean of their weights."
+            )
         for title, group in (("plain gradient", self.plain), ("could not be preconditioned", self.missed)):
             reasons: dict[str, list[str]] = {}
             for name, reason in group.items():
@@ -43,8 +47,6 @@ class CoverageReport:
             for reason, names in reasons.items():
                 shown = ", ".join(names[:4]) + (f", and {len(names) - 4} more" if len(names) > 4 else "")
                 lines.append(f"{len(names)} {title}: {reason} ({shown})")
-        if self.weighed:
-            lines.append(f"{len(self.weighed)} of the plain gradients with the samples' mean weights")
         return "\n  ".join(lines)
 
 
@@ -78,8 +80,14 @@ class Coverage:
                 missed.update(dict.fromkeys(names, "; ".join(reasons)))
             else:
                 preconditioned += names
-        weighed = tuple(name for slot in self._rest if slot.weighed for name in _parameters(slot))
-        return CoverageReport(tuple(preconditioned), dict(self._selection.plain), missed, weighed)
+        plain, weighed = dict(self._selection.plain), list[str]()
+        for rest in self._rest:
+            if rest.fallbacks:
+                plain.update(dict.fromkeys(_parameters(rest), "; ".join(sorted(rest.fallbacks))))
+            else:
+                weighed += _parameters(rest)
+        plain = {name: reason for name, reason in plain.items() if name not in weighed}
+        return CoverageReport(tuple(preconditioned), plain, missed, tuple(weighed))
 
     def tell(self, samples: int) -> None:
         """A step was taken: log the report, if it is the first or says more than the last one.

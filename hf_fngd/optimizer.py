@@ -64,9 +64,9 @@ class FNGD(torch.optim.Optimizer):
             copies of one layer's input and output gradient.
         target_modules: ``"all-linear"``, a regular expression, or a list of names or dotted suffixes (PEFT's).
         exclude_modules: a regular expression or a list, or None.
-        weigh_rest: weigh the samples in the gradients of embeddings and of Linear and Conv1D layers that are not
-            preconditioned (tied heads) too, each by its mean weight over the layers that are. "never" and "sketched"
-            keep no weights to do so.
+        weigh_rest: weigh the samples in the gradients of embeddings and tied heads too, by the mean over the layers of
+            the weights that the policy keeps ("never" and "sketched" keep none; "last" and "replay" have none for a
+            coefficient step). Not those of ``exclude_modules``.
         strict: raise, instead of warning, where a selected layer cannot be preconditioned.
 
     Raises:

@@ -15,7 +15,7 @@ from torch.utils.hooks import RemovableHandle
 from hf_fngd import compiled
 from hf_fngd.arguments import validate
 from hf_fngd.attach import Attachment, refuse_attached
-from hf_fngd.backward import ON_TOP_OF_ANOTHER, LayerSlot, MicroBatch, call_layer, in_backward
+from hf_fngd.backward import ON_TOP_OF_ANOTHER, USED_ELSEWHERE, LayerSlot, MicroBatch, call_layer, in_backward
 from hf_fngd.coverage import Coverage, CoverageReport
 from hf_fngd.environment import rank_and_world, refuse_environment, refuse_replica, refuse_split_weight
 from hf_fngd.exchange import Exchange, Measurement
@@ -24,7 +24,7 @@ from hf_fngd.inputs import check_index, find_sample
 from hf_fngd.persample import accumulation_dtype
 from hf_fngd.phase import EpochEdge, Phase
 from hf_fngd.ratios import Ratios
-from hf_fngd.rest import RestSlot, call_rest, select_rest
+from hf_fngd.rest import RestSlot, call_head, inspect_rest, rest_slots, weigh_output
 from hf_fngd.selection import Modules, Selected, select_layers
 from hf_fngd.sharded import is_sharded
 from hf_fngd.sharing import (
@@ -58,9 +58,9 @@ class FNGDPreconditioner:
             copies of one layer's input and output gradient.
         target_modules: ``"all-linear"``, a regular expression, or a list of names or dotted suffixes (PEFT's).
         exclude_modules: a regular expression or a list, or None.
-        weigh_rest: weigh the samples in the gradients of embeddings and of Linear and Conv1D layers that are not
-            preconditioned (tied heads) too, each by its mean weight over the layers that are. "never" and "sketched"
-            keep no weights to do so.
+        weigh_rest: weigh the samples in the gradients of embeddings and tied heads too, by the mean over the layers of
+            the weights that the policy keeps ("never" and "sketched" keep none; "last" and "replay" have none for a
+            coefficient step). Not those of ``exclude_modules``.
         strict: raise, instead of warning, where a selected layer cannot be preconditioned.
 
     Raises:
@@ -119,12 +119,14 @@ class FNGDPreconditioner:
         self._checked = False
         self._fsdp = False
         self._inspected = False
+        self._inside = False
         self._hooks: list[RemovableHandle] = []
         self.slots = [
             LayerSlot(place, layer.name, layer.kernel, self.policy, damping, memory_budget)
             for place, layer in enumerate(self.layers)
         ]
-        self.rest = select_rest(model, self.layers, self.policy) if weigh_rest else []
+        weigh_rest = weigh_rest and not self.policy.always
+        self.rest = rest_slots(selection.rest if weigh_rest else [], len(self.layers), self.policy)
         self._coverage = Coverage(selection, self.slots, self.rest, strict)
         self._engine = compiled.register(self)
         self._number: Tensor | None = None
@@ -151,7 +153,9 @@ class FNGDPreconditioner:
             return own(*args, **kwargs)
         if torch.compiler.is_compiling():
             number = self._number
-            return own(x) if number is None else compiled.call_layer(module, x, slot, number, self._engine)
+            if number is None:
+                return own(x)
+            return compiled.call_layer(module, x, slot.kernel, slot.layer, number, self._engine)
         batch = self._batch
         if batch is None:
             return own(x)
@@ -164,15 +168,33 @@ class FNGDPreconditioner:
         return call_layer(module, x, slot, batch)
 
     def _rest_forward(
-        self, slot: RestSlot, module: nn.Module, own: Callable[..., Tensor], *args: Any, **kwargs: Any
-    ) -> Tensor:
+        self, slot: RestSlot, module: nn.Module, own: Callable[..., Any], *args: Any, **kwargs: Any
+    ) -> Any:
         x = _trained_on(module, args, kwargs)
-        if x is None:
+        if x is None or (slot.kernel is not None and x.dim() < 2):
             return own(*args, **kwargs)
         if torch.compiler.is_compiling():
             number = self._number
-            return own(x) if number is None else compiled.call_rest(slot, own, x, number, self._engine)
-        return own(x) if self._batch is None else call_rest(slot, own, x, self._batch)
+            if number is None:
+                return own(*args, **kwargs)
+            if slot.kernel is not None:
+                return compiled.call_layer(module, x, slot.kernel, slot.place, number, self._engine)
+            y = own(*args, **kwargs)
+            return compiled.weigh_output(y, slot.place, number, self._engine) if isinstance(y, Tensor) else y
+        batch, recomputes = self._batch, in_backward()
+        if not (self._inside or recomputes):  # whose batch it is, nobody knows
+            slot.fallbacks.add(USED_ELSEWHERE)
+        if batch is None or USED_ELSEWHERE in slot.fallbacks:
+            return own(*args, **kwargs)
+        if recomputes and not batch.recomputed and self._window.mixed_up(slot.place):
+            slot.fallbacks.add(ON_TOP_OF_ANOTHER)
+            return own(*args, **kwargs)
+        if not recomputes:
+            batch.calls[slot.place] += 1
+        if slot.kernel is not None:
+            return call_head(slot, x, batch)
+        y = own(*args, **kwargs)
+        return weigh_output(y, slot, batch) if isinstance(y, Tensor) else y
 
     def _model_forward(self, module: nn.Module, own: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         index = kwargs.pop(INDEX_COLUMN, None)
@@ -185,10 +207,14 @@ class FNGDPreconditioner:
                 batch = self._batch = None if sample is None else self.begin(len(sample), index)
                 # For layers that are compiled by themselves.
                 self._number = None if batch is None else compiled.number(batch)
-                if batch is not None and not self._inspected:
+                self._inside = True
+                try:
                     output = own(*args, **kwargs)
+                finally:
+                    self._inside = False
+                if batch is not None and not self._inspected:
                     self._inspect(output, batch)
-                    return output
+                return output
         return own(*args, **kwargs)
 
     def _inspect(self, output: Any, batch: MicroBatch) -> None:
@@ -198,6 +224,7 @@ class FNGDPreconditioner:
         for layer, slot in zip(self.layers, self.slots, strict=True):
             calls = max(batch.calls[slot.layer], 1)  # those of a compiled layer are not counted
             slot.used_elsewhere = any(uses[id(p)] > calls for p in layer.module.parameters(recurse=False))
+        inspect_rest(self.rest, uses, batch)
 
     def begin(self, size: int, index: Tensor | None) -> MicroBatch:
         """A training forward pass of the model begins; for the attached forwards only.
@@ -221,10 +248,17 @@ class FNGDPreconditioner:
         self._window.make_room(self._has_gradients())
         info = BatchInfo(size, self._window.next_place, None if index is None else index.detach().flatten())
         computes = self.phase.computes
-        stored = self.policy.lookup(info) if self.rest or not computes else None
-        mean = stored.mean(dim=0) if self.rest and stored is not None else None
-        calls = [0] * len(self.layers)
-        batch = MicroBatch(info, computes, None if computes else stored, calls, mean, recomputed=in_backward())
+        kept = self.policy.lookup(info) if not computes or (self.rest and self.policy.follows) else None
+        layers = len(self.layers)
+        batch = MicroBatch(
+            info,
+            computes,
+            None if computes else kept,
+            [0] * (layers + len(self.rest)),
+            layers,
+            None if kept is None or not self.rest else self._ratios.mean_of_measured(kept),
+            recomputed=in_backward(),
+        )
         self._window.add(batch)
         self._batch = batch  # for layers outside of a graph of torch.compile that began in one, too
         return batch
@@ -364,6 +398,7 @@ class FNGDPreconditioner:
             "place": self._window.place,
             "averages": self._ratios.averages,
             "layers": {slot.name: [slot.batch_first, slot.repeated] for slot in self.slots},
+            "rest": {slot.name: [slot.batch_first, "; ".join(sorted(slot.fallbacks))] for slot in self.rest},
             "sharing": self.policy.name,
             "policy": self.policy.state_dict(),
         }
@@ -388,6 +423,14 @@ class FNGDPreconditioner:
                 f"in {', '.join(differing[:3])}: build the optimizer with the model, target_modules and "
                 "exclude_modules that the checkpoint was made with"
             )
+        # A state of before the rest was weighed has none of it.
+        rest = state_dict.get("rest", {slot.name: [None, ""] for slot in self.rest})
+        if list(rest) != [slot.name for slot in self.rest]:
+            raise ValueError(
+                f"the checkpoint weighs the samples of {', '.join(rest) or 'no embedding'}, this optimizer those of "
+                f"{', '.join(slot.name for slot in self.rest) or 'none'}: resume with the weigh_rest and the "
+                "exclude_modules that the checkpoint was made with"
+            )
         like = self._like()
         policy = {
             key: value.to(like if value.is_floating_point() else like.device) if isinstance(value, Tensor) else value
@@ -401,6 +444,9 @@ class FNGDPreconditioner:
         self._ratios.averages = None if averages is None else averages.to(like, copy=True)
         for slot in self.slots:
             slot.batch_first, slot.repeated = found[slot.name]
+        for one in self.rest:
+            one.batch_first, reasons = rest[one.name]
+            one.fallbacks.update(filter(None, reasons.split("; ")))
 
 
 def _trained_on(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:

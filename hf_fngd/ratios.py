@@ -40,6 +40,14 @@ class Ratios:
             self.rho, self.spread = self.averages
         self.spread = self.spread.nan_to_num(nan=1.0)
 
+    def mean_of_measured(self, w: Tensor) -> Tensor:
+        """Weights ``[L, N]`` averaged over the layers that were ever measured, ``[N]``; ones where there is none."""
+        if self.averages is None:
+            return torch.ones_like(w[0])
+        measured = ~self.averages[0].isnan()
+        mean = torch.where(measured[:, None], w, 0).sum(dim=0) / measured.sum().clamp(min=1)
+        return torch.where(measured.any(), mean, 1)
+
     def summary(self) -> dict[str, float]:
         """The layers in two numbers; waits for the device.
 

@@ -1,14 +1,15 @@
-"""Embeddings and layers without a Gram matrix of their own, whose samples can be weighed too.
+"""Embeddings and tied heads, which have no Gram matrix of their own: their samples are weighed all the same.
 
-An embedding, a tied head or a layer that was left out shares the weights of the others across layers, as the paper
-does within a block of layers (Fig. 3): with ``weigh_rest`` a sample's weight there is the mean over the preconditioned
-layers of the weights that the sharing policy keeps. A sample that they make small is then small in these too. Norms
-stay plain.
+They share the weights of the preconditioned layers, as the paper has the layers of a block share one Gram matrix
+(Fig. 3): with ``weigh_rest`` a sample's weight there is the mean over the layers of those that the sharing policy
+keeps, so that a sample that is small in the layers is small here too. A weight that several modules share (a head that
+is tied to an embedding) is weighed in all of its uses or in none. Norms stay plain.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,24 +17,25 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from hf_fngd.backward import MicroBatch, PreconditionedFunction, operands
-from hf_fngd.layers import LayerKernel, kernel_for
+from hf_fngd.backward import AMBIGUOUS, USED_ELSEWHERE, MicroBatch, PreconditionedFunction, layout, operands
+from hf_fngd.layers import LayerKernel
 from hf_fngd.persample import accumulation_dtype, weighted_bias_sum
-from hf_fngd.selection import Selected
+from hf_fngd.selection import SelectedRest
 from hf_fngd.sharing import SharingPolicy
 
 
 @dataclass(eq=False)
 class RestSlot:
-    """One module outside of the preconditioned layers.
+    """An embedding, or a Linear or Conv1D whose weight is tied.
 
     Attributes:
-        place: index among them, counted on from the preconditioned layers.
+        place: index among these, counted on from the preconditioned layers.
         name: the module's name in the model.
-        module: an embedding, or a Linear or Conv1D.
+        module: the module.
         kernel: the conversions of a Linear or Conv1D, None for an embedding.
         policy: the model's sharing policy.
-        weighed: whether its samples were weighed at least once.
+        fallbacks: the reasons for which the weight is plain, whichever of its uses they are about.
+        batch_first: whether the first dimension of its output is the batch; None as long as no output told.
     """
 
     place: int
@@ -41,61 +43,69 @@ class RestSlot:
     module: nn.Module
     kernel: LayerKernel | None
     policy: SharingPolicy
-    weighed: bool = False
+    fallbacks: set[str]
+    batch_first: bool | None = None
 
-    def weights(self, g: Tensor, batch: MicroBatch | None) -> Tensor | None:
-        """The weights ``[N]`` of a micro-batch's samples; None for ones, as long as the policy has none.
+    def weights(self, g: Tensor, batch: MicroBatch) -> Tensor | None:
+        """The weights ``[N]`` of a micro-batch's samples; None for ones, as long as the policy keeps none.
 
         Args:
             g: the module's output gradient ``[N, ..., o]``. Its norms stand for those of h_n where the policy goes by
                 them: the inputs of an embedding are rows of the identity, those of a head as a rule normalized.
-            batch: the micro-batch of the forward pass; None where it is not known any more.
+            batch: the micro-batch of the forward pass.
         """
-        if batch is None or batch.mean is None:
+        # An embedding's [T, o] is as a rule a table of positions, and no [N, o].
+        shape = g.shape[1:] if self.kernel is None and g.dim() == 2 else g.shape
+        self.batch_first, reason = layout(self.batch_first, shape, batch.info.size)
+        if self.batch_first is not None:
+            self.fallbacks.discard(AMBIGUOUS)
+        if reason is not None:
+            self.fallbacks.add(reason)
+        if self.fallbacks or batch.mean is None or len(g) != len(batch.mean):
             return None
-        # The first dimension is not the batch where time comes first, and in a table of positions, [T, o].
-        if len(g) != batch.info.size or (self.kernel is None and g.dim() < 3):
-            return None
-        self.weighed = True
         norms = None
         if self.policy.needs_norms:
             norms = torch.linalg.vector_norm(g.flatten(1), dim=1, dtype=accumulation_dtype(g.dtype))
         return self.policy.decode(batch.mean.to(g.device), norms)
 
-    def weigh(self, g: Tensor, batch: MicroBatch | None) -> Tensor:
-        """The output gradient, with each sample's times its weight; arguments as `weights`."""
-        w = self.weights(g, batch)
-        return g if w is None else g * w.to(g.dtype).view(-1, *[1] * (g.dim() - 1))
 
-
-def select_rest(model: nn.Module, layers: Sequence[Selected], policy: SharingPolicy) -> list[RestSlot]:
-    """The embeddings, Linear and Conv1D modules with a trained weight that are not preconditioned."""
-    taken = {id(layer.module) for layer in layers}
-    found = [
-        (name, module)
-        for name, module in model.named_modules()
-        if id(module) not in taken
-        and (isinstance(module, nn.Embedding) or kernel_for(module) is not None)
-        and isinstance(module.weight, nn.Parameter)
-        and module.weight.requires_grad
-    ]
+def rest_slots(selected: Sequence[SelectedRest], first: int, policy: SharingPolicy) -> list[RestSlot]:
+    """Slots of the modules, in places from ``first`` on; those that share a weight share the reasons against it."""
+    fallbacks: dict[int, set[str]] = defaultdict(set)
     return [
-        RestSlot(place, name, module, kernel_for(module), policy)
-        for place, (name, module) in enumerate(found, start=len(layers))
+        RestSlot(place, one.name, one.module, one.kernel, policy, fallbacks[id(one.module.weight)])
+        for place, one in enumerate(selected, start=first)
     ]
+
+
+def inspect_rest(slots: Sequence[RestSlot], uses: Counter[int], batch: MicroBatch) -> None:
+    """Find the weights that a forward pass used otherwise than by calling a module.
+
+    Args:
+        slots: all of them.
+        uses: how many operations of its graph read each leaf, by ``id``.
+        batch: the micro-batch, which counted the calls.
+    """
+    calls = Counter[int]()
+    for slot in slots:
+        calls[id(slot.module.weight)] += batch.calls[slot.place]
+    for slot in slots:
+        if uses[id(slot.module.weight)] > calls[id(slot.module.weight)]:
+            slot.fallbacks.add(USED_ELSEWHERE)
 
 
 @dataclass(eq=False)
 class RestCall:
-    """One call of a Linear or Conv1D outside of the preconditioned layers; see `hf_fngd.backward.LayerCall`.
+    """One call of a module of the rest, from its forward to the end of its backward; see `LayerCall`.
 
     Attributes:
         slot: the module.
-        batch: the micro-batch that the model was called with; None where it is not known any more.
+        batch: the micro-batch that the model was called with; None where it is not known any more, or needed.
     """
 
     slot: RestSlot
     batch: MicroBatch | None
+    _weights: Tensor | None = None
 
     @property
     def kernel(self) -> LayerKernel:
@@ -103,40 +113,50 @@ class RestCall:
         assert self.slot.kernel is not None
         return self.slot.kernel
 
+    def weights(self, g: Tensor) -> Tensor | None:
+        """Those of the samples, from the output gradient ``[N, ..., o]``; a retained graph has the same again."""
+        if self.batch is not None:
+            self._weights, self.batch = self.slot.weights(g, self.batch), None
+        return self._weights
+
+    def weigh(self, g: Tensor) -> Tensor:
+        """The output gradient of an embedding, with each sample's times its weight."""
+        w = self.weights(g)
+        return g if w is None else g * w.to(g.dtype).view(-1, *[1] * (g.dim() - 1))
+
     def gradients(self, x: Tensor, g: Tensor, has_bias: bool) -> tuple[Tensor, Tensor | None]:
-        """The weighted sums for weight and bias, as `LayerCall.gradients`."""
-        w = self.slot.weights(g.view(*x.shape[:-1], g.shape[-1]), self.batch)
+        """The weighted sums for weight and bias of a Linear or Conv1D, as `LayerCall.gradients`."""
+        w = self.weights(g.view(*x.shape[:-1], g.shape[-1]))
         samples = 1 if w is None else len(w)
         a, g = self.kernel.canonical(x, samples), self.kernel.canonical(g, samples)
         return self.kernel.weighted_gradient(a, g, w), weighted_bias_sum(g, w) if has_bias else None
 
 
 class WeighedFunction(torch.autograd.Function):
-    """The identity; backward weighs the gradient."""
+    """The identity on an embedding's output; backward weighs the gradient."""
 
     @staticmethod
-    def forward(ctx: Any, y: Tensor, slot: RestSlot, batch: MicroBatch) -> Tensor:
-        """The output of an embedding."""
-        ctx.slot, ctx.batch = slot, batch
-        return y.view_as(y)
+    def forward(ctx: Any, y: Tensor, call: RestCall) -> Tensor:
+        """The output itself, and no view of it, which models could not change in place."""
+        ctx.call = call
+        ctx.mark_dirty(y)
+        return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         """The gradient that the embedding sums up."""
-        return ctx.slot.weigh(g, ctx.batch), None, None
+        return ctx.call.weigh(g), None
 
 
-def call_rest(slot: RestSlot, own: Callable[..., Tensor], x: Tensor, batch: MicroBatch) -> Tensor:
-    """Run a module outside of the preconditioned layers in a training forward pass.
+def weigh_output(y: Tensor, slot: RestSlot, batch: MicroBatch) -> Tensor:
+    """Hand on the output of an embedding in a training forward pass."""
+    y = y.clone() if y._is_view() else y
+    return WeighedFunction.apply(y, RestCall(slot, batch))  # type: ignore[no-any-return, no-untyped-call]
 
-    Args:
-        slot: the module.
-        own: its own forward.
-        x: its only argument.
-        batch: the micro-batch of the model's forward pass.
-    """
-    if slot.kernel is None:
-        return WeighedFunction.apply(own(x), slot, batch)  # type: ignore[no-any-return, no-untyped-call]
-    output: Tensor = PreconditionedFunction.apply(*operands(slot.module, x), RestCall(slot, batch))  # type: ignore[no-untyped-call]
+
+def call_head(slot: RestSlot, x: Tensor, batch: MicroBatch) -> Tensor:
+    """Run a Linear or Conv1D whose weight is tied in a training forward pass."""
+    call = RestCall(slot, batch)
+    output: Tensor = PreconditionedFunction.apply(*operands(slot.module, x), call)  # type: ignore[no-untyped-call]
     return output.view(*x.shape[:-1], output.shape[-1])

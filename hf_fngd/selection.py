@@ -13,6 +13,7 @@ from hf_fngd.layers import LayerKernel, kernel_for, known_layers
 
 Modules = str | Sequence[str] | None
 ALL_LINEAR = "all-linear"
+TIED = "the weight is tied to another module"
 
 
 @dataclass(frozen=True)
@@ -25,15 +26,26 @@ class Selected:
 
 
 @dataclass(frozen=True)
+class SelectedRest:
+    """An embedding (whose kernel is None), or a layer whose weight is tied to one or to another layer."""
+
+    name: str
+    module: nn.Module
+    kernel: LayerKernel | None
+
+
+@dataclass(frozen=True)
 class Selection:
     """The outcome for a whole model.
 
     Attributes:
         layers: the layers to precondition, in the model's order.
+        rest: of the other modules those whose samples can be weighed, in the model's order.
         plain: for every other trainable parameter, by name, the reason why its gradient stays plain.
     """
 
     layers: list[Selected]
+    rest: list[SelectedRest]
     plain: dict[str, str]
 
 
@@ -59,6 +71,7 @@ def select_layers(model: nn.Module, target_modules: Modules, exclude_modules: Mo
         if parameter.requires_grad
     )
     layers: list[Selected] = []
+    rest: list[SelectedRest] = []
     plain: dict[str, str] = {}
     names = [name for name, _ in model.named_modules()]
     _check_targets(names, "target_modules", target_modules)
@@ -68,6 +81,8 @@ def select_layers(model: nn.Module, target_modules: Modules, exclude_modules: Mo
         if reason is None and kernel is not None:
             layers.append(Selected(name, module, kernel))
             continue
+        if (_is_table(module) or reason == TIED) and not _matches(name, exclude_modules):
+            rest.append(SelectedRest(name, module, kernel))
         for leaf, parameter in module.named_parameters(recurse=False):
             if parameter.requires_grad:
                 plain.setdefault(f"{name}.{leaf}" if name else leaf, reason or "")
@@ -77,7 +92,18 @@ def select_layers(model: nn.Module, target_modules: Modules, exclude_modules: Mo
             f"{', '.join(known_layers())} that target_modules={target_modules!r} and "
             f"exclude_modules={exclude_modules!r} select"
         )
-    return Selection(layers, plain)
+    # A weight is among the rest with all the modules that have it, or with none.
+    among = Counter(id(one.module.weight) for one in rest)
+    rest = [one for one in rest if among[id(one.module.weight)] == uses[id(one.module.weight)]]
+    return Selection(layers, rest, plain)
+
+
+def _is_table(module: nn.Module) -> bool:
+    """Whether a module is an embedding with a trained weight, and nothing else that is trained."""
+    if not isinstance(module, nn.Embedding) or "forward" in module.__dict__:
+        return False
+    trained = [name for name, parameter in module.named_parameters() if parameter.requires_grad]
+    return trained == ["weight"]
 
 
 def _reason(
@@ -92,7 +118,7 @@ def _reason(
     if not weight.requires_grad:
         return "the layer's weight is frozen", None
     if any(uses[id(parameter)] > 1 for parameter in module.parameters(recurse=False)):
-        return "the weight is tied to another module", None
+        return TIED, kernel
     if not _matches(name, target_modules) and target_modules != ALL_LINEAR:
         return "not among target_modules", None
     if _matches(name, exclude_modules):

@@ -6,7 +6,8 @@ layers. Four calls, in the order in which a run makes them:
 * coefficient step: `encode` (in backward, a layer at a time) brings a layer's fresh weights into the order
   in which the policy keeps them, `commit` (in the optimizer's step, all layers at once) stores them;
 * shared step: `lookup` (before forward, all layers at once) fetches the stored weights for a batch, `decode`
-  (in backward, a layer at a time) brings them into the order of the batch at hand.
+  (in backward, a layer at a time, and for embeddings and tied heads the mean over the layers) brings them into
+  the order of the batch at hand.
 
 Whatever a batch's N, the weights that `lookup` and `decode` yield have mean 1 in every layer.
 """
@@ -49,12 +50,15 @@ class SharingPolicy(ABC):
         always: True where every step is a coefficient step.
         needs_norms: True where `encode` and `decode` read the sample norms.
         needs_index: True where the dataset has to carry an index column.
+        follows: True where a stored weight follows its sample, or samples of its kind, into any other batch. Then
+            `lookup` is called before coefficient steps too, for the samples' weights in embeddings and tied heads.
     """
 
     name: ClassVar[str]
     always: ClassVar[bool] = False
     needs_norms: ClassVar[bool] = False
     needs_index: ClassVar[bool] = False
+    follows: ClassVar[bool] = False
 
     def prepare(self, layers: int, coefficient_steps: int, memory_budget: int) -> None:
         """Called once, when the policy is attached to a model.

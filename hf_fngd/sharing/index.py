@@ -60,6 +60,7 @@ class IndexSharing(SharingPolicy):
 
     name: ClassVar[str] = "index"
     needs_index: ClassVar[bool] = True
+    follows: ClassVar[bool] = True
 
     def __init__(self, size: int | None = None) -> None:
         if size is not None and size < 1:
@@ -81,7 +82,8 @@ class IndexSharing(SharingPolicy):
         assert batch.index is not None
         index = batch.index.to(self.table.device)
         last = self.table.shape[1] - 1
-        return with_mean_one(torch.where(index <= last, self.table[:, index.clamp(max=last)], 1))
+        found = index.clamp(0, last)
+        return with_mean_one(torch.where(index == found, self.table[:, found], 1))
 
     def commit(self, w: Tensor, valid: Tensor, batch: BatchInfo) -> None:
         """See `SharingPolicy.commit`."""

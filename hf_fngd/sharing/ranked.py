@@ -21,6 +21,7 @@ class RankedSharing(LastSharing):
 
     name: ClassVar[str] = "ranked"
     needs_norms: ClassVar[bool] = True
+    follows: ClassVar[bool] = True
 
     def fit(self, w: Tensor, size: int) -> Tensor:
         """See `LastSharing.fit`."""
