@@ -77,7 +77,7 @@ for entry in trainer.state.log_history:
             f" {entry['fngd_weight_spread']:19.3f}"
         )
 
-# The output head shares its weight with the embedding, so its gradient is a sum of two kinds and stays plain.
+# The output head shares its weight with the embedding: not preconditioned, its samples have the mean of their weights.
 print(f"\n{optimizer.coverage()}")
 
 # detach() gives back the plain model. Needed only to train on with another optimizer: evaluation, generation and

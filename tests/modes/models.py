@@ -171,8 +171,7 @@ def fine_tuned(kind: Kind, sharing: str, folder: Path, config: peft.LoraConfig |
             train_dataset=language_data(SAMPLES).select_columns(["input_ids"]),
             processing_class=tokenizer(),
             peft_config=config,
-            # TRL multiplies by the head's weight itself: of a tied table the embedding alone would be weighed.
-            optimizer_cls_and_kwargs=(FNGDFactory, {"args": args, "weigh_rest": False, **without_rate(sharing)}),
+            optimizer_cls_and_kwargs=(FNGDFactory, {"args": args, **without_rate(sharing)}),
         )
     record = run(trainer)
     assert len(record.steps) == 2 * PER_EPOCH
