@@ -275,7 +275,9 @@ def expected(
     exact = {name: torch.zeros_like(p) for name, p in parameters.items()}
     plain = {name: torch.zeros_like(p) for name, p in parameters.items()}
     sizes = [len(batch.inputs["input_ids"]) for batch in step.batches]
-    means = [mean_weights(stores, place + offset, size) for offset, size in enumerate(sizes)]
+    ones = [torch.ones(size, dtype=torch.float64) for size in sizes]
+    # Outside of the preconditioned layers: the mean of theirs. A coefficient step knows no weight of its own yet.
+    means = ones if step.computes else [mean_weights(stores, place + offset, w) for offset, w in enumerate(ones)]
     for offset, (batch, size) in enumerate(zip(step.batches, sizes, strict=True)):
 
         def alone(model: nn.Module, n: int, batch: MicroBatch = batch) -> Tensor:
@@ -291,18 +293,17 @@ def expected(
                 w = Dense(torch.cat([rows[name] for name in names]), DAMPING).w
                 store.put(place + offset, w, w)
             else:
-                w = store.get(place + offset, torch.ones(size))
+                w = store.get(place + offset, ones[offset])
             for name in names:
                 exact[name] += (factor * rows[name] @ w).view_as(exact[name])
         for name, of_samples in rows.items():
             plain[name] += (factor * of_samples.sum(dim=1)).view_as(plain[name])
             if name.rpartition(".")[0] not in stores:
-                w = means[offset] if name in rest else torch.ones(size, dtype=torch.float64)
+                w = means[offset] if name in rest else ones[offset]
                 exact[name] += (factor * of_samples @ w).view_as(exact[name])
     return exact, plain
 
 
-def mean_weights(stores: Mapping[str, ReplayStore], place: int, size: int) -> Tensor:
-    """The weights of the samples outside of the preconditioned layers: those of earlier steps, the layers' mean."""
-    ones = torch.ones(size, dtype=torch.float64)
+def mean_weights(stores: Mapping[str, ReplayStore], place: int, ones: Tensor) -> Tensor:
+    """The weights that earlier steps left for a micro-batch, averaged over the layers."""
     return torch.stack([store.get(place, ones) if store.rows else ones for store in stores.values()]).mean(dim=0)
