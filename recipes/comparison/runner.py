@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import subprocess
 import sys
@@ -11,8 +12,9 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import hf_fngd
 from common.command_line import words
-from comparison.plan import Comparison, Run
+from comparison.plan import RECIPES, Comparison, Run
 from comparison.results import Record, Results, read_outcome, value
 
 _LONGEST = 300  # characters of a message that are recorded
@@ -22,7 +24,8 @@ class Runner:
     """Executes runs that have not finished yet.
 
     An interrupted run starts again in the output folder that it had, with the same command line: it is up to the
-    recipe to resume from the checkpoint there.
+    recipe to resume from the checkpoint there. Folders are those of the code as it is: what an earlier version of the
+    package or the recipes left is neither resumed nor taken for a result.
 
     Args:
         comparison: What the runs belong to.
@@ -36,6 +39,7 @@ class Runner:
         self.results = results
         self.output_dir = output_dir
         self.jobs = jobs
+        self.version = code_version()
         self._children: set[subprocess.Popen[bytes]] = set()
         self._lock = threading.Lock()
         self._stopped = False
@@ -66,8 +70,12 @@ class Runner:
             for child in self._children:
                 child.terminate()
 
+    def folder(self, run: Run) -> Path:
+        """Return the output folder of a run."""
+        return self.output_dir / f"{run.folder}-{self.version}"
+
     def _one(self, run: Run, total: int) -> Record:
-        folder = self.output_dir / run.folder
+        folder = self.folder(run)
         start = time.perf_counter()
         outcome = read_outcome(folder, self.comparison)
         if outcome["status"] == "finished" and self.results.failed(run) is None:
@@ -113,7 +121,17 @@ class Runner:
 
     def _summary(self, run: Run, record: Record) -> str:
         if record["status"] == "failed":
-            return f"FAILED, {record['error']} (see {self.output_dir / run.folder / 'log.txt'})"
+            return f"FAILED, {record['error']} (see {self.folder(run) / 'log.txt'})"
         score = value(record, self.comparison.metric)
         time_taken = "" if record["seconds"] is None else f", {record['seconds']:.0f} s"
         return f"{self.comparison.metric} {'not a number' if score is None else f'{score:.4g}'}{time_taken}"
+
+
+def code_version() -> str:
+    """Return a hash of the package and of the recipes."""
+    digest = hashlib.sha256()
+    for root in (Path(hf_fngd.__file__).parent, RECIPES):
+        for file in sorted(root.rglob("*.py")):
+            digest.update(file.relative_to(root).as_posix().encode())
+            digest.update(file.read_bytes())
+    return digest.hexdigest()[:8]

@@ -18,6 +18,7 @@ import language_modeling
 import text_classification
 from common.arguments import parse
 from common.command_line import words
+from comparison import runner
 from comparison.plan import RECIPES, load, recorded
 from comparison.plot import series
 from comparison.report import report
@@ -167,6 +168,30 @@ def test_an_interrupted_run_starts_again_where_its_checkpoint_is(toy):
     (line,) = toy.lines()
     assert (line["status"], line["resumed"]) == ("finished", True)
     assert toy.calls() == 2
+
+
+def test_what_other_code_left_is_no_result(toy, monkeypatch):
+    toy.values |= {"arms": {"a": {"options": {"lr": 0.1}}}, "final": {"seeds": [1]}}
+    assert toy.run() == 0
+    (toy.folder / "results" / "toy.jsonl").unlink()
+    monkeypatch.setattr(runner, "code_version", lambda: "another")
+    assert toy.run() == 0
+    assert toy.calls() == 2
+    assert len(list((toy.folder / "out").glob("a-*-another"))) == 1
+
+
+def test_the_version_is_that_of_every_file(tmp_path, monkeypatch):
+    monkeypatch.setattr(runner, "RECIPES", tmp_path)
+    (tmp_path / "folder").mkdir()
+    file = tmp_path / "folder" / "a.py"
+    seen = {runner.code_version()}
+    for text in ("x = 1", "x = 2"):
+        file.write_text(text, encoding="utf-8")
+        seen.add(runner.code_version())
+    file.rename(tmp_path / "folder" / "b.py")
+    seen.add(runner.code_version())
+    assert len(seen) == 4
+    assert runner.code_version() in seen
 
 
 def test_jobs_run_side_by_side(toy):
