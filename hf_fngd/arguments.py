@@ -13,7 +13,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
-SHARING = ("replay", "last", "ranked", "index", "uniform", "never", "sketched")
+SHARING = ("replay", "last", "ranked", "index", "uniform", "never", "sketched", "clipped")
 STEP_SCALES = ("rms", "ngd")
 UPDATES = ("momentum", "adam", "muon")
 FALLBACKS = ("adamw", "sgd")

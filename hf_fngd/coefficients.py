@@ -47,10 +47,13 @@ def coefficients(k: Tensor, damping: float) -> Coefficients:
     return _finish(k, matrix, w, usable & (failed == 0))
 
 
-def averaging(k: Tensor) -> Coefficients:
-    """The limit of `coefficients` for infinite damping: w = 1, and the rho of the plain gradient."""
+def with_weights(k: Tensor, w: Tensor) -> Coefficients:
+    """Weights ``[N]`` that were found otherwise, and the rho of the gradient that they make.
+
+    Ones, the limit of `coefficients` for infinite damping, have that of the plain gradient.
+    """
     matrix, usable = _unit_norm(k)
-    return _finish(k, matrix, torch.ones_like(matrix[0]), usable)
+    return _finish(k, matrix, w.to(matrix.dtype), usable)
 
 
 def _unit_norm(k: Tensor) -> tuple[Tensor, Tensor]:

@@ -46,7 +46,7 @@ class FNGD(torch.optim.Optimizer):
         damping: alpha of Eq. 14, dimensionless: lambda = alpha ||K||_F. Infinity would be plain averaging.
         weight_decay: decoupled; biases and norms are not decayed.
         sharing: a policy's name, ``"replay" | "last" | "ranked" | "index" | "uniform" | "never" |
-            "sketched"``, or an object.
+            "sketched" | "clipped"``, or an object.
         refresh: optimizer steps between coefficient steps after the first epoch; 0: none (the paper's).
         coefficient_steps: cap of the first-epoch phase, in optimizer steps.
         step_scale: scale of a layer's gradient under update "momentum" (the other updates are scale-free).

@@ -305,7 +305,7 @@ def test_a_model_without_tensor_inputs_gets_plain_gradients() -> None:
     [
         ({"damping": 0}, ValueError, "damping must be"),
         ({"damping": "0.1"}, TypeError, "damping must be"),
-        ({"sharing": "sometimes"}, ValueError, "sharing must be one of 'index', 'last'"),
+        ({"sharing": "sometimes"}, ValueError, "sharing must be one of 'clipped', 'index'"),
         ({"refresh": -1}, ValueError, "refresh must be"),
         ({"coefficient_steps": 0}, ValueError, "coefficient_steps must be"),
         ({"memory_budget": 0}, ValueError, "memory_budget must be"),

@@ -1,6 +1,7 @@
 """Sharing policies: one file each, behind one registry (`hf_fngd.sharing.base`)."""
 
 from hf_fngd.sharing.base import BatchInfo, SharingPolicy, make_policy, policy_names, register_policy
+from hf_fngd.sharing.clipped import ClippedSharing
 from hf_fngd.sharing.index import IndexSharing, add_index
 from hf_fngd.sharing.last import LastSharing
 from hf_fngd.sharing.never import NeverSharing
@@ -14,6 +15,7 @@ __all__ = [
     "INDEX_COLUMN",
     "WEIGHT_COLUMN",
     "BatchInfo",
+    "ClippedSharing",
     "IndexSharing",
     "LastSharing",
     "NeverSharing",

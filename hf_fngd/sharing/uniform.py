@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 
-from hf_fngd.coefficients import Coefficients, averaging
+from hf_fngd.coefficients import Coefficients, with_weights
 from hf_fngd.sharing.base import BatchInfo, SharingPolicy, register_policy
 
 
@@ -22,7 +23,7 @@ class UniformSharing(SharingPolicy):
 
     def solve(self, k: Tensor, damping: float) -> Coefficients:
         """See `SharingPolicy.solve`; the damping has no effect."""
-        return averaging(k)
+        return with_weights(k, torch.ones_like(k[0]))
 
     def lookup(self, batch: BatchInfo) -> Tensor | None:
         """W = 1."""

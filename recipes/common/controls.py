@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import TrainerCallback
 
 from hf_fngd import FNGD
-from hf_fngd.coefficients import Coefficients, coefficients
+from hf_fngd.coefficients import Coefficients, coefficients, with_weights
 from hf_fngd.sharing import SharingPolicy
 
 _Weights = Callable[[Tensor, float], Tensor]
@@ -21,18 +21,12 @@ def _shuffled(k: Tensor, damping: float) -> Tensor:
     return w[torch.randperm(len(w), device=w.device)]
 
 
-def _clipped(k: Tensor, damping: float) -> Tensor:
-    norms = k.diagonal().clamp(min=0).sqrt()
-    return (norms.median() / norms).clamp(max=1)
-
-
 def _diagonal(k: Tensor, damping: float) -> Tensor:
     return 1 / (k.diagonal() + damping * torch.linalg.matrix_norm(k))
 
 
 CONTROLS: dict[str, tuple[_Weights, str]] = {
     "shuffled": (_shuffled, "the weights of each step, given to samples of its batch drawn at random"),
-    "clipped": (_clipped, "those of a clipping of the samples' gradient norms at their median, without a damping"),
     "diagonal": (_diagonal, "those of the Gram matrix's diagonal alone, which knows the norms and no directions"),
 }
 """What weights ``[N]`` each control takes from a Gram matrix ``[N, N]`` and a damping, up to a factor, and in words."""
@@ -60,7 +54,6 @@ def replace_weights(policy: SharingPolicy, weights: _Weights) -> None:
 
     def solve(k: Tensor, damping: float) -> Coefficients:
         w = weights(k, damping)
-        w = w / w.mean()
-        return Coefficients(w, len(w) * torch.linalg.matrix_norm(k) / (w @ k @ w))
+        return with_weights(k, w / w.mean())
 
     policy.solve = solve  # type: ignore[method-assign]

@@ -27,6 +27,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "last, adam": {"sharing": "last", "update": "adam"},
     "index, adam": {"sharing": "index", "update": "adam"},
     "ranked, muon, weigh_rest": {"sharing": "ranked", "update": "muon", "weigh_rest": True},
+    "clipped, adam, weigh_rest": {"sharing": "clipped", "update": "adam", "weigh_rest": True},
     "uniform, momentum, rms": {"sharing": "uniform", "update": "momentum"},
 }
 

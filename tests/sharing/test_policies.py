@@ -8,21 +8,22 @@ import pytest
 import torch
 from torch import Tensor
 
-from hf_fngd.coefficients import averaging, coefficients
+from hf_fngd.coefficients import coefficients, with_weights
 from hf_fngd.sharing import IndexSharing, SharingPolicy, make_policy, policy_names, register_policy
 from hf_fngd.sharing.base import _POLICIES
 from tests.reference import ranked_fit, replay_fit
 from tests.sharing.engine import L, commit, fetch, info, norms, prepared, store_tensors, weights
 
 NAMES = policy_names()
-STORING = [name for name in NAMES if name not in ("never", "sketched", "uniform")]
+WITHOUT_WEIGHTS = ("never", "sketched", "uniform")  # in shared steps
+STORING = [name for name in NAMES if name not in (*WITHOUT_WEIGHTS, "clipped")]
 SIZES = [1, 2, 5, 8, 13]
 
 
 # Every policy ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "clipped"])
 def test_before_any_coefficients_there_are_none(name: str) -> None:
     assert prepared(name).lookup(info()) is None
 
@@ -35,7 +36,7 @@ def test_weights_have_mean_one_whatever_the_batch_size(name: str, size: int) -> 
         commit(policy, weights(place, committed), norms(place, committed), info(committed, place))
     for place in range(7):
         found = fetch(policy, norms(50 + place, size), info(size, place, first=place))
-        assert (found is None) == (name not in STORING)
+        assert (found is None) == (name in WITHOUT_WEIGHTS)
         if found is not None:
             torch.testing.assert_close(found.mean(dim=1), torch.ones(L, dtype=torch.float64))
 
@@ -109,12 +110,12 @@ def test_the_store_stays_within_the_memory_budget(name: str, first: int) -> None
     assert sum(x.untyped_storage().nbytes() for x in store_tensors(policy)) <= budget
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "clipped"])
 def test_solving_takes_the_gram_of_one_layer(name: str) -> None:
     u = torch.randn(20, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     k = u.t() @ u
     found = prepared(name).solve(k, 0.01)
-    expected = averaging(k) if name == "uniform" else coefficients(k, 0.01)
+    expected = with_weights(k, torch.ones(6)) if name == "uniform" else coefficients(k, 0.01)
     assert torch.equal(found.w, expected.w)
     assert torch.equal(found.rho, expected.rho)
 
@@ -146,7 +147,7 @@ def test_the_state_survives_a_checkpoint(name: str, commits: int, dtype: torch.d
         found, expected = (fetch(each, norms(place), info(8, place, place)) for each in (resumed, policy))
         assert (found is None) == (expected is None)
         if found is not None:
-            assert found.dtype == dtype
+            assert found.dtype == (dtype if name in STORING else torch.float64)  # else that of the norms
             assert torch.equal(found, expected)
 
 
@@ -226,11 +227,13 @@ def test_a_batch_of_less_than_half_the_stored_size_leaves_the_row(name: str, siz
 
 
 def test_the_registry_knows_the_documented_names() -> None:
-    assert NAMES == ("index", "last", "never", "ranked", "replay", "sketched", "uniform")
+    assert NAMES == ("clipped", "index", "last", "never", "ranked", "replay", "sketched", "uniform")
 
 
 def test_an_unknown_name_lists_those_that_exist() -> None:
-    with pytest.raises(ValueError, match="sharing='rank' is not a policy; there are index, last, never, ranked"):
+    with pytest.raises(
+        ValueError, match="sharing='rank' is not a policy; there are clipped, index, last, never, ranked"
+    ):
         make_policy("rank")
 
 

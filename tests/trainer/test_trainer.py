@@ -255,7 +255,7 @@ class Save(TrainerCallback):
         control.should_save = state.global_step in self.steps
 
 
-@pytest.mark.parametrize("sharing", ["ranked", "replay", "last", "never"])
+@pytest.mark.parametrize("sharing", ["ranked", "replay", "last", "never", "clipped"])
 def test_resumed_runs_equal_the_uninterrupted_one(sharing: str, tmp_path: Path) -> None:
     def train(folder: str, resume: Path | None = None) -> PreTrainedModel:
         model = bert()
