@@ -46,7 +46,8 @@ class FNGD(torch.optim.Optimizer):
         damping: alpha of Eq. 14, dimensionless: lambda = alpha ||K||_F. Infinity would be plain averaging.
         weight_decay: decoupled; biases and norms are not decayed.
         sharing: a policy's name, ``"replay" | "last" | "ranked" | "index" | "uniform" | "never" |
-            "sketched" | "clipped"``, or an object.
+            "sketched" | "clipped"``, or an object. "clipped" solves for nothing: its coefficient steps serve rho alone
+            (``refresh=0, coefficient_steps=1`` leave them out).
         refresh: optimizer steps between coefficient steps after the first epoch; 0: none (the paper's).
         coefficient_steps: cap of the first-epoch phase, in optimizer steps.
         step_scale: scale of a layer's gradient under update "momentum" (the other updates are scale-free).
@@ -66,7 +67,8 @@ class FNGD(torch.optim.Optimizer):
         exclude_modules: a regular expression or a list, or None.
         weigh_rest: weigh the samples in the gradients of embeddings and tied heads too, by the mean over the layers of
             the weights that the policy keeps ("never" and "sketched" keep none; "last" and "replay" have none for a
-            coefficient step). Not those of ``exclude_modules``.
+            coefficient step; "clipped" goes by the norms of the module's own output gradients). Not those of
+            ``exclude_modules``.
         strict: raise, instead of warning, where a selected layer cannot be preconditioned.
 
     Raises:

@@ -60,7 +60,8 @@ class FNGDPreconditioner:
         exclude_modules: a regular expression or a list, or None.
         weigh_rest: weigh the samples in the gradients of embeddings and tied heads too, by the mean over the layers of
             the weights that the policy keeps ("never" and "sketched" keep none; "last" and "replay" have none for a
-            coefficient step). Not those of ``exclude_modules``.
+            coefficient step; "clipped" goes by the norms of the module's own output gradients). Not those of
+            ``exclude_modules``.
         strict: raise, instead of warning, where a selected layer cannot be preconditioned.
 
     Raises:

@@ -102,6 +102,8 @@ ARMS: dict[str, Callable[[nn.Module], Step]] = {
     "FNGD muon, refresh 50, plain rest": partial(fngd, "muon", "ranked", 50, weigh_rest=False),
     "FNGD adam, refresh 10": partial(fngd, "adam", "ranked", 10),
     "FNGD adam, refresh 50": partial(fngd, "adam", "ranked", 50),
+    "FNGD muon, clipped": partial(fngd, "muon", "clipped", 0),
+    "FNGD adam, clipped": partial(fngd, "adam", "clipped", 0),
     "FNGD adam, sketched (preset robust)": partial(fngd, "adam", "sketched", 0),
     "FNGD adam, every step (NGD)": partial(fngd, "adam", "never", 0),
     "Muon": partial(baseline, "muon"),

@@ -91,6 +91,24 @@ def test_gradients_are_the_oracles_in_both_kinds_of_steps(layer_type: str, bias:
     assert preconditioner.coverage().missed == {}
 
 
+@pytest.mark.parametrize("weigh_rest", [True, False])
+def test_embeddings_go_by_their_own_output_gradients(weigh_rest: bool) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(9, 6), nn.Flatten(), nn.Linear(12, 4)).double()
+    table = model[0]
+    FNGDPreconditioner(model, sharing="clipped", weigh_rest=weigh_rest, coefficient_steps=1)
+    outputs: list[Tensor] = []
+    table.register_forward_hook(lambda module, inputs, y: outputs.append(y))
+    x, y = torch.randint(9, (7, 2)), torch.randint(4, (7,))
+    each = nn.functional.cross_entropy(model(x), y, reduction="none")
+    outputs[0].retain_grad()
+    (each * torch.tensor([100.0, 1, 1, 1, 1, 1, 1])).mean().backward()
+    g = outputs[0].grad
+    w = clipped(g.flatten(1).norm(dim=1).tolist()) if weigh_rest else torch.ones(7, dtype=torch.float64)
+    expected = torch.zeros(9, 6, dtype=torch.float64).index_add(0, x.flatten(), (g * w[:, None, None]).flatten(0, 1))
+    torch.testing.assert_close(table.weight.grad, expected)
+
+
 def test_there_is_nothing_to_store() -> None:
     model = net()
     optimizer = FNGD(model, sharing="clipped", refresh=3, coefficient_steps=2)
