@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from hf_fngd import FNGDPreconditioner
-from hf_fngd.coefficients import averaging, coefficients, damping_from_gradient, natural_step
+from hf_fngd.coefficients import coefficients, damping_from_gradient, natural_step, with_weights
 from hf_fngd.persample import gram, normalize, weighted_bias_sum, weighted_sum
 from hf_fngd.sharing import policy_names
 from hf_fngd.sharing.base import cycle_to, interpolate_to, repeat_to, with_mean_one
@@ -154,7 +154,7 @@ def test_weights_follow_their_samples(of: Layer, seed: int, damping: float) -> N
 @given(layers((torch.float64,)))
 def test_averaging_is_the_limit(of: Layer) -> None:
     k = Dense(per_sample(of, bias=False), 1.0).k
-    torch.testing.assert_close(coefficients(k, 1e12).w, averaging(k).w, rtol=0, atol=1e-11)
+    torch.testing.assert_close(coefficients(k, 1e12).w, with_weights(k, torch.ones_like(k[0])).w, rtol=0, atol=1e-11)
 
 
 @given(
