@@ -14,11 +14,12 @@ from hf_fngd.arguments import validate
 from hf_fngd.coefficients import damping_from_gradient
 from hf_fngd.coverage import CoverageReport
 from hf_fngd.groups import parameter_groups
-from hf_fngd.preconditioner import FNGDPreconditioner, check_keys
+from hf_fngd.preconditioner import FNGDPreconditioner
 from hf_fngd.rules import FALLBACK_RULES, RULES, Settings
 from hf_fngd.selection import Modules
 from hf_fngd.sharded import local
 from hf_fngd.sharing import SharingPolicy, Suspects
+from hf_fngd.state import check_keys
 from hf_fngd.step_scale import StepScale, of_layers, squared_norms, usable
 
 logger = logging.getLogger(__name__)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -37,6 +37,7 @@ from hf_fngd.sharing import (
     policy_names,
 )
 from hf_fngd.sharing.base import State
+from hf_fngd.state import check_state
 from hf_fngd.window import Window
 
 
@@ -410,28 +411,9 @@ class FNGDPreconditioner:
         Raises:
             ValueError: the state belongs to another policy or to other layers; nothing of it was loaded.
         """
-        check_keys(state_dict, ("phase", "place", "averages", "layers", "sharing", "policy"))
-        if state_dict["sharing"] != self.policy.name:
-            raise ValueError(
-                f"the checkpoint was made with sharing={state_dict['sharing']!r}, this optimizer has "
-                f"sharing={self.policy.name!r}; resume with the former, or start a new run"
-            )
-        found = state_dict["layers"]
-        if list(found) != [slot.name for slot in self.slots]:
-            differing = sorted(set(found) ^ {slot.name for slot in self.slots}) or ["the order"]
-            raise ValueError(
-                f"the checkpoint has {len(found)} preconditioned layers, this model has {len(self.slots)}; they differ "
-                f"in {', '.join(differing[:3])}: build the optimizer with the model, target_modules and "
-                "exclude_modules that the checkpoint was made with"
-            )
-        # A state of before the rest was weighed has none of it.
-        rest = state_dict.get("rest", {slot.name: [None, ""] for slot in self.rest})
-        if list(rest) != [slot.name for slot in self.rest]:
-            raise ValueError(
-                f"the checkpoint weighs the samples of {', '.join(rest) or 'no embedding'}, this optimizer those of "
-                f"{', '.join(slot.name for slot in self.rest) or 'none'}: resume with the weigh_rest and the "
-                "exclude_modules that the checkpoint was made with"
-            )
+        rest = check_state(
+            state_dict, self.policy.name, [slot.name for slot in self.slots], [slot.name for slot in self.rest]
+        )
         like = self._like()
         policy = {
             key: value.to(like if value.is_floating_point() else like.device) if isinstance(value, Tensor) else value
@@ -444,7 +426,7 @@ class FNGDPreconditioner:
         averages = state_dict["averages"]
         self._ratios.averages = None if averages is None else averages.to(like, copy=True)
         for slot in self.slots:
-            slot.batch_first, slot.repeated = found[slot.name]
+            slot.batch_first, slot.repeated = state_dict["layers"][slot.name]
         for one in self.rest:
             one.batch_first, reasons = rest[one.name]
             one.fallbacks.update(filter(None, reasons.split("; ")))
@@ -459,15 +441,3 @@ def _trained_on(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, A
     x: Tensor
     (x,) = (*args, *kwargs.values())
     return x
-
-
-def check_keys(state: Mapping[str, Any], keys: Sequence[str]) -> None:
-    """Refuse a state that is not whole.
-
-    Raises:
-        ValueError: it lacks one of the keys.
-    """
-    if missing := [key for key in keys if key not in state]:
-        raise ValueError(
-            f"this optimizer state lacks {', '.join(missing)}: it is damaged, or of another version of FNGD"
-        )
