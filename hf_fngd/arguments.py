@@ -80,8 +80,8 @@ def _real(accepted: str, holds: Callable[[float], bool]) -> _Check:
     return check
 
 
-def _integer(lowest: int) -> _Check:
-    accepted = f"an integer from {lowest} to {MAX_INTEGER}"
+def _integer(lowest: int, also: str = "") -> _Check:
+    accepted = f"{also}an integer from {lowest} to {MAX_INTEGER}"
 
     def check(key: str, value: object) -> None:
         if isinstance(value, bool) or not isinstance(value, int):
@@ -254,7 +254,7 @@ _CHECKS: Mapping[str, _Check] = MappingProxyType(
         "weight_decay": _real("a finite number >= 0", lambda x: x >= 0),
         "sharing": _choice(SHARING),
         "refresh": _integer(0),
-        "coefficient_steps": _integer(1),
+        "coefficient_steps": _or_none(_integer(1, "None or ")),
         "step_scale": _choice(STEP_SCALES),
         "update": _choice(UPDATES),
         "fallback": _choice(FALLBACKS),

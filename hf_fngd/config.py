@@ -82,9 +82,12 @@ class FNGDConfig(HubMixin):
         default=50,
         metadata={"help": "Steps between coefficient steps after the first epoch; 0: never, as in the paper."},
     )
-    coefficient_steps: int = field(
-        default=100,
-        metadata={"help": "Most steps of the first phase, in which every step computes coefficients; >= 1."},
+    coefficient_steps: int | None = field(
+        default=None,
+        metadata={
+            "help": "Most steps of the first phase, in which every step computes coefficients, >= 1; None: 100, or 1 "
+            "where they would serve nothing."
+        },
     )
     step_scale: str = field(
         default="rms",

@@ -14,6 +14,7 @@ from hf_fngd.arguments import validate
 from hf_fngd.coefficients import damping_from_gradient
 from hf_fngd.coverage import CoverageReport
 from hf_fngd.groups import parameter_groups
+from hf_fngd.phase import FIRST_PHASE
 from hf_fngd.preconditioner import FNGDPreconditioner
 from hf_fngd.rules import FALLBACK_RULES, RULES, Settings
 from hf_fngd.selection import Modules
@@ -46,11 +47,11 @@ class FNGD(torch.optim.Optimizer):
         momentum: decay of the first moment, in [0, 1).
         damping: alpha of Eq. 14, dimensionless: lambda = alpha ||K||_F. Infinity would be plain averaging.
         weight_decay: decoupled; biases and norms are not decayed.
-        sharing: a policy's name, ``"replay" | "last" | "ranked" | "index" | "uniform" | "never" |
-            "sketched" | "clipped"``, or an object. "clipped" solves for nothing: its coefficient steps serve rho alone
-            (``refresh=0, coefficient_steps=1`` leave them out).
+        sharing: a policy's name, ``"clipped" | "ranked" | "index" | "replay" | "last" | "never" | "sketched" |
+            "uniform"``, or an object.
         refresh: optimizer steps between coefficient steps after the first epoch; 0: none (the paper's).
-        coefficient_steps: cap of the first-epoch phase, in optimizer steps.
+        coefficient_steps: cap of the first-epoch phase, in optimizer steps; None: 100, and 1 where neither the policy
+            solves for weights ("clipped", "uniform" do not) nor update "momentum" scales by rho.
         step_scale: scale of a layer's gradient under update "momentum" (the other updates are scale-free).
             ``"rms"``: ``sqrt(size) / sqrt(rho mean(||p||^2))``, so that lr is the root mean square of an update
             at rho = 1, whatever the layer's width and the damping. ``"ngd"``: the paper's ``1/lambda'``, within a
@@ -88,7 +89,7 @@ class FNGD(torch.optim.Optimizer):
         *,
         sharing: str | SharingPolicy = "ranked",
         refresh: int = 50,
-        coefficient_steps: int = 100,
+        coefficient_steps: int | None = None,
         step_scale: str = "rms",
         update: str = "muon",
         fallback: str = "adamw",
@@ -114,6 +115,8 @@ class FNGD(torch.optim.Optimizer):
                 "eps": eps,
             }
         )
+        if coefficient_steps is None and update == "momentum":
+            coefficient_steps = FIRST_PHASE
         self.preconditioner = FNGDPreconditioner(
             model,
             damping,

@@ -9,6 +9,9 @@ from typing import Any
 
 from hf_fngd.sharing.base import State
 
+FIRST_PHASE = 100
+"""Cap of the first-epoch phase where its steps serve the weights or the step scale, in optimizer steps."""
+
 
 @dataclass
 class Phase:

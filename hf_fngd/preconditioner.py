@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Mapping
-from functools import partial
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -12,30 +11,21 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.utils.hooks import RemovableHandle
 
-from hf_fngd import compiled
 from hf_fngd.arguments import validate
-from hf_fngd.attach import Attachment, refuse_attached
-from hf_fngd.backward import ON_TOP_OF_ANOTHER, USED_ELSEWHERE, LayerSlot, MicroBatch, call_layer, in_backward
+from hf_fngd.attach import refuse_attached
+from hf_fngd.backward import LayerSlot, MicroBatch, in_backward
 from hf_fngd.coverage import Coverage, CoverageReport
-from hf_fngd.environment import rank_and_world, refuse_environment, refuse_replica, refuse_split_weight
+from hf_fngd.environment import rank_and_world, refuse_environment
 from hf_fngd.exchange import Exchange, Measurement
-from hf_fngd.graph import uses_of_leaves
-from hf_fngd.inputs import check_index, find_sample
+from hf_fngd.forwards import Forwards
+from hf_fngd.inputs import check_index
 from hf_fngd.persample import accumulation_dtype
-from hf_fngd.phase import EpochEdge, Phase
+from hf_fngd.phase import FIRST_PHASE, EpochEdge, Phase
 from hf_fngd.ratios import Ratios
-from hf_fngd.rest import RestSlot, call_head, inspect_rest, rest_slots, weigh_output
+from hf_fngd.rest import rest_slots
 from hf_fngd.selection import Modules, Selected, select_layers
 from hf_fngd.sharded import is_sharded
-from hf_fngd.sharing import (
-    INDEX_COLUMN,
-    BatchInfo,
-    IndexSharing,
-    SharingPolicy,
-    Suspects,
-    make_policy,
-    policy_names,
-)
+from hf_fngd.sharing import BatchInfo, IndexSharing, SharingPolicy, Suspects, make_policy, policy_names
 from hf_fngd.sharing.base import State
 from hf_fngd.state import check_state
 from hf_fngd.window import Window
@@ -54,7 +44,8 @@ class FNGDPreconditioner:
         damping: alpha of Eq. 14: lambda is alpha times the Frobenius norm of the layer's Gram matrix.
         sharing: a policy's name (`hf_fngd.sharing.policy_names`) or a policy object.
         refresh: optimizer steps between coefficient steps after the first epoch; 0 for none.
-        coefficient_steps: cap of the first-epoch phase, in optimizer steps.
+        coefficient_steps: cap of the first-epoch phase, in optimizer steps; None: 100, and 1 where the policy solves
+            for nothing ("clipped", "uniform").
         memory_budget: bound in bytes of the store, and of the temporary memory of a coefficient step beyond float32
             copies of one layer's input and output gradient.
         target_modules: ``"all-linear"``, a regular expression, or a list of names or dotted suffixes (PEFT's).
@@ -78,7 +69,7 @@ class FNGDPreconditioner:
         *,
         sharing: str | SharingPolicy = "ranked",
         refresh: int = 50,
-        coefficient_steps: int = 100,
+        coefficient_steps: int | None = None,
         memory_budget: int = 2**28,
         target_modules: Modules = "all-linear",
         exclude_modules: Modules = None,
@@ -107,6 +98,8 @@ class FNGDPreconditioner:
         refuse_attached(model)
         self.damping = damping
         self.policy = make_policy(sharing)
+        if coefficient_steps is None:
+            coefficient_steps = FIRST_PHASE if self.policy.natural else 1
         self.phase = Phase(coefficient_steps, refresh, always=self.policy.always)
         selection = select_layers(model, target_modules, exclude_modules)
         self.layers: list[Selected] = selection.layers
@@ -116,12 +109,9 @@ class FNGDPreconditioner:
         self._exchange = Exchange()
         self._window = Window()
         self._ratios = Ratios(len(self.layers))
-        self._batch: MicroBatch | None = None
         self.epoch_ended = False
         self._checked = False
         self._fsdp = False
-        self._inspected = False
-        self._inside = False
         self._hooks: list[RemovableHandle] = []
         self.slots = [
             LayerSlot(place, layer.name, layer.kernel, self.policy, damping, memory_budget)
@@ -130,150 +120,13 @@ class FNGDPreconditioner:
         weigh_rest = weigh_rest and not self.policy.always
         self.rest = rest_slots(selection.rest if weigh_rest else [], len(self.layers), self.policy)
         self._coverage = Coverage(selection, self.slots, self.rest, strict)
-        self._engine = compiled.register(self)
-        self._number: Tensor | None = None
-        handlers = [
-            (layer.module, partial(self._layer_forward, slot))
-            for layer, slot in zip(self.layers, self.slots, strict=True)
-        ]
-        handlers += [(slot.module, partial(self._rest_forward, slot)) for slot in self.rest]
-        self._attachment = Attachment(model, self._model_forward, handlers)
+        self._forwards = Forwards(model, self.layers, self.slots, self.rest, self._window, self._begin)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         raise TypeError(
             "an FNGDPreconditioner cannot be copied or pickled, it belongs to one model: save its state_dict(), and "
             "build another one on the copy of the model"
         )
-
-    # Attached forwards -----------------------------------------------------------------------------------
-
-    def _layer_forward(
-        self, slot: LayerSlot, module: nn.Module, own: Callable[..., Tensor], *args: Any, **kwargs: Any
-    ) -> Tensor:
-        x = _trained_on(module, args, kwargs)
-        if x is None:
-            return own(*args, **kwargs)
-        if torch.compiler.is_compiling():
-            number = self._number
-            if number is None:
-                return own(x)
-            return compiled.call_layer(module, x, slot.kernel, slot.layer, number, self._engine)
-        batch = self._batch
-        if batch is None:
-            return own(x)
-        weight = module.weight
-        assert isinstance(weight, Tensor)
-        refuse_split_weight(weight)
-        if in_backward() and not batch.recomputed and self._window.mixed_up(slot.layer):
-            slot.fallbacks.add(ON_TOP_OF_ANOTHER)
-            return own(x)
-        return call_layer(module, x, slot, batch)
-
-    def _rest_forward(
-        self, slot: RestSlot, module: nn.Module, own: Callable[..., Any], *args: Any, **kwargs: Any
-    ) -> Any:
-        x = _trained_on(module, args, kwargs)
-        if x is None or (slot.kernel is not None and x.dim() < 2):
-            return own(*args, **kwargs)
-        if torch.compiler.is_compiling():
-            number = self._number
-            if number is None:
-                return own(*args, **kwargs)
-            if slot.kernel is not None:
-                return compiled.call_layer(module, x, slot.kernel, slot.place, number, self._engine)
-            y = own(*args, **kwargs)
-            return compiled.weigh_output(y, slot.place, number, self._engine) if isinstance(y, Tensor) else y
-        batch, recomputes = self._batch, in_backward()
-        if not (self._inside or recomputes):  # whose batch it is, nobody knows
-            slot.fallbacks.add(USED_ELSEWHERE)
-        if batch is None or USED_ELSEWHERE in slot.fallbacks:
-            return own(*args, **kwargs)
-        if recomputes and not batch.recomputed and self._window.mixed_up(slot.place):
-            slot.fallbacks.add(ON_TOP_OF_ANOTHER)
-            return own(*args, **kwargs)
-        if not recomputes:
-            batch.calls[slot.place] += 1
-        if slot.kernel is not None:
-            return call_head(slot, x, batch)
-        y = own(*args, **kwargs)
-        return weigh_output(y, slot, batch) if isinstance(y, Tensor) else y
-
-    def _model_forward(self, module: nn.Module, own: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        index = kwargs.pop(INDEX_COLUMN, None)
-        if module.training and torch.is_grad_enabled():
-            refuse_replica(module)
-            sample = find_sample(args, kwargs)
-            if torch.compiler.is_compiling():
-                self._number = None if sample is None else torch.ops.hf_fngd.begin(sample, index, self._engine)
-            else:
-                batch = self._batch = None if sample is None else self.begin(len(sample), index)
-                # For layers that are compiled by themselves.
-                self._number = None if batch is None else compiled.number(batch)
-                self._inside = True
-                try:
-                    output = own(*args, **kwargs)
-                finally:
-                    self._inside = False
-                if batch is not None and not self._inspected:
-                    self._inspect(output, batch)
-                return output
-        return own(*args, **kwargs)
-
-    def _inspect(self, output: Any, batch: MicroBatch) -> None:
-        """Look through the first graph for weights that are used outside of their layers' forward."""
-        self._inspected = True
-        uses = uses_of_leaves(output)
-        for layer, slot in zip(self.layers, self.slots, strict=True):
-            calls = max(batch.calls[slot.layer], 1)  # those of a compiled layer are not counted
-            slot.used_elsewhere = any(uses[id(p)] > calls for p in layer.module.parameters(recurse=False))
-        inspect_rest(self.rest, uses, batch)
-
-    def begin(self, size: int, index: Tensor | None) -> MicroBatch:
-        """A training forward pass of the model begins; for the attached forwards only.
-
-        Args:
-            size: number of samples N.
-            index: dataset indices of the samples, where the batch carries them.
-
-        Raises:
-            ValueError: the index column is missing or is not one integer a sample.
-            RuntimeError: the model was prepared for a mode that FNGD refuses, or steps are never closed.
-        """
-        if not self._checked:  # again, now that Accelerate has prepared it
-            refuse_environment(self.model)
-            self._fsdp = any(isinstance(module, FSDPModule) for module in self.model.modules())
-            self._checked = True
-        check_index(index, size, self.policy)
-        if self._edge.missed():  # the last step of the epoch was skipped
-            self._window.abandon()
-            self.end_epoch()
-        self._window.make_room(self._has_gradients())
-        info = BatchInfo(size, self._window.next_place, None if index is None else index.detach().flatten())
-        computes = self.phase.computes
-        kept = self.policy.lookup(info) if not computes or (self.rest and self.policy.follows) else None
-        layers = len(self.layers)
-        batch = MicroBatch(
-            info,
-            computes,
-            None if computes else kept,
-            [0] * (layers + len(self.rest)),
-            layers,
-            None if kept is None or not self.rest else self._ratios.mean_of_measured(kept),
-            recomputed=in_backward(),
-        )
-        self._window.add(batch)
-        self._batch = batch  # for layers outside of a graph of torch.compile that began in one, too
-        return batch
-
-    def _has_gradients(self) -> bool:
-        weights = [layer.module.weight for layer in self.layers]
-        # Under FSDP2 an accumulated gradient is not on the parameter until it is reduced; a weight that is computed
-        # from other parameters (pruned meanwhile) has none.
-        return self._fsdp or any(
-            isinstance(w, Tensor) and (is_sharded(w) or not w.is_leaf or w.grad is not None) for w in weights
-        )
-
-    # The optimizer's side --------------------------------------------------------------------------------
 
     @property
     def model(self) -> nn.Module:
@@ -309,7 +162,7 @@ class FNGDPreconditioner:
         _, world = rank_and_world()
         began = self._window.began
         batches = self._window.close()
-        self._batch, self.epoch_ended = None, self._edge.passed()
+        self._forwards.batch, self.epoch_ended = None, self._edge.passed()
         # The backward pass of one process may have reached no layer; all have to go on alike.
         if batches or (began and world > 1):
             own = [
@@ -333,7 +186,7 @@ class FNGDPreconditioner:
     def skip(self) -> None:
         """Close an optimizer step that is not taken: its micro-batches leave no trace, and no phase advances."""
         self._window.abandon()
-        self._batch, self.epoch_ended = None, self._edge.passed()
+        self._forwards.batch, self.epoch_ended = None, self._edge.passed()
         if self.epoch_ended:
             self.end_epoch()
 
@@ -354,11 +207,56 @@ class FNGDPreconditioner:
 
     def detach(self) -> None:
         """Restore the model: afterwards it is the model that it was before attaching."""
-        self._batch = None
+        self._forwards.detach()
         self._window.abandon()
         while self._hooks:
             self._hooks.pop().remove()
-        self._attachment.undo()
+
+    # A training forward pass ---------------------------------------------------------------------------
+
+    def _begin(self, size: int, index: Tensor | None) -> MicroBatch:
+        """A training forward pass of the model begins: a new micro-batch with its weights.
+
+        Args:
+            size: number of samples N.
+            index: dataset indices of the samples, where the batch carries them.
+
+        Raises:
+            ValueError: the index column is missing or is not one integer a sample.
+            RuntimeError: the model was prepared for a mode that FNGD refuses, or steps are never closed.
+        """
+        if not self._checked:  # again, now that Accelerate has prepared it
+            refuse_environment(self.model)
+            self._fsdp = any(isinstance(module, FSDPModule) for module in self.model.modules())
+            self._checked = True
+        check_index(index, size, self.policy)
+        if self._edge.missed():  # the last step of the epoch was skipped
+            self._window.abandon()
+            self.end_epoch()
+        self._window.make_room(self._has_gradients())
+        info = BatchInfo(size, self._window.next_place, None if index is None else index.detach().flatten())
+        computes = self.phase.computes
+        kept = self.policy.lookup(info) if not computes or (self.rest and self.policy.follows) else None
+        layers = len(self.layers)
+        batch = MicroBatch(
+            info,
+            computes,
+            None if computes else kept,
+            [0] * (layers + len(self.rest)),
+            layers,
+            None if kept is None or not self.rest else self._ratios.mean_of_measured(kept),
+            recomputed=in_backward(),
+        )
+        self._window.add(batch)
+        return batch
+
+    def _has_gradients(self) -> bool:
+        weights = [layer.module.weight for layer in self.layers]
+        # Under FSDP2 an accumulated gradient is not on the parameter until it is reduced; a weight that is computed
+        # from other parameters (pruned meanwhile) has none.
+        return self._fsdp or any(
+            isinstance(w, Tensor) and (is_sharded(w) or not w.is_leaf or w.grad is not None) for w in weights
+        )
 
     # Reports ---------------------------------------------------------------------------------------------
 
@@ -422,7 +320,7 @@ class FNGDPreconditioner:
         self.policy.load_state_dict(policy)
         self.phase.load_state_dict(state_dict["phase"])
         self._window.abandon()
-        self._window.place, self._batch = state_dict["place"], None
+        self._window.place, self._forwards.batch = state_dict["place"], None
         averages = state_dict["averages"]
         self._ratios.averages = None if averages is None else averages.to(like, copy=True)
         for slot in self.slots:
@@ -430,14 +328,3 @@ class FNGDPreconditioner:
         for one in self.rest:
             one.batch_first, reasons = rest[one.name]
             one.fallbacks.update(filter(None, reasons.split("; ")))
-
-
-def _trained_on(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:
-    """The argument of a forward pass that trains the module's weight; None where it does not, or has others."""
-    weight = module.weight
-    assert isinstance(weight, Tensor)
-    if not module.training or not torch.is_grad_enabled() or not weight.requires_grad or len(args) + len(kwargs) != 1:
-        return None
-    x: Tensor
-    (x,) = (*args, *kwargs.values())
-    return x

@@ -176,7 +176,7 @@ def test_outside_of_training_the_layers_own_forward_runs(
     def fail(*args: object) -> None:
         raise AssertionError("the preconditioned forward ran")
 
-    monkeypatch.setattr("hf_fngd.preconditioner.call_layer", fail)
+    monkeypatch.setattr("hf_fngd.forwards.call_layer", fail)
     output = call(model, x)
     assert torch.equal(output, call(plain, x))
     assert "PreconditionedFunctionBackward" not in set(graph_nodes(output))

@@ -18,6 +18,7 @@ ORDER = [
     {"backward", "exchange", "inputs", "selection", "phase"},
     {"rest", "rules", "groups", "ratios", "step_scale", "window"},
     {"compiled", "coverage"},
+    {"forwards"},
     {"preconditioner"},
     {"optimizer", "hub"},
     {"config"},

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from hf_fngd import FNGDPreconditioner
 from hf_fngd.coefficients import coefficients, damping_from_gradient, natural_step, with_weights
 from hf_fngd.persample import gram, normalize, weighted_bias_sum, weighted_sum
-from hf_fngd.sharing import policy_names
+from hf_fngd.sharing import make_policy, policy_names
 from hf_fngd.sharing.base import cycle_to, interpolate_to, repeat_to, with_mean_one
 from tests.nets import LAYERS, layer
 from tests.reference import Dense, gram_from_layer, per_sample_gradients
@@ -182,7 +182,7 @@ WHOLE = {torch.float64: 1e-11, torch.float32: 3e-4, torch.bfloat16: 0.05, torch.
     layers(),
     st.sampled_from(LAYERS),
     st.floats(-2, 3).map(lambda exponent: 10.0**exponent),
-    st.sampled_from([name for name in policy_names() if name not in ("index", "uniform", "clipped")]),
+    st.sampled_from([name for name in policy_names() if name != "index" and make_policy(name).natural]),
     budgets,
 )
 def test_a_layer_finds_the_natural_gradient(

@@ -48,6 +48,7 @@ class SharingPolicy(ABC):
     Class attributes:
         name: what the argument ``sharing`` calls it.
         always: True where every step is a coefficient step.
+        natural: False where the weights are not those of Eq. 9, and coefficient steps serve rho alone.
         needs_norms: True where `encode` and `decode` read the sample norms.
         needs_index: True where the dataset has to carry an index column.
         follows: True where a stored weight follows its sample, or samples of its kind, into any other batch. Then
@@ -56,6 +57,7 @@ class SharingPolicy(ABC):
 
     name: ClassVar[str]
     always: ClassVar[bool] = False
+    natural: ClassVar[bool] = True
     needs_norms: ClassVar[bool] = False
     needs_index: ClassVar[bool] = False
     follows: ClassVar[bool] = False

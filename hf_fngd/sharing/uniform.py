@@ -13,13 +13,10 @@ from hf_fngd.sharing.base import BatchInfo, SharingPolicy, register_policy
 
 @register_policy
 class UniformSharing(SharingPolicy):
-    """Averaging, as first-order methods do.
-
-    Coefficient steps take place on the same schedule as elsewhere, since rho sets the step scale; they apply
-    none of the weights.
-    """
+    """Averaging, as first-order methods do; coefficient steps serve rho alone."""
 
     name: ClassVar[str] = "uniform"
+    natural: ClassVar[bool] = False
 
     def solve(self, k: Tensor, damping: float) -> Coefficients:
         """See `SharingPolicy.solve`; the damping has no effect."""

@@ -264,8 +264,8 @@ def test_a_loss_that_is_kept_does_not_keep_the_batch() -> None:
     net = model()
     preconditioner = after_a_coefficient_step(net)
     total = losses(net, batch(6, seed=2)).mean()
-    assert isinstance(preconditioner._batch, MicroBatch)
-    reference = weakref.ref(preconditioner._batch)
+    assert isinstance(preconditioner._forwards.batch, MicroBatch)
+    reference = weakref.ref(preconditioner._forwards.batch)
     total.backward(retain_graph=True)
     preconditioner.step()
     losses(net, batch(6, seed=3)).mean().backward()  # the last one is kept

@@ -15,15 +15,16 @@ from tests.reference import ranked_fit, replay_fit
 from tests.sharing.engine import L, commit, fetch, info, norms, prepared, store_tensors, weights
 
 NAMES = policy_names()
+NATURAL = [name for name in NAMES if make_policy(name).natural]
 WITHOUT_WEIGHTS = ("never", "sketched", "uniform")  # in shared steps
-STORING = [name for name in NAMES if name not in (*WITHOUT_WEIGHTS, "clipped")]
+STORING = [name for name in NATURAL if name not in WITHOUT_WEIGHTS]
 SIZES = [1, 2, 5, 8, 13]
 
 
 # Every policy ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if name != "clipped"])
+@pytest.mark.parametrize("name", [*NATURAL, "uniform"])
 def test_before_any_coefficients_there_are_none(name: str) -> None:
     assert prepared(name).lookup(info()) is None
 
@@ -110,14 +111,13 @@ def test_the_store_stays_within_the_memory_budget(name: str, first: int) -> None
     assert sum(x.untyped_storage().nbytes() for x in store_tensors(policy)) <= budget
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if name != "clipped"])
+@pytest.mark.parametrize("name", NAMES)
 def test_solving_takes_the_gram_of_one_layer(name: str) -> None:
     u = torch.randn(20, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     k = u.t() @ u
-    found = prepared(name).solve(k, 0.01)
-    expected = with_weights(k, torch.ones(6)) if name == "uniform" else coefficients(k, 0.01)
-    assert torch.equal(found.w, expected.w)
-    assert torch.equal(found.rho, expected.rho)
+    found, natural = prepared(name).solve(k, 0.01), coefficients(k, 0.01)
+    assert torch.equal(found.w, natural.w) == (name in NATURAL)
+    assert torch.equal(found.rho, with_weights(k, found.w).rho)
 
 
 @pytest.mark.parametrize("name", NAMES)
