@@ -30,7 +30,7 @@ model = nn.Sequential(
 )
 
 # FNGD is an ordinary torch optimizer, so schedulers and clipping work as they do with any other.
-optimizer = FNGD(model, lr=5e-3)
+optimizer = FNGD(model, lr=5e-3, sharing="ranked")  # weights of the Fisher matrix; the default goes by norms alone
 steps = EPOCHS * (POINTS // BATCH_SIZE)
 schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
 

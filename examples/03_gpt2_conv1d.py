@@ -57,7 +57,7 @@ args = TrainingArguments(
     disable_tqdm=True,
     use_cpu=True,
 )
-optimizer = FNGD(model, lr=5e-3)
+optimizer = FNGD(model, lr=5e-3, sharing="ranked")  # weights of the Fisher matrix; the default goes by norms alone
 
 # The callback adds the fngd_ values to Trainer's log, and so to TensorBoard and the like. FNGD trains the same
 # without it.

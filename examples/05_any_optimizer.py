@@ -27,7 +27,7 @@ def train(make_optimizer, damping, inputs, targets):
     optimizer = make_optimizer(model.parameters())
     preconditioner = None
     if damping is not None:
-        preconditioner = FNGDPreconditioner(model, damping=damping)
+        preconditioner = FNGDPreconditioner(model, damping=damping, sharing="ranked")
         # The weights of the samples belong to a step, so the engine has to hear of each. follow() registers a hook
         # that calls preconditioner.step() after every optimizer.step(): the loop below stays as it was.
         preconditioner.follow(optimizer)

@@ -71,7 +71,7 @@ class FNGDConfig(HubMixin):
         default=0.0, metadata={"help": "Decoupled weight decay, >= 0; none on biases and norms."}
     )
     sharing: str = field(
-        default="ranked",
+        default="clipped",
         metadata={
             "help": "Policy that carries coefficients from the steps that compute them to the others: "
             + ", ".join(arguments.SHARING)

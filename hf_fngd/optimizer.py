@@ -31,10 +31,11 @@ _STATE_KEY = "fngd"
 class FNGD(torch.optim.Optimizer):
     """Inverse-free fast natural gradient descent (arXiv 2403.03473).
 
-    The gradients of Linear and Conv1D layers arrive preconditioned, ``p = lambda' (F + lambda I)^-1 g`` (Eq. 9),
-    from the backward pass itself; `step` applies an update rule to them, and the fallback rule to everything
-    else (embeddings, norms, tied heads). Construct it on the model that is trained, before or without
-    wrapping it for distributed training.
+    The gradients of Linear and Conv1D layers arrive as weighted sums of the samples' gradients, from the backward pass
+    itself: those of Eq. 9, ``p = lambda' (F + lambda I)^-1 g``, where the sharing policy solves for them, or, by
+    default, weights that know the samples' norms alone (`hf_fngd.sharing.ClippedSharing`). `step` applies an update
+    rule to them, and the fallback rule to everything else (embeddings, norms, tied heads). Construct it on the model
+    that is trained, before or without wrapping it for distributed training.
 
     A step in which a gradient is NaN, infinite or too large to be squared in float32 is skipped whole: parameters,
     moments, coefficients and phase stay as they were, and the attribute ``skipped`` counts it (with FNGDCallback, also
@@ -45,7 +46,8 @@ class FNGD(torch.optim.Optimizer):
         lr: learning rate. With update "muon" or "adam" the root mean square of an update is about 0.2 to 1
             times lr; with "momentum" see ``step_scale``.
         momentum: decay of the first moment, in [0, 1).
-        damping: alpha of Eq. 14, dimensionless: lambda = alpha ||K||_F. Infinity would be plain averaging.
+        damping: alpha of Eq. 14, dimensionless: lambda = alpha ||K||_F. Infinity would be plain averaging. Of no
+            effect on the weights of "clipped" and "uniform".
         weight_decay: decoupled; biases and norms are not decayed.
         sharing: a policy's name, ``"clipped" | "ranked" | "index" | "replay" | "last" | "never" | "sketched" |
             "uniform"``, or an object.
@@ -87,7 +89,7 @@ class FNGD(torch.optim.Optimizer):
         damping: float = 0.1,
         weight_decay: float = 0.0,
         *,
-        sharing: str | SharingPolicy = "ranked",
+        sharing: str | SharingPolicy = "clipped",
         refresh: int = 50,
         coefficient_steps: int | None = None,
         step_scale: str = "rms",
@@ -310,11 +312,13 @@ class FNGD(torch.optim.Optimizer):
     def diagnostics(self) -> dict[str, float]:
         """`FNGDPreconditioner.diagnostics`, ``skipped``, and ``lambda``, the geometric mean over the layers.
 
-        Call it between `step` and ``zero_grad``: lambda is measured on ``p.grad``. Clipping makes it smaller, by the
-        square of the factor; so does averaging over accumulated micro-batches, since rho is that of one. Under FSDP2
-        all processes have to call it.
+        There is no lambda where the policy solves for nothing ("clipped", "uniform"). Call it between `step` and
+        ``zero_grad``: lambda is measured on ``p.grad``. Clipping makes it smaller, by the square of the factor; so does
+        averaging over accumulated micro-batches, since rho is that of one. Under FSDP2 all processes have to call it.
         """
         own = self.preconditioner.diagnostics() | {"skipped": float(self.skipped)}
+        if not self.preconditioner.policy.natural:
+            return own
         norms = squared_norms(self.param_groups)
         if norms is None:
             return own | {"lambda": float("nan")}

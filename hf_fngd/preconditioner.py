@@ -32,16 +32,17 @@ from hf_fngd.window import Window
 
 
 class FNGDPreconditioner:
-    """Natural-gradient weights for a model's gradients, computed in some steps and shared in the others.
+    """Weights for the samples in a model's gradients, computed in some steps and shared in the others.
 
     Attach it, train with any optimizer, and call `step` once after every optimizer step (or let `follow` do
-    so). Each backward then leaves ``sum_n w_n h_n == lambda' (F + lambda I)^-1 g`` in the ``grad`` of the
-    preconditioned layers (Eq. 9), in embeddings and tied heads a sum with the mean of their weights, and the plain
-    gradient everywhere else.
+    so). Each backward then leaves ``sum_n w_n h_n`` in the ``grad`` of the preconditioned layers, which is
+    ``lambda' (F + lambda I)^-1 g`` (Eq. 9) where the sharing policy solves for w, in embeddings and tied heads a sum
+    with the mean of these weights, and the plain gradient everywhere else.
 
     Args:
         model: the module that is called with the batch; its first dimension is the sample.
-        damping: alpha of Eq. 14: lambda is alpha times the Frobenius norm of the layer's Gram matrix.
+        damping: alpha of Eq. 14: lambda is alpha times the Frobenius norm of the layer's Gram matrix. Of no effect on
+            the weights of "clipped" and "uniform".
         sharing: a policy's name (`hf_fngd.sharing.policy_names`) or a policy object.
         refresh: optimizer steps between coefficient steps after the first epoch; 0 for none.
         coefficient_steps: cap of the first-epoch phase, in optimizer steps; None: 100, and 1 where the policy solves
@@ -67,7 +68,7 @@ class FNGDPreconditioner:
         model: nn.Module,
         damping: float = 0.1,
         *,
-        sharing: str | SharingPolicy = "ranked",
+        sharing: str | SharingPolicy = "clipped",
         refresh: int = 50,
         coefficient_steps: int | None = None,
         memory_budget: int = 2**28,

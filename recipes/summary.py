@@ -51,8 +51,8 @@ STYLES = {
     "muon": ("tab:orange", "-"),
     "fngd": ("tab:red", "-"),
     "fngd, w = 1": ("tab:red", ":"),
-    "fngd, plain rest": ("tab:red", "--"),
-    "fngd adam, ranked, refresh 50, damping 0.1": ("tab:red", "--"),
+    "fngd, ranked": ("tab:red", "--"),
+    "fngd adam": ("tab:purple", "-"),
     "fngd adam, every step": ("tab:red", "-"),
     "fngd adam, every step, shuffled": ("tab:red", ":"),
     "fngd adam, sketched": ("tab:red", "--"),
@@ -74,7 +74,8 @@ PANELS = (
             "adamw, bounded loss",
             "muon",
             "fngd",
-            "fngd adam, ranked, refresh 50, damping 0.1",
+            "fngd, ranked",
+            "fngd adam",
         ),
     ),
     Panel(
@@ -82,7 +83,7 @@ PANELS = (
         "multi30k",
         "An outlier in every batch (translation)",
         *BLEU,
-        ("adamw", "adamw, bounded loss", "muon", "fngd", "fngd, plain rest"),
+        ("adamw", "adamw, bounded loss", "muon", "fngd", "fngd, ranked"),
     ),
     Panel(
         "label_noise_mlp",
@@ -102,7 +103,7 @@ PANELS = (
         "multi30k",
         "Multi30K, two epochs (Transformer)",
         *BLEU,
-        ("adamw", "soap", "muon", "fngd, w = 1", "fngd"),
+        ("adamw", "soap", "muon", "fngd, w = 1", "fngd", "fngd, ranked"),
     ),
 )
 

@@ -58,7 +58,7 @@ def test_the_gradient_is_the_damped_natural_gradient(
 def test_float32_is_enough(layer_type: str, between: tuple[int, ...], damping: float) -> None:
     model, (x, y) = net(layer_type=layer_type, dtype=torch.float32), data(7, *between, dtype=torch.float32)
     exact = dense(copy.deepcopy(model).double(), x.double(), y, damping)
-    FNGDPreconditioner(model, damping=damping)
+    FNGDPreconditioner(model, sharing="ranked", damping=damping)
     loss(model, x, y).backward()
     for name in LAYER_NAMES:
         assert relative_error(gradient(model.get_submodule(name)), exact[name].natural_gradient()) < 1e-4
@@ -69,7 +69,7 @@ def test_float32_is_enough(layer_type: str, between: tuple[int, ...], damping: f
 def test_the_memory_budget_does_not_change_the_result(between: tuple[int, ...], budget: int) -> None:
     model, (x, y) = net(), data(9, *between)
     exact = dense(model, x, y, 0.01)
-    FNGDPreconditioner(model, damping=0.01, memory_budget=budget)
+    FNGDPreconditioner(model, sharing="ranked", damping=0.01, memory_budget=budget)
     loss(model, x, y).backward()
     for name in LAYER_NAMES:
         assert relative_error(gradient(model.get_submodule(name)), exact[name].p) < 1e-9
@@ -82,7 +82,7 @@ def test_conv1d_is_a_linear_with_its_weight_transposed() -> None:
             ours, theirs = conv1d.get_submodule(name), linear.get_submodule(name)
             ours.weight.copy_(theirs.weight.t())
             ours.bias.copy_(theirs.bias)
-    engines = [FNGDPreconditioner(model, damping=0.01) for model in (linear, conv1d)]
+    engines = [FNGDPreconditioner(model, sharing="ranked", damping=0.01) for model in (linear, conv1d)]
     for model, engine in zip((linear, conv1d), engines, strict=True):
         loss(model, x, y).backward()
         engine.step()
@@ -106,7 +106,7 @@ def test_the_input_gets_the_plain_gradient() -> None:
 def test_lambda_and_the_natural_step_are_known_in_a_coefficient_step(damping: float) -> None:
     model, (x, y) = net(), data(7, 3)
     exact = dense(model, x, y, damping)
-    preconditioner = FNGDPreconditioner(model, damping=damping)
+    preconditioner = FNGDPreconditioner(model, sharing="ranked", damping=damping)
     loss(model, x, y).backward()
     preconditioner.step()
     squared = torch.stack([gradient(model.get_submodule(name)).square().sum() for name in LAYER_NAMES])
@@ -201,7 +201,7 @@ def test_zero_gradients_average_and_leave_no_trace() -> None:
 def test_a_single_sample_gets_the_plain_gradient(damping: float) -> None:
     model, (x, y) = net(), data(1, 3)
     expected = torch.autograd.grad(loss(model, x, y), list(model.parameters()))
-    FNGDPreconditioner(model, damping=damping)
+    FNGDPreconditioner(model, sharing="ranked", damping=damping)
     loss(model, x, y).backward()
     for p, plain in zip(model.parameters(), expected, strict=True):
         torch.testing.assert_close(p.grad, plain)
@@ -253,7 +253,7 @@ def test_activation_checkpointing_gives_the_same_gradient(reentrant: bool, share
         torch.manual_seed(0)
         model = model_type().double()
         model.reentrant = reentrant
-        preconditioner = FNGDPreconditioner(model, damping=0.01, coefficient_steps=1, refresh=0)
+        preconditioner = FNGDPreconditioner(model, sharing="ranked", damping=0.01, coefficient_steps=1, refresh=0)
         for _ in range(1 + shared):
             model.zero_grad()
             x, y = data(7, 3)
@@ -271,7 +271,7 @@ def test_autocast_preconditions_in_bfloat16(layer_type: str, shared: bool) -> No
     found = []
     for enabled in (True, False):
         model = net(dtype=torch.float32, layer_type=layer_type)
-        preconditioner = FNGDPreconditioner(model, damping=0.1, coefficient_steps=1, refresh=0)
+        preconditioner = FNGDPreconditioner(model, sharing="ranked", damping=0.1, coefficient_steps=1, refresh=0)
         for _ in range(1 + shared):
             model.zero_grad()
             with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):

@@ -90,9 +90,25 @@ def test_a_closure_is_evaluated_once_and_its_loss_returned() -> None:
     assert_equal(*models)
 
 
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ({"sharing": "ranked"}, 100),
+        ({"sharing": "ranked", "coefficient_steps": 7}, 7),
+        ({"sharing": "clipped"}, 1),
+        ({"sharing": "uniform", "update": "adam"}, 1),
+        ({"sharing": "clipped", "update": "momentum"}, 100),  # rho is in its step scale
+        ({"sharing": "clipped", "update": "momentum", "coefficient_steps": 1}, 1),
+        ({"sharing": "clipped", "coefficient_steps": 7}, 7),
+    ],
+)
+def test_the_first_phase_is_as_long_as_it_is_of_use(arguments: dict[str, Any], expected: int) -> None:
+    assert FNGD(net(), **arguments).preconditioner.phase.coefficient_steps == expected
+
+
 def test_end_epoch_ends_the_first_phase() -> None:
     model = net()
-    optimizer = FNGD(model)
+    optimizer = FNGD(model, sharing="ranked")
     train(model, optimizer, 2)
     assert optimizer.diagnostics()["phase"] == 0
     optimizer.end_epoch()

@@ -194,7 +194,7 @@ def test_the_phase_ends_with_the_first_epoch_without_being_told(
     model = net()
     batches = DataLoader(TensorDataset(*data(samples)), batch_size=3)
     accelerator.gradient_accumulation_steps = accumulation
-    prepared, optimizer, batches = accelerator.prepare(model, FNGD(model), batches)
+    prepared, optimizer, batches = accelerator.prepare(model, FNGD(model, sharing="ranked"), batches)
     phase = optimizer.optimizer.preconditioner.phase
     for _ in range(epochs):
         for x, y in batches:

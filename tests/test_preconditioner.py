@@ -38,7 +38,7 @@ def test_accumulation_sums_the_preconditioned_gradients(micro_batches: int) -> N
 def test_each_backward_uses_the_batch_of_its_own_forward() -> None:
     model, batches = net(), [data(7, seed=1), data(5, 3, seed=2)]
     expected = [dense(model, x, y, 0.01) for x, y in batches]
-    FNGDPreconditioner(model, damping=0.01)
+    FNGDPreconditioner(model, sharing="ranked", damping=0.01)
     losses = [loss(model, x, y) for x, y in batches]
     for each in losses:
         each.backward()
@@ -145,7 +145,7 @@ def test_a_forgotten_step_is_an_error_and_unused_forwards_are_not(monkeypatch: p
 def test_following_an_optimizer_closes_its_steps() -> None:
     model = net()
     optimizer = torch.optim.AdamW(model.parameters())
-    preconditioner = FNGDPreconditioner(model, coefficient_steps=2)
+    preconditioner = FNGDPreconditioner(model, sharing="ranked", coefficient_steps=2)
     preconditioner.follow(optimizer)
     for _ in range(3):
         loss(model, *data(4)).backward()
@@ -161,7 +161,7 @@ def test_following_an_optimizer_closes_its_steps() -> None:
 
 def test_shared_steps_use_a_running_geometric_mean_of_the_ratio() -> None:
     model = net()
-    preconditioner = FNGDPreconditioner(model, refresh=2, coefficient_steps=2)
+    preconditioner = FNGDPreconditioner(model, sharing="ranked", refresh=2, coefficient_steps=2)
     fresh, mean = [], torch.zeros(2, dtype=torch.float64)
     for step in range(6):
         computes = preconditioner.phase.computes
@@ -203,7 +203,7 @@ def test_a_batch_that_is_not_finite_leaves_store_and_ratio_alone(sharing: str, v
 def test_diagnostics_say_what_a_user_wants_to_see() -> None:
     model, (x, y) = net(), data(7, 3)
     exact = dense(model, x, y, 0.01)
-    preconditioner = FNGDPreconditioner(model, damping=0.01, coefficient_steps=2)
+    preconditioner = FNGDPreconditioner(model, sharing="ranked", damping=0.01, coefficient_steps=2)
     before = preconditioner.diagnostics()
     assert before.pop("rho") != before.get("rho")  # nan
     assert before == {"phase": 0.0, "weight_spread": 0.0}

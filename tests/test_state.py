@@ -242,7 +242,11 @@ OTHERS = [
     pytest.param(deep, {"sharing": "uniform"}, {"sharing": "uniform"}, "layers|parameter", id="layers-uniform"),
     pytest.param(longer, {}, {}, "parameter", id="plain-parameters"),
     pytest.param(
-        net, {"sharing": "last"}, {}, "made with sharing='last', this optimizer has sharing='ranked'", id="policy"
+        net,
+        {"sharing": "last"},
+        {"sharing": "ranked"},
+        "made with sharing='last', this optimizer has sharing='ranked'",
+        id="policy",
     ),
     pytest.param(
         net, {"update": "adam"}, {}, r"\['adam', 'adam', 'adam'\], this optimizer's are \['muon'", id="update"

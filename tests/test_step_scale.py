@@ -26,7 +26,7 @@ def uncorrelated(samples: int, width: int) -> tuple[Tensor, Tensor]:
 
 def first_update(model: nn.Linear, x: Tensor, y: Tensor, scale: float = 1.0, **arguments: Any) -> Tensor:
     """What the first step adds to the layer's parameters, flat."""
-    optimizer = FNGD(model, momentum=0.0, update="momentum", fallback="sgd", **arguments)
+    optimizer = FNGD(model, sharing="ranked", momentum=0.0, update="momentum", fallback="sgd", **arguments)
     before = torch.cat([p.detach().flatten() for p in model.parameters()])
     (scale * F.cross_entropy(model(x), y)).backward()
     optimizer.step()
@@ -116,7 +116,7 @@ def test_scale_free_updates_do_not_ask_for_a_step_scale(update: str) -> None:
 def test_diagnostics_know_lambda(update: str) -> None:
     model, (x, y) = square(6), uncorrelated(5, 6)
     exact = dense(model, x, y, 0.01)
-    optimizer = FNGD(model, damping=0.01, update=update)
+    optimizer = FNGD(model, sharing="ranked", damping=0.01, update=update)
     F.cross_entropy(model(x), y).backward()
     optimizer.step()
     assert optimizer.diagnostics() == pytest.approx(

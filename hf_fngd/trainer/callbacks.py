@@ -15,6 +15,8 @@ from hf_fngd.optimizer import FNGD
 class FNGDCallback(TrainerCallback):  # type: ignore[misc]
     """Adds ``fngd_phase``, ``fngd_lambda``, ``fngd_rho``, ``fngd_weight_spread`` and ``fngd_skipped`` to the logs.
 
+    There is no lambda where the sharing policy solves for nothing, as the default does.
+
     FNGD trains rightly without it. What it adds to the phases: the end of an epoch is known even where
     Accelerate does not show it (iterable datasets under gradient accumulation). ``fngd_phase`` is 0 in the first
     epoch and 1 from its last step on, which ends it; ``fngd_skipped`` counts the steps skipped so far, by FNGD or by a

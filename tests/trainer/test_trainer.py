@@ -104,7 +104,7 @@ def losses(trainer: Trainer) -> list[float]:
 @pytest.mark.parametrize("make", [gpt2, bert])
 def test_trains_without_a_callback_and_switches_at_the_end_of_the_first_epoch(make: Any, tmp_path: Path) -> None:
     model = make()
-    optimizer = FNGD(model, lr=1e-2, refresh=5)
+    optimizer = FNGD(model, sharing="ranked", lr=1e-2, refresh=5)
     phases = Phases(optimizer.preconditioner)
     trainer = Trainer(
         model=model,
@@ -127,7 +127,7 @@ def test_callback_adds_plain_numbers_to_the_logs(tmp_path: Path, capsys: pytest.
         model=model,
         args=arguments(tmp_path, disable_tqdm=False),
         train_dataset=text(model),
-        optimizers=(FNGD(model, lr=1e-3), None),
+        optimizers=(FNGD(model, sharing="ranked", lr=1e-3), None),
         callbacks=[FNGDCallback()],
     )
     trainer.train()
@@ -145,7 +145,7 @@ def test_callback_measures_for_logs_of_epochs(tmp_path: Path) -> None:
         model=model,
         args=arguments(tmp_path, logging_strategy="epoch", logging_steps=500),
         train_dataset=text(model),
-        optimizers=(FNGD(model, lr=1e-3, refresh=10), None),
+        optimizers=(FNGD(model, sharing="ranked", lr=1e-3, refresh=10), None),
         callbacks=[FNGDCallback()],
     )
     trainer.train()
