@@ -52,7 +52,7 @@ STYLES = {
     "fngd": ("tab:red", "-"),
     "fngd, w = 1": ("tab:red", ":"),
     "fngd, ranked": ("tab:red", "--"),
-    "fngd adam": ("tab:purple", "-"),
+    "fngd adam, ranked, refresh 50, damping 0.1": ("tab:purple", "-"),
     "fngd adam, every step": ("tab:red", "-"),
     "fngd adam, every step, shuffled": ("tab:red", ":"),
     "fngd adam, sketched": ("tab:red", "--"),
@@ -75,7 +75,7 @@ PANELS = (
             "muon",
             "fngd",
             "fngd, ranked",
-            "fngd adam",
+            "fngd adam, ranked, refresh 50, damping 0.1",
         ),
     ),
     Panel(
