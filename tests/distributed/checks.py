@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import sys
 import tempfile
 from collections.abc import Callable
@@ -319,6 +320,9 @@ def main() -> None:
         Path(result).write_text(json.dumps(found))
     dist.barrier()
     dist.destroy_process_group()
+    # Past the interpreter's shutdown, in which gloo's threads now and then abort a process on a busy machine.
+    sys.stdout.flush()
+    os._exit(0)
 
 
 if __name__ == "__main__":
