@@ -46,5 +46,6 @@ class ClippedSharing(SharingPolicy):
 
 def clip(norms: Tensor) -> Tensor:
     """Weights ``[N]`` of mean 1 that bring norms ``[N]`` above their mean down to it."""
-    w = torch.where(norms == 0, 1, (norms.mean() / norms).clamp(max=1))
+    mean = norms.mean().clamp(min=torch.finfo(norms.dtype).tiny)  # ones, where all of them are 0
+    w = mean / torch.maximum(norms, mean)
     return w / w.mean()

@@ -1,4 +1,4 @@
-"""A stress test: a few samples of each batch whose loss counts many times; and the simplest remedy, a bound."""
+"""A stress test: a few samples of each batch whose loss counts many times; and the simplest remedies, bounds."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from common.arguments import option
+from hf_fngd.sharing.clipped import clip
 
 
 @dataclass
@@ -18,6 +19,9 @@ class OutlierArguments:
     outlier_scale: float | None = option(None, "Factor of the outliers' loss. Default: 100.")
     loss_bound: float | None = option(
         None, "Bound of a sample's loss, in units of the median of its batch: what is above is scaled down to it."
+    )
+    clip_outputs: bool = option(
+        False, "Clip each sample's gradient at the logits, at the mean norm of its batch: one weight for all layers."
     )
 
     def __post_init__(self) -> None:
@@ -42,6 +46,11 @@ class OutlierArguments:
             losses = scale_outliers(losses, self.outliers, self.outlier_scale or 1.0)
         return losses if self.loss_bound is None else bound(losses, self.loss_bound)
 
+    def watch(self, logits: Tensor) -> None:
+        """Clip the gradients that reach the logits `[N, ..., C]` of a training batch, where `clip_outputs` says so."""
+        if self.clip_outputs and logits.requires_grad:
+            logits.register_hook(clip_samples)
+
 
 def scale_outliers(losses: Tensor, outliers: int, scale: float) -> Tensor:
     """Return losses `[N]` of which some, drawn anew in each call from torch's global generator, are multiplied.
@@ -60,3 +69,9 @@ def bound(losses: Tensor, limit: float) -> Tensor:
     """Scale the losses `[N]` that are above `limit` times the median down to it, and their gradients with them."""
     value = losses.detach()
     return losses * (limit * value.median() / value).clamp(max=1)
+
+
+def clip_samples(g: Tensor) -> Tensor:
+    """Return gradients `[N, ...]` of which each sample's norm is brought down to the mean, up to a common factor."""
+    w = clip(torch.linalg.vector_norm(g.flatten(1), dim=1))
+    return g * w.view(-1, *[1] * (g.dim() - 1))

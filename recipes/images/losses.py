@@ -65,6 +65,7 @@ class TrainingLoss:
             raise ValueError("A training batch has no index column: train on images.data.load's.")
         self.record.add(self.index, plain.detach())
         self.index = None
+        self.arguments.watch(logits)
         losses = self._losses(logits, labels, plain)
         if self.arguments.loss == "small_loss":
             losses = losses * smallest(losses.detach(), self.dropped())

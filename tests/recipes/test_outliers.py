@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from common.outliers import OutlierArguments, bound
+from common.trainer import make_loss
 
 
 def test_a_bound_shrinks_what_is_above_it_alone() -> None:
@@ -31,3 +32,19 @@ def test_samples_are_looked_at_only_where_they_have_to_be() -> None:
 def test_a_bound_is_above_0() -> None:
     with pytest.raises(ValueError, match=r"loss_bound is 0; it must be above 0\."):
         OutlierArguments(loss_bound=0)
+
+
+def test_output_gradients_are_clipped_at_their_mean_norm() -> None:
+    torch.manual_seed(0)
+    logits, labels = torch.randn(4, 3, 5), torch.randint(5, (4, 3))
+    gradients = []
+    for options in ({}, {"clip_outputs": True}, {"clip_outputs": True, "outliers": 4}):
+        leaf = logits.clone().requires_grad_()
+        make_loss(0.1, OutlierArguments(**options))({"logits": leaf * 1}, labels).backward()
+        gradients.append(leaf.grad)
+    plain, clipped, of_larger_losses = gradients
+    norms = plain.flatten(1).norm(dim=1)
+    expected = norms.clamp(max=norms.mean()) / (norms.mean() / norms).clamp(max=1).mean()
+    torch.testing.assert_close(clipped.flatten(1).norm(dim=1), expected)
+    torch.testing.assert_close(clipped / clipped.norm(dim=2, keepdim=True), plain / plain.norm(dim=2, keepdim=True))
+    torch.testing.assert_close(of_larger_losses, 100 * clipped)  # a weight knows no scale
