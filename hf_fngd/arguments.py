@@ -253,7 +253,7 @@ _CHECKS: Mapping[str, _Check] = MappingProxyType(
         "damping": _real("a finite number > 0", lambda x: x > 0),
         "weight_decay": _real("a finite number >= 0", lambda x: x >= 0),
         "sharing": _choice(SHARING),
-        "refresh": _integer(0),
+        "refresh": _or_none(_integer(0, "None or ")),
         "coefficient_steps": _or_none(_integer(1, "None or ")),
         "step_scale": _choice(STEP_SCALES),
         "update": _choice(UPDATES),

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.autograd import Variable
 from torch.autograd.function import once_differentiable
 
+from hf_fngd.coefficients import with_weights
 from hf_fngd.layers import LayerKernel
 from hf_fngd.persample import accumulation_dtype, gram, normalize, sample_norms, weighted_bias_sum
 from hf_fngd.sharing import BatchInfo, SharingPolicy
@@ -42,10 +43,11 @@ class MicroBatch:
     Attributes:
         info: size, place and dataset indices.
         computes: whether this is a coefficient step.
-        stored: weights of a shared step ``[L, N]``; None for w = 1.
+        stored: weights of a shared step ``[L, N]``; None for w = 1, or those of `SharingPolicy.weigh`.
         calls: how often each layer, and each module of the rest behind them, was called in the forward pass.
         layers: how many layers are preconditioned, L.
-        mean: weights of the samples in the rest ``[N]``; None for w = 1.
+        mean: weights of the samples in the rest ``[N]``; None for w = 1, or those of `SharingPolicy.weigh`.
+        weighed: those of `SharingPolicy.weigh` ``[N]``, by layer.
         fresh: encoded weights of a coefficient step ``[L, N]``, filled layer by layer.
         rho: the noise ratios that go with them ``[L]``; NaN where a layer measured none.
         recomputed: whether the forward pass is one that checkpointing of the whole model recomputes.
@@ -60,6 +62,7 @@ class MicroBatch:
     calls: list[int]
     layers: int
     mean: Tensor | None = None
+    weighed: dict[int, Tensor] = field(default_factory=dict)
     fresh: Tensor | None = None
     rho: Tensor | None = None
     recomputed: bool = False
@@ -136,19 +139,21 @@ class LayerSlot:
             self.fallbacks.add(reason)
             return None
         self.preconditioned = True
-        if not batch.computes and batch.stored is None:
-            return None
         samples = batch.info.size
         a, g = self.kernel.canonical(x, samples), self.kernel.canonical(g, samples)
-        norms = sample_norms(a, g) if self.policy.needs_norms else None
+        norms = sample_norms(a, g, bias=has_bias) if self.policy.needs_norms else None
+        own = self.policy.weigh(norms)
+        if own is not None:
+            batch.weighed[self.layer] = own
         if not batch.computes:
-            assert batch.stored is not None
-            return self.policy.decode(batch.stored[self.layer].to(x.device), norms)
+            if own is None and batch.stored is not None:
+                return self.policy.decode(batch.stored[self.layer].to(x.device), norms)
+            return own
         with torch.autocast(a.device.type, enabled=False):
             dtype = accumulation_dtype(a.dtype)
             a, g = self.policy.reduce(a.to(dtype), g.to(dtype))
             k = gram(a, normalize(g), bias=has_bias, memory_budget=self.memory_budget)
-            w, rho = self.policy.solve(k, self.damping)
+            w, rho = self.policy.solve(k, self.damping) if own is None else with_weights(k, own)
         batch.record(self.layer, self.policy.encode(w, norms), rho)
         return w
 

@@ -73,20 +73,21 @@ class FNGDConfig(HubMixin):
     sharing: str = field(
         default="clipped",
         metadata={
-            "help": "Policy that carries coefficients from the steps that compute them to the others: "
-            + ", ".join(arguments.SHARING)
-            + "."
+            "help": "Which weights the samples get, and how steps share them: " + ", ".join(arguments.SHARING) + "."
         },
     )
-    refresh: int = field(
-        default=50,
-        metadata={"help": "Steps between coefficient steps after the first epoch; 0: never, as in the paper."},
+    refresh: int | None = field(
+        default=None,
+        metadata={
+            "help": "Steps between coefficient steps after the first phase; 0: never, as in the paper; None: 50, or 0 "
+            "where they would serve nothing."
+        },
     )
     coefficient_steps: int | None = field(
         default=None,
         metadata={
-            "help": "Most steps of the first phase, in which every step computes coefficients, >= 1; None: 100, or 1 "
-            "where they would serve nothing."
+            "help": "Most steps of the first phase, in which every step computes coefficients, >= 1; None: 100, or no "
+            "first phase where they would serve nothing."
         },
     )
     step_scale: str = field(
@@ -113,7 +114,7 @@ class FNGDConfig(HubMixin):
         metadata={"help": "Term > 0 in the denominator of update 'adam' and fallback 'adamw'."},
     )
     memory_budget: int = field(
-        default=2**28, metadata={"help": "Bound of the temporary memory of a coefficient step, in bytes."}
+        default=2**28, metadata={"help": "Bounds of the store, and of a coefficient step's temporary memory, in bytes."}
     )
     target_modules: str | list[str] = field(
         default=arguments.ALL_LINEAR,
@@ -128,9 +129,7 @@ class FNGDConfig(HubMixin):
     )
     weigh_rest: bool = field(
         default=True,
-        metadata={
-            "help": "Weigh the samples in the gradients of embeddings and tied heads too, by their mean weights."
-        },
+        metadata={"help": "Weigh the samples in the gradients of embeddings and tied heads too."},
     )
     strict: bool = field(
         default=False, metadata={"help": "Raise where the coverage report would only tell of a missed layer."}

@@ -26,7 +26,7 @@ class CoverageReport:
         plain: name to reason, for those that get a plain gradient by their kind.
         missed: name to reason, for those of selected layers that could not be preconditioned in some or all
             steps so far.
-        weighed: names of the parameters of embeddings and tied heads whose samples have their mean weights.
+        weighed: names of the parameters of embeddings and tied heads whose samples are weighed.
     """
 
     preconditioned: tuple[str, ...]
@@ -37,9 +37,7 @@ class CoverageReport:
     def __str__(self) -> str:
         lines = [f"FNGD preconditions {len(self.preconditioned)} parameters."]
         if self.weighed:
-            lines[0] = (
-                f"{lines[0][:-1]}, and weighs the samples of {', '.join(self.weighed)} by the mean of their weights."
-            )
+            lines[0] = f"{lines[0][:-1]}, and weighs the samples in {', '.join(self.weighed)}."
         for title, group in (("plain gradient", self.plain), ("could not be preconditioned", self.missed)):
             reasons: dict[str, list[str]] = {}
             for name, reason in group.items():
@@ -82,8 +80,8 @@ class Coverage:
                 preconditioned += names
         plain, weighed = dict(self._selection.plain), list[str]()
         for rest in self._rest:
-            if rest.fallbacks:
-                plain.update(dict.fromkeys(_parameters(rest), "; ".join(sorted(rest.fallbacks))))
+            if rest.reasons:
+                plain.update(dict.fromkeys(_parameters(rest), "; ".join(rest.reasons)))
             else:
                 weighed += _parameters(rest)
         plain = {name: reason for name, reason in plain.items() if name not in weighed}

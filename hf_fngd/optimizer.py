@@ -14,7 +14,7 @@ from hf_fngd.arguments import validate
 from hf_fngd.coefficients import damping_from_gradient
 from hf_fngd.coverage import CoverageReport
 from hf_fngd.groups import parameter_groups
-from hf_fngd.phase import FIRST_PHASE
+from hf_fngd.phase import schedule
 from hf_fngd.preconditioner import FNGDPreconditioner
 from hf_fngd.rules import FALLBACK_RULES, RULES, Settings
 from hf_fngd.selection import Modules
@@ -51,9 +51,11 @@ class FNGD(torch.optim.Optimizer):
         weight_decay: decoupled; biases and norms are not decayed.
         sharing: a policy's name, ``"clipped" | "ranked" | "index" | "replay" | "last" | "never" | "sketched" |
             "uniform"``, or an object.
-        refresh: optimizer steps between coefficient steps after the first epoch; 0: none (the paper's).
-        coefficient_steps: cap of the first-epoch phase, in optimizer steps; None: 100, and 1 where neither the policy
-            solves for weights ("clipped", "uniform" do not) nor update "momentum" scales by rho.
+        refresh: optimizer steps between coefficient steps after the first phase; 0: none (the paper's); None: 50, and 0
+            where neither the policy solves for weights ("clipped", "uniform" do not) nor update "momentum" scales by
+            rho.
+        coefficient_steps: cap of the first phase, which ends with the first epoch at the latest and of which every step
+            is a coefficient step, in optimizer steps; None: 100, and no first phase where refresh would be 0.
         step_scale: scale of a layer's gradient under update "momentum" (the other updates are scale-free).
             ``"rms"``: ``sqrt(size) / sqrt(rho mean(||p||^2))``, so that lr is the root mean square of an update
             at rho = 1, whatever the layer's width and the damping. ``"ngd"``: the paper's ``1/lambda'``, within a
@@ -90,7 +92,7 @@ class FNGD(torch.optim.Optimizer):
         weight_decay: float = 0.0,
         *,
         sharing: str | SharingPolicy = "clipped",
-        refresh: int = 50,
+        refresh: int | None = None,
         coefficient_steps: int | None = None,
         step_scale: str = "rms",
         update: str = "muon",
@@ -117,8 +119,8 @@ class FNGD(torch.optim.Optimizer):
                 "eps": eps,
             }
         )
-        if coefficient_steps is None and update == "momentum":
-            coefficient_steps = FIRST_PHASE
+        if update == "momentum":  # whose step scale needs rho
+            coefficient_steps, refresh = schedule(coefficient_steps, refresh, serve=True)
         self.preconditioner = FNGDPreconditioner(
             model,
             damping,
@@ -312,12 +314,13 @@ class FNGD(torch.optim.Optimizer):
     def diagnostics(self) -> dict[str, float]:
         """`FNGDPreconditioner.diagnostics`, ``skipped``, and ``lambda``, the geometric mean over the layers.
 
-        There is no lambda where the policy solves for nothing ("clipped", "uniform"). Call it between `step` and
-        ``zero_grad``: lambda is measured on ``p.grad``. Clipping makes it smaller, by the square of the factor; so does
-        averaging over accumulated micro-batches, since rho is that of one. Under FSDP2 all processes have to call it.
+        There is no lambda where neither the policy ("clipped", "uniform") nor ``step_scale`` has use for it. Call it
+        between `step` and ``zero_grad``: lambda is measured on ``p.grad``. Clipping makes it smaller, by the square of
+        the factor; so does averaging over accumulated micro-batches, since rho is that of one. Under FSDP2 all
+        processes have to call it.
         """
         own = self.preconditioner.diagnostics() | {"skipped": float(self.skipped)}
-        if not self.preconditioner.policy.natural:
+        if not self.preconditioner.policy.natural and self.step_scale != "ngd":
             return own
         norms = squared_norms(self.param_groups)
         if norms is None:

@@ -87,10 +87,20 @@ def weighted_bias_sum(g: Tensor, w: Tensor | None) -> Tensor:
     return torch.mv(flat.t(), w.to(g.dtype)[:, None].expand(g.shape[:2]).reshape(-1))
 
 
-def sample_norms(a: Tensor, g: Tensor) -> Tensor:
-    """The cheap proxy ``||a_n||_F ||g_n||_F`` of ``||h_n||``, shape ``[N]``; equal to it where T = 1."""
+def sample_norms(a: Tensor, g: Tensor, *, bias: bool) -> Tensor:
+    """The cheap proxy ``||a_n||_F ||g_n||_F`` of ``||h_n||``, shape ``[N]``; equal to it where T = 1.
+
+    Inputs count at positions without a gradient (padding) too.
+
+    Args:
+        a: inputs ``[N, T, i]``.
+        g: output gradients ``[N, T, o]``.
+        bias: whether the layer has a trained bias, which makes a column of ones of ``a``'s.
+    """
     dtype = accumulation_dtype(a.dtype)
     norm_a: Tensor = torch.linalg.vector_norm(a, dim=(1, 2), dtype=dtype)
+    if bias:
+        norm_a = torch.hypot(norm_a, norm_a.new_full((), a.shape[1] ** 0.5))
     norm_g: Tensor = torch.linalg.vector_norm(g, dim=(1, 2), dtype=dtype)
     return norm_a * norm_g
 

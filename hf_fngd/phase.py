@@ -9,8 +9,19 @@ from typing import Any
 
 from hf_fngd.sharing.base import State
 
-FIRST_PHASE = 100
-"""Cap of the first-epoch phase where its steps serve the weights or the step scale, in optimizer steps."""
+_FIRST_PHASE, _REFRESH = 100, 50
+
+
+def schedule(coefficient_steps: int | None, refresh: int | None, serve: bool) -> tuple[int, int]:
+    """The arguments of FNGD with None filled in: 100 and 50 where coefficient steps serve something, 0 and 0 elsewhere.
+
+    Args:
+        coefficient_steps: cap of the first phase, in optimizer steps.
+        refresh: distance of later coefficient steps, in optimizer steps.
+        serve: whether the weights or the step scale need them.
+    """
+    first = (_FIRST_PHASE if serve else 0) if coefficient_steps is None else coefficient_steps
+    return first, (_REFRESH if serve else 0) if refresh is None else refresh
 
 
 @dataclass
@@ -18,8 +29,8 @@ class Phase:
     """The schedule of coefficient steps (Algorithm 1, with the refresh that it lacks).
 
     The first phase ends at the end of the first epoch or after ``coefficient_steps`` steps, whichever comes
-    first. Afterwards the step that follows the end of the phase by ``refresh - 1`` steps, and every
-    ``refresh``-th from there, is a coefficient step; none is where refresh is 0.
+    first; there is none where that is 0. Afterwards the step that follows the end of the phase by ``refresh - 1``
+    steps, and every ``refresh``-th from there, is a coefficient step; none is where refresh is 0.
 
     Attributes:
         coefficient_steps: cap of the first phase, in optimizer steps.
@@ -34,6 +45,10 @@ class Phase:
     always: bool = False
     steps: int = 0
     shared_since: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.coefficient_steps == 0:
+            self.shared_since = 0
 
     @property
     def sharing(self) -> bool:

@@ -13,14 +13,14 @@ from torch.utils.hooks import RemovableHandle
 
 from hf_fngd.arguments import validate
 from hf_fngd.attach import refuse_attached
-from hf_fngd.backward import LayerSlot, MicroBatch, in_backward
+from hf_fngd.backward import AMBIGUOUS, LayerSlot, MicroBatch, in_backward
 from hf_fngd.coverage import Coverage, CoverageReport
 from hf_fngd.environment import rank_and_world, refuse_environment
 from hf_fngd.exchange import Exchange, Measurement
 from hf_fngd.forwards import Forwards
 from hf_fngd.inputs import check_index
 from hf_fngd.persample import accumulation_dtype
-from hf_fngd.phase import FIRST_PHASE, EpochEdge, Phase
+from hf_fngd.phase import EpochEdge, Phase, schedule
 from hf_fngd.ratios import Ratios
 from hf_fngd.rest import rest_slots
 from hf_fngd.selection import Modules, Selected, select_layers
@@ -44,9 +44,10 @@ class FNGDPreconditioner:
         damping: alpha of Eq. 14: lambda is alpha times the Frobenius norm of the layer's Gram matrix. Of no effect on
             the weights of "clipped" and "uniform".
         sharing: a policy's name (`hf_fngd.sharing.policy_names`) or a policy object.
-        refresh: optimizer steps between coefficient steps after the first epoch; 0 for none.
-        coefficient_steps: cap of the first-epoch phase, in optimizer steps; None: 100, and 1 where the policy solves
-            for nothing ("clipped", "uniform").
+        refresh: optimizer steps between coefficient steps after the first phase, 0 for none; None: 50, and 0 where the
+            policy solves for nothing ("clipped", "uniform").
+        coefficient_steps: cap of the first phase, which ends with the first epoch at the latest and of which every step
+            is a coefficient step, in optimizer steps; None: 100, and no first phase where refresh would be 0.
         memory_budget: bound in bytes of the store, and of the temporary memory of a coefficient step beyond float32
             copies of one layer's input and output gradient.
         target_modules: ``"all-linear"``, a regular expression, or a list of names or dotted suffixes (PEFT's).
@@ -69,7 +70,7 @@ class FNGDPreconditioner:
         damping: float = 0.1,
         *,
         sharing: str | SharingPolicy = "clipped",
-        refresh: int = 50,
+        refresh: int | None = None,
         coefficient_steps: int | None = None,
         memory_budget: int = 2**28,
         target_modules: Modules = "all-linear",
@@ -99,8 +100,7 @@ class FNGDPreconditioner:
         refuse_attached(model)
         self.damping = damping
         self.policy = make_policy(sharing)
-        if coefficient_steps is None:
-            coefficient_steps = FIRST_PHASE if self.policy.natural else 1
+        coefficient_steps, refresh = schedule(coefficient_steps, refresh, self.policy.natural)
         self.phase = Phase(coefficient_steps, refresh, always=self.policy.always)
         selection = select_layers(model, target_modules, exclude_modules)
         self.layers: list[Selected] = selection.layers
@@ -175,6 +175,7 @@ class FNGDPreconditioner:
             for m in measurements:
                 self.policy.commit(m.w, m.valid, m.info)
             self._ratios.update(measurements)
+            self._ratios.weights = tuple(batches[-1].weighed.values()) if batches else ()
             self.phase.advance()
             if self.phase.sharing and not sharing:
                 self._window.place = 0
@@ -269,8 +270,9 @@ class FNGDPreconditioner:
         """What a user wants to see, as plain numbers (waits for the device).
 
         Returns:
-            ``phase`` (0: first epoch, 1: sharing), ``rho`` (geometric mean over the layers) and
-            ``weight_spread`` (standard deviation of w, root mean square over the layers).
+            ``phase`` (0: the first, 1: sharing), ``rho`` (geometric mean over the layers; not there before a
+            coefficient step) and ``weight_spread`` (standard deviation of w over its mean, root mean square over the
+            layers; where the norms of every batch tell the weights, those of this process's last one).
         """
         return {"phase": float(self.phase.sharing), **self._ratios.summary()}
 
@@ -299,7 +301,7 @@ class FNGDPreconditioner:
             "place": self._window.place,
             "averages": self._ratios.averages,
             "layers": {slot.name: [slot.batch_first, slot.repeated] for slot in self.slots},
-            "rest": {slot.name: [slot.batch_first, "; ".join(sorted(slot.fallbacks))] for slot in self.rest},
+            "rest": {slot.name: [slot.batch_first, "; ".join(slot.reasons)] for slot in self.rest},
             "sharing": self.policy.name,
             "policy": self.policy.state_dict(),
         }
@@ -323,9 +325,13 @@ class FNGDPreconditioner:
         self._window.abandon()
         self._window.place, self._forwards.batch = state_dict["place"], None
         averages = state_dict["averages"]
-        self._ratios.averages = None if averages is None else averages.to(like, copy=True)
+        self._ratios.load(None if averages is None else averages.to(like, copy=True))
         for slot in self.slots:
             slot.batch_first, slot.repeated = state_dict["layers"][slot.name]
         for one in self.rest:
             one.batch_first, reasons = rest[one.name]
-            one.fallbacks.update(filter(None, reasons.split("; ")))
+            for reason in filter(None, reasons.split("; ")):
+                if reason != AMBIGUOUS:
+                    one.fallbacks.add(reason)
+                elif one.batch_first is None:
+                    one.ambiguous.add(one.place)

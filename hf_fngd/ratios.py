@@ -20,12 +20,21 @@ class Ratios:
         rho: noise ratios ``[L]`` of the last step, NaN for layers that never measured one.
         spread: ``mean(w^2)`` of the layers ``[L]``.
         averages: running geometric means of both, ``[2, L]``; None before the first measurement.
+        weights: those of the last step's last micro-batch that `SharingPolicy.weigh` told, ``[N]`` by layer; this
+            process's own.
     """
 
     def __init__(self, layers: int) -> None:
         self.rho = torch.full((layers,), torch.nan)
         self.spread = torch.ones(layers)
         self.averages: Tensor | None = None
+        self.weights: Sequence[Tensor] = ()
+
+    def load(self, averages: Tensor | None) -> None:
+        """Go on from the running means of a state."""
+        self.averages = averages
+        self.rho, self.spread = torch.full_like(self.rho, torch.nan), torch.ones_like(self.spread)
+        self.update([])
 
     def update(self, measurements: Sequence[Measurement]) -> None:
         """Those of a step: measured in it, or else the running means."""
@@ -52,10 +61,13 @@ class Ratios:
         """The layers in two numbers; waits for the device.
 
         Returns:
-            ``rho`` (geometric mean) and ``weight_spread`` (standard deviation of w, root mean square over the layers).
+            ``rho`` (geometric mean; not there before it was measured) and ``weight_spread`` (standard deviation of w
+            over its mean, root mean square over the layers).
         """
+        spread = self.spread
+        if self.weights:
+            w = torch.stack([w.to(self.weights[0]) for w in self.weights])
+            spread = w.square().mean(dim=1) / w.mean(dim=1).square()
         known = self.rho[~self.rho.isnan()]
-        return {
-            "rho": float(known.log().mean().exp()) if known.numel() else float("nan"),
-            "weight_spread": float((self.spread.mean() - 1).clamp(min=0).sqrt()),
-        }
+        measured = {"rho": float(known.log().mean().exp())} if known.numel() else {}
+        return measured | {"weight_spread": float((spread.mean() - 1).clamp(min=0).sqrt())}

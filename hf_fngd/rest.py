@@ -23,6 +23,8 @@ from hf_fngd.persample import accumulation_dtype, weighted_bias_sum
 from hf_fngd.selection import SelectedRest
 from hf_fngd.sharing import SharingPolicy
 
+A_TABLE = "its output has two dimensions, as that of a table of positions has"
+
 
 @dataclass(eq=False)
 class RestSlot:
@@ -34,7 +36,8 @@ class RestSlot:
         module: the module.
         kernel: the conversions of a Linear or Conv1D, None for an embedding.
         policy: the model's sharing policy.
-        fallbacks: the reasons for which the weight is plain, whichever of its uses they are about.
+        fallbacks: the reasons for which the weight is plain for good, whichever of its uses they are about.
+        ambiguous: the places of those of its uses that wait for a batch to tell which dimension is the batch's.
         batch_first: whether the first dimension of its output is the batch; None as long as no output told.
     """
 
@@ -44,36 +47,58 @@ class RestSlot:
     kernel: LayerKernel | None
     policy: SharingPolicy
     fallbacks: set[str]
+    ambiguous: set[int]
     batch_first: bool | None = None
 
+    @property
+    def reasons(self) -> list[str]:
+        """Why the weight is plain, sorted; nothing where it is weighed."""
+        return sorted({*self.fallbacks, *([AMBIGUOUS] if self.ambiguous else [])})
+
     def weights(self, g: Tensor, batch: MicroBatch) -> Tensor | None:
-        """The weights ``[N]`` of a micro-batch's samples; None for ones, as long as the policy keeps none.
+        """The weights ``[N]`` of a micro-batch's samples; None for ones, as long as the policy has none.
 
         Args:
             g: the module's output gradient ``[N, ..., o]``. Its norms stand for those of h_n where the policy goes by
                 them: the inputs of an embedding are rows of the identity, those of a head as a rule normalized.
             batch: the micro-batch of the forward pass.
         """
-        # An embedding's [T, o] is as a rule a table of positions, and no [N, o].
-        shape = g.shape[1:] if self.kernel is None and g.dim() == 2 else g.shape
-        self.batch_first, reason = layout(self.batch_first, shape, batch.info.size)
+        if batch.info.size == 0:
+            return None
+        self.batch_first, reason = layout(self.batch_first, g.shape, batch.info.size)
+        if self.kernel is None and g.dim() == 2:
+            self.batch_first, reason = False, A_TABLE
         if self.batch_first is not None:
-            self.fallbacks.discard(AMBIGUOUS)
-        if reason is not None:
+            self.ambiguous.discard(self.place)
+        if reason == AMBIGUOUS:
+            self.ambiguous.add(self.place)
+        elif reason is not None:
             self.fallbacks.add(reason)
-        if self.fallbacks or batch.mean is None or len(g) != len(batch.mean):
+        if self.fallbacks or self.ambiguous or len(g) != batch.info.size:
             return None
         norms = None
         if self.policy.needs_norms:
             norms = torch.linalg.vector_norm(g.flatten(1), dim=1, dtype=accumulation_dtype(g.dtype))
-        return self.policy.decode(batch.mean.to(g.device), norms)
+        own = self.policy.weigh(norms)
+        if own is None and batch.mean is not None:
+            return self.policy.decode(batch.mean.to(g.device), norms)
+        return own
 
 
 def rest_slots(selected: Sequence[SelectedRest], first: int, policy: SharingPolicy) -> list[RestSlot]:
     """Slots of the modules, in places from ``first`` on; those that share a weight share the reasons against it."""
     fallbacks: dict[int, set[str]] = defaultdict(set)
+    ambiguous: dict[int, set[int]] = defaultdict(set)
     return [
-        RestSlot(place, one.name, one.module, one.kernel, policy, fallbacks[id(one.module.weight)])
+        RestSlot(
+            place,
+            one.name,
+            one.module,
+            one.kernel,
+            policy,
+            fallbacks[id(one.module.weight)],
+            ambiguous[id(one.module.weight)],
+        )
         for place, one in enumerate(selected, start=first)
     ]
 

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from hf_fngd.arguments import ALL_LINEAR
 from hf_fngd.layers import LayerKernel, kernel_for, known_layers
 
 Modules = str | Sequence[str] | None
-ALL_LINEAR = "all-linear"
 TIED = "the weight is tied to another module"
 
 

@@ -239,7 +239,7 @@ def _measure(
     y: Tensor,
     loss: Callable[[nn.Module, Tensor, Tensor], Tensor],
 ) -> tuple[dict[Tensor, Tensor], dict[int, Tensor], dict[int, Tensor]]:
-    """The batch gradients, and for every layer (by id) U and the products ``||a_n|| ||g_n||``."""
+    """The batch gradients, and for every layer (by id) U and ``||a_n|| ||g_n||``, a bias being one more input of 1."""
     parameters = list(model.parameters())
     gradients = dict(zip(parameters, torch.autograd.grad(loss(model, x, y), parameters), strict=True))
     u, norms = {}, {}
@@ -255,6 +255,8 @@ def _measure(
             a, output = caught[0]
             *of_parameters, g = torch.autograd.grad(alone, [*layer.module.parameters(), output])
             columns.append(torch.cat([gradient.flatten() for gradient in of_parameters]))
+            if len(of_parameters) == 2:
+                a = torch.cat([a, torch.ones_like(a[..., :1])], dim=-1)
             products.append(float(torch.linalg.vector_norm(a.detach()) * torch.linalg.vector_norm(g)))
         handle.remove()
         u[id(layer)] = torch.stack(columns, dim=1)

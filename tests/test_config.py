@@ -30,7 +30,7 @@ values = st.fixed_dictionaries(
         "damping": positive,
         "weight_decay": not_negative,
         "sharing": st.sampled_from(arguments.SHARING),
-        "refresh": st.just(0) | counts,
+        "refresh": st.none() | st.just(0) | counts,
         "coefficient_steps": st.none() | counts,
         "step_scale": st.sampled_from(arguments.STEP_SCALES),
         "update": st.sampled_from(arguments.UPDATES),

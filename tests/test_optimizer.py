@@ -93,17 +93,22 @@ def test_a_closure_is_evaluated_once_and_its_loss_returned() -> None:
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        ({"sharing": "ranked"}, 100),
-        ({"sharing": "ranked", "coefficient_steps": 7}, 7),
-        ({"sharing": "clipped"}, 1),
-        ({"sharing": "uniform", "update": "adam"}, 1),
-        ({"sharing": "clipped", "update": "momentum"}, 100),  # rho is in its step scale
-        ({"sharing": "clipped", "update": "momentum", "coefficient_steps": 1}, 1),
-        ({"sharing": "clipped", "coefficient_steps": 7}, 7),
+        ({"sharing": "ranked"}, (100, 50)),
+        ({"sharing": "ranked", "coefficient_steps": 7}, (7, 50)),
+        ({"sharing": "ranked", "refresh": 0}, (100, 0)),
+        ({"sharing": "clipped"}, (0, 0)),
+        ({"sharing": "uniform", "update": "adam"}, (0, 0)),
+        ({"sharing": "clipped", "update": "momentum"}, (100, 50)),  # rho is in its step scale
+        ({"sharing": "clipped", "update": "momentum", "coefficient_steps": 1, "refresh": 9}, (1, 9)),
+        ({"sharing": "clipped", "coefficient_steps": 7}, (7, 0)),
+        ({"sharing": "clipped", "refresh": 7}, (0, 7)),
     ],
 )
-def test_the_first_phase_is_as_long_as_it_is_of_use(arguments: dict[str, Any], expected: int) -> None:
-    assert FNGD(net(), **arguments).preconditioner.phase.coefficient_steps == expected
+def test_there_are_coefficient_steps_where_they_are_of_use(
+    arguments: dict[str, Any], expected: tuple[int, int]
+) -> None:
+    phase = FNGD(net(), **arguments).preconditioner.phase
+    assert (phase.coefficient_steps, phase.refresh) == expected
 
 
 def test_end_epoch_ends_the_first_phase() -> None:

@@ -152,16 +152,22 @@ def test_weighted_sums_keep_their_dtype(dtype: torch.dtype) -> None:
     assert weighted_bias_sum(g, w).dtype == dtype
 
 
-def test_sample_norms_are_those_of_h_for_single_positions() -> None:
+def norms_of_h(a: Tensor, g: Tensor, bias: bool) -> Tensor:
+    if bias:
+        a = torch.cat([a, torch.ones_like(a[..., :1])], dim=-1)
+    return torch.linalg.matrix_norm(g.transpose(1, 2) @ a)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_sample_norms_are_those_of_h_for_single_positions(bias: bool) -> None:
     a, g = layer(6, 1, 4, 3)
-    h = g.transpose(1, 2) @ a
-    torch.testing.assert_close(sample_norms(a, g), torch.linalg.matrix_norm(h))
+    torch.testing.assert_close(sample_norms(a, g, bias=bias), norms_of_h(a, g, bias))
 
 
-def test_sample_norms_bound_those_of_h_for_many_positions() -> None:
+@pytest.mark.parametrize("bias", [True, False])
+def test_sample_norms_bound_those_of_h_for_many_positions(bias: bool) -> None:
     a, g = layer(6, 5, 4, 3)
-    h = g.transpose(1, 2) @ a
-    assert (sample_norms(a, g) >= torch.linalg.matrix_norm(h)).all()
+    assert (sample_norms(a, g, bias=bias) >= norms_of_h(a, g, bias)).all()
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,9 @@
 """How coefficients outlive the step that computed them: the policy interface and the registry.
 
-A policy sees whole micro-batches: ``w`` is ``[L, N]``, one row of weights for each of the L preconditioned
-layers. Four calls, in the order in which a run makes them:
+A policy that knows what a sample weighs from the norms of its own batch says so in `weigh`, asked first in every step,
+and keeps nothing. All others solve for weights in coefficient steps, and share them in the rest. They see whole
+micro-batches: ``w`` is ``[L, N]``, one row of weights for each of the L preconditioned layers. Four calls, in the order
+in which a run makes them:
 
 * coefficient step: `encode` (in backward, a layer at a time) brings a layer's fresh weights into the order
   in which the policy keeps them, `commit` (in the optimizer's step, all layers at once) stores them;
@@ -9,12 +11,12 @@ layers. Four calls, in the order in which a run makes them:
   (in backward, a layer at a time, and for embeddings and tied heads the mean over the layers) brings them into
   the order of the batch at hand.
 
-Whatever a batch's N, the weights that `lookup` and `decode` yield have mean 1 in every layer.
+Whatever a batch's N, the weights that `lookup` and `decode` yield have mean 1 in every layer; those of `weigh` are at
+most 1.
 """
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -42,14 +44,14 @@ class BatchInfo:
     index: Tensor | None = None
 
 
-class SharingPolicy(ABC):
+class SharingPolicy:
     """A rule that reuses coefficients; subclasses are registered with `register_policy`.
 
     Class attributes:
         name: what the argument ``sharing`` calls it.
         always: True where every step is a coefficient step.
-        natural: False where the weights are not those of Eq. 9, and coefficient steps serve rho alone.
-        needs_norms: True where `encode` and `decode` read the sample norms.
+        natural: False where the weights are not those of Eq. 9: coefficient steps then serve rho alone.
+        needs_norms: True where `weigh`, or `encode` and `decode`, read the sample norms.
         needs_index: True where the dataset has to carry an index column.
         follows: True where a stored weight follows its sample, or samples of its kind, into any other batch. Then
             `lookup` is called before coefficient steps too, for the samples' weights in embeddings and tied heads.
@@ -63,7 +65,7 @@ class SharingPolicy(ABC):
     follows: ClassVar[bool] = False
 
     def prepare(self, layers: int, coefficient_steps: int, memory_budget: int) -> None:
-        """Called once, when the policy is attached to a model.
+        """Called when the policy is attached to a model; forgets what it kept of another one.
 
         Args:
             layers: number of preconditioned layers L.
@@ -88,6 +90,10 @@ class SharingPolicy(ABC):
         """What a coefficient step takes from one layer's Gram matrix ``[N, N]``."""
         return coefficients(k, damping)
 
+    def weigh(self, norms: Tensor | None) -> Tensor | None:
+        """A layer's weights ``[N]`` in any step, where the batch's own norms ``[N]`` tell them; otherwise None."""
+        return None
+
     def encode(self, w: Tensor, norms: Tensor | None) -> Tensor:
         """One layer's fresh weights ``[N]``, in the order that the store keeps (default: the batch's)."""
         return w
@@ -96,13 +102,12 @@ class SharingPolicy(ABC):
         """The inverse of `encode` for the batch at hand, ``[N]`` to ``[N]``."""
         return w
 
-    @abstractmethod
     def lookup(self, batch: BatchInfo) -> Tensor | None:
-        """Stored weights ``[L, N]`` for a shared step; None where there are none (w = 1)."""
+        """Stored weights ``[L, N]`` for a shared step; None where there are none (w = 1, or those of `weigh`)."""
+        return None
 
-    @abstractmethod
     def commit(self, w: Tensor, valid: Tensor, batch: BatchInfo) -> None:
-        """Store encoded weights.
+        """Store encoded weights (default: nothing is stored).
 
         Args:
             w: ``[L, N]``, in float32 or better.
@@ -114,7 +119,7 @@ class SharingPolicy(ABC):
         """Tensors and numbers only, loadable with ``weights_only=True``."""
         return {}
 
-    def load_state_dict(self, state: State) -> None:  # noqa: B027 - a policy without a store has nothing to load
+    def load_state_dict(self, state: State) -> None:
         """The inverse of `state_dict`.
 
         Raises:

@@ -58,6 +58,10 @@ class IndexSharing(SharingPolicy):
         count: in how many coefficient steps it was weighted ``[capacity]`` (int32).
     """
 
+    table: Tensor | None = None
+    total: Tensor | None = None
+    count: Tensor | None = None
+
     name: ClassVar[str] = "index"
     needs_index: ClassVar[bool] = True
     follows: ClassVar[bool] = True
@@ -66,14 +70,12 @@ class IndexSharing(SharingPolicy):
         if size is not None and size < 1:
             raise ValueError(f"IndexSharing(size={size}): size is the number of rows of the dataset, at least 1")
         self.size = size
-        self.table: Tensor | None = None
-        self.total: Tensor | None = None
-        self.count: Tensor | None = None
 
     def prepare(self, layers: int, coefficient_steps: int, memory_budget: int) -> None:
         """See `SharingPolicy.prepare`."""
         super().prepare(layers, coefficient_steps, memory_budget)
         self.memory_budget = memory_budget
+        self.table = self.total = self.count = None
 
     def lookup(self, batch: BatchInfo) -> Tensor | None:
         """See `SharingPolicy.lookup`; renormalized over the batch at hand."""

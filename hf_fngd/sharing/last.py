@@ -20,8 +20,12 @@ class LastSharing(SharingPolicy):
 
     name: ClassVar[str] = "last"
 
-    def __init__(self) -> None:
-        self.row: Tensor | None = None
+    row: Tensor | None = None
+
+    def prepare(self, layers: int, coefficient_steps: int, memory_budget: int) -> None:
+        """See `SharingPolicy.prepare`."""
+        super().prepare(layers, coefficient_steps, memory_budget)
+        self.row = None
 
     def fit(self, w: Tensor, size: int) -> Tensor:
         """Rows ``[L, M]`` for batches of another size, ``[L, size]``."""

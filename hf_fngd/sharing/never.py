@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from torch import Tensor
-
-from hf_fngd.sharing.base import BatchInfo, SharingPolicy, register_policy
+from hf_fngd.sharing.base import SharingPolicy, register_policy
 
 
 @register_policy
@@ -15,10 +13,3 @@ class NeverSharing(SharingPolicy):
 
     name: ClassVar[str] = "never"
     always: ClassVar[bool] = True
-
-    def lookup(self, batch: BatchInfo) -> Tensor | None:
-        """Nothing is stored."""
-        return None
-
-    def commit(self, w: Tensor, valid: Tensor, batch: BatchInfo) -> None:
-        """Nothing is stored."""

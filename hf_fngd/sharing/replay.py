@@ -23,16 +23,15 @@ class ReplaySharing(SharingPolicy):
 
     name: ClassVar[str] = "replay"
 
-    def __init__(self) -> None:
-        self.store: Tensor | None = None
-        self.recorded = 0
-        self.full = False
+    store: Tensor | None = None
+    recorded: int = 0
 
     def prepare(self, layers: int, coefficient_steps: int, memory_budget: int) -> None:
         """See `SharingPolicy.prepare`."""
         super().prepare(layers, coefficient_steps, memory_budget)
         self.coefficient_steps = coefficient_steps
         self.memory_budget = memory_budget
+        self.store, self.recorded, self.full = None, 0, False
 
     def lookup(self, batch: BatchInfo) -> Tensor | None:
         """See `SharingPolicy.lookup`."""

@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 
 from hf_fngd.coefficients import Coefficients, with_weights
-from hf_fngd.sharing.base import BatchInfo, SharingPolicy, register_policy
+from hf_fngd.sharing.base import SharingPolicy, register_policy
 
 
 @register_policy
 class UniformSharing(SharingPolicy):
-    """Averaging, as first-order methods do; coefficient steps serve rho alone."""
+    """Averaging, as first-order methods do."""
 
     name: ClassVar[str] = "uniform"
     natural: ClassVar[bool] = False
@@ -21,10 +21,3 @@ class UniformSharing(SharingPolicy):
     def solve(self, k: Tensor, damping: float) -> Coefficients:
         """See `SharingPolicy.solve`; the damping has no effect."""
         return with_weights(k, torch.ones_like(k[0]))
-
-    def lookup(self, batch: BatchInfo) -> Tensor | None:
-        """W = 1."""
-        return None
-
-    def commit(self, w: Tensor, valid: Tensor, batch: BatchInfo) -> None:
-        """Nothing is stored."""

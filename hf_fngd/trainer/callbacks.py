@@ -15,11 +15,11 @@ from hf_fngd.optimizer import FNGD
 class FNGDCallback(TrainerCallback):  # type: ignore[misc]
     """Adds ``fngd_phase``, ``fngd_lambda``, ``fngd_rho``, ``fngd_weight_spread`` and ``fngd_skipped`` to the logs.
 
-    There is no lambda where the sharing policy solves for nothing, as the default does.
+    There are no lambda and no rho where nothing asks for them, as by default; ``refresh=50`` measures rho all the same.
 
     FNGD trains rightly without it. What it adds to the phases: the end of an epoch is known even where
     Accelerate does not show it (iterable datasets under gradient accumulation). ``fngd_phase`` is 0 in the first
-    epoch and 1 from its last step on, which ends it; ``fngd_skipped`` counts the steps skipped so far, by FNGD or by a
+    phase and 1 from its last step on, which ends it; ``fngd_skipped`` counts the steps skipped so far, by FNGD or by a
     loss scaler. The coverage report is printed once, after the first step.
 
     Args:

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from hf_fngd import FNGD
-from hf_fngd.backward import NOT_THE_BATCH, ON_TOP_OF_ANOTHER
+from hf_fngd.backward import ON_TOP_OF_ANOTHER
+from hf_fngd.rest import A_TABLE
 from tests.rest.setting import (
     LENGTH,
     PLAIN,
@@ -138,9 +139,8 @@ def test_the_report_names_what_is_weighed() -> None:
     preconditioner.step()
     report = preconditioner.coverage()
     assert report.weighed == ("tokens.weight", "head.weight")
-    assert report.plain["positions.weight"] == NOT_THE_BATCH
+    assert report.plain["positions.weight"] == A_TABLE
     assert not set(report.plain) & set(report.weighed)
     assert str(report).splitlines()[0] == (
-        "FNGD preconditions 2 parameters, and weighs the samples of tokens.weight, head.weight by the mean of their "
-        "weights."
+        "FNGD preconditions 2 parameters, and weighs the samples in tokens.weight, head.weight."
     )

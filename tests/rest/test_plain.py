@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from hf_fngd import detach
 from hf_fngd.backward import AMBIGUOUS, NOT_THE_BATCH, USED_ELSEWHERE, MicroBatch
+from hf_fngd.rest import A_TABLE
 from hf_fngd.sharing import BatchInfo, SharingPolicy
 from tests.rest.setting import (
     LENGTH,
@@ -124,7 +125,7 @@ def test_tables_of_positions_are_none_of_samples() -> None:
         check(gradients(net), weighted(net, x), "pairs.weight", "positions.weight")
         assert reasons(preconditioner, "pairs.weight") == reason
         preconditioner.step()
-    assert reasons(preconditioner, "positions.weight") == NOT_THE_BATCH
+    assert reasons(preconditioner, "positions.weight") == A_TABLE
 
 
 def test_a_batch_with_as_many_positions_as_samples_waits_for_another() -> None:
@@ -143,6 +144,39 @@ def test_a_batch_with_as_many_positions_as_samples_waits_for_another() -> None:
         assert torch.allclose(gradients(net)[TABLE], weighted(net, x)[TABLE]) != weighed
         assert (TABLE in preconditioner.coverage().weighed) == told
         preconditioner.step()
+
+
+def test_a_table_waits_for_the_last_of_its_uses() -> None:
+    """A use of another length is told by a batch that leaves the others ambiguous."""
+
+    class Twice(LanguageModel):
+        def __init__(self) -> None:
+            super().__init__()
+            self.sources = nn.Embedding(VOCABULARY, WIDTH)
+            self.sources.weight = self.tokens.weight
+
+        def embed(self, x: Tensor) -> Tensor:
+            return super().embed(x) + self.sources(torch.cat([x, x], dim=1)).mean(1, keepdim=True)
+
+    net = model(cls=Twice)
+    preconditioner = attach(net, "clipped")
+    for samples, weighed in ((LENGTH, False), (LENGTH, False), (4, True), (LENGTH, True)):
+        net.zero_grad()
+        x = batch(samples, seed=2)
+        losses(net, x).mean().backward()
+        assert (TABLE in preconditioner.coverage().weighed) == weighed
+        if not weighed:
+            check(gradients(net), weighted(net, x), TABLE)
+        preconditioner.step()
+
+
+def test_a_batch_without_samples_tells_nothing() -> None:
+    net = model()
+    preconditioner = attach(net, "clipped")
+    for samples in (4, 0, 5):
+        losses(net, batch(samples)).sum().backward()
+        preconditioner.step()
+    assert TABLE in preconditioner.coverage().weighed
 
 
 def test_outside_of_the_models_forward_nobody_knows_the_samples() -> None:

@@ -16,7 +16,7 @@ from tests.sharing.engine import L, commit, fetch, info, norms, prepared, store_
 
 NAMES = policy_names()
 NATURAL = [name for name in NAMES if make_policy(name).natural]
-WITHOUT_WEIGHTS = ("never", "sketched", "uniform")  # in shared steps
+WITHOUT_WEIGHTS = ("clipped", "never", "sketched", "uniform")  # that they would keep for shared steps
 STORING = [name for name in NATURAL if name not in WITHOUT_WEIGHTS]
 SIZES = [1, 2, 5, 8, 13]
 
@@ -47,6 +47,14 @@ def test_the_batch_that_was_committed_gets_its_own_weights_back(name: str) -> No
     policy, w, n = prepared(name), weights(0), norms(0)
     commit(policy, w, n, info())
     torch.testing.assert_close(fetch(policy, n, info()), w)
+
+
+@pytest.mark.parametrize("name", STORING)
+def test_another_model_finds_nothing_of_the_first_one(name: str) -> None:
+    policy = prepared(name)
+    commit(policy, weights(0), norms(0), info())
+    assert prepared(policy).lookup(info()) is None
+    assert policy.state_dict() == {}
 
 
 @pytest.mark.parametrize("name", STORING)
@@ -111,7 +119,7 @@ def test_the_store_stays_within_the_memory_budget(name: str, first: int) -> None
     assert sum(x.untyped_storage().nbytes() for x in store_tensors(policy)) <= budget
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [*NATURAL, "uniform"])
 def test_solving_takes_the_gram_of_one_layer(name: str) -> None:
     u = torch.randn(20, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     k = u.t() @ u
