@@ -1,9 +1,10 @@
 """Embeddings and tied heads, which have no Gram matrix of their own: their samples are weighed all the same.
 
-They share the weights of the preconditioned layers, as the paper has the layers of a block share one Gram matrix
-(Fig. 3): with ``weigh_rest`` a sample's weight there is the mean over the layers of those that the sharing policy
-keeps, so that a sample that is small in the layers is small here too. A weight that several modules share (a head that
-is tied to an embedding) is weighed in all of its uses or in none. Norms stay plain.
+With ``weigh_rest`` they share the weights of the preconditioned layers, as the paper has the layers of a block share
+one Gram matrix (Fig. 3): a sample's weight there is the mean over the layers of those that the sharing policy keeps, so
+that a sample that is small in the layers is small here too. Where the norms of each batch tell the weights, those of
+the module's own output gradients do. A weight that several modules share (a head that is tied to an embedding) is
+weighed in all of its uses or in none. Norms stay plain.
 """
 
 from __future__ import annotations

@@ -3,13 +3,13 @@
 What is recorded: every micro-batch as Trainer hands it to the model and the loss that it sends backward, every
 parameter before a step, and every ``p.grad`` that the optimizer finds. `largest_error` then makes the same gradients
 from the definitions: per-sample gradients of a float64 copy of the model, weights from `tests.reference.Dense` in
-coefficient steps, and the rows that those left in shared steps.
+coefficient steps, and the rows that those left in shared steps; or, with the default sharing, from the norms.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -221,12 +221,18 @@ def compare(
     """
     assert record.optimizer is not None
     model = (make or kind.make)().double()
-    stores = {layer.name: ReplayStore() for layer in record.optimizer.preconditioner.layers}
+    engine = record.optimizer.preconditioner
+    stores = {layer.name: ReplayStore() for layer in engine.layers}
     rest = set(record.optimizer.coverage().weighed)
+    uses = [slot.name for slot in engine.rest if not slot.reasons]
     found, place = Difference(), 0
     for step in record.steps:
         load(model, step.parameters)
-        exact, plain = expected(model, step, stores, rest, place, loss or kind.loss, smoothing)
+        micro_batches = list(measured(model, step, loss or kind.loss, smoothing))
+        if engine.policy.name == "clipped":
+            exact, plain = clipped(model, micro_batches, list(stores), uses)
+        else:
+            exact, plain = expected(micro_batches, step.computes, stores, rest, place)
         assert step.gradients.keys() == exact.keys()
         norm = float(flat(exact, exact).norm())
         factor = min(1.0, step.clip / (norm + 1e-6))
@@ -261,24 +267,33 @@ def load(model: nn.Module, parameters: dict[str, Tensor]) -> None:
             p.requires_grad_(True)
 
 
-def expected(
-    model: nn.Module,
-    step: Step,
-    stores: dict[str, ReplayStore],
-    rest: set[str],
-    place: int,
-    loss: SampleLoss,
-    smoothing: float,
-) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """The gradients that a step has to find, and the plain ones."""
+@dataclass
+class Measured:
+    """A micro-batch, sample by sample.
+
+    Attributes:
+        alone: the loss of a sample that runs through the model alone.
+        rows: the samples' gradients ``[p, N]`` by parameter.
+        factor: between the loss that went backward and theirs.
+        size: number of samples N.
+    """
+
+    alone: Callable[[nn.Module, int], Tensor]
+    rows: dict[str, Tensor]
+    factor: float
+    size: int
+
+    @property
+    def plain(self) -> dict[str, Tensor]:
+        """The sums over the samples, by parameter."""
+        return {name: self.factor * row.sum(dim=1) for name, row in self.rows.items()}
+
+
+def measured(model: nn.Module, step: Step, loss: SampleLoss, smoothing: float) -> Iterable[Measured]:
+    """A step's micro-batches."""
     parameters = {name: p for name, p in model.named_parameters() if name in step.gradients}
-    exact = {name: torch.zeros_like(p) for name, p in parameters.items()}
-    plain = {name: torch.zeros_like(p) for name, p in parameters.items()}
-    sizes = [len(batch.inputs["input_ids"]) for batch in step.batches]
-    ones = [torch.ones(size, dtype=torch.float64) for size in sizes]
-    # Outside of the preconditioned layers: the mean of theirs. A coefficient step knows no weight of its own yet.
-    means = ones if step.computes else [mean_weights(stores, place + offset, w) for offset, w in enumerate(ones)]
-    for offset, (batch, size) in enumerate(zip(step.batches, sizes, strict=True)):
+    for batch in step.batches:
+        size = len(batch.inputs["input_ids"])
 
         def alone(model: nn.Module, n: int, batch: MicroBatch = batch) -> Tensor:
             return loss(model, {key: value[n : n + 1] for key, value in batch.inputs.items()}, smoothing)
@@ -287,21 +302,103 @@ def expected(
         with torch.no_grad():
             factor = batch.loss / float(loss(model, batch.inputs, smoothing))
         rows = dict(zip(parameters, u.split([p.numel() for p in parameters.values()]), strict=True))
+        yield Measured(alone, rows, factor, size)
+
+
+Gradients = dict[str, Tensor]
+
+
+def expected(
+    micro_batches: Sequence[Measured], computes: bool, stores: dict[str, ReplayStore], rest: set[str], place: int
+) -> tuple[Gradients, Gradients]:
+    """The gradients that a step has to find, flat, and the plain ones."""
+    ones = [torch.ones(batch.size, dtype=torch.float64) for batch in micro_batches]
+    # Outside of the preconditioned layers: the mean of theirs. A coefficient step knows no weight of its own yet.
+    means = ones if computes else [mean_weights(stores, place + offset, w) for offset, w in enumerate(ones)]
+    parts: list[Gradients] = []
+    for offset, batch in enumerate(micro_batches):
+        weights = {}
         for layer, store in stores.items():
-            names = [name for name in rows if name.rpartition(".")[0] == layer]
-            if step.computes:
-                w = Dense(torch.cat([rows[name] for name in names]), DAMPING).w
-                store.put(place + offset, w, w)
+            names = [name for name in batch.rows if name.rpartition(".")[0] == layer]
+            if computes:
+                weights[layer] = Dense(torch.cat([batch.rows[name] for name in names]), DAMPING).w
+                store.put(place + offset, weights[layer], weights[layer])
             else:
-                w = store.get(place + offset, ones[offset])
-            for name in names:
-                exact[name] += (factor * rows[name] @ w).view_as(exact[name])
-        for name, of_samples in rows.items():
-            plain[name] += (factor * of_samples.sum(dim=1)).view_as(plain[name])
-            if name.rpartition(".")[0] not in stores:
-                w = means[offset] if name in rest else ones[offset]
-                exact[name] += (factor * of_samples @ w).view_as(exact[name])
-    return exact, plain
+                weights[layer] = store.get(place + offset, ones[offset])
+        weights |= dict.fromkeys(rest, means[offset])
+        parts.append(
+            {
+                name: batch.factor * row @ weights.get(name, weights.get(name.rpartition(".")[0], ones[offset]))
+                for name, row in batch.rows.items()
+            }
+        )
+    return total(parts), total([batch.plain for batch in micro_batches])
+
+
+def clipped(
+    model: nn.Module, micro_batches: Sequence[Measured], layers: Sequence[str], rest: Sequence[str]
+) -> tuple[Gradients, Gradients]:
+    """Those of ``sharing="clipped"``, each use by its norms: ``||a_n|| ||g_n||`` in layers, else ``||g_n||``."""
+    parts: list[Gradients] = []
+    for batch in micro_batches:
+        samples = [uses_of(model, [*layers, *rest], batch, n) for n in range(batch.size)]
+        part: Gradients = {}
+        for module in samples[0]:
+            uses = [sample[module] for sample in samples]
+            norms = torch.tensor([use.output_norm * (use.input_norm if module in layers else 1.0) for use in uses])
+            w = (norms.mean() / norms).clamp(max=1).double()
+            for name in uses[0].gradients:
+                own = batch.factor * torch.stack([use.gradients[name] for use in uses], dim=1) @ w
+                part[name] = part[name] + own if name in part else own
+        parts.append(batch.plain | part)
+    return total(parts), total([batch.plain for batch in micro_batches])
+
+
+@dataclass
+class Use:
+    """A sample's call of a module.
+
+    Attributes:
+        input_norm: of its input, with a column of ones for a trained bias.
+        output_norm: of its output gradient.
+        gradients: its part of each parameter's gradient, flat.
+    """
+
+    input_norm: float
+    output_norm: float
+    gradients: Gradients
+
+
+def uses_of(model: nn.Module, modules: Sequence[str], batch: Measured, n: int) -> dict[str, Use]:
+    """The calls of modules in the forward pass of one sample, by name."""
+    names = {id(p): name for name, p in model.named_parameters() if name in batch.rows}
+    caught: dict[str, tuple[Tensor, Tensor]] = {}
+
+    def catch(name: str) -> Callable[..., None]:
+        return lambda module, args, output: caught.__setitem__(name, (args[0], output))
+
+    handles = [model.get_submodule(name).register_forward_hook(catch(name)) for name in modules]
+    value = batch.alone(model, n)
+    for handle in handles:
+        handle.remove()
+    output_gradients = torch.autograd.grad(value, [output for _, output in caught.values()])
+    found = {}
+    for (name, (a, _)), g in zip(caught.items(), output_gradients, strict=True):
+        module, a = model.get_submodule(name), a.detach()
+        trained = [p for p in module.parameters(recurse=False) if id(p) in names]
+        ones = a[..., 0].numel() if any(p is getattr(module, "bias", None) for p in trained) else 0
+        gradients = torch.autograd.grad(module(a), trained, g)
+        found[name] = Use(
+            math.sqrt(float(a.double().square().sum()) + ones),
+            float(g.norm()),
+            {names[id(p)]: gradient.flatten() for p, gradient in zip(trained, gradients, strict=True)},
+        )
+    return found
+
+
+def total(parts: Sequence[Gradients]) -> Gradients:
+    """The sums over micro-batches, by parameter."""
+    return {name: torch.stack([part[name] for part in parts]).sum(dim=0) for name in parts[0]}
 
 
 def mean_weights(stores: Mapping[str, ReplayStore], place: int, ones: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ WORDS = 40
 
 
 def cell(mode: Mode, kind: Kind) -> str:
-    """What became of a mode in one kind of model, with either policy."""
+    """What became of a mode in one kind of model, with each of the policies."""
     words, errors = "", []
     for sharing in SHARINGS:
         with tempfile.TemporaryDirectory() as folder:
@@ -55,9 +55,9 @@ def write(modes: Iterable[Mode], path: Path) -> None:
         "",
         "What the optimizer finds in `p.grad`, preconditioned layers and others, step by step, against the dense",
         "float64 oracle (`tests/reference.py`: per-sample gradients of a float64 copy of the model, weights by a",
-        "dense solve): the largest relative error of any layer in any step of two runs, one that computes",
-        'coefficients in every step (`sharing="never"`) and one that replays those of the first epoch',
-        f'(`sharing="replay"`), at damping {DAMPING}.',
+        "dense solve): the largest relative error of any layer in any step of three runs, one that computes",
+        'coefficients in every step (`sharing="never"`), one that replays those of the first epoch',
+        f'(`sharing="replay"`), at damping {DAMPING}, and one of the default (`sharing="clipped"`).',
         "The rows of several processes: float64 parameters after 12 steps, against those of one process that",
         "accumulates the micro-batches of all (the same training, `hf_fngd/exchange.py`); all processes agree bit for",
         "bit.",
