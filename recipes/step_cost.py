@@ -76,8 +76,8 @@ def engine(sharing: str, computes: bool, model: nn.Module) -> Step:
     return optimizer.step
 
 
-def fngd(update: str, sharing: str, refresh: int, model: nn.Module, weigh_rest: bool = True) -> Step:
-    """The whole optimizer behind its first phase; in shared steps alone where refresh is 0."""
+def fngd(update: str, sharing: str, refresh: int | None, model: nn.Module, weigh_rest: bool = True) -> Step:
+    """The whole optimizer behind its first phase; in shared steps alone where refresh is 0, or None by default."""
     arguments: dict[str, Any] = {"update": update, "sharing": sharing, "refresh": refresh, "weigh_rest": weigh_rest}
     return FNGD(model, lr=1e-5, coefficient_steps=1, **arguments).step
 
@@ -102,8 +102,8 @@ ARMS: dict[str, Callable[[nn.Module], Step]] = {
     "FNGD muon, ranked, refresh 50, plain rest": partial(fngd, "muon", "ranked", 50, weigh_rest=False),
     "FNGD adam, ranked, refresh 10": partial(fngd, "adam", "ranked", 10),
     "FNGD adam, ranked, refresh 50": partial(fngd, "adam", "ranked", 50),
-    "FNGD muon, clipped (the default)": partial(fngd, "muon", "clipped", 50),
-    "FNGD adam, clipped": partial(fngd, "adam", "clipped", 50),
+    "FNGD muon, clipped (the default)": partial(fngd, "muon", "clipped", None),
+    "FNGD adam, clipped": partial(fngd, "adam", "clipped", None),
     "FNGD adam, sketched (preset robust)": partial(fngd, "adam", "sketched", 0),
     "FNGD adam, every step (NGD)": partial(fngd, "adam", "never", 0),
     "Muon": partial(baseline, "muon"),
@@ -126,6 +126,7 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=16, help="tokens of source and target")
     parser.add_argument("--rounds", type=int, default=100)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS), metavar="ARM", help="beside SGD-m")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
@@ -137,7 +138,8 @@ def main() -> None:
         name: torch.randint(2, options.vocab_size, shape, device=options.device) for name in ("input_ids", "labels")
     }
     runs: dict[str, Step] = {}
-    for name, arm in ARMS.items():
+    for name in dict.fromkeys(["SGD-m", *options.arms]):
+        arm = ARMS[name]
         model = copy.deepcopy(first).train()
         runs[name] = partial(full_step, model, arm(model), batch)
     for run in runs.values():  # the first step of a shared arm is its coefficient step
