@@ -32,7 +32,7 @@ class Ratios:
 
     def load(self, averages: Tensor | None) -> None:
         """Go on from the running means of a state."""
-        self.averages = averages
+        self.averages, self.weights = averages, ()
         self.rho, self.spread = torch.full_like(self.rho, torch.nan), torch.ones_like(self.spread)
         self.update([])
 
