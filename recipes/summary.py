@@ -49,6 +49,9 @@ STYLES = {
     "adamw, gce": ("tab:green", "-"),
     "soap": ("tab:green", "-"),
     "muon": ("tab:orange", "-"),
+    "muon, momentum 0.9": ("tab:orange", "--"),
+    "muon, clipped outputs": ("tab:orange", "--"),
+    "adamw, clipped outputs": ("tab:blue", "-."),
     "fngd": ("tab:red", "-"),
     "fngd, w = 1": ("tab:red", ":"),
     "fngd, ranked": ("tab:red", "--"),
@@ -83,7 +86,7 @@ PANELS = (
         "multi30k",
         "An outlier in every batch (translation)",
         *BLEU,
-        ("adamw", "adamw, bounded loss", "muon", "fngd", "fngd, ranked"),
+        ("adamw", "adamw, bounded loss", "muon", "muon, clipped outputs", "fngd", "fngd, ranked"),
     ),
     Panel(
         "label_noise_mlp",
@@ -103,7 +106,7 @@ PANELS = (
         "multi30k",
         "Multi30K, two epochs (Transformer)",
         *BLEU,
-        ("adamw", "soap", "muon", "fngd, w = 1", "fngd", "fngd, ranked"),
+        ("adamw", "soap", "muon", "muon, momentum 0.9", "fngd, w = 1", "fngd", "fngd, ranked"),
     ),
 )
 
