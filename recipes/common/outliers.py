@@ -72,6 +72,6 @@ def bound(losses: Tensor, limit: float) -> Tensor:
 
 
 def clip_samples(g: Tensor) -> Tensor:
-    """Return gradients `[N, ...]` of which each sample's norm is brought down to the mean, up to a common factor."""
+    """Return gradients `[N, ...]` of which each sample's norm is brought down to the mean."""
     w = clip(torch.linalg.vector_norm(g.flatten(1), dim=1))
     return g * w.view(-1, *[1] * (g.dim() - 1))

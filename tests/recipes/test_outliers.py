@@ -44,7 +44,6 @@ def test_output_gradients_are_clipped_at_their_mean_norm() -> None:
         gradients.append(leaf.grad)
     plain, clipped, of_larger_losses = gradients
     norms = plain.flatten(1).norm(dim=1)
-    expected = norms.clamp(max=norms.mean()) / (norms.mean() / norms).clamp(max=1).mean()
-    torch.testing.assert_close(clipped.flatten(1).norm(dim=1), expected)
+    torch.testing.assert_close(clipped.flatten(1).norm(dim=1), norms.clamp(max=norms.mean()))
     torch.testing.assert_close(clipped / clipped.norm(dim=2, keepdim=True), plain / plain.norm(dim=2, keepdim=True))
     torch.testing.assert_close(of_larger_losses, 100 * clipped)  # a weight knows no scale
