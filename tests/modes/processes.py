@@ -19,7 +19,11 @@ from tests.modes.registry import Run, mode
 from tests.test_environment import STATES
 
 # Settings of tests.distributed.checks that stand for a policy.
-SETTINGS = {"never": "never, momentum, ngd", "replay": "replay, momentum, rms"}
+SETTINGS = {
+    "never": "never, momentum, ngd",
+    "replay": "replay, momentum, rms",
+    "clipped": "clipped, adam, weigh_rest",
+}
 
 
 @functools.cache
