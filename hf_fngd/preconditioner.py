@@ -13,7 +13,7 @@ from torch.utils.hooks import RemovableHandle
 
 from hf_fngd.arguments import validate
 from hf_fngd.attach import refuse_attached
-from hf_fngd.backward import AMBIGUOUS, LayerSlot, MicroBatch, in_backward
+from hf_fngd.backward import LayerSlot, MicroBatch, in_backward
 from hf_fngd.coverage import Coverage, CoverageReport
 from hf_fngd.environment import rank_and_world, refuse_environment
 from hf_fngd.exchange import Exchange, Measurement
@@ -301,7 +301,7 @@ class FNGDPreconditioner:
             "place": self._window.place,
             "averages": self._ratios.averages,
             "layers": {slot.name: [slot.batch_first, slot.repeated] for slot in self.slots},
-            "rest": {slot.name: [slot.batch_first, "; ".join(slot.reasons)] for slot in self.rest},
+            "rest": {slot.name: slot.state() for slot in self.rest},
             "sharing": self.policy.name,
             "policy": self.policy.state_dict(),
         }
@@ -329,9 +329,4 @@ class FNGDPreconditioner:
         for slot in self.slots:
             slot.batch_first, slot.repeated = state_dict["layers"][slot.name]
         for one in self.rest:
-            one.batch_first, reasons = rest[one.name]
-            for reason in filter(None, reasons.split("; ")):
-                if reason != AMBIGUOUS:
-                    one.fallbacks.add(reason)
-                elif one.batch_first is None:
-                    one.ambiguous.add(one.place)
+            one.load_state(rest[one.name])

@@ -56,6 +56,19 @@ class RestSlot:
         """Why the weight is plain, sorted; nothing where it is weighed."""
         return sorted({*self.fallbacks, *([AMBIGUOUS] if self.ambiguous else [])})
 
+    def state(self) -> list[Any]:
+        """What a checkpoint keeps of the module: `batch_first`, and the reasons in one string."""
+        own = [AMBIGUOUS] if self.place in self.ambiguous else []
+        return [self.batch_first, "; ".join(sorted([*self.fallbacks, *own]))]
+
+    def load_state(self, state: Sequence[Any]) -> None:
+        """The inverse of `state`."""
+        self.batch_first, joined = state
+        reasons = set(filter(None, joined.split("; ")))
+        if AMBIGUOUS in reasons:
+            self.ambiguous.add(self.place)
+        self.fallbacks.update(reasons - {AMBIGUOUS})
+
     def weights(self, g: Tensor, batch: MicroBatch) -> Tensor | None:
         """The weights ``[N]`` of a micro-batch's samples; None for ones, as long as the policy has none.
 

@@ -10,8 +10,9 @@ from torch._dynamo.utils import counters
 from transformers import TrainingArguments
 
 from hf_fngd import FNGD
-from tests.modes.harness import BATCH, SAMPLES, Record, compare, optimizer_arguments, train
+from tests.modes.harness import BATCH, SAMPLES, Record, optimizer_arguments, train
 from tests.modes.nets import Kind
+from tests.modes.oracle import compare
 from tests.modes.registry import checked, mode
 
 

@@ -16,8 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tests.modes.harness import Record, compare
+from tests.modes.harness import Record
 from tests.modes.nets import Kind
+from tests.modes.oracle import compare
 
 # "never" computes coefficients in every step, "replay" uses the first epoch's in all later ones, "clipped" has none.
 SHARINGS = ("never", "replay", "clipped")

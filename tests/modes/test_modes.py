@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from tests.modes import MODES, table
-from tests.modes.harness import Record, compare, train
+from tests.modes.harness import Record, train
 from tests.modes.nets import KINDS, LINEAR, Kind
+from tests.modes.oracle import compare
 from tests.modes.registry import SHARINGS, Mode
 
 HERE = [mode for mode in MODES.values() if mode.tested_in is None]

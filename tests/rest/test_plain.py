@@ -165,6 +165,10 @@ def test_a_table_waits_for_the_last_of_its_uses() -> None:
         x = batch(samples, seed=2)
         losses(net, x).mean().backward()
         assert (TABLE in preconditioner.coverage().weighed) == weighed
+        resumed = attach(model(cls=Twice), "clipped")
+        resumed.load_state_dict(preconditioner.state_dict())
+        assert [slot.reasons for slot in resumed.rest] == [slot.reasons for slot in preconditioner.rest]
+        assert [slot.batch_first for slot in resumed.rest] == [slot.batch_first for slot in preconditioner.rest]
         if not weighed:
             check(gradients(net), weighted(net, x), TABLE)
         preconditioner.step()
