@@ -60,9 +60,8 @@ class FNGD(torch.optim.Optimizer):
             ``"rms"``: ``sqrt(size) / sqrt(rho mean(||p||^2))``, so that lr is the root mean square of an update
             at rho = 1, whatever the layer's width and the damping. ``"ngd"``: the paper's ``1/lambda'`` (at other
             weights than those of Eq. 9 a bound of it), within a trust region: no layer's update has a root mean square
-            above lr. Both before momentum, which makes
-            ``1 / (1 - momentum)`` of it where gradients agree. "ngd" measures ``||p||`` on ``p.grad`` and so wants
-            gradients that are not clipped (Trainer: ``max_grad_norm=0``).
+            above lr. Both before momentum, which makes ``1 / (1 - momentum)`` of it where gradients agree. "ngd"
+            measures ``||p||`` on ``p.grad`` and so wants gradients that are not clipped (Trainer: ``max_grad_norm=0``).
         update: rule of the preconditioned layers, ``"momentum" | "adam" | "muon"``.
         fallback: rule of all other parameters, ``"adamw"`` or ``"sgd"`` (the paper's plain gradient).
         fallback_lr: its learning rate; None: lr.

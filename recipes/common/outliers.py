@@ -68,7 +68,8 @@ def scale_outliers(losses: Tensor, outliers: int, scale: float) -> Tensor:
 def bound(losses: Tensor, limit: float) -> Tensor:
     """Scale the losses `[N]` that are above `limit` times the median down to it, and their gradients with them."""
     value = losses.detach()
-    return losses * (limit * value.median() / value).clamp(max=1)
+    tiny = torch.finfo(value.dtype).tiny  # a cross entropy of 0 may be -0
+    return losses * (limit * value.median() / value.clamp(min=tiny)).clamp(max=1)
 
 
 def clip_samples(g: Tensor) -> Tensor:

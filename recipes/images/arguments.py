@@ -38,6 +38,9 @@ class DataArguments:
     )
     noise_kind: str | None = option(None, "Name of the matrix in the file of --noise_rates.")
     noise_seed: int | None = option(None, "Seed of the wrong labels. Default: --seed.")
+    unscaled: float = option(
+        0.0, "Share of the training images whose pixels are left in 0 to 255 where the others' are in 0 to 1."
+    )
     folds: int = option(
         0,
         "Afterwards, train so many models more, each without one part of the training images, and report how well the "
@@ -71,6 +74,8 @@ class DataArguments:
             self.label_noise = LABEL_NOISE
         if self.label_noise is not None and not 0 <= self.label_noise <= 1:
             raise ValueError(f"label_noise is {self.label_noise}; it must lie in [0, 1].")
+        if not 0 <= self.unscaled <= 1:
+            raise ValueError(f"unscaled is {self.unscaled}; it must lie in [0, 1].")
 
 
 @dataclass

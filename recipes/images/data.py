@@ -114,9 +114,11 @@ def load(arguments: DataArguments, seed: int) -> Splits:
         rates = uniform_rates(classes, arguments.label_noise)
     else:
         rates = read_rates(arguments.noise_rates, arguments.noise_kind, names, classes)
-    noisy = corrupt(labels, rates, seed if arguments.noise_seed is None else arguments.noise_seed)
+    noise_seed = seed if arguments.noise_seed is None else arguments.noise_seed
+    noisy = corrupt(labels, rates, noise_seed)
     mean = pixels[:size].mean(dim=(0, 2, 3), keepdim=True)
     deviation = pixels[:size].std(dim=(0, 2, 3), keepdim=True).clamp(min=1e-6)
+    pixels = torch.cat([leave_unscaled(pixels[:size], arguments.unscaled, noise_seed), pixels[size:]])
     pixels, test_pixels = (pixels - mean) / deviation, (test_pixels - mean) / deviation
     index = torch.arange(size)
     return Splits(
@@ -126,6 +128,12 @@ def load(arguments: DataArguments, seed: int) -> Splits:
         true_labels=labels[:size],
         classes=classes,
     )
+
+
+def leave_unscaled(pixels: Tensor, share: float, seed: int) -> Tensor:
+    """Return images `[n, 3, S, S]` of which a share, drawn by the seed, is in 0 to 255, as it was before scaling."""
+    hit = torch.rand(len(pixels), generator=torch.Generator().manual_seed(seed)) < share
+    return torch.where(hit.view(-1, 1, 1, 1), 255 * pixels, pixels)
 
 
 def _first(split: Dataset, limit: int | None) -> Dataset:

@@ -35,6 +35,7 @@ def test_rates_replace_the_share(tmp_path):
     ("argv", "message"),
     [
         (["--label_noise=1.5"], r"label_noise is 1.5; it must lie in \[0, 1\]"),
+        (["--unscaled=-0.1"], r"unscaled is -0.1; it must lie in \[0, 1\]"),
         (["--noise_kind=worse"], "--noise_rates .* together"),
         (["--noise_rates=nowhere.json", "--noise_kind=worse"], "'nowhere.json' is no file"),
         (["--max_train_samples=1000"], "leaves nothing to train on behind validation_samples=1000"),

@@ -118,6 +118,18 @@ def test_splits_are_standardized_and_noisy_where_they_should_be():
     assert torch.equal(test["labels"], generate(50, 8, seed=1)[1])
 
 
+def test_some_training_images_are_left_unscaled():
+    sizes = {"max_train_samples": 600, "validation_samples": 200, "max_test_samples": 50, "image_size": 8}
+    plain, some = (load(DataArguments(**sizes, unscaled=share), 3) for share in (0, 0.1))
+    for split in ("validation", "test"):  # and by the same mean and deviation
+        assert torch.equal(*(getattr(splits, split).columns["pixel_values"] for splits in (plain, some)))
+    pixels, others = (splits.train.columns["pixel_values"] for splits in (plain, some))
+    hit = (pixels != others).flatten(1).any(dim=1)
+    assert 0.05 < hit.double().mean() < 0.15
+    # Up to the mean that is subtracted, 255 times what they were.
+    torch.testing.assert_close(others[hit].diff(dim=3), 255 * pixels[hit].diff(dim=3), rtol=1e-3, atol=1e-2)
+
+
 def test_the_noise_has_a_seed_of_its_own():
     sizes = {"max_train_samples": 300, "validation_samples": 100, "max_test_samples": 10, "image_size": 8}
     given = [load(DataArguments(**sizes, noise_seed=5), seed).train.columns["labels"] for seed in (0, 1)]

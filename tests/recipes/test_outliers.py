@@ -17,6 +17,11 @@ def test_a_bound_shrinks_what_is_above_it_alone() -> None:
     torch.testing.assert_close(losses.grad, torch.tensor([1.0, 1.0, 1.0, 0.1, 1.0]))
 
 
+def test_a_bound_bears_losses_of_either_0() -> None:
+    losses = torch.tensor([0.0, -0.0, 1.0, 1.0, 5.0])
+    torch.testing.assert_close(bound(losses, 2), torch.tensor([0.0, 0.0, 1.0, 1.0, 2.0]))
+
+
 def test_a_bound_takes_back_what_the_outliers_were_multiplied_by() -> None:
     losses = torch.full((8,), 3.0)
     torch.testing.assert_close(OutlierArguments(outliers=2, loss_bound=1).distort(losses), losses)
