@@ -27,7 +27,7 @@ $(READY): pyproject.toml constraints.txt
 # Two settings of glibc's allocator: without them it gives the memory of the logits back after every step and has
 # to ask for it again, a quarter of a step's time on a CPU.
 translate: setup
-	MALLOC_MMAP_THRESHOLD_=1000000000 MALLOC_TRIM_THRESHOLD_=4000000000 $(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
+	MALLOC_MMAP_THRESHOLD_=1000000000 MALLOC_TRIM_THRESHOLD_=4000000000 $(BIN)/accelerate launch --num_processes 1 --num_machines 1 --gpu_ids 0 --mixed_precision no --dynamo_backend no \
 		recipes/translate.py --config recipes/configs/quickstart.yaml
 
 test: setup

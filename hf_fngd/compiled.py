@@ -10,6 +10,7 @@ used outside of its layer's forward as well is not found out.
 
 from __future__ import annotations
 
+import inspect
 import itertools
 import weakref
 from typing import Any, Protocol
@@ -32,6 +33,12 @@ class Engine(Protocol):
         """A training forward pass begins."""
 
 
+# In a CUDA graph the operators would not run again, and would read the weights of the step that was captured.
+_TAGS: dict[str, Any] = (
+    {"tags": (torch.Tag.cudagraph_unsafe,)}
+    if hasattr(torch.Tag, "cudagraph_unsafe") and "tags" in inspect.signature(library.custom_op).parameters
+    else {}  # of versions that capture nothing which takes a tensor on the CPU, as the micro-batch's number is
+)
 _engines: weakref.WeakValueDictionary[int, Engine] = weakref.WeakValueDictionary()
 _numbers = itertools.count()
 # Kept alive by their engine until the optimizer's step.
@@ -52,7 +59,7 @@ def number(batch: MicroBatch) -> Tensor:
     return torch.tensor(found)
 
 
-@library.custom_op("hf_fngd::begin", mutates_args=())
+@library.custom_op("hf_fngd::begin", mutates_args=(), **_TAGS)
 def begin(sample: Tensor, index: Tensor | None, engine: int) -> Tensor:
     """Begin a forward pass with a batch as large as ``sample``; returns its `number`."""
     return number(_engines[engine].begin(sample.shape[0], index))
@@ -63,7 +70,7 @@ def _(sample: Tensor, index: Tensor | None, engine: int) -> Tensor:
     return torch.empty((), dtype=torch.int64, device="cpu")
 
 
-@library.custom_op("hf_fngd::gradients", mutates_args=())
+@library.custom_op("hf_fngd::gradients", mutates_args=(), **_TAGS)
 def gradients(
     x: Tensor, g: Tensor, weight: Tensor, batch: Tensor, layer: int, engine: int, has_bias: bool
 ) -> tuple[Tensor, Tensor]:
@@ -133,7 +140,7 @@ class CompiledFunction(torch.autograd.Function):
         )
 
 
-@library.custom_op("hf_fngd::weigh", mutates_args=())
+@library.custom_op("hf_fngd::weigh", mutates_args=(), **_TAGS)
 def weigh(g: Tensor, batch: Tensor, place: int, engine: int) -> Tensor:
     """`RestCall.weigh` of an embedding."""
     call = _call(batch, place, engine)

@@ -67,11 +67,16 @@ class Exchange:
         """
         while True:
             received = self._all_gather(self._pack(own, like))
-            rows, width = (int(count) for count in received[:, :_COUNTS].amax(dim=0))
+            counts = received[:, :_COUNTS].tolist()
+            rows, width = (int(max(column)) for column in zip(*counts, strict=True))
             if rows <= self._rows and width <= self._width:
                 break
             self._rows, self._width = max(rows, self._rows), max(width, self._width)
-        measurements = [m for message in received for m in self._unpack(message, like)]
+        measurements = [
+            m
+            for message, (rows, _) in zip(received, counts, strict=True)
+            for m in self._unpack(message, int(rows), like)
+        ]
         return sorted(measurements, key=lambda m: m.info.place)
 
     def _pack(self, own: Sequence[Measurement], like: Tensor) -> Tensor:
@@ -92,11 +97,12 @@ class Exchange:
                 table[layers, :n] = m.info.index
         return message
 
-    def _unpack(self, message: Tensor, like: Tensor) -> list[Measurement]:
+    def _unpack(self, message: Tensor, rows: int, like: Tensor) -> list[Measurement]:
         layers = len(like)
         measurements = []
-        for row in self._measurements(message, layers)[: int(message[0])]:
-            n, place, has_index = (int(number) for number in row[:_HEADER])
+        filled = self._measurements(message, layers)[:rows]
+        for row, header in zip(filled, filled[:, :_HEADER].tolist(), strict=True):  # waits for the device once
+            n, place, has_index = (int(number) for number in header)
             table = row[_HEADER + layers :].view(layers + 1, self._width)[:, :n]
             index = table[layers].long() if has_index else None
             rho = row[_HEADER : _HEADER + layers].to(like.dtype)

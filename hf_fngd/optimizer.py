@@ -14,6 +14,7 @@ from hf_fngd.arguments import validate
 from hf_fngd.coefficients import damping_from_gradient
 from hf_fngd.coverage import CoverageReport
 from hf_fngd.groups import parameter_groups
+from hf_fngd.persample import accumulation_dtype
 from hf_fngd.phase import schedule
 from hf_fngd.preconditioner import FNGDPreconditioner
 from hf_fngd.rules import FALLBACK_RULES, RULES, Settings
@@ -237,9 +238,9 @@ class FNGD(torch.optim.Optimizer):
         params: list[Tensor] = [group["params"][place] for place in live]
         grads: list[Tensor] = [local(p.grad) for p in params if p.grad is not None]
         if scales is not None and group["layers"]:
-            factors = scales.to(grads[0].device).unbind()
+            factors = scales.unbind()
             of_layer = [factors[group["layers"][place]] for place in live]
-            grads = [g * factor.to(g.dtype) for g, factor in zip(grads, of_layer, strict=True)]
+            grads = [_scaled(g, factor) for g, factor in zip(grads, of_layer, strict=True)]
         states = [self.state[p] for p in params]
         for state, p in zip(states, params, strict=True):
             if not state:
@@ -394,3 +395,9 @@ class FNGD(torch.optim.Optimizer):
                             f"the checkpoint's {entry} of {name} has the shape {tuple(value.shape)}, the parameter has "
                             f"{tuple(p.shape)}: resume with the model that the checkpoint was made with"
                         )
+
+
+def _scaled(g: Tensor, factor: Tensor) -> Tensor:
+    """A gradient times a factor that half precision may not hold."""
+    dtype = accumulation_dtype(g.dtype)
+    return (g.to(dtype) * factor.to(g.device, dtype)).to(g.dtype)

@@ -204,8 +204,20 @@ class FNGDPreconditioner:
         self._window.place = 0
 
     def follow(self, optimizer: torch.optim.Optimizer) -> None:
-        """Call `step` after every step of an optimizer, until `detach`."""
-        self._hooks.append(optimizer.register_step_post_hook(lambda *_: self.step()))
+        """Call `step` after every step of an optimizer, until `detach`.
+
+        A fused optimizer is also called by a loss scaler that has found an overflow, and then leaves the parameters as
+        they are: that is a `skip`.
+        """
+
+        def close(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+            overflowed = getattr(optimizer, "found_inf", None)  # torch's GradScaler sets it for the step
+            if overflowed is not None and bool(overflowed):
+                self.skip()
+            else:
+                self.step()
+
+        self._hooks.append(optimizer.register_step_post_hook(close))
 
     def detach(self) -> None:
         """Restore the model: afterwards it is the model that it was before attaching."""

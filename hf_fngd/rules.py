@@ -7,6 +7,7 @@ decay (Loshchilov & Hutter 2019): ``p <- p (1 - lr weight_decay)``. ``lr`` is in
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -24,6 +25,8 @@ _NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 _NEWTON_SCHULZ_STEPS = 5
 # Root mean square of an orthogonalized update, that of a typical AdamW step (Liu et al. 2025, Sec. 2.2).
 _MUON_RMS = 0.2
+# The most that the matrices take which are orthogonalized together: beyond, larger products are no faster.
+_MUON_BYTES = 2**28
 # Devices for which torch has fused kernels of Adam in all versions that this package runs with.
 _FUSED = ("cpu", "cuda")
 
@@ -80,8 +83,7 @@ def adam_update(
 ) -> None:
     """Adam (Kingma & Ba 2015) with decoupled weight decay, torch's; ``momentum`` is its beta1."""
     means, squares = state
-    done = torch.tensor([step - 1.0 for step in steps])  # torch counts this one itself
-    counts = {device: done.to(device).unbind() for device in {p.device for p in params}}
+    counts = {device: _counts(steps, device) for device in {p.device for p in params}}
     adamw(
         params,
         grads,
@@ -110,31 +112,36 @@ def muon_update(
 ) -> None:
     """Orthogonalized Nesterov momentum (Muon, Jordan et al. 2024), scaled to a root mean square of 0.2 lr.
 
-    The scale lets one learning rate serve matrices of any shape and AdamW on the parameters beside them. Under FSDP2
-    every process gathers the matrices, one at a time, and orthogonalizes all of them.
+    The scale lets one learning rate serve matrices of any shape and AdamW on the parameters beside them. Matrices of
+    equal shapes are orthogonalized together, as many as `_MUON_BYTES` hold; under FSDP2 every process gathers these,
+    and orthogonalizes all of them.
     """
     (buffers,) = state
     torch._foreach_lerp_(buffers, grads, 1 - settings.momentum)
-    parts = torch._foreach_lerp(grads, buffers, settings.momentum)
-    directions = [whole(d, p) for d, p in zip(parts, sharded, strict=True)]
     _decay(params, settings)
-    kinds = [(d.shape, d.dtype, d.device) for d in directions]
-    for kind in dict.fromkeys(kinds):
-        members = [place for place, own in enumerate(kinds) if own == kind]
-        updates = orthogonalize(torch.stack([directions[place] for place in members])).to(kind[1])
-        torch._foreach_add_(
-            [params[place] for place in members],
-            [part(u, sharded[place]) for u, place in zip(updates.unbind(), members, strict=True)],
-            alpha=-settings.lr * _MUON_RMS * max(kind[0]) ** 0.5,
-        )
+    kinds = [(p.shape, d.dtype, d.device) for p, d in zip(sharded, grads, strict=True)]
+    for shape, dtype, device in dict.fromkeys(kinds):
+        alike = [place for place, own in enumerate(kinds) if own == (shape, dtype, device)]
+        working = _working_dtype(dtype, device)
+        some = max(1, _MUON_BYTES // (shape.numel() * working.itemsize))
+        for members in (alike[start : start + some] for start in range(0, len(alike), some)):
+            parts = torch._foreach_lerp([grads[m] for m in members], [buffers[m] for m in members], settings.momentum)
+            directions = [whole(d.to(working), sharded[m]) for d, m in zip(parts, members, strict=True)]
+            updates = orthogonalize(torch.stack(directions)).to(dtype)
+            torch._foreach_add_(
+                [params[m] for m in members],
+                [part(u, sharded[m]).to(device) for u, m in zip(updates.unbind(), members, strict=True)],
+                alpha=-settings.lr * _MUON_RMS * max(shape) ** 0.5,
+            )
 
 
 def orthogonalize(matrices: Tensor) -> Tensor:
     """Bring the singular values of each matrix ``[B, rows, columns]`` near 1 by Newton-Schulz iterations.
 
-    Runs in bfloat16 on CUDA, where it is enough and fastest, and in float32 or float64 elsewhere.
+    Runs in bfloat16 where a CUDA device has units for it, which is enough and fastest, and in float32 or float64
+    elsewhere.
     """
-    x = matrices.bfloat16() if matrices.is_cuda else matrices.to(torch.promote_types(matrices.dtype, torch.float32))
+    x = matrices.to(_working_dtype(matrices.dtype, matrices.device))
     tall = x.shape[-2] > x.shape[-1]
     if tall:
         x = x.mT
@@ -148,6 +155,24 @@ def orthogonalize(matrices: Tensor) -> Tensor:
         polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
         x = torch.baddbmm(x, polynomial, x, beta=a)
     return x.mT if tall else x
+
+
+def _working_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    if dtype != torch.float64 and device.type == "cuda" and _has_bfloat16(device):
+        return torch.bfloat16
+    return torch.promote_types(dtype, torch.float32)
+
+
+@functools.cache
+def _has_bfloat16(device: torch.device) -> bool:
+    return torch.cuda.get_device_capability(device) >= (8, 0)  # emulated before
+
+
+def _counts(steps: Sequence[int], device: torch.device) -> Sequence[Tensor]:
+    """Counters for torch's Adam, which counts this update itself; without a copy from the host where they agree."""
+    if len(set(steps)) == 1:
+        return torch.full((len(steps),), steps[0] - 1.0, device=device).unbind()
+    return torch.tensor([step - 1.0 for step in steps]).to(device).unbind()
 
 
 def _decay(params: Tensors, settings: Settings) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -44,7 +45,7 @@ def replicas(x: Tensor) -> int:
     """How many processes hold each entry of a sharded tensor."""
     assert isinstance(x, DTensor)
     sizes = [x.device_mesh.size(i) for i, placement in enumerate(x.placements) if placement.is_replicate()]
-    return int(torch.tensor(sizes).prod())
+    return math.prod(sizes)
 
 
 def sum_over_parts(totals: Tensor, params: Sequence[Tensor]) -> Tensor:

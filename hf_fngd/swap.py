@@ -41,7 +41,8 @@ def swap_forward(
         raise RuntimeError(
             f"the forward of this {type(module).__name__} was replaced on the instance (Accelerate does so when it "
             "prepares a model for mixed precision or spreads it over devices), which would pass FNGD by: build FNGD "
-            "before the model is prepared, as in Trainer(optimizers=(FNGD(model), scheduler))"
+            "before the model is prepared, as in Trainer(optimizers=(FNGD(model), scheduler)), and load the model "
+            "without a device_map of several devices"
         )
     if attribute in module.__dict__:
         raise RuntimeError(
@@ -49,11 +50,14 @@ def swap_forward(
         )
     module.__dict__[attribute] = handler
     plain: Any = type(module)
+    if replaced is not None:
+        module.__dict__[attribute + _REPLACED] = module.__dict__.pop("forward")
+    if any(base.__dict__.get("_fngd_attribute") == attribute for base in plain.__mro__):
+        return  # a former subclass, which `restore_forward` could not take away, asks for the handler
     if replaced is None:
         module.__class__ = _subclass(plain, attribute)
     else:
         module.__class__ = _make_subclass(plain, attribute, _with_self(inspect.signature(replaced)))
-        module.__dict__[attribute + _REPLACED] = module.__dict__.pop("forward")
 
 
 def restore_forward(module: nn.Module, attribute: str) -> None:

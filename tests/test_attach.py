@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from transformers import BertConfig, BertForSequenceClassification, GPT2Config, GPT2LMHeadModel, PreTrainedModel
 
 from hf_fngd import FNGD, FNGDPreconditioner, detach
@@ -209,6 +210,18 @@ def test_restoring_leaves_a_class_that_changed_meanwhile() -> None:
     assert type(module) is sharded
     x = torch.ones(1, 2)
     assert torch.equal(module(x), F.linear(x, module.weight, module.bias))
+    swap_forward(module, "_handler", lambda module, own, x: own(x) + 1)  # once, though the former subclass is below
+    assert torch.equal(module(x), F.linear(x, module.weight, module.bias) + 1)
+
+
+def test_a_model_that_was_sharded_while_attached_can_be_attached_again() -> None:
+    model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
+    former = FNGDPreconditioner(model)
+    for layer in model:
+        layer.__class__ = type("FSDPLinear", (FSDPModule, type(layer)), {})  # as fully_shard does
+    former.detach()
+    model(torch.ones(5, 3)).sum().backward()
+    assert len(FNGDPreconditioner(model).layers) == 2
 
 
 # Another one on the model ----------------------------------------------------------------------------------

@@ -98,6 +98,11 @@ def test_every_kind_of_layer(layer_type: str, bias: str) -> None:
     assert not compare(net(layer_type=layer_type, bias=bias)).coverage().missed
 
 
+def test_the_operators_stay_out_of_cuda_graphs() -> None:
+    for operator in (torch.ops.hf_fngd.begin, torch.ops.hf_fngd.gradients, torch.ops.hf_fngd.weigh):
+        assert torch.Tag.cudagraph_unsafe in operator.default.tags
+
+
 def test_accumulation() -> None:
     assert compare(net(), accumulate=3, sharing="replay").preconditioner.policy.recorded == 18
 

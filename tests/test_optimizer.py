@@ -208,6 +208,20 @@ def test_zero_gradients_change_nothing(update: str) -> None:
         assert torch.equal(p, q)
 
 
+def test_factors_that_half_precision_does_not_hold_scale_small_gradients() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(256, 512), nn.Linear(512, 64)).half()
+    optimizer = FNGD(model, update="momentum", lr=1e-3)
+    before = [p.clone() for p in model.parameters()]
+    for _ in range(2):
+        (model(torch.randn(8, 256, dtype=torch.float16)).float().square().mean() * 1e-2).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    for p, q in zip(model.parameters(), before, strict=True):
+        assert p.isfinite().all()
+        assert (p != q).any()
+
+
 def test_a_step_that_no_backward_went_before_does_not_count() -> None:
     """As torch.distributed.checkpoint takes one, with zero gradients, to make the state exist."""
     models = [net(), net()]

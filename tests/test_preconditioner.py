@@ -159,6 +159,24 @@ def test_following_an_optimizer_closes_its_steps() -> None:
     assert not optimizer._optimizer_step_post_hooks
 
 
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_step_that_a_loss_scaler_skipped_does_not_count(fused: bool) -> None:
+    # A fused optimizer's own step is called even then.
+    model = net().float()
+    optimizer = torch.optim.AdamW(model.parameters(), fused=fused)
+    preconditioner = FNGDPreconditioner(model, sharing="replay", coefficient_steps=9)
+    preconditioner.follow(optimizer)
+    scaler, counted = torch.amp.GradScaler("cpu", init_scale=4.0), []
+    for factor in (1.0, float("inf"), float("inf"), 1.0):
+        x, y = data(4)
+        scaler.scale(factor * loss(model, x.float(), y)).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+        counted.append((preconditioner.phase.steps, preconditioner.state_dict()["place"]))
+    assert counted == [(1, 1), (1, 1), (1, 1), (2, 2)]
+
+
 def test_shared_steps_use_a_running_geometric_mean_of_the_ratio() -> None:
     model = net()
     preconditioner = FNGDPreconditioner(model, sharing="ranked", refresh=2, coefficient_steps=2)

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from hf_fngd import rules
 from hf_fngd.rules import FALLBACK_RULES, RULES, Settings, orthogonalize
 
 SHAPES = [(4, 6), (6, 4), (5,), (4, 6), (3, 3)]
@@ -135,6 +136,21 @@ def test_muon_is_nesterov_momentum_through_the_singular_values() -> None:
             direction = polynomial(0.9 * buffer + 0.1 * g)
             p.mul_(1 - 0.05 * 0.1).sub_(0.05 * 0.2 * max(p.shape) ** 0.5 * direction)
     assert_equal(ours("muon", MATRICES), params, rtol=1e-8, atol=1e-9)
+
+
+def test_muon_takes_as_many_matrices_together_as_the_memory_allows(monkeypatch: pytest.MonkeyPatch) -> None:
+    together: list[int] = []
+
+    def count(matrices: Tensor) -> Tensor:
+        together.append(len(matrices))
+        return orthogonalize(matrices)
+
+    expected = ours("muon", [(4, 6)] * 5)
+    monkeypatch.setattr(rules, "orthogonalize", count)
+    monkeypatch.setattr(rules, "_MUON_BYTES", 2 * 4 * 6 * 8)
+    for p, q in zip(ours("muon", [(4, 6)] * 5), expected, strict=True):
+        torch.testing.assert_close(p, q)
+    assert together == [2, 2, 1] * STEPS
 
 
 def test_muon_is_torchs_muon_up_to_its_bfloat16() -> None:

@@ -53,7 +53,8 @@ def kernel_for(module: nn.Module) -> LayerKernel | None:
     layer_type = type(module)
     if issubclass(layer_type, FSDPModule):  # a class that FSDP2 generated for a module that it sharded
         layer_type = layer_type.__mro__[layer_type.__mro__.index(FSDPModule) + 1]
-    return _KERNELS.get(layer_type)
+    # FSDP2's class may have been made of the subclass of a preconditioner that is gone.
+    return _KERNELS.get(getattr(layer_type, "_fngd_plain_class", layer_type))
 
 
 def known_layers() -> tuple[str, ...]:
