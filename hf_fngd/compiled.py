@@ -141,16 +141,17 @@ class CompiledFunction(torch.autograd.Function):
 
 
 @library.custom_op("hf_fngd::weigh", mutates_args=(), **_TAGS)
-def weigh(g: Tensor, batch: Tensor, place: int, engine: int) -> Tensor:
-    """`RestCall.weigh` of an embedding."""
+def weigh(g: Tensor, input_norms: Tensor | None, batch: Tensor, place: int, engine: int) -> Tensor:
+    """`RestCall.weigh` of an embedding or a convolution."""
     call = _call(batch, place, engine)
     assert isinstance(call, RestCall)
+    call.input_norms = input_norms
     weighed = call.weigh(g)
     return weighed.clone() if weighed is g else weighed
 
 
 @weigh.register_fake
-def _(g: Tensor, batch: Tensor, place: int, engine: int) -> Tensor:
+def _(g: Tensor, input_norms: Tensor | None, batch: Tensor, place: int, engine: int) -> Tensor:
     return torch.empty_like(g)
 
 
@@ -158,22 +159,32 @@ class CompiledWeighing(torch.autograd.Function):
     """`hf_fngd.rest.WeighedFunction`, made of tensors and numbers."""
 
     @staticmethod
-    def forward(ctx: Any, y: Tensor, batch: Tensor, place: int, engine: int) -> Tensor:
-        """The output of an embedding, as a tensor of its own, which a model may change in place."""
-        ctx.save_for_backward(batch)
+    def forward(ctx: Any, y: Tensor, input_norms: Tensor | None, batch: Tensor, place: int, engine: int) -> Tensor:
+        """The output, as a tensor of its own, which a model may change in place."""
+        ctx.save_for_backward(input_norms, batch)
         ctx.place, ctx.engine = place, engine
         return y.clone()
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-        """The gradient that the embedding sums up."""
-        (batch,) = ctx.saved_tensors
-        return torch.ops.hf_fngd.weigh(g, batch, ctx.place, ctx.engine), None, None, None
+        """The gradient that the module sums up."""
+        input_norms, batch = ctx.saved_tensors
+        return torch.ops.hf_fngd.weigh(g, input_norms, batch, ctx.place, ctx.engine), None, None, None, None
 
 
-def weigh_output(y: Tensor, place: int, batch: Tensor, engine: int) -> Tensor:
-    """Hand on the output of an embedding in a traced training forward pass; ``batch`` is what `begin` returned."""
-    return CompiledWeighing.apply(y, batch, place, engine)  # type: ignore[no-any-return, no-untyped-call]
+def weigh_output(y: Tensor, input_norms: Tensor | None, place: int, batch: Tensor, engine: int) -> Tensor:
+    """Hand on the output of an embedding or a convolution in a traced training forward pass.
+
+    Args:
+        y: the output.
+        input_norms: see `RestSlot.weights`.
+        place: the module's index, counted on from the layers.
+        batch: what `begin` returned.
+        engine: what `register` returned.
+    """
+    return CompiledWeighing.apply(  # type: ignore[no-any-return, no-untyped-call]
+        y, input_norms, batch, place, engine
+    )
 
 
 def call_layer(module: nn.Module, x: Tensor, kernel: LayerKernel, place: int, batch: Tensor, engine: int) -> Tensor:

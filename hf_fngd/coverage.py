@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from hf_fngd.backward import LayerSlot
-from hf_fngd.rest import RestSlot
+from hf_fngd.rest import INPUT_HAS_GRADIENT, RestSlot
 from hf_fngd.selection import Selected, Selection
 
 logger = logging.getLogger(__name__)
@@ -26,7 +26,7 @@ class CoverageReport:
         plain: name to reason, for those that get a plain gradient by their kind.
         missed: name to reason, for those of selected layers that could not be preconditioned in some or all
             steps so far.
-        weighed: names of the parameters of embeddings and tied heads whose samples are weighed.
+        weighed: names of the parameters of embeddings, first convolutions and tied heads whose samples are weighed.
     """
 
     preconditioned: tuple[str, ...]
@@ -80,8 +80,11 @@ class Coverage:
                 preconditioned += names
         plain, weighed = dict(self._selection.plain), list[str]()
         for rest in self._rest:
-            if rest.reasons:
-                plain.update(dict.fromkeys(_parameters(rest), "; ".join(rest.reasons)))
+            reasons = rest.reasons
+            if self._told and rest.convolves and not rest.reached:
+                reasons = [*reasons, INPUT_HAS_GRADIENT]
+            if reasons:
+                plain.update(dict.fromkeys(_parameters(rest), "; ".join(reasons)))
             else:
                 weighed += _parameters(rest)
         plain = {name: reason for name, reason in plain.items() if name not in weighed}

@@ -31,7 +31,7 @@ class Forwards:
         model: the module that is called with the batch.
         layers: the preconditioned layers.
         slots: what is known of each of them.
-        rest: the slots of the embeddings and tied heads.
+        rest: the slots of the embeddings, convolutions and tied heads.
         window: the micro-batches of the step under way.
         begin: what a training forward pass begins with; takes the number of samples N, and the dataset indices of the
             samples or None.
@@ -111,7 +111,9 @@ class Forwards:
             if slot.kernel is not None:
                 return compiled.call_layer(module, x, slot.kernel, slot.place, number, self._engine)
             y = own(*args, **kwargs)
-            return compiled.weigh_output(y, slot.place, number, self._engine) if isinstance(y, Tensor) else y
+            if not isinstance(y, Tensor) or not slot.takes(x):
+                return y
+            return compiled.weigh_output(y, slot.input_norms(x), slot.place, number, self._engine)
         batch, recomputes = self.batch, in_backward()
         if not (self._inside or recomputes):  # whose batch it is, nobody knows
             slot.fallbacks.add(USED_ELSEWHERE)
@@ -125,7 +127,7 @@ class Forwards:
         if slot.kernel is not None:
             return call_head(slot, x, batch)
         y = own(*args, **kwargs)
-        return weigh_output(y, slot, batch) if isinstance(y, Tensor) else y
+        return weigh_output(y, x, slot, batch) if isinstance(y, Tensor) and slot.takes(x) else y
 
     def _model_forward(self, module: nn.Module, own: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         index = kwargs.pop(INDEX_COLUMN, None)

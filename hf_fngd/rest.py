@@ -1,10 +1,11 @@
-"""Embeddings and tied heads, which have no Gram matrix of their own: their samples are weighed all the same.
+"""Embeddings, tied heads and first convolutions, which have no Gram matrix: their samples are weighed all the same.
 
 With ``weigh_rest`` they share the weights of the preconditioned layers, as the paper has the layers of a block share
 one Gram matrix (Fig. 3): a sample's weight there is the mean over the layers of those that the sharing policy keeps, so
 that a sample that is small in the layers is small here too. Where the norms of each batch tell the weights, those of
 the module's own output gradients do. A weight that several modules share (a head that is tied to an embedding) is
-weighed in all of its uses or in none. Norms stay plain.
+weighed in all of its uses or in none. A convolution is weighed where its input needs no gradient (that of pixels or
+sound), which the weights would change. Norms stay plain.
 """
 
 from __future__ import annotations
@@ -21,25 +22,27 @@ from torch.autograd.function import once_differentiable
 from hf_fngd.backward import AMBIGUOUS, USED_ELSEWHERE, MicroBatch, PreconditionedFunction, layout, operands
 from hf_fngd.layers import LayerKernel
 from hf_fngd.persample import accumulation_dtype, weighted_bias_sum
-from hf_fngd.selection import SelectedRest
+from hf_fngd.selection import SelectedRest, is_convolution
 from hf_fngd.sharing import SharingPolicy
 
 A_TABLE = "its output has two dimensions, as that of a table of positions has"
+INPUT_HAS_GRADIENT = "its input needs a gradient, which weights would change"
 
 
 @dataclass(eq=False)
 class RestSlot:
-    """An embedding, or a Linear or Conv1D whose weight is tied.
+    """An embedding, a convolution, or a Linear or Conv1D whose weight is tied.
 
     Attributes:
         place: index among these, counted on from the preconditioned layers.
         name: the module's name in the model.
         module: the module.
-        kernel: the conversions of a Linear or Conv1D, None for an embedding.
+        kernel: the conversions of a Linear or Conv1D, None for an embedding or a convolution.
         policy: the model's sharing policy.
         fallbacks: the reasons for which the weight is plain for good, whichever of its uses they are about.
         ambiguous: the places of those of its uses that wait for a batch to tell which dimension is the batch's.
         batch_first: whether the first dimension of its output is the batch; None as long as no output told.
+        reached: whether a gradient of its output was to be weighed.
     """
 
     place: int
@@ -50,11 +53,30 @@ class RestSlot:
     fallbacks: set[str]
     ambiguous: set[int]
     batch_first: bool | None = None
+    reached: bool = False
 
     @property
     def reasons(self) -> list[str]:
         """Why the weight is plain, sorted; nothing where it is weighed."""
         return sorted({*self.fallbacks, *([AMBIGUOUS] if self.ambiguous else [])})
+
+    @property
+    def convolves(self) -> bool:
+        """Whether the module is a convolution."""
+        return self.kernel is None and not isinstance(self.module, nn.Embedding)
+
+    def takes(self, x: Tensor) -> bool:
+        """Whether the samples can be weighed in the gradient of the output that belongs to an input."""
+        weight = self.module.weight
+        assert isinstance(weight, Tensor)
+        return not self.convolves or (not x.requires_grad and x.dim() == weight.dim())
+
+    def input_norms(self, x: Tensor) -> Tensor | None:
+        """The norms ``[N]`` of a convolution's inputs, where the policy goes by norms; None for ones."""
+        if not self.convolves or not self.policy.needs_norms:
+            return None
+        norms: Tensor = torch.linalg.vector_norm(x.flatten(1), dim=1, dtype=accumulation_dtype(x.dtype))
+        return norms
 
     def state(self) -> list[Any]:
         """What a checkpoint keeps of the module: `batch_first`, and the reasons in one string."""
@@ -69,18 +91,20 @@ class RestSlot:
             self.ambiguous.add(self.place)
         self.fallbacks.update(reasons - {AMBIGUOUS})
 
-    def weights(self, g: Tensor, batch: MicroBatch) -> Tensor | None:
+    def weights(self, g: Tensor, batch: MicroBatch, input_norms: Tensor | None) -> Tensor | None:
         """The weights ``[N]`` of a micro-batch's samples; None for ones, as long as the policy has none.
 
         Args:
             g: the module's output gradient ``[N, ..., o]``. Its norms stand for those of h_n where the policy goes by
                 them: the inputs of an embedding are rows of the identity, those of a head as a rule normalized.
             batch: the micro-batch of the forward pass.
+            input_norms: what they are multiplied by ``[N]``.
         """
+        self.reached = True
         if batch.info.size == 0:
             return None
         self.batch_first, reason = layout(self.batch_first, g.shape, batch.info.size)
-        if self.kernel is None and g.dim() == 2:
+        if isinstance(self.module, nn.Embedding) and g.dim() == 2:
             self.batch_first, reason = False, A_TABLE
         if self.batch_first is not None:
             self.ambiguous.discard(self.place)
@@ -93,6 +117,7 @@ class RestSlot:
         norms = None
         if self.policy.needs_norms:
             norms = torch.linalg.vector_norm(g.flatten(1), dim=1, dtype=accumulation_dtype(g.dtype))
+            norms = norms if input_norms is None else norms * input_norms
         own = self.policy.weigh(norms)
         if own is None and batch.mean is not None:
             return self.policy.decode(batch.mean.to(g.device), norms)
@@ -112,6 +137,7 @@ def rest_slots(selected: Sequence[SelectedRest], first: int, policy: SharingPoli
             policy,
             fallbacks[id(one.module.weight)],
             ambiguous[id(one.module.weight)],
+            batch_first=True if is_convolution(one.module) else None,  # of a batch, which `takes` asks for
         )
         for place, one in enumerate(selected, start=first)
     ]
@@ -140,10 +166,12 @@ class RestCall:
     Attributes:
         slot: the module.
         batch: the micro-batch that the model was called with; None where it is not known any more, or needed.
+        input_norms: see `RestSlot.weights`.
     """
 
     slot: RestSlot
     batch: MicroBatch | None
+    input_norms: Tensor | None = None
     _weights: Tensor | None = None
 
     @property
@@ -155,11 +183,11 @@ class RestCall:
     def weights(self, g: Tensor) -> Tensor | None:
         """Those of the samples, from the output gradient ``[N, ..., o]``; a retained graph has the same again."""
         if self.batch is not None:
-            self._weights, self.batch = self.slot.weights(g, self.batch), None
+            self._weights, self.batch = self.slot.weights(g, self.batch, self.input_norms), None
         return self._weights
 
     def weigh(self, g: Tensor) -> Tensor:
-        """The output gradient of an embedding, with each sample's times its weight."""
+        """The output gradient of an embedding or a convolution, with each sample's times its weight."""
         w = self.weights(g)
         return g if w is None else g * w.to(g.dtype).view(-1, *[1] * (g.dim() - 1))
 
@@ -172,7 +200,7 @@ class RestCall:
 
 
 class WeighedFunction(torch.autograd.Function):
-    """The identity on an embedding's output; backward weighs the gradient."""
+    """The identity on the output of an embedding or a convolution; backward weighs the gradient."""
 
     @staticmethod
     def forward(ctx: Any, y: Tensor, call: RestCall) -> Tensor:
@@ -184,14 +212,15 @@ class WeighedFunction(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-        """The gradient that the embedding sums up."""
+        """The gradient that the module sums up."""
         return ctx.call.weigh(g), None
 
 
-def weigh_output(y: Tensor, slot: RestSlot, batch: MicroBatch) -> Tensor:
-    """Hand on the output of an embedding in a training forward pass."""
+def weigh_output(y: Tensor, x: Tensor, slot: RestSlot, batch: MicroBatch) -> Tensor:
+    """Hand on the output ``y`` of an embedding or a convolution, called with ``x``, in a training forward pass."""
     y = y.clone() if y._is_view() else y
-    return WeighedFunction.apply(y, RestCall(slot, batch))  # type: ignore[no-any-return, no-untyped-call]
+    call = RestCall(slot, batch, slot.input_norms(x))
+    return WeighedFunction.apply(y, call)  # type: ignore[no-any-return, no-untyped-call]
 
 
 def call_head(slot: RestSlot, x: Tensor, batch: MicroBatch) -> Tensor:

@@ -27,7 +27,7 @@ class Selected:
 
 @dataclass(frozen=True)
 class SelectedRest:
-    """An embedding (whose kernel is None), or a layer whose weight is tied to one or to another layer."""
+    """An embedding or a convolution, whose kernel is None, or a layer whose weight is tied to another module's."""
 
     name: str
     module: nn.Module
@@ -81,7 +81,7 @@ def select_layers(model: nn.Module, target_modules: Modules, exclude_modules: Mo
         if reason is None and kernel is not None:
             layers.append(Selected(name, module, kernel))
             continue
-        if (_is_table(module) or reason == TIED) and not _matches(name, exclude_modules):
+        if (_is_table(module) or is_convolution(module) or reason == TIED) and not _matches(name, exclude_modules):
             rest.append(SelectedRest(name, module, kernel))
         for leaf, parameter in module.named_parameters(recurse=False):
             if parameter.requires_grad:
@@ -100,10 +100,18 @@ def select_layers(model: nn.Module, target_modules: Modules, exclude_modules: Mo
 
 def _is_table(module: nn.Module) -> bool:
     """Whether a module is an embedding with a trained weight, and nothing else that is trained."""
-    if not isinstance(module, nn.Embedding) or "forward" in module.__dict__:
+    return isinstance(module, nn.Embedding) and "forward" not in module.__dict__ and _trained(module) == {"weight"}
+
+
+def is_convolution(module: nn.Module) -> bool:
+    """Whether a module is a convolution with a trained weight, and a bias at most that is trained beside it."""
+    if not isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d) or "forward" in module.__dict__:
         return False
-    trained = [name for name, parameter in module.named_parameters() if parameter.requires_grad]
-    return trained == ["weight"]
+    return isinstance(module.weight, nn.Parameter) and {"weight"} <= _trained(module) <= {"weight", "bias"}
+
+
+def _trained(module: nn.Module) -> set[str]:
+    return {name for name, parameter in module.named_parameters() if parameter.requires_grad}
 
 
 def _reason(
