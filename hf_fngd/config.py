@@ -129,7 +129,7 @@ class FNGDConfig(HubMixin):
     )
     weigh_rest: bool = field(
         default=True,
-        metadata={"help": "Weigh the samples in the gradients of embeddings and tied heads too."},
+        metadata={"help": "Weigh the samples in embeddings, tied heads and convolutions of raw input too."},
     )
     strict: bool = field(
         default=False, metadata={"help": "Raise where the coverage report would only tell of a missed layer."}

@@ -15,7 +15,7 @@ def check_state(
         state: what `FNGDPreconditioner.state_dict` returned.
         sharing: name of the sharing policy.
         layers: names of the preconditioned layers, in their order.
-        rest: those of the weighed embeddings and tied heads.
+        rest: those of the weighed modules outside of the layers.
 
     Returns:
         The state of the rest by name; an empty one from before the rest was weighed.
