@@ -72,9 +72,9 @@ class FNGD(torch.optim.Optimizer):
             copies of one layer's input and output gradient.
         target_modules: ``"all-linear"``, a regular expression, or a list of names or dotted suffixes (PEFT's).
         exclude_modules: a regular expression or a list, or None.
-        weigh_rest: weigh the samples in embeddings, tied heads and convolutions of raw input too, by the mean over the layers of
-            the weights that the policy keeps ("never" and "sketched" keep none; "last" and "replay" have none for a
-            coefficient step; "clipped" goes by the norms of the module's own output gradients). Not those of
+        weigh_rest: weigh the samples in embeddings, tied heads and convolutions of raw input too, by the mean over the
+            layers of the weights that the policy keeps ("never" and "sketched" keep none; "last" and "replay" have none
+            for a coefficient step; "clipped" goes by the norms of the module's own gradients). Not those of
             ``exclude_modules``.
         strict: raise, instead of warning, where a selected layer cannot be preconditioned.
 
