@@ -43,7 +43,6 @@ class Panel:
 
 STYLES = {
     "adamw": ("tab:blue", "-"),
-    "adamw, clipped at 0.1": ("tab:blue", "--"),
     "adamw, bounded loss": ("tab:blue", ":"),
     "adamw, without outliers": ("tab:gray", ":"),
     "adamw, gce": ("tab:green", "-"),
@@ -55,7 +54,8 @@ STYLES = {
     "fngd": ("tab:red", "-"),
     "fngd, w = 1": ("tab:red", ":"),
     "fngd, ranked": ("tab:red", "--"),
-    "fngd adam, ranked, refresh 50, damping 0.1": ("tab:purple", "-"),
+    "fngd adam": ("tab:purple", "-"),
+    "adamw, all scaled": ("tab:gray", ":"),
     "fngd adam, every step": ("tab:red", "-"),
     "fngd adam, every step, shuffled": ("tab:red", ":"),
     "fngd adam, sketched": ("tab:red", "--"),
@@ -73,12 +73,41 @@ PANELS = (
         (
             "adamw, without outliers",
             "adamw",
-            "adamw, clipped at 0.1",
             "adamw, bounded loss",
+            "adamw, clipped outputs",
             "muon",
             "fngd",
             "fngd, ranked",
-            "fngd adam, ranked, refresh 50, damping 0.1",
+        ),
+    ),
+    Panel(
+        "outliers_vit",
+        "cifar10",
+        "An outlier in every batch (images, ViT)",
+        *ACCURACY,
+        (
+            "adamw, without outliers",
+            "adamw",
+            "adamw, clipped outputs",
+            "muon",
+            "muon, clipped outputs",
+            "fngd",
+            "fngd adam",
+        ),
+    ),
+    Panel(
+        "unscaled_mlp",
+        "cifar10",
+        "5 % of the images unscaled (MLP)",
+        *ACCURACY,
+        (
+            "adamw, all scaled",
+            "adamw",
+            "adamw, bounded loss",
+            "adamw, clipped outputs",
+            "muon",
+            "fngd",
+            "fngd adam",
         ),
     ),
     Panel(
@@ -86,7 +115,7 @@ PANELS = (
         "multi30k",
         "An outlier in every batch (translation)",
         *BLEU,
-        ("adamw", "adamw, bounded loss", "muon", "muon, clipped outputs", "fngd", "fngd, ranked"),
+        ("adamw", "adamw, bounded loss", "muon", "muon, clipped outputs", "fngd, w = 1", "fngd", "fngd, ranked"),
     ),
     Panel(
         "label_noise_mlp",
@@ -120,8 +149,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--results_dir", type=Path, default=RECIPES / "results", help="folder of the result files")
     results_dir = parser.parse_args(argv).results_dir
-    figure = Figure(figsize=(13, 7), layout="constrained")
-    for axes, panel in zip(figure.subplots(2, 2).flat, PANELS, strict=True):
+    figure = Figure(figsize=(13, 10.5), layout="constrained")
+    for axes, panel in zip(figure.subplots(3, 2).flat, PANELS, strict=True):
         draw(axes, panel, results_dir)
     path = results_dir / "summary.png"
     figure.savefig(path, dpi=120)
