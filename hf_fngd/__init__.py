@@ -1,6 +1,7 @@
 """Inverse-free fast natural gradient descent (FNGD, arXiv 2403.03473) for the Hugging Face Trainer."""
 
 from hf_fngd.attach import detach
+from hf_fngd.clipping import clip_samples
 from hf_fngd.config import FNGDConfig
 from hf_fngd.coverage import CoverageReport
 from hf_fngd.optimizer import FNGD
@@ -20,6 +21,7 @@ __all__ = [
     "Suspects",
     "__version__",
     "add_index",
+    "clip_samples",
     "detach",
     "last_complete_checkpoint",
     "policy_names",

@@ -12,7 +12,7 @@ ROOT = Path(hf_fngd.__file__).parent
 # From the bottom to the top. A module imports from lower layers, and from siblings of its own package.
 ORDER = [
     {"arguments", "persample", "swap", "sharded", "graph", "state"},
-    {"coefficients", "environment", "attach"},
+    {"coefficients", "clipping", "environment", "attach"},
     {"layers"},
     {"sharing"},
     {"backward", "exchange", "inputs", "selection", "phase"},

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
+from hf_fngd.clipping import clip
 from hf_fngd.sharing.base import SharingPolicy, register_policy
 
 
@@ -28,10 +28,3 @@ class ClippedSharing(SharingPolicy):
         """See `SharingPolicy.weigh`."""
         assert norms is not None
         return clip(norms)
-
-
-def clip(norms: Tensor) -> Tensor:
-    """Weights ``[N]`` that bring norms ``[N]`` above their mean down to it; samples without a gradient have no part."""
-    mean = norms.sum() / norms.count_nonzero().clamp(min=1)
-    mean = mean.clamp(min=torch.finfo(norms.dtype).tiny)  # ones, where all of them are 0
-    return mean / torch.maximum(norms, mean)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from common.arguments import option
-from hf_fngd.sharing.clipped import clip
+from hf_fngd import clip_samples
 
 
 @dataclass
@@ -46,10 +46,9 @@ class OutlierArguments:
             losses = scale_outliers(losses, self.outliers, self.outlier_scale or 1.0)
         return losses if self.loss_bound is None else bound(losses, self.loss_bound)
 
-    def watch(self, logits: Tensor) -> None:
-        """Clip the gradients that reach the logits `[N, ..., C]` of a training batch, where `clip_outputs` says so."""
-        if self.clip_outputs and logits.requires_grad:
-            logits.register_hook(clip_samples)
+    def clipped(self, logits: Tensor) -> Tensor:
+        """Hand on the logits `[N, ..., C]` of a batch; their gradients are clipped where `clip_outputs` says so."""
+        return clip_samples(logits) if self.clip_outputs else logits
 
 
 def scale_outliers(losses: Tensor, outliers: int, scale: float) -> Tensor:
@@ -70,9 +69,3 @@ def bound(losses: Tensor, limit: float) -> Tensor:
     value = losses.detach()
     tiny = torch.finfo(value.dtype).tiny  # a cross entropy of 0 may be -0
     return losses * (limit * value.median() / value.clamp(min=tiny)).clamp(max=1)
-
-
-def clip_samples(g: Tensor) -> Tensor:
-    """Return gradients `[N, ...]` of which each sample's norm is brought down to the mean."""
-    w = clip(torch.linalg.vector_norm(g.flatten(1), dim=1))
-    return g * w.view(-1, *[1] * (g.dim() - 1))

@@ -101,10 +101,8 @@ def make_loss(label_smoothing: float, outliers: OutlierArguments | None = None) 
     """
 
     def loss(outputs: Any, labels: Tensor, num_items_in_batch: Tensor | int | None = None) -> Tensor:
-        if outliers is not None:
-            outliers.watch(outputs["logits"])
-        logits = outputs["logits"].flatten(0, -2)
-        losses = partial(F.cross_entropy, logits, labels.flatten(), label_smoothing=label_smoothing)
+        logits = outputs["logits"] if outliers is None else outliers.clipped(outputs["logits"])
+        losses = partial(F.cross_entropy, logits.flatten(0, -2), labels.flatten(), label_smoothing=label_smoothing)
         if outliers is not None and outliers.of_samples and torch.is_grad_enabled():
             total = outliers.distort(losses(reduction="none").view(len(labels), -1).sum(1)).sum()
         else:

@@ -56,7 +56,7 @@ class TrainingLoss:
 
     def __call__(self, outputs: Any, labels: Tensor, num_items_in_batch: Tensor | int | None = None) -> Tensor:
         """Return the sum over the samples, divided by their number in the whole batch, over all micro-batches."""
-        logits = outputs["logits"]
+        logits = self.arguments.clipped(outputs["logits"])
         plain = F.cross_entropy(logits, labels, reduction="none")
         samples = len(labels) if num_items_in_batch is None else num_items_in_batch
         if not torch.is_grad_enabled():  # evaluation
@@ -65,7 +65,6 @@ class TrainingLoss:
             raise ValueError("A training batch has no index column: train on images.data.load's.")
         self.record.add(self.index, plain.detach())
         self.index = None
-        self.arguments.watch(logits)
         losses = self._losses(logits, labels, plain)
         if self.arguments.loss == "small_loss":
             losses = losses * smallest(losses.detach(), self.dropped())
