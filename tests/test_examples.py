@@ -85,6 +85,18 @@ def share_a_config(output: str) -> None:
     assert "among exclude_modules (classifier.weight, classifier.bias)" in output
 
 
+def outsized_samples(output: str) -> None:
+    rows = table(output, "optimizer ")
+    errors = {tuple(row[:3]): (float(row[3]), float(row[4])) for row in rows}
+    assert {key[:2] for key in errors} == {(name, clip) for name in ("AdamW", "FNGD") for clip in ("False", "True")}
+    for lr in ("0.003", "0.010"):
+        in_one_unit, mixed = errors["AdamW", "False", lr]
+        assert mixed > 1.5 * in_one_unit
+        for others in (("AdamW", "True", lr), ("FNGD", "False", lr), ("FNGD", "True", lr)):
+            assert errors[others][1] < 0.8 * mixed
+        assert errors["FNGD", "False", lr][1] < errors["AdamW", "True", lr][1]
+
+
 CHECKS: dict[str, Callable[[str], None]] = {
     "01_trainer_in_five_lines.py": trainer_in_five_lines,
     "02_plain_pytorch_loop.py": plain_pytorch_loop,
@@ -92,6 +104,7 @@ CHECKS: dict[str, Callable[[str], None]] = {
     "04_bert_classifier.py": bert_classifier,
     "05_any_optimizer.py": any_optimizer,
     "06_share_a_config.py": share_a_config,
+    "07_outsized_samples.py": outsized_samples,
 }
 
 
