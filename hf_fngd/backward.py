@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.autograd import Variable
 from torch.autograd.function import once_differentiable
 
+from hf_fngd.clipping import mean_norm
 from hf_fngd.coefficients import with_weights
 from hf_fngd.layers import LayerKernel
 from hf_fngd.persample import accumulation_dtype, gram, normalize, sample_norms, weighted_bias_sum
@@ -47,7 +48,8 @@ class MicroBatch:
         calls: how often each layer, and each module of the rest behind them, was called in the forward pass.
         layers: how many layers are preconditioned, L.
         mean: weights of the samples in the rest ``[N]``; None for w = 1, or those of `SharingPolicy.weigh`.
-        weighed: those of `SharingPolicy.weigh` ``[N]``, by layer.
+        norms: those of the samples' gradients ``[N]``, by layer, and module of the rest behind them.
+        weighed: weights of `SharingPolicy.weigh` ``[N]``, by layer.
         fresh: encoded weights of a coefficient step ``[L, N]``, filled layer by layer.
         rho: the noise ratios that go with them ``[L]``; NaN where a layer measured none.
         recomputed: whether the forward pass is one that checkpointing of the whole model recomputes.
@@ -62,6 +64,7 @@ class MicroBatch:
     calls: list[int]
     layers: int
     mean: Tensor | None = None
+    norms: dict[int, Tensor] = field(default_factory=dict)
     weighed: dict[int, Tensor] = field(default_factory=dict)
     fresh: Tensor | None = None
     rho: Tensor | None = None
@@ -83,6 +86,17 @@ class MicroBatch:
 
     def _finish(self) -> None:
         self.complete = True
+
+    def mean_norms(self, like: Tensor) -> Tensor:
+        """Mean norms of the samples, as `SharingPolicy.remember` takes them.
+
+        Args:
+            like: a ``[P]`` tensor of the dtype and device that the result is to have.
+        """
+        means = torch.full_like(like, torch.nan)
+        if self.norms:
+            means[list(self.norms)] = mean_norm(torch.stack([norms.to(like) for norms in self.norms.values()]))
+        return means
 
     def record(self, layer: int, w: Tensor, rho: Tensor) -> None:
         """Keep one layer's coefficients until the optimizer's step."""
@@ -142,7 +156,9 @@ class LayerSlot:
         samples = batch.info.size
         a, g = self.kernel.canonical(x, samples), self.kernel.canonical(g, samples)
         norms = sample_norms(a, g, bias=has_bias) if self.policy.needs_norms else None
-        own = self.policy.weigh(norms)
+        if norms is not None:
+            batch.norms[self.layer] = norms
+        own = self.policy.weigh(norms, self.layer)
         if own is not None:
             batch.weighed[self.layer] = own
         if not batch.computes:

@@ -47,12 +47,16 @@ class _Clipping(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> Tensor:
         rows = g.flatten(1) if g.dim() > 1 else g[:, None]
-        w = clip(torch.linalg.vector_norm(rows, dim=1, dtype=accumulation_dtype(g.dtype)))
+        norms = torch.linalg.vector_norm(rows, dim=1, dtype=accumulation_dtype(g.dtype))
+        w = clip(norms, mean_norm(norms))
         return g * w.to(g.dtype).view(-1, *[1] * (g.dim() - 1))
 
 
-def clip(norms: Tensor) -> Tensor:
-    """Weights ``[N]`` that bring norms ``[N]`` above their mean down to it; samples without a gradient have no part."""
-    mean = norms.sum() / norms.count_nonzero().clamp(min=1)
-    mean = mean.clamp(min=torch.finfo(norms.dtype).tiny)  # ones, where all of them are 0
-    return mean / torch.maximum(norms, mean)
+def mean_norm(norms: Tensor) -> Tensor:
+    """The mean of norms ``[..., N]`` that are not 0, ``[...]``; NaN where all of them are."""
+    return norms.sum(dim=-1) / norms.count_nonzero(dim=-1)
+
+
+def clip(norms: Tensor, bound: Tensor) -> Tensor:
+    """Weights ``[N]`` that bring norms ``[N]`` above a bound down to it; ones where the bound is NaN as all are 0."""
+    return torch.where(norms > 0, bound / torch.maximum(norms, bound), 1)

@@ -47,6 +47,19 @@ class Measurement:
         return torch.where(self.valid, self.w.square().mean(dim=1), torch.nan)
 
 
+def gather_rows(own: Tensor) -> Tensor:
+    """The rows ``[M, P]`` of all processes' micro-batches by place, from this process's ``[M / R, P]``.
+
+    A collective where there are several processes, each of which has to call it with as many rows.
+    """
+    _, world = rank_and_world()
+    if world == 1:
+        return own
+    received = own.new_empty(world, *own.shape)
+    dist.all_gather(list(received.unbind()), own)
+    return received.transpose(0, 1).flatten(0, 1)
+
+
 class Exchange:
     """The one collective of a coefficient step.
 

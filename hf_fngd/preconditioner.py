@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from hf_fngd.attach import refuse_attached
 from hf_fngd.backward import LayerSlot, MicroBatch, in_backward
 from hf_fngd.coverage import Coverage, CoverageReport
 from hf_fngd.environment import rank_and_world, refuse_environment
-from hf_fngd.exchange import Exchange, Measurement
+from hf_fngd.exchange import Exchange, Measurement, gather_rows
 from hf_fngd.forwards import Forwards
 from hf_fngd.inputs import check_index
 from hf_fngd.persample import accumulation_dtype
@@ -161,11 +161,11 @@ class FNGDPreconditioner:
         """
         computes, sharing = self.phase.computes, self.phase.sharing
         _, world = rank_and_world()
-        began = self._window.began
+        begun = self._window.begun
         batches = self._window.close()
         self._forwards.batch, self.epoch_ended = None, self._edge.passed()
         # The backward pass of one process may have reached no layer; all have to go on alike.
-        if batches or (began and world > 1):
+        if batches or (begun and world > 1):
             own = [
                 Measurement(batch.info, batch.fresh, batch.rho)
                 for batch in batches
@@ -174,6 +174,9 @@ class FNGDPreconditioner:
             measurements = self._exchange.gather(own, self._like()) if computes and world > 1 else own
             for m in measurements:
                 self.policy.commit(m.w, m.valid, m.info)
+            micro_batches = begun if world > 1 else len(batches)
+            if self.policy.wants_norms(micro_batches):
+                self.policy.remember(self._mean_norms(batches, micro_batches // world))
             self._ratios.update(measurements)
             self._ratios.weights = tuple(batches[-1].weighed.values()) if batches else ()
             self.phase.advance()
@@ -191,6 +194,19 @@ class FNGDPreconditioner:
         self._forwards.batch, self.epoch_ended = None, self._edge.passed()
         if self.epoch_ended:
             self.end_epoch()
+
+    def _mean_norms(self, batches: Sequence[MicroBatch], count: int) -> Tensor:
+        """Those of a step's micro-batches ``[M, P]``, by place; every process has to call it.
+
+        Args:
+            batches: those of this process whose backward pass is complete.
+            count: how many of each process began.
+        """
+        like = self._like().new_empty(len(self.layers) + len(self.rest))
+        own = like.new_full((count, len(like)), torch.nan)
+        for row, batch in zip(own, batches, strict=False):
+            row.copy_(batch.mean_norms(like))
+        return gather_rows(own)
 
     def _like(self) -> Tensor:
         """A ``[L]`` tensor of the dtype and device of the coefficients."""

@@ -118,7 +118,8 @@ class RestSlot:
         if self.policy.needs_norms:
             norms = torch.linalg.vector_norm(g.flatten(1), dim=1, dtype=accumulation_dtype(g.dtype))
             norms = norms if input_norms is None else norms * input_norms
-        own = self.policy.weigh(norms)
+            batch.norms[self.place] = norms
+        own = self.policy.weigh(norms, self.place)
         if own is None and batch.mean is not None:
             return self.policy.decode(batch.mean.to(g.device), norms)
         return own

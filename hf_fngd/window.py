@@ -26,12 +26,12 @@ class Window:
     @property
     def next_place(self) -> int:
         """The place of this process's next micro-batch."""
-        return self.place + self._begun() + rank_and_world()[0]
+        return self.place + self.begun + rank_and_world()[0]
 
     @property
-    def began(self) -> bool:
-        """Whether there was a forward pass since the last step."""
-        return bool(self._batches)
+    def begun(self) -> int:
+        """How many micro-batches began since the last step, those of the other processes included."""
+        return rank_and_world()[1] * sum(batch.reached or not batch.recomputed for batch in self._batches)
 
     def mixed_up(self, layer: int) -> bool:
         """Whether a forward pass of a layer that checkpointing recomputes may be another than the last."""
@@ -71,7 +71,7 @@ class Window:
 
     def close(self) -> list[MicroBatch]:
         """The optimizer steps: the micro-batches whose backward pass is complete, each in its place."""
-        start, begun = self.place, self._begun()
+        start, begun = self.place, self.begun
         batches = self.abandon()
         if rank_and_world()[1] > 1:
             # What began, which all processes do alike: the backward pass of one may have reached no layer.
@@ -86,7 +86,3 @@ class Window:
         """The optimizer does not step: no place is used up."""
         batches, self._batches = [batch for batch in self._batches if batch.complete], []
         return batches
-
-    def _begun(self) -> int:
-        """How many micro-batches began since the last step, those of the other processes included."""
-        return rank_and_world()[1] * sum(batch.reached or not batch.recomputed for batch in self._batches)

@@ -1,7 +1,7 @@
 """How coefficients outlive the step that computed them: the policy interface and the registry.
 
-A policy that knows what a sample weighs from the norms of its own batch says so in `weigh`, asked first in every step,
-and keeps nothing. All others solve for weights in coefficient steps, and share them in the rest. They see whole
+A policy that knows what a sample weighs from the norms of its batch says so in `weigh`, asked first in every step; of
+a step in several micro-batches it is told the norms afterwards (`remember`). All others solve for weights in coefficient steps, and share them in the rest. They see whole
 micro-batches: ``w`` is ``[L, N]``, one row of weights for each of the L preconditioned layers. Four calls, in the order
 in which a run makes them:
 
@@ -90,9 +90,26 @@ class SharingPolicy:
         """What a coefficient step takes from one layer's Gram matrix ``[N, N]``."""
         return coefficients(k, damping)
 
-    def weigh(self, norms: Tensor | None) -> Tensor | None:
-        """A layer's weights ``[N]`` in any step, where the batch's own norms ``[N]`` tell them; otherwise None."""
+    def weigh(self, norms: Tensor | None, place: int) -> Tensor | None:
+        """A layer's weights ``[N]`` in any step, where the norms of the batch tell them; otherwise None.
+
+        Args:
+            norms: those of the micro-batch's samples ``[N]``, where the policy needs them.
+            place: the layer, or the module of the rest behind the layers, in [0, P).
+        """
         return None
+
+    def wants_norms(self, micro_batches: int) -> bool:
+        """Whether `remember` is to be called after a step of so many micro-batches, all processes' of them."""
+        return False
+
+    def remember(self, means: Tensor) -> None:
+        """A step was taken.
+
+        Args:
+            means: mean norms of the samples of its micro-batches ``[M, P]``, in the order of their places and alike on
+                all processes; NaN where none had a gradient.
+        """
 
     def encode(self, w: Tensor, norms: Tensor | None) -> Tensor:
         """One layer's fresh weights ``[N]``, in the order that the store keeps (default: the batch's)."""

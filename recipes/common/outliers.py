@@ -15,7 +15,9 @@ from hf_fngd import clip_samples
 class OutlierArguments:
     """How many samples, and how often they count; for a recipe's arguments to inherit."""
 
-    outliers: int = option(0, "Samples of each training batch, drawn at random, whose loss is multiplied.")
+    outliers: float = option(
+        0, "Samples of each training batch, drawn at random, whose loss is multiplied; a fraction of one in as many batches."
+    )
     outlier_scale: float | None = option(None, "Factor of the outliers' loss. Default: 100.")
     loss_bound: float | None = option(
         None, "Bound of a sample's loss, in units of the median of its batch: what is above is scaled down to it."
@@ -51,16 +53,18 @@ class OutlierArguments:
         return clip_samples(logits) if self.clip_outputs else logits
 
 
-def scale_outliers(losses: Tensor, outliers: int, scale: float) -> Tensor:
+def scale_outliers(losses: Tensor, outliers: float, scale: float) -> Tensor:
     """Return losses `[N]` of which some, drawn anew in each call from torch's global generator, are multiplied.
 
     Args:
         losses: The samples' losses.
-        outliers: How many of them; all where N is smaller.
+        outliers: How many of them, in the mean; all where N is smaller.
         scale: The factor.
     """
-    factors = torch.ones(len(losses))
-    factors[torch.randperm(len(losses))[:outliers]] = scale
+    factors, count = torch.ones(len(losses)), int(outliers)
+    if outliers > count:
+        count += int(torch.rand(()) < outliers - count)
+    factors[torch.randperm(len(losses))[:count]] = scale
     return losses * factors.to(losses.device)
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -61,12 +61,13 @@ def compare(
     stores = {layer.name: ReplayStore() for layer in engine.layers}
     rest = set(record.optimizer.coverage().weighed)
     uses = [slot.name for slot in engine.rest if not slot.reasons]
+    norms = Norms()
     found, place = Difference(), 0
     for step in record.steps:
         load(model, step.parameters)
         micro_batches = list(measured(model, step, loss or kind.loss, smoothing))
         if engine.policy.name == "clipped":
-            exact, plain = clipped(model, micro_batches, list(stores), uses)
+            exact, plain = clipped(model, micro_batches, list(stores), uses, norms)
         else:
             exact, plain = expected(micro_batches, step.computes, stores, rest, place)
         assert step.gradients.keys() == exact.keys()
@@ -171,22 +172,44 @@ def expected(
     return total(parts), total([batch.plain for batch in micro_batches])
 
 
+@dataclass
+class Norms:
+    """What ``sharing="clipped"`` knows of a step's other micro-batches: those of the last step.
+
+    Attributes:
+        parts: how many micro-batches a step has.
+        means: mean norms of the last step by module.
+    """
+
+    parts: int = 1
+    means: dict[str, float] = field(default_factory=dict)
+
+
 def clipped(
-    model: nn.Module, micro_batches: Sequence[Measured], layers: Sequence[str], rest: Sequence[str]
+    model: nn.Module, micro_batches: Sequence[Measured], layers: Sequence[str], rest: Sequence[str], last: Norms
 ) -> tuple[Gradients, Gradients]:
     """Those of ``sharing="clipped"``, each use by its norms: ``||a_n|| ||g_n||`` in layers, else ``||g_n||``."""
     parts: list[Gradients] = []
+    means: list[dict[str, float]] = []
     for batch in micro_batches:
         samples = [uses_of(model, [*layers, *rest], batch, n) for n in range(batch.size)]
         part: Gradients = {}
+        means.append({})
         for module in samples[0]:
             uses = [sample[module] for sample in samples]
             norms = torch.tensor([use.output_norm * (use.input_norm if module in layers else 1.0) for use in uses])
-            w = (norms.mean() / norms).clamp(max=1).double()
+            norms = batch.factor * norms
+            means[-1][module] = mean = float(norms.mean())
+            if module in last.means:
+                mean = (mean + (last.parts - 1) * last.means[module]) / last.parts
+            w = (mean / norms).clamp(max=1).double()
             for name in uses[0].gradients:
                 own = batch.factor * torch.stack([use.gradients[name] for use in uses], dim=1) @ w
                 part[name] = part[name] + own if name in part else own
         parts.append(batch.plain | part)
+    last.parts = max(last.parts, len(micro_batches))
+    if last.parts > 1:
+        last.means = {module: sum(mean[module] for mean in means) / len(means) for module in means[0]}
     return total(parts), total([batch.plain for batch in micro_batches])
 
 
