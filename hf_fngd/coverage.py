@@ -94,7 +94,7 @@ class Coverage:
         """A step was taken: log the report, if it is the first or says more than the last one.
 
         Args:
-            samples: those of the step's largest micro-batch.
+            samples: those that the weights compare: of the step's largest micro-batch, or of all of them.
 
         Raises:
             RuntimeError: ``strict``, and a selected layer is missed.
@@ -102,8 +102,8 @@ class Coverage:
         if samples == 1 and not self._told:
             logger.warning(
                 "the first micro-batch holds one sample, whose weight is 1: with such batches FNGD is its update rule "
-                "alone. Packed sequences count as one sample, and accumulation does not help: raise "
-                "per_device_train_batch_size, or train without packing"
+                "alone. Packed sequences count as one sample: train without packing, or raise "
+                'per_device_train_batch_size or, with sharing="clipped", gradient_accumulation_steps'
             )
         fallbacks = sum(len(slot.fallbacks) for slot in self._slots)
         if self._told and fallbacks == self._told_fallbacks:

@@ -3,7 +3,7 @@
 Every process weights the samples of its own micro-batch, and the gradients are averaged as ever (Sec. IV-D: weight
 locally, then aggregate). The coefficients are exchanged once, in the optimizer's step, and each process then stores
 all of them in the same order. So R processes do exactly what one does that accumulates R micro-batches, and store,
-rho and phase agree bit for bit. A shared step exchanges nothing.
+rho and phase agree bit for bit. A shared step exchanges nothing, but for the mean norms of ``sharing="clipped"``.
 """
 
 from __future__ import annotations

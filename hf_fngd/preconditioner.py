@@ -175,14 +175,16 @@ class FNGDPreconditioner:
             for m in measurements:
                 self.policy.commit(m.w, m.valid, m.info)
             micro_batches = begun if world > 1 else len(batches)
+            samples = max((batch.info.size for batch in batches), default=0)
             if self.policy.wants_norms(micro_batches):
                 self.policy.remember(self._mean_norms(batches, micro_batches // world))
+                samples *= micro_batches
             self._ratios.update(measurements)
             self._ratios.weights = tuple(batches[-1].weighed.values()) if batches else ()
             self.phase.advance()
             if self.phase.sharing and not sharing:
                 self._window.place = 0
-            self._coverage.tell(max((batch.info.size for batch in batches), default=0))
+            self._coverage.tell(samples)
         else:
             self._coverage.tell_of_none()
         if self.epoch_ended:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from hf_fngd.clipping import clip, mean_norm
+from hf_fngd.environment import rank_and_world
 from hf_fngd.sharing.base import SharingPolicy, State, register_policy
 
 
@@ -61,9 +62,13 @@ class ClippedSharing(SharingPolicy):
         self.means = torch.where(fresh.isfinite(), fresh, known)
 
     def state_dict(self) -> State:
-        """See `SharingPolicy.state_dict`."""
-        return {} if self.means is None else {"parts": self.parts, "means": self.means}
+        """See `SharingPolicy.state_dict`; the norms are those of a process that accumulates the others' micro-batches."""
+        _, world = rank_and_world()  # whose gradients are averaged, where that process adds such means
+        return {} if self.means is None else {"parts": self.parts, "means": self.means / world}
 
     def load_state_dict(self, state: State) -> None:
         """See `SharingPolicy.load_state_dict`."""
-        self.parts, self.means = state.get("parts", 1), state.get("means")
+        self.parts, self.means = 1, None
+        if state:
+            _, world = rank_and_world()
+            self.parts, self.means = state["parts"], state["means"] * world

@@ -56,12 +56,13 @@ def against_accumulation(prepare: Callable[..., tuple[nn.Module, nn.Module, FNGD
         with alone():
             reference, slow = make(conv1d, **settings)
             run(reference, slow, list(range(world)), world)
+            accumulated = engine_state(slow)
         found[f"{name}, {'Conv1D' if conv1d else 'Linear'}"] = {
             "active": active,
             "agree": same,
             "error": float((flat(reference) - mine).abs().max()),
             "moved": float((flat(net(width=9, layer_type="Conv1D" if conv1d else "Linear")) - mine).abs().max()),
-            "same state": digest(engine_state(slow)["engine"]) == digest(state["engine"]),
+            "same state": digest(accumulated["engine"]) == digest(state["engine"]),
             "missed": len(fngd.coverage().missed),
         }
     return found
@@ -136,6 +137,10 @@ def uniform_gradients() -> dict[str, Any]:
 
 def collectives() -> dict[str, Any]:
     """FNGD's own collectives in each step: DistributedDataParallel's are not made from Python."""
+    return {sharing: _collectives(sharing) for sharing in ("ranked", "clipped")}
+
+
+def _collectives(sharing: str) -> dict[str, Any]:
     counts = [0]
 
     def counting(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -146,7 +151,8 @@ def collectives() -> dict[str, Any]:
         return counted
 
     rank, world = dist.get_rank(), dist.get_world_size()
-    model, fngd = make(sharing="ranked", refresh=4)
+    changes = {"refresh": 4} if sharing == "ranked" else {"refresh": None, "coefficient_steps": None}
+    model, fngd = make(sharing=sharing, **changes)
     called = DistributedDataParallel(model)
     originals = {name: getattr(dist, name) for name in ("all_gather", "all_reduce", "all_gather_object", "broadcast")}
     for name, function in originals.items():

@@ -29,10 +29,12 @@ def test_two_processes(subtests: pytest.Subtests, tmp_path: Path) -> None:
     with subtests.test("uniform weights give the gradient of the whole batch"):
         assert max(found["uniform_gradients"].values()) < 1e-6
     with subtests.test("one collective in a coefficient step, none in a shared one"):
-        expected = [int(computes) for computes in found["collectives"]["coefficient steps"]]
+        ranked, clipped = (found["collectives"][sharing] for sharing in ("ranked", "clipped"))
+        expected = [int(computes) for computes in ranked["coefficient steps"]]
         assert 0 < sum(expected) < len(expected)
         expected[0] += 1  # in which the processes learn how large their batches are
-        assert found["collectives"]["collectives"] == expected
+        assert ranked["collectives"] == expected
+        assert clipped["collectives"] == [1] * len(expected)  # of the mean norms
     with subtests.test("a rank without a gradient neither hangs nor parts from the others"):
         cases = found["empty_ranks"]
         assert all(outcome["agree"] and outcome["finite"] for outcome in cases.values())

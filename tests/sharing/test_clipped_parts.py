@@ -1,0 +1,134 @@
+"""Clipped, in steps of several micro-batches: the norms of the last step stand for those of the others."""
+
+import copy
+import math
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from hf_fngd import FNGD, FNGDPreconditioner
+from tests.nets import LAYER_NAMES, data, dense, gradient, loss, net, relative_error
+from tests.sharing.engine import prepared
+
+
+def test_the_bound_is_the_mean_of_own_and_remembered_norms() -> None:
+    policy = prepared("clipped")
+    norms = torch.tensor([1.0, 2.0, 9.0, 0.0], dtype=torch.float64)
+    alone = policy.weigh(norms, 1)
+    torch.testing.assert_close(alone, torch.tensor([1, 1, 4 / 9, 1], dtype=torch.float64))
+    policy.remember(torch.tensor([[1.0, 2.0], [3.0, 0.5], [5.0, math.nan]], dtype=torch.float64))
+    for place, known in ((0, 3.0), (1, 1.25)):
+        bound = (4 + 2 * known) / 3
+        torch.testing.assert_close(policy.weigh(norms, place), (bound / norms).clamp(max=1))
+
+
+def test_a_place_without_norms_keeps_its_last_ones() -> None:
+    policy = prepared("clipped")
+    nan = math.nan
+    policy.remember(torch.tensor([[nan, 1.0, 4.0], [nan, 3.0, math.inf]]))
+    torch.testing.assert_close(policy.means, torch.tensor([nan, 2.0, nan]), equal_nan=True)
+    policy.remember(torch.tensor([[5.0, nan, nan], [7.0, nan, 2.0]]))
+    torch.testing.assert_close(policy.means, torch.tensor([6.0, 2.0, 2.0]))
+
+
+def test_a_micro_batch_without_gradients_is_clipped_by_nothing() -> None:
+    policy = prepared("clipped")
+    policy.remember(torch.ones(2, 1))
+    assert torch.equal(policy.weigh(torch.zeros(3), 0), torch.ones(3))
+
+
+def test_the_last_step_of_an_epoch_has_fewer_and_changes_no_share() -> None:
+    policy = prepared("clipped")
+    policy.remember(torch.ones(4, 1))
+    policy.remember(torch.ones(1, 1))
+    assert policy.parts == 4
+
+
+@pytest.mark.parametrize("sizes", [(3, 3, 3), (4, 1, 2), (1, 1)])
+def test_gradients_are_the_oracles(sizes: tuple[int, ...]) -> None:
+    model = net()
+    preconditioner = FNGDPreconditioner(model)
+    known: dict[str, float] = {}
+    for step in range(3):
+        model.zero_grad()
+        expected = {name: 0.0 for name in LAYER_NAMES}
+        means: dict[str, list[float]] = {name: [] for name in LAYER_NAMES}
+        for place, size in enumerate(sizes):
+            x, y = data(size, seed=10 * step + place)
+            if step == 2 and place == 0:
+                x[0] *= 1e3
+            for name, oracle in dense(net(), x, y, 1.0).items():
+                norms = oracle.u.norm(dim=0) / size  # of the gradients of the micro-batch's mean loss
+                bound = mean = float(norms.mean())
+                if step > 0:
+                    bound = (mean + (len(sizes) - 1) * known[name]) / len(sizes)
+                means[name].append(mean)
+                expected[name] = expected[name] + oracle.u @ (bound / norms).clamp(max=1) / size
+            loss(model, x, y).backward()
+        for name in LAYER_NAMES:
+            assert relative_error(gradient(model.get_submodule(name)), expected[name]) < 1e-9
+        preconditioner.step()
+        known = {name: sum(mean) / len(mean) for name, mean in means.items()}
+
+
+def micro_batches_of_one(optimizer: FNGD, model: nn.Module, factor: float) -> Tensor:
+    """The gradient of sixteen samples one by one, one of which counts more."""
+    optimizer.zero_grad()
+    for n, (x, y) in enumerate(zip(*data(16), strict=True)):
+        (loss(model, x[None], y[None]) * (factor if n == 5 else 1.0)).backward()
+    return gradient(model.fc1)
+
+
+def test_an_outlier_that_is_alone_in_its_micro_batch_is_clipped() -> None:
+    model = net()
+    optimizer = FNGD(model, lr=0.0)
+    clean = micro_batches_of_one(optimizer, model, 1.0)  # nothing is known yet, all weights are 1
+    assert relative_error(micro_batches_of_one(optimizer, model, 1e4), clean) > 100
+    optimizer.step()
+    assert relative_error(micro_batches_of_one(optimizer, model, 1e4), clean) > 100  # the outlier was among the last
+    optimizer = FNGD(model := net(), lr=0.0)
+    micro_batches_of_one(optimizer, model, 1.0)
+    optimizer.step()
+    bounded = micro_batches_of_one(optimizer, model, 1.0)
+    with_outlier = micro_batches_of_one(optimizer, model, 16.0)
+    assert relative_error(with_outlier, bounded) < 0.5
+
+
+def test_a_resumed_run_goes_on_with_the_same_bounds() -> None:
+    model = net()
+    optimizer = FNGD(model, lr=1e-2)
+    micro_batches_of_one(optimizer, model, 3.0)
+    optimizer.step()
+    resumed_model = net()
+    resumed = FNGD(resumed_model, lr=1e-2)
+    resumed_model.load_state_dict(model.state_dict())
+    resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    for _ in range(2):
+        found = [micro_batches_of_one(o, m, 3.0) for o, m in ((optimizer, model), (resumed, resumed_model))]
+        assert torch.equal(*found)
+        optimizer.step()
+        resumed.step()
+
+
+def test_a_skipped_step_is_not_remembered() -> None:
+    model = net()
+    optimizer = FNGD(model, lr=0.0)
+    micro_batches_of_one(optimizer, model, 1.0)
+    optimizer.step()
+    before = optimizer.preconditioner.policy.state_dict()
+    micro_batches_of_one(optimizer, model, math.inf)
+    optimizer.step()
+    assert optimizer.skipped == 1
+    assert torch.equal(optimizer.preconditioner.policy.state_dict()["means"], before["means"])
+
+
+def test_one_micro_batch_of_one_sample_is_warned_of_and_several_are_not(caplog: pytest.LogCaptureFixture) -> None:
+    for count in (1, 2):
+        caplog.clear()
+        model = net()
+        optimizer = FNGD(model)
+        for n in range(count):
+            loss(model, *data(1, seed=n)).backward()
+        optimizer.step()
+        assert ("holds one sample" in caplog.text) == (count == 1)
