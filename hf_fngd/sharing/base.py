@@ -1,9 +1,9 @@
 """How coefficients outlive the step that computed them: the policy interface and the registry.
 
 A policy that knows what a sample weighs from the norms of its batch says so in `weigh`, asked first in every step; of
-a step in several micro-batches it is told the norms afterwards (`remember`). All others solve for weights in coefficient steps, and share them in the rest. They see whole
-micro-batches: ``w`` is ``[L, N]``, one row of weights for each of the L preconditioned layers. Four calls, in the order
-in which a run makes them:
+a step in several micro-batches it is told the norms afterwards (`remember`). All others solve for weights in
+coefficient steps, and share them in the rest. They see whole micro-batches: ``w`` is ``[L, N]``, one row of weights for
+each of the L preconditioned layers. Four calls, in the order in which a run makes them:
 
 * coefficient step: `encode` (in backward, a layer at a time) brings a layer's fresh weights into the order
   in which the policy keeps them, `commit` (in the optimizer's step, all layers at once) stores them;

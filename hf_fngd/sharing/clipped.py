@@ -62,8 +62,8 @@ class ClippedSharing(SharingPolicy):
         self.means = torch.where(fresh.isfinite(), fresh, known)
 
     def state_dict(self) -> State:
-        """See `SharingPolicy.state_dict`; the norms are those of a process that accumulates the others' micro-batches."""
-        _, world = rank_and_world()  # whose gradients are averaged, where that process adds such means
+        """See `SharingPolicy.state_dict`; the norms are those of one process that accumulates all micro-batches."""
+        _, world = rank_and_world()  # whose gradients are averaged, where one process adds such means
         return {} if self.means is None else {"parts": self.parts, "means": self.means / world}
 
     def load_state_dict(self, state: State) -> None:

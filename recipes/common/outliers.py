@@ -16,7 +16,8 @@ class OutlierArguments:
     """How many samples, and how often they count; for a recipe's arguments to inherit."""
 
     outliers: float = option(
-        0, "Samples of each training batch, drawn at random, whose loss is multiplied; a fraction of one in as many batches."
+        0,
+        "Samples of each training batch, drawn at random, whose loss is multiplied; a fraction: in as many batches.",
     )
     outlier_scale: float | None = option(None, "Factor of the outliers' loss. Default: 100.")
     loss_bound: float | None = option(

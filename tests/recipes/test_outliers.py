@@ -52,3 +52,10 @@ def test_output_gradients_are_clipped_at_their_mean_norm() -> None:
     torch.testing.assert_close(clipped.flatten(1).norm(dim=1), norms.clamp(max=norms.mean()))
     torch.testing.assert_close(clipped / clipped.norm(dim=2, keepdim=True), plain / plain.norm(dim=2, keepdim=True))
     torch.testing.assert_close(of_larger_losses, 100 * clipped)  # a weight knows no scale
+
+
+def test_a_fraction_of_an_outlier_is_in_as_many_batches() -> None:
+    torch.manual_seed(0)
+    counts = [int((OutlierArguments(outliers=1.25).distort(torch.ones(8)) > 1).sum()) for _ in range(400)]
+    assert set(counts) == {1, 2}
+    assert counts.count(2) == pytest.approx(100, abs=30)

@@ -52,7 +52,7 @@ def test_gradients_are_the_oracles(sizes: tuple[int, ...]) -> None:
     known: dict[str, float] = {}
     for step in range(3):
         model.zero_grad()
-        expected = {name: 0.0 for name in LAYER_NAMES}
+        expected = dict.fromkeys(LAYER_NAMES, 0.0)
         means: dict[str, list[float]] = {name: [] for name in LAYER_NAMES}
         for place, size in enumerate(sizes):
             x, y = data(size, seed=10 * step + place)
