@@ -323,5 +323,5 @@ def test_declared_comparisons_parse_and_have_equal_grids(tmp_path, path):
         parsed = parse(RECIPE_OPTIONS[comparison.recipe.name], [*words(run.options), f"--output_dir={tmp_path}"])
         (training,) = [arguments for arguments in parsed if isinstance(arguments, TrainingArguments)]
         assert training.seed == run.seed
-    assert len({len(arm.points()) for arm in comparison.arms.values() if arm.grid}) == 1
+    assert len({len(arm.points()) for arm in comparison.arms.values() if arm.grid}) <= 1
     assert len({run.key for run in runs}) == len({(run.arm, str(run.options)) for run in runs})
