@@ -93,10 +93,8 @@ class MicroBatch:
         Args:
             like: a ``[P]`` tensor of the dtype and device that the result is to have.
         """
-        means = torch.full_like(like, torch.nan)
-        if self.norms:
-            means[list(self.norms)] = mean_norm(torch.stack([norms.to(like) for norms in self.norms.values()]))
-        return means
+        none = like.new_full((self.info.size,), torch.nan)
+        return mean_norm(torch.stack([self.norms.get(place, none).to(like) for place in range(len(like))]))
 
     def record(self, layer: int, w: Tensor, rho: Tensor) -> None:
         """Keep one layer's coefficients until the optimizer's step."""
