@@ -166,25 +166,12 @@ class FNGDPreconditioner:
         self._forwards.batch, self.epoch_ended = None, self._edge.passed()
         # The backward pass of one process may have reached no layer; all have to go on alike.
         if batches or (begun and world > 1):
-            own = [
-                Measurement(batch.info, batch.fresh, batch.rho)
-                for batch in batches
-                if batch.fresh is not None and batch.rho is not None
-            ]
-            measurements = self._exchange.gather(own, self._like()) if computes and world > 1 else own
-            for m in measurements:
-                self.policy.commit(m.w, m.valid, m.info)
-            micro_batches = begun if world > 1 else len(batches)
-            samples = max((batch.info.size for batch in batches), default=0)
-            if self.policy.wants_norms(micro_batches):
-                self.policy.remember(self._mean_norms(batches, micro_batches // world))
-                samples *= micro_batches
-            self._ratios.update(measurements)
+            self._ratios.update(self._commit(batches, computes))
             self._ratios.weights = tuple(batches[-1].weighed.values()) if batches else ()
             self.phase.advance()
             if self.phase.sharing and not sharing:
                 self._window.place = 0
-            self._coverage.tell(samples)
+            self._coverage.tell(self._remember(batches, begun if world > 1 else len(batches)))
         else:
             self._coverage.tell_of_none()
         if self.epoch_ended:
@@ -197,18 +184,35 @@ class FNGDPreconditioner:
         if self.epoch_ended:
             self.end_epoch()
 
-    def _mean_norms(self, batches: Sequence[MicroBatch], count: int) -> Tensor:
-        """Those of a step's micro-batches ``[M, P]``, by place; every process has to call it.
+    def _commit(self, batches: Sequence[MicroBatch], computes: bool) -> list[Measurement]:
+        """Store a step's coefficients, those of all processes, and return them."""
+        own = [
+            Measurement(batch.info, batch.fresh, batch.rho)
+            for batch in batches
+            if batch.fresh is not None and batch.rho is not None
+        ]
+        several = computes and rank_and_world()[1] > 1
+        measurements = self._exchange.gather(own, self._like()) if several else own
+        for m in measurements:
+            self.policy.commit(m.w, m.valid, m.info)
+        return measurements
+
+    def _remember(self, batches: Sequence[MicroBatch], count: int) -> int:
+        """Tell the policy a step's mean norms, where it wants them, and return how many samples its weights compare.
 
         Args:
-            batches: those of this process whose backward pass is complete.
-            count: how many of each process began.
+            batches: the micro-batches of this process whose backward pass is complete.
+            count: how many there are on all processes.
         """
+        samples = max((batch.info.size for batch in batches), default=0)
+        if not self.policy.wants_norms(count):
+            return samples
         like = self._like().new_empty(len(self.layers) + len(self.rest))
-        own = like.new_full((count, len(like)), torch.nan)
-        for row, batch in zip(own, batches, strict=False):
+        means = like.new_full((count // rank_and_world()[1], len(like)), torch.nan)
+        for row, batch in zip(means, batches, strict=False):
             row.copy_(batch.mean_norms(like))
-        return gather_rows(own)
+        self.policy.remember(gather_rows(means))
+        return samples * count
 
     def _like(self) -> Tensor:
         """A ``[L]`` tensor of the dtype and device of the coefficients."""
