@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from torch.autograd import Variable
 from torch.autograd.function import once_differentiable
 
-from hf_fngd.clipping import mean_norm
 from hf_fngd.coefficients import with_weights
 from hf_fngd.layers import LayerKernel
 from hf_fngd.persample import accumulation_dtype, gram, normalize, sample_norms, weighted_bias_sum
@@ -87,14 +86,14 @@ class MicroBatch:
     def _finish(self) -> None:
         self.complete = True
 
-    def mean_norms(self, like: Tensor) -> Tensor:
-        """Mean norms of the samples, as `SharingPolicy.remember` takes them.
+    def norms_of_samples(self, like: Tensor) -> Tensor:
+        """The norms ``[P, N]``, 0 where there are none.
 
         Args:
             like: a ``[P]`` tensor of the dtype and device that the result is to have.
         """
-        none = like.new_full((self.info.size,), torch.nan)
-        return mean_norm(torch.stack([self.norms.get(place, none).to(like) for place in range(len(like))]))
+        none = like.new_zeros(self.info.size)
+        return torch.stack([self.norms.get(place, none).to(like) for place in range(len(like))])
 
     def record(self, layer: int, w: Tensor, rho: Tensor) -> None:
         """Keep one layer's coefficients until the optimizer's step."""

@@ -11,19 +11,19 @@ from hf_fngd.persample import accumulation_dtype
 
 
 def clip_samples(x: Tensor) -> Tensor:
-    """Hand on a tensor and clip its gradient in backward, sample by sample, at the mean norm of the batch.
+    """Clip the gradient of a tensor in backward, sample by sample, at the mean norm of the batch.
 
     For the logits, before the loss is computed from them: there one weight a sample reaches all of the model, also what
     FNGD leaves plain (norms, positions), under any optimizer. It knows the sizes of the losses and nothing of those of
     the inputs, which the weights of ``sharing="clipped"`` know layer by layer; both together cost neither anything.
-    Scaling the loss changes no weight; a batch with a gradient that is not finite has none that is. With several
-    processes, or in accumulation, the mean is that of a micro-batch.
+    The batch is the micro-batch at hand, of one process; scaling the loss changes no weight. A gradient that is not
+    finite makes all others NaN, but those that are 0.
 
     Args:
         x: a tensor ``[N, ...]``, the first dimension of which is the sample.
 
     Returns:
-        The same values.
+        The tensor itself; in a graph of torch.compile a copy.
 
     Raises:
         ValueError: the tensor is a scalar.
@@ -35,21 +35,27 @@ def clip_samples(x: Tensor) -> Tensor:
         )
     if not (x.requires_grad and torch.is_grad_enabled()):
         return x
-    output: Tensor = _Clipping.apply(x)  # type: ignore[no-untyped-call]
-    return output
+    if torch.compiler.is_compiling():
+        copy: Tensor = _Clipping.apply(x)  # type: ignore[no-untyped-call]
+        return copy
+    x.register_hook(_clipped)  # type: ignore[no-untyped-call]  # which a model may change in place, unlike the output of a Function
+    return x
+
+
+def _clipped(g: Tensor) -> Tensor:
+    rows = g.flatten(1) if g.dim() > 1 else g[:, None]
+    norms = torch.linalg.vector_norm(rows, dim=1, dtype=accumulation_dtype(g.dtype))
+    return g * clip(norms, mean_norm(norms)).to(g.dtype).view(-1, *[1] * (g.dim() - 1))
 
 
 class _Clipping(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
-        return x.view_as(x)
+        return x.clone()
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> Tensor:
-        rows = g.flatten(1) if g.dim() > 1 else g[:, None]
-        norms = torch.linalg.vector_norm(rows, dim=1, dtype=accumulation_dtype(g.dtype))
-        w = clip(norms, mean_norm(norms))
-        return g * w.to(g.dtype).view(-1, *[1] * (g.dim() - 1))
+        return _clipped(g)
 
 
 def mean_norm(norms: Tensor) -> Tensor:
@@ -58,5 +64,5 @@ def mean_norm(norms: Tensor) -> Tensor:
 
 
 def clip(norms: Tensor, bound: Tensor) -> Tensor:
-    """Weights ``[N]`` that bring norms ``[N]`` above a bound down to it; ones where the bound is NaN as all are 0."""
+    """Weights ``[N]`` that bring norms ``[N]`` above a bound down to it; ones for norms of 0, whatever the bound."""
     return torch.where(norms > 0, bound / torch.maximum(norms, bound), 1)

@@ -47,17 +47,17 @@ class Measurement:
         return torch.where(self.valid, self.w.square().mean(dim=1), torch.nan)
 
 
-def gather_rows(own: Tensor) -> Tensor:
-    """The rows ``[M, P]`` of all processes' micro-batches by place, from this process's ``[M / R, P]``.
+def sum_over_processes(own: Tensor) -> Tensor:
+    """The sums ``[K]`` of all processes' numbers, in the order of their ranks, which makes them alike bit for bit.
 
-    A collective where there are several processes, each of which has to call it with as many rows.
+    A collective where there are several processes, each of which has to call it.
     """
     _, world = rank_and_world()
     if world == 1:
         return own
-    received = own.new_empty(world, *own.shape)
+    received = own.new_empty(world, len(own))
     dist.all_gather(list(received.unbind()), own)
-    return received.transpose(0, 1).flatten(0, 1)
+    return received.sum(dim=0)
 
 
 class Exchange:

@@ -16,7 +16,7 @@ from hf_fngd.attach import refuse_attached
 from hf_fngd.backward import LayerSlot, MicroBatch, in_backward
 from hf_fngd.coverage import Coverage, CoverageReport
 from hf_fngd.environment import rank_and_world, refuse_environment
-from hf_fngd.exchange import Exchange, Measurement, gather_rows
+from hf_fngd.exchange import Exchange, Measurement, sum_over_processes
 from hf_fngd.forwards import Forwards
 from hf_fngd.inputs import check_index
 from hf_fngd.persample import accumulation_dtype
@@ -104,7 +104,6 @@ class FNGDPreconditioner:
         self.phase = Phase(coefficient_steps, refresh, always=self.policy.always)
         selection = select_layers(model, target_modules, exclude_modules)
         self.layers: list[Selected] = selection.layers
-        self.policy.prepare(len(self.layers), coefficient_steps, memory_budget)
         self._model = weakref.ref(model)
         self._edge = EpochEdge()
         self._exchange = Exchange()
@@ -120,6 +119,7 @@ class FNGDPreconditioner:
         ]
         weigh_rest = weigh_rest and not self.policy.always
         self.rest = rest_slots(selection.rest if weigh_rest else [], len(self.layers), self.policy)
+        self.policy.prepare(len(self.layers), coefficient_steps, memory_budget, len(self.rest))
         self._coverage = Coverage(selection, self.slots, self.rest, strict)
         self._forwards = Forwards(model, self.layers, self.slots, self.rest, self._window, self._begin)
 
@@ -156,14 +156,15 @@ class FNGDPreconditioner:
         """Close an optimizer step: store its coefficients, update rho, advance the phase.
 
         Sets `epoch_ended` to whether Accelerate's data loaders say that it was the last of an epoch. A call without a
-        backward pass since the last one changes no coefficients. With several processes all of them have to call it,
-        and in a coefficient step they exchange their coefficients.
+        backward pass since the last one changes no coefficients. With several processes all of them have to call it:
+        in a coefficient step they exchange their coefficients, and under ``sharing="clipped"`` norms in every step.
         """
         computes, sharing = self.phase.computes, self.phase.sharing
         _, world = rank_and_world()
         begun = self._window.begun
         batches = self._window.close()
         self._forwards.batch, self.epoch_ended = None, self._edge.passed()
+        compared = self._remember(batches)
         # The backward pass of one process may have reached no layer; all have to go on alike.
         if batches or (begun and world > 1):
             self._ratios.update(self._commit(batches, computes))
@@ -171,7 +172,7 @@ class FNGDPreconditioner:
             self.phase.advance()
             if self.phase.sharing and not sharing:
                 self._window.place = 0
-            self._coverage.tell(self._remember(batches, begun if world > 1 else len(batches)))
+            self._coverage.tell(compared)
         else:
             self._coverage.tell_of_none()
         if self.epoch_ended:
@@ -197,22 +198,21 @@ class FNGDPreconditioner:
             self.policy.commit(m.w, m.valid, m.info)
         return measurements
 
-    def _remember(self, batches: Sequence[MicroBatch], count: int) -> int:
-        """Tell the policy a step's mean norms, where it wants them, and return how many samples its weights compare.
-
-        Args:
-            batches: the micro-batches of this process whose backward pass is complete.
-            count: how many there are on all processes.
-        """
+    def _remember(self, batches: Sequence[MicroBatch]) -> int:
+        """Tell the policy a step's norms, where it wants them, and return how many samples its weights compare."""
         samples = max((batch.info.size for batch in batches), default=0)
-        if not self.policy.wants_norms(count):
+        if not self.policy.wants_norms(len(batches)):
             return samples
         like = self._like().new_empty(len(self.layers) + len(self.rest))
-        means = like.new_full((count // rank_and_world()[1], len(like)), torch.nan)
-        for row, batch in zip(means, batches, strict=False):
-            row.copy_(batch.mean_norms(like))
-        self.policy.remember(gather_rows(means))
-        return samples * count
+        rows = like.new_zeros(len(batches), 2 * len(like) + 1, dtype=torch.float64)
+        for row, batch in zip(rows, batches, strict=True):
+            norms = batch.norms_of_samples(like)
+            row.copy_(torch.cat([norms.sum(dim=1), norms.count_nonzero(dim=1), norms.new_ones(1)]))
+        total = sum_over_processes(rows.sum(dim=0))
+        sums, counts = total[:-1].view(2, -1).to(like)
+        micro_batches = int(total[-1])  # waits for the device
+        self.policy.remember(sums, counts, micro_batches)
+        return samples * micro_batches
 
     def _like(self) -> Tensor:
         """A ``[L]`` tensor of the dtype and device of the coefficients."""

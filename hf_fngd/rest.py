@@ -118,7 +118,8 @@ class RestSlot:
         if self.policy.needs_norms:
             norms = torch.linalg.vector_norm(g.flatten(1), dim=1, dtype=accumulation_dtype(g.dtype))
             norms = norms if input_norms is None else norms * input_norms
-            batch.norms[self.place] = norms
+            # Of one that is called twice no norms are remembered: each call has its own.
+            batch.norms[self.place] = torch.zeros_like(norms) if self.place in batch.norms else norms
         own = self.policy.weigh(norms, self.place)
         if own is None and batch.mean is not None:
             return self.policy.decode(batch.mean.to(g.device), norms)

@@ -215,7 +215,7 @@ def test_a_batch_that_is_not_finite_leaves_store_and_ratio_alone(sharing: str, v
     else:
         assert after["policy"].keys() == before["policy"].keys()
         for key, stored in before["policy"].items():
-            assert torch.equal(after["policy"][key], stored)
+            assert torch.equal(torch.as_tensor(after["policy"][key]), torch.as_tensor(stored))
 
 
 def test_diagnostics_say_what_a_user_wants_to_see() -> None:

@@ -64,13 +64,14 @@ class SharingPolicy:
     needs_index: ClassVar[bool] = False
     follows: ClassVar[bool] = False
 
-    def prepare(self, layers: int, coefficient_steps: int, memory_budget: int) -> None:
+    def prepare(self, layers: int, coefficient_steps: int, memory_budget: int, rest: int = 0) -> None:
         """Called when the policy is attached to a model; forgets what it kept of another one.
 
         Args:
             layers: number of preconditioned layers L.
             coefficient_steps: the cap of the first-epoch phase, in steps.
             memory_budget: bound of the store in bytes.
+            rest: number of modules outside of the layers whose samples are weighed; P is that of both together.
         """
         self.layers = layers
 
@@ -100,15 +101,20 @@ class SharingPolicy:
         return None
 
     def wants_norms(self, micro_batches: int) -> bool:
-        """Whether `remember` is to be called after a step of so many micro-batches, all processes' of them."""
-        return False
-
-    def remember(self, means: Tensor) -> None:
-        """A step was taken.
+        """Whether `remember` is to be called after a step, for which the policy has to need norms.
 
         Args:
-            means: mean norms of the samples of its micro-batches ``[M, P]``, in the order of their places and alike on
-                all processes; NaN where none had a gradient.
+            micro_batches: how many this process did; with several processes all of them have to be told the same.
+        """
+        return False
+
+    def remember(self, sums: Tensor, counts: Tensor, micro_batches: int) -> None:
+        """A step was taken; alike on all processes.
+
+        Args:
+            sums: of the norms that `weigh` was given ``[P]``, over all micro-batches of the step and all processes.
+            counts: of those among them that are not 0 ``[P]``.
+            micro_batches: how many there were.
         """
 
     def encode(self, w: Tensor, norms: Tensor | None) -> Tensor:

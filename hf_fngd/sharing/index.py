@@ -71,9 +71,9 @@ class IndexSharing(SharingPolicy):
             raise ValueError(f"IndexSharing(size={size}): size is the number of rows of the dataset, at least 1")
         self.size = size
 
-    def prepare(self, layers: int, coefficient_steps: int, memory_budget: int) -> None:
+    def prepare(self, layers: int, coefficient_steps: int, memory_budget: int, rest: int = 0) -> None:
         """See `SharingPolicy.prepare`."""
-        super().prepare(layers, coefficient_steps, memory_budget)
+        super().prepare(layers, coefficient_steps, memory_budget, rest)
         self.memory_budget = memory_budget
         self.table = self.total = self.count = None
 

@@ -22,9 +22,9 @@ class LastSharing(SharingPolicy):
 
     row: Tensor | None = None
 
-    def prepare(self, layers: int, coefficient_steps: int, memory_budget: int) -> None:
+    def prepare(self, layers: int, coefficient_steps: int, memory_budget: int, rest: int = 0) -> None:
         """See `SharingPolicy.prepare`."""
-        super().prepare(layers, coefficient_steps, memory_budget)
+        super().prepare(layers, coefficient_steps, memory_budget, rest)
         self.row = None
 
     def fit(self, w: Tensor, size: int) -> Tensor:

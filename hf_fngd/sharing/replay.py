@@ -26,9 +26,9 @@ class ReplaySharing(SharingPolicy):
     store: Tensor | None = None
     recorded: int = 0
 
-    def prepare(self, layers: int, coefficient_steps: int, memory_budget: int) -> None:
+    def prepare(self, layers: int, coefficient_steps: int, memory_budget: int, rest: int = 0) -> None:
         """See `SharingPolicy.prepare`."""
-        super().prepare(layers, coefficient_steps, memory_budget)
+        super().prepare(layers, coefficient_steps, memory_budget, rest)
         self.coefficient_steps = coefficient_steps
         self.memory_budget = memory_budget
         self.store, self.recorded, self.full = None, 0, False

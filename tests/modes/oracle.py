@@ -178,11 +178,21 @@ class Norms:
 
     Attributes:
         parts: how many micro-batches a step has.
-        means: mean norms of the last step by module.
+        means: mean norms of the last step that had as many, by module.
+        shorter: whether the last step had fewer; a second one counts.
     """
 
     parts: int = 1
     means: dict[str, float] = field(default_factory=dict)
+    shorter: bool = False
+
+    def add(self, norms: Sequence[Mapping[str, Tensor]]) -> None:
+        """A step is over: its micro-batches' norms, by module."""
+        if len(norms) < self.parts and not self.shorter:
+            self.shorter = True
+            return
+        self.parts, self.shorter = len(norms), False
+        self.means = {module: float(torch.cat([batch[module] for batch in norms]).mean()) for module in norms[0]}
 
 
 def clipped(
@@ -190,16 +200,16 @@ def clipped(
 ) -> tuple[Gradients, Gradients]:
     """Those of ``sharing="clipped"``, each use by its norms: ``||a_n|| ||g_n||`` in layers, else ``||g_n||``."""
     parts: list[Gradients] = []
-    means: list[dict[str, float]] = []
+    found: list[dict[str, Tensor]] = []
     for batch in micro_batches:
         samples = [uses_of(model, [*layers, *rest], batch, n) for n in range(batch.size)]
         part: Gradients = {}
-        means.append({})
+        found.append({})
         for module in samples[0]:
             uses = [sample[module] for sample in samples]
             norms = torch.tensor([use.output_norm * (use.input_norm if module in layers else 1.0) for use in uses])
             norms = batch.factor * norms
-            means[-1][module] = mean = float(norms.mean())
+            found[-1][module], mean = norms, float(norms.mean())
             if module in last.means:
                 mean = (mean + (last.parts - 1) * last.means[module]) / last.parts
             w = (mean / norms).clamp(max=1).double()
@@ -207,9 +217,7 @@ def clipped(
                 own = batch.factor * torch.stack([use.gradients[name] for use in uses], dim=1) @ w
                 part[name] = part[name] + own if name in part else own
         parts.append(batch.plain | part)
-    last.parts = max(last.parts, len(micro_batches))
-    if last.parts > 1:
-        last.means = {module: sum(mean[module] for mean in means) / len(means) for module in means[0]}
+    last.add(found)
     return total(parts), total([batch.plain for batch in micro_batches])
 
 

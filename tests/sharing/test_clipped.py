@@ -106,11 +106,11 @@ def test_embeddings_go_by_their_own_output_gradients(weigh_rest: bool) -> None:
     torch.testing.assert_close(table.weight.grad, expected)
 
 
-def test_there_is_nothing_to_store() -> None:
+def test_of_steps_in_one_micro_batch_nothing_is_kept() -> None:
     model = net()
     optimizer = FNGD(model, sharing="clipped", refresh=3, coefficient_steps=2)
     train(model, optimizer, steps=4)
-    assert optimizer.preconditioner.policy.state_dict() == {}
+    assert optimizer.preconditioner.policy.state_dict()["means"].count_nonzero() == 0
 
 
 def test_no_step_forms_a_gram_matrix_unless_rho_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,8 +8,16 @@ import torch
 from torch import Tensor, nn
 
 from hf_fngd import FNGD, FNGDPreconditioner
+from hf_fngd.sharing import SharingPolicy
 from tests.nets import LAYER_NAMES, data, dense, gradient, loss, net, relative_error
 from tests.sharing.engine import prepared
+
+
+def remember(policy: SharingPolicy, *norms: list[list[float]]) -> None:
+    """A step whose micro-batches had these norms, place by place."""
+    sums = torch.tensor([[sum(place) for place in batch] for batch in norms], dtype=torch.float64).sum(dim=0)
+    counts = torch.tensor([[sum(n != 0 for n in place) for place in batch] for batch in norms]).sum(dim=0)
+    policy.remember(sums, counts, len(norms))
 
 
 def test_the_bound_is_the_mean_of_own_and_remembered_norms() -> None:
@@ -17,32 +25,43 @@ def test_the_bound_is_the_mean_of_own_and_remembered_norms() -> None:
     norms = torch.tensor([1.0, 2.0, 9.0, 0.0], dtype=torch.float64)
     alone = policy.weigh(norms, 1)
     torch.testing.assert_close(alone, torch.tensor([1, 1, 4 / 9, 1], dtype=torch.float64))
-    policy.remember(torch.tensor([[1.0, 2.0], [3.0, 0.5], [5.0, math.nan]], dtype=torch.float64))
-    for place, known in ((0, 3.0), (1, 1.25)):
+    remember(policy, [[1.0], [2.0], []], [[3.0, 0.0], [0.5], []], [[5.0, 7.0], [], []])
+    for place, known in ((0, 4.0), (1, 1.25), (2, 4.0)):  # at the last there is none but its own
         bound = (4 + 2 * known) / 3
-        torch.testing.assert_close(policy.weigh(norms, place), (bound / norms).clamp(max=1))
+        torch.testing.assert_close(policy.weigh(norms, place), torch.where(norms > 0, bound / norms, 1).clamp(max=1))
 
 
 def test_a_place_without_norms_keeps_its_last_ones() -> None:
     policy = prepared("clipped")
-    nan = math.nan
-    policy.remember(torch.tensor([[nan, 1.0, 4.0], [nan, 3.0, math.inf]]))
-    torch.testing.assert_close(policy.means, torch.tensor([nan, 2.0, nan]), equal_nan=True)
-    policy.remember(torch.tensor([[5.0, nan, nan], [7.0, nan, 2.0]]))
-    torch.testing.assert_close(policy.means, torch.tensor([6.0, 2.0, 2.0]))
+    remember(policy, [[], [1.0], [4.0]], [[], [3.0], [math.inf]])
+    torch.testing.assert_close(policy.means.double(), torch.tensor([0.0, 2.0, 0.0]).double())
+    remember(policy, [[5.0], [], []], [[7.0], [], [2.0]])
+    torch.testing.assert_close(policy.means.double(), torch.tensor([6.0, 2.0, 2.0]).double())
 
 
 def test_a_micro_batch_without_gradients_is_clipped_by_nothing() -> None:
     policy = prepared("clipped")
-    policy.remember(torch.ones(2, 1))
+    remember(policy, *2 * [[[1.0], [1.0], [1.0]]])
     assert torch.equal(policy.weigh(torch.zeros(3), 0), torch.ones(3))
 
 
-def test_the_last_step_of_an_epoch_has_fewer_and_changes_no_share() -> None:
+def test_a_norm_that_overflows_is_not_hidden_by_what_is_remembered() -> None:
     policy = prepared("clipped")
-    policy.remember(torch.ones(4, 1))
-    policy.remember(torch.ones(1, 1))
-    assert policy.parts == 4
+    remember(policy, *2 * [[[1.0], [1.0], [1.0]]])
+    for bad in (math.inf, math.nan):
+        norms = torch.tensor([1.0, bad])
+        assert not (norms * policy.weigh(norms, 0)).isfinite().all()
+
+
+def test_one_shorter_step_is_not_remembered_and_the_second_is() -> None:
+    policy = prepared("clipped")
+    full, short = 4 * [[[1.0], [1.0], [1.0]]], 2 * [[[8.0], [8.0], [8.0]]]
+    for steps, parts, mean in (((full,), 4, 1.0), ((short,), 4, 1.0), ((full, short), 4, 1.0), ((short,), 2, 8.0)):
+        for step in steps:
+            remember(policy, *step)
+        assert (policy.parts, float(policy.means[0])) == (parts, mean)
+    remember(policy, *full)
+    assert (policy.parts, float(policy.means[0])) == (4, 1.0)
 
 
 @pytest.mark.parametrize("sizes", [(3, 3, 3), (4, 1, 2), (1, 1)])
@@ -63,7 +82,7 @@ def test_gradients_are_the_oracles(sizes: tuple[int, ...]) -> None:
                 bound = mean = float(norms.mean())
                 if step > 0:
                     bound = (mean + (len(sizes) - 1) * known[name]) / len(sizes)
-                means[name].append(mean)
+                means[name] += norms.tolist()
                 expected[name] = expected[name] + oracle.u @ (bound / norms).clamp(max=1) / size
             loss(model, x, y).backward()
         for name in LAYER_NAMES:
