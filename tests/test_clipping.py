@@ -71,6 +71,16 @@ def test_a_scalar_has_no_samples() -> None:
         clip_samples(torch.tensor(1.0, requires_grad=True))
 
 
+def test_a_model_may_change_its_logits_in_place() -> None:
+    x = torch.randn(6, 3, requires_grad=True, generator=torch.Generator().manual_seed(0))
+    clip_samples(logits := 2 * x)[:, 0] = -1e9
+    torch.logsumexp(logits, dim=1).square().sum().backward()
+    g = x.grad / 2
+    assert torch.equal(g[:, 0], torch.zeros(6))
+    norms = g.norm(dim=1)
+    assert float((norms - norms.max()).abs().sort().values[1]) < 1e-5  # those above the mean are as long as each other
+
+
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 def test_it_is_part_of_a_graph_without_a_break() -> None:
     def step(x: Tensor) -> Tensor:

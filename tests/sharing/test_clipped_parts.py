@@ -151,3 +151,54 @@ def test_one_micro_batch_of_one_sample_is_warned_of_and_several_are_not(caplog: 
             loss(model, *data(1, seed=n)).backward()
         optimizer.step()
         assert ("holds one sample" in caplog.text) == (count == 1)
+
+
+class Twice(nn.Module):
+    """A table that is used twice, the second time with much smaller gradients."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(9, 6)
+        self.head = nn.Linear(12, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head((self.table(x) + 1e-3 * self.table(x.flip(1))).flatten(1))
+
+
+def test_of_a_module_that_is_called_twice_no_norms_are_remembered() -> None:
+    torch.manual_seed(0)
+    model = Twice()
+    optimizer = FNGD(model)
+    for _ in range(2):
+        for _ in range(3):
+            nn.functional.cross_entropy(model(torch.randint(9, (5, 2))), torch.randint(4, (5,))).backward()
+        optimizer.step()
+    head, table = optimizer.preconditioner.policy.means
+    assert head > 0
+    assert table == 0
+
+
+def test_a_state_has_the_same_keys_and_shapes_from_the_start() -> None:
+    """A sharded checkpoint is loaded into the state of an optimizer that has done nothing yet."""
+    model = net()
+    optimizer = FNGD(model)
+    fresh = optimizer.preconditioner.policy.state_dict()
+    micro_batches_of_one(optimizer, model, 1.0)
+    optimizer.step()
+    later = optimizer.preconditioner.policy.state_dict()
+    assert fresh.keys() == later.keys()
+    assert fresh["means"].shape == later["means"].shape
+
+
+@pytest.mark.parametrize(("saved", "loaded", "factor"), [(1, 1, 1.0), (4, 4, 1.0), (2, 1, 0.5), (1, 4, 4.0)])
+def test_norms_are_those_of_as_many_processes_as_go_on(
+    monkeypatch: pytest.MonkeyPatch, saved: int, loaded: int, factor: float
+) -> None:
+    policy = prepared("clipped")
+    remember(policy, *4 * [[[3.0], [1.0], [0.5]]])
+    monkeypatch.setattr("hf_fngd.sharing.clipped.rank_and_world", lambda: (0, saved))
+    state = policy.state_dict()
+    monkeypatch.setattr("hf_fngd.sharing.clipped.rank_and_world", lambda: (0, loaded))
+    resumed = prepared("clipped")
+    resumed.load_state_dict(state)
+    assert torch.equal(resumed.means, factor * policy.means)
