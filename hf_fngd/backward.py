@@ -237,7 +237,7 @@ def layout(known: bool | None, shape: torch.Size, samples: int) -> tuple[bool | 
         known = False
     elif known is None:
         if samples == 1:
-            return None, None  # its weight is 1
+            return None, None  # all of it is that sample's
         if samples in shape[1:-1]:
             return None, AMBIGUOUS
         known = True
