@@ -178,6 +178,23 @@ def _collectives(sharing: str) -> dict[str, Any]:
     return {"coefficient steps": computed, "collectives": counts[:-1]}
 
 
+def uneven_ranks() -> dict[str, Any]:
+    """The first rank accumulates one micro-batch more than the others, after a forward pass that comes to nothing."""
+    rank = dist.get_rank()
+    model, fngd = make(sharing="clipped")
+    called = DistributedDataParallel(model)
+    for step in range(4):
+        fngd.zero_grad()
+        if rank == 0:
+            model(data(5, seed=step)[0])
+            with called.no_sync():
+                loss(called, *data(5, seed=step)).backward()
+        loss(called, *data(5, seed=10 * step + rank)).backward()
+        fngd.step()
+    policy = fngd.preconditioner.policy.state_dict()
+    return {"agree": agree(flat(model), policy), "parts": policy["parts"], "skipped": fngd.skipped}
+
+
 def empty_ranks() -> dict[str, Any]:
     """A rank whose batch is all padding, one whose loss reaches no layer, and one whose loss is not finite."""
     rank, world = dist.get_rank(), dist.get_world_size()

@@ -16,7 +16,7 @@ CHECKS = "tests.distributed.checks"
 
 @pytest.mark.timeout(600)
 def test_two_processes(subtests: pytest.Subtests, tmp_path: Path) -> None:
-    names = ["ddp", "fsdp2", "fsdp2_after", "uniform_gradients", "collectives", "empty_ranks", "resume"]
+    names = ["ddp", "fsdp2", "fsdp2_after", "uniform_gradients", "collectives", "empty_ranks", "uneven_ranks", "resume"]
     found = launch(
         CHECKS, 2, tmp_path, *names, "distributed_checkpoint", "fsdp2_accumulation", "tensor_parallel", "trainer"
     )
@@ -40,6 +40,8 @@ def test_two_processes(subtests: pytest.Subtests, tmp_path: Path) -> None:
         assert all(outcome["agree"] and outcome["finite"] for outcome in cases.values())
         counts = {case: (outcome["skipped"], outcome["steps"]) for case, outcome in cases.items()}
         assert counts == {"padding": (0, 12), "unreached": (0, 12), "nan": (5, 7)}
+    with subtests.test("ranks that accumulate differently keep the same norms"):
+        assert found["uneven_ranks"] == {"agree": True, "parts": 3, "skipped": 0}
     with subtests.test("a checkpoint resumes on all ranks, and on one process that accumulates"):
         assert found["resume"] == {name: {"all ranks": True, "one process": 0.0} for name in SETTINGS}
     with subtests.test("torch.distributed.checkpoint of a sharded model"):
