@@ -26,8 +26,14 @@ def clip_samples(x: Tensor) -> Tensor:
         The tensor itself; in a graph of torch.compile a copy.
 
     Raises:
-        ValueError: the tensor is a scalar.
+        TypeError: it is no tensor.
+        ValueError: it is a scalar.
     """
+    if not isinstance(x, Tensor):
+        raise TypeError(
+            f"clip_samples takes a tensor, as the logits, and got {type(x).__name__}: take the tensor out of a model's "
+            "output (.logits), or register the hook on the head (model.lm_head, model.classifier)"
+        )
     if x.dim() == 0:
         raise ValueError(
             "clip_samples takes a tensor whose first dimension is the sample, as the logits, and got a scalar: call "

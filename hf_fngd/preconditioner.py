@@ -168,7 +168,10 @@ class FNGDPreconditioner:
         # The backward pass of one process may have reached no layer; all have to go on alike.
         if batches or (begun and world > 1):
             self._ratios.update(self._commit(batches, computes))
-            self._ratios.weights = tuple(batches[-1].weighed.values()) if batches else ()
+            layers = {layer for batch in batches for layer in batch.weighed}
+            self._ratios.weights = tuple(
+                torch.cat([batch.weighed[layer] for batch in batches if layer in batch.weighed]) for layer in layers
+            )
             self.phase.advance()
             if self.phase.sharing and not sharing:
                 self._window.place = 0
@@ -306,7 +309,7 @@ class FNGDPreconditioner:
         Returns:
             ``phase`` (0: the first, 1: sharing), ``rho`` (geometric mean over the layers; not there before a
             coefficient step) and ``weight_spread`` (standard deviation of w over its mean, root mean square over the
-            layers; where the norms of every batch tell the weights, those of this process's last one).
+            layers; where the norms of every batch tell the weights, those of this process's samples in the last step).
         """
         return {"phase": float(self.phase.sharing), **self._ratios.summary()}
 

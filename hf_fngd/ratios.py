@@ -20,8 +20,7 @@ class Ratios:
         rho: noise ratios ``[L]`` of the last step, NaN for layers that never measured one.
         spread: ``mean(w^2)`` of the layers ``[L]``.
         averages: running geometric means of both, ``[2, L]``; None before the first measurement.
-        weights: those of the last step's last micro-batch that `SharingPolicy.weigh` told, ``[N]`` by layer; this
-            process's own.
+        weights: those of the last step that `SharingPolicy.weigh` told, of all samples of this process, by layer.
     """
 
     def __init__(self, layers: int) -> None:
@@ -66,8 +65,7 @@ class Ratios:
         """
         spread = self.spread
         if self.weights:
-            w = torch.stack([w.to(self.weights[0]) for w in self.weights])
-            spread = w.square().mean(dim=1) / w.mean(dim=1).square()
+            spread = torch.stack([(w.square().mean() / w.mean().square()).to(self.weights[0]) for w in self.weights])
         known = self.rho[~self.rho.isnan()]
         measured = {"rho": float(known.log().mean().exp())} if known.numel() else {}
         return measured | {"weight_spread": float((spread.mean() - 1).clamp(min=0).sqrt())}

@@ -66,6 +66,11 @@ def test_no_gradient_is_asked_of_what_has_none() -> None:
         assert clip_samples(logits) is logits
 
 
+def test_an_output_that_is_no_tensor_is_refused() -> None:
+    with pytest.raises(TypeError, match=r"got tuple: .*\.logits.*model\.lm_head"):
+        clip_samples((torch.ones(3, 2),))  # type: ignore[arg-type]
+
+
 def test_a_scalar_has_no_samples() -> None:
     with pytest.raises(ValueError, match=r"first dimension is the sample.*before the loss is averaged"):
         clip_samples(torch.tensor(1.0, requires_grad=True))

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hf_fngd import FNGD
+from hf_fngd import FNGD, FNGDFactory
 from hf_fngd.arguments import UPDATES
 from hf_fngd.sharing import INDEX_COLUMN, policy_names
 from tests.nets import LAYER_NAMES, assert_equal, data, loss, net, parameters, train
@@ -332,3 +332,7 @@ def test_parameters_in_place_of_a_model_are_refused_by_naming_the_factory() -> N
     for given in (model.parameters(), list(model.parameters()), [{"params": list(model.parameters())}]):
         with pytest.raises(TypeError, match=r"optimizer_cls_and_kwargs use \(FNGDFactory"):
             FNGD(given)
+
+
+def test_the_factory_takes_the_name_of_a_config() -> None:
+    assert FNGDFactory()(net(), config="robust").preconditioner.policy.name == "sketched"

@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import nn
 
+from hf_fngd.config import FNGDConfig
 from hf_fngd.optimizer import FNGD
 
 
@@ -24,9 +25,11 @@ class FNGDFactory:
         Args:
             model: the model to train.
             args: `TrainingArguments`, whose ``learning_rate`` and ``weight_decay`` are honoured.
-            config: an `FNGDConfig`.
+            config: an `FNGDConfig`, or the name of one, as `FNGDConfig.load` takes it.
             **overrides: arguments of `FNGD`, which win over both.
         """
+        if isinstance(config, str):
+            config = FNGDConfig.load(config)
         if args is not None:
             return FNGD.from_training_args(model, args, config, **overrides)
         return FNGD(model, **overrides) if config is None else FNGD.from_config(model, config, **overrides)

@@ -202,3 +202,12 @@ def test_norms_are_those_of_as_many_processes_as_go_on(
     resumed = prepared("clipped")
     resumed.load_state_dict(state)
     assert torch.equal(resumed.means, factor * policy.means)
+
+
+def test_the_spread_in_the_log_is_that_of_all_micro_batches() -> None:
+    model = net()
+    optimizer = FNGD(model, lr=0.0)
+    for _ in range(2):
+        micro_batches_of_one(optimizer, model, 100.0)
+        optimizer.step()
+    assert optimizer.diagnostics()["weight_spread"] > 0.1
