@@ -233,7 +233,18 @@ class FNGDPreconditioner:
 
         A fused optimizer is also called by a loss scaler that has found an overflow, and then leaves the parameters as
         they are: that is a `skip`.
+
+        Raises:
+            ValueError: the optimizer has none of the model's parameters.
         """
+        parameters = list(self.model.parameters())
+        own = {id(p) for p in parameters}
+        stepped = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        if own.isdisjoint(stepped) and not any(is_sharded(p) for p in parameters):  # whose optimizer swaps them later
+            raise ValueError(
+                f"this {type(optimizer).__name__} has no parameter of the preconditioner's model: it was built on "
+                "another instance of it; build both on the model that is trained"
+            )
 
         def close(optimizer: torch.optim.Optimizer, *_: Any) -> None:
             overflowed = getattr(optimizer, "found_inf", None)  # torch's GradScaler sets it for the step

@@ -362,3 +362,9 @@ def test_the_preconditioner_does_not_keep_its_model_alive() -> None:
     with pytest.raises(ReferenceError, match="no longer exists"):
         _ = preconditioner.model
     preconditioner.detach()
+
+
+def test_an_optimizer_of_another_model_is_not_followed() -> None:
+    preconditioner = FNGDPreconditioner(net())
+    with pytest.raises(ValueError, match="this SGD has no parameter of the preconditioner's model"):
+        preconditioner.follow(torch.optim.SGD(net().parameters(), lr=0.1))
