@@ -357,7 +357,8 @@ def test_something_else_than_a_model_is_refused(model: Any) -> None:
 
 
 def test_the_preconditioner_does_not_keep_its_model_alive() -> None:
-    preconditioner = FNGDPreconditioner(net())
+    model = net()
+    preconditioner = FNGDPreconditioner(model)
     gc.collect()
     with pytest.raises(ReferenceError, match="no longer exists"):
         _ = preconditioner.model
@@ -365,6 +366,7 @@ def test_the_preconditioner_does_not_keep_its_model_alive() -> None:
 
 
 def test_an_optimizer_of_another_model_is_not_followed() -> None:
-    preconditioner = FNGDPreconditioner(net())
+    model = net()
+    preconditioner = FNGDPreconditioner(model)
     with pytest.raises(ValueError, match="this SGD has no parameter of the preconditioner's model"):
         preconditioner.follow(torch.optim.SGD(net().parameters(), lr=0.1))
