@@ -357,8 +357,7 @@ def test_something_else_than_a_model_is_refused(model: Any) -> None:
 
 
 def test_the_preconditioner_does_not_keep_its_model_alive() -> None:
-    model = net()
-    preconditioner = FNGDPreconditioner(model)
+    preconditioner = FNGDPreconditioner(net())
     gc.collect()
     with pytest.raises(ReferenceError, match="no longer exists"):
         _ = preconditioner.model
