@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import nn
 
 from hf_fngd.selection import Selected
@@ -74,3 +75,32 @@ def parameter_groups(
 
 def _group(name: str, rule: str, lr: float, weight_decay: float) -> dict[str, Any]:
     return {"params": [], "name": name, "rule": rule, "lr": lr, "weight_decay": weight_decay, "layers": []}
+
+
+def check_parameters(model: nn.Module, groups: Sequence[Mapping[str, Any]]) -> None:
+    """Refuse parameter groups that are not those of the model that is trained, after its first backward pass.
+
+    Raises:
+        RuntimeError: they are not the model's trainable parameters, no gradient reached any of them, or one is sparse.
+    """
+    trainable = {id(p): name for name, p in model.named_parameters() if p.requires_grad}
+    held = {id(p) for group in groups for p in group["params"]}
+    if missing := [name for key, name in trainable.items() if key not in held]:
+        raise RuntimeError(
+            f"{len(missing)} trainable parameters of the model are in no group of this optimizer "
+            f"({', '.join(missing[:3])}, ...): build FNGD after the model is complete (after PEFT wrapped it, "
+            "after freezing or unfreezing layers), or through FNGDFactory"
+        )
+    if foreign := held - trainable.keys():
+        raise RuntimeError(
+            f"{len(foreign)} parameters of this optimizer are not trainable parameters of its model: build FNGD "
+            "after the model is complete, on the very instance that is trained, or through FNGDFactory"
+        )
+    grads = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    if sparse := [name for name, grad in grads.items() if grad.layout != torch.strided]:
+        raise RuntimeError(f"FNGD takes no sparse gradients, as {sparse[0]} has: build the embedding with sparse=False")
+    if not grads:
+        raise RuntimeError(
+            "no gradient reached any parameter of this optimizer: it was built on another instance of the model "
+            "than the one that is trained, or step() came before backward()"
+        )

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from hf_fngd.arguments import validate
 from hf_fngd.coefficients import damping_from_gradient
 from hf_fngd.coverage import CoverageReport
-from hf_fngd.groups import parameter_groups
+from hf_fngd.groups import check_parameters, parameter_groups
 from hf_fngd.persample import accumulation_dtype
 from hf_fngd.phase import schedule
 from hf_fngd.preconditioner import FNGDPreconditioner
@@ -21,7 +21,7 @@ from hf_fngd.rules import FALLBACK_RULES, RULES, Settings
 from hf_fngd.selection import Modules
 from hf_fngd.sharded import local
 from hf_fngd.sharing import SharingPolicy, Suspects
-from hf_fngd.state import check_keys
+from hf_fngd.state import check_groups, check_keys
 from hf_fngd.step_scale import StepScale, of_layers, squared_norms, usable
 
 logger = logging.getLogger(__name__)
@@ -215,7 +215,8 @@ class FNGD(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         if not self._checked:
-            self._check_parameters()
+            check_parameters(self.preconditioner.model, self.param_groups)
+            self._checked = True
         squared = squared_norms(self.param_groups)
         if squared is not None and not usable(squared):
             self.preconditioner.skip()
@@ -264,34 +265,6 @@ class FNGD(torch.optim.Optimizer):
                 "bad samples or a learning rate that is too high",
                 self.skipped,
             )
-
-    # Safety ----------------------------------------------------------------------------------------------
-
-    def _check_parameters(self) -> None:
-        trainable = {id(p): n for n, p in self.preconditioner.model.named_parameters() if p.requires_grad}
-        held = {id(p) for group in self.param_groups for p in group["params"]}
-        if missing := [name for key, name in trainable.items() if key not in held]:
-            raise RuntimeError(
-                f"{len(missing)} trainable parameters of the model are in no group of this optimizer "
-                f"({', '.join(missing[:3])}, ...): build FNGD after the model is complete (after PEFT wrapped it, "
-                "after freezing or unfreezing layers), or through FNGDFactory"
-            )
-        if foreign := [p for group in self.param_groups for p in group["params"] if id(p) not in trainable]:
-            raise RuntimeError(
-                f"{len(foreign)} parameters of this optimizer are not trainable parameters of its model: build FNGD "
-                "after the model is complete, on the very instance that is trained, or through FNGDFactory"
-            )
-        grads = {n: p.grad for n, p in self.preconditioner.model.named_parameters() if p.grad is not None}
-        if sparse := [name for name, grad in grads.items() if grad.layout != torch.strided]:
-            raise RuntimeError(
-                f"FNGD takes no sparse gradients, as {sparse[0]} has: build the embedding with sparse=False"
-            )
-        if not grads:
-            raise RuntimeError(
-                "no gradient reached any parameter of this optimizer: it was built on another instance of the model "
-                "than the one that is trained, or step() came before backward()"
-            )
-        self._checked = True
 
     # Passed on -------------------------------------------------------------------------------------------
 
@@ -361,40 +334,15 @@ class FNGD(torch.optim.Optimizer):
                 "this optimizer state was not written by FNGD: resume with the optimizer that wrote it, or start "
                 "from the checkpoint's model weights alone"
             )
-        rules = [[g["rule"] for g in of] for of in (groups, self.param_groups)]
-        if rules[0] != rules[1]:
-            raise ValueError(
-                f"the checkpoint's update rules are {rules[0]}, this optimizer's are {rules[1]}: construct FNGD with "
-                "the update and fallback that the checkpoint was made with"
-            )
         own = groups[0][_STATE_KEY]
         check_keys(own, ("engine", "norms", "skipped"))
-        self._check_shapes(state_dict)
+        check_groups(state_dict, self.param_groups)
         # Before torch's, which it must not leave half done: it may refuse the state.
         self.preconditioner.load_state_dict(own["engine"])
         first = {key: value for key, value in groups[0].items() if key != _STATE_KEY}
         super().load_state_dict({**state_dict, "param_groups": [first, *groups[1:]]})
         self._scale.norms = None if own["norms"] is None else own["norms"].clone()
         self.skipped = own["skipped"]
-
-    def _check_shapes(self, state_dict: Mapping[str, Any]) -> None:
-        """Refuse the state of other parameters, or of the same in another order."""
-        for stored, own in zip(state_dict["param_groups"], self.param_groups, strict=True):
-            names = stored.get("param_names", own["param_names"])
-            if names != own["param_names"] or len(stored["params"]) != len(own["params"]):
-                differing = sorted(set(names) ^ set(own["param_names"]))
-                raise ValueError(
-                    f"the checkpoint's parameters in the group {own['name']!r} are not this optimizer's"
-                    + (f" (only one has {', '.join(differing[:3])})" if differing else ", or in another order")
-                    + ": resume with the model, target_modules and frozen layers that the checkpoint was made with"
-                )
-            for key, name, p in zip(stored["params"], own["param_names"], own["params"], strict=True):
-                for entry, value in state_dict["state"].get(key, {}).items():
-                    if isinstance(value, Tensor) and value.dim() > 0 and value.shape != p.shape:
-                        raise ValueError(
-                            f"the checkpoint's {entry} of {name} has the shape {tuple(value.shape)}, the parameter has "
-                            f"{tuple(p.shape)}: resume with the model that the checkpoint was made with"
-                        )
 
 
 def _scaled(g: Tensor, factor: Tensor) -> Tensor:
