@@ -65,22 +65,22 @@ STYLES = {
 
 BLEU = ("test BLEU", 1)
 ACCURACY = ("test accuracy, %", 0.01)
+REMEDIES = (
+    "adamw",
+    "adamw, bounded loss",
+    "adamw, clipped outputs",
+    "muon",
+    "muon, clipped outputs",
+    "fngd",
+)
+"""What there is against outsized samples of an MLP, and the same optimizers without."""
 PANELS = (
     Panel(
         "outliers_mlp",
         "cifar10",
         "An outlier in every batch (images, MLP)",
         *ACCURACY,
-        (
-            "adamw, without outliers",
-            "adamw",
-            "adamw, bounded loss",
-            "adamw, clipped outputs",
-            "muon",
-            "muon, clipped outputs",
-            "fngd",
-            "fngd, ranked",
-        ),
+        ("adamw, without outliers", *REMEDIES, "fngd, ranked"),
     ),
     Panel(
         "outliers_vit",
@@ -103,16 +103,7 @@ PANELS = (
         "cifar10",
         "5 % of the images unscaled (MLP)",
         *ACCURACY,
-        (
-            "adamw, all scaled",
-            "adamw",
-            "adamw, bounded loss",
-            "adamw, clipped outputs",
-            "muon",
-            "muon, clipped outputs",
-            "fngd",
-            "fngd adam",
-        ),
+        ("adamw, all scaled", *REMEDIES, "fngd adam"),
     ),
     Panel(
         "outliers_translation",
