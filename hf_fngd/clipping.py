@@ -1,4 +1,4 @@
-"""Samples brought down to the mean norm of their batch: the weights for it, and the same for one tensor's gradient."""
+"""clip_samples: each sample's gradient at one tensor, brought down to the mean norm of its batch."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_fngd.persample import accumulation_dtype
+from hf_fngd.weights.algebra import clip, mean_norm, scaled, tensor_norms
 
 
 def clip_samples(x: Tensor) -> Tensor:
@@ -49,9 +49,8 @@ def clip_samples(x: Tensor) -> Tensor:
 
 
 def _clipped(g: Tensor) -> Tensor:
-    rows = g.flatten(1) if g.dim() > 1 else g[:, None]
-    norms = torch.linalg.vector_norm(rows, dim=1, dtype=accumulation_dtype(g.dtype))
-    return g * clip(norms, mean_norm(norms)).to(g.dtype).view(-1, *[1] * (g.dim() - 1))
+    norms = tensor_norms(g)
+    return scaled(g, clip(norms, mean_norm(norms)))
 
 
 class _Clipping(torch.autograd.Function):
@@ -62,13 +61,3 @@ class _Clipping(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> Tensor:
         return _clipped(g)
-
-
-def mean_norm(norms: Tensor) -> Tensor:
-    """The mean of norms ``[..., N]`` that are not 0, ``[...]``; NaN where all of them are."""
-    return norms.sum(dim=-1) / norms.count_nonzero(dim=-1)
-
-
-def clip(norms: Tensor, bound: Tensor) -> Tensor:
-    """Weights ``[N]`` that bring norms ``[N]`` above a bound down to it; ones for norms of 0, whatever the bound."""
-    return torch.where(norms > 0, bound / torch.maximum(norms, bound), 1)

@@ -1,25 +1,28 @@
 """FNGD's settings as a dataclass that can be saved, shared and read back.
 
-Values are checked by :mod:`hf_fngd.arguments`, files and the Hub are the business of :mod:`hf_fngd.hub`; this
-module does no I/O of its own.
+Values are checked by `hf_fngd.settings`, files and the Hub are the business of `hf_fngd.hub`; this module does no I/O
+of its own.
 """
 
-import dataclasses
+import copy
 import json
 import os
 import re
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, Self
 
-from hf_fngd import arguments
+from hf_fngd.checks import guess
 from hf_fngd.hub import HubMixin
-from hf_fngd.sharing import policy_names
+from hf_fngd.settings import Settings, setting_names
+from hf_fngd.weights import policy_class, policy_names
 
-CONFIG_VERSION = "1.0"
+CONFIG_VERSION = "2.0"
 """MAJOR.MINOR of the file format: MAJOR changes where an older reader would misunderstand a file."""
+# Sharing policies of files of version 1 that are gone.
+_GONE = ("index", "last", "ranked", "sketched")
 
 PRESETS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
     {
@@ -30,135 +33,37 @@ PRESETS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
             {
                 "damping": 0.003,
                 "sharing": "replay",
-                "refresh": 0,
-                "coefficient_steps": 100_000,
-                "step_scale": "ngd",
                 "update": "momentum",
                 "fallback": "sgd",
-                "weigh_rest": False,
+                "layer_types": ["linear", "conv1d"],
             }
         ),
-        # Noisy labels: low damping keeps the model from memorizing them, as long as every step has its own weights.
-        "robust": MappingProxyType({"damping": 0.001, "sharing": "sketched", "update": "adam"}),
     }
 )
 """Departures from the defaults, by the name of the preset."""
 
 
-@dataclass
-class FNGDConfig(HubMixin):
-    """The arguments of :class:`FNGD`, the model aside.
-
-    The values are validated when the config is made, and again when it is written or handed to the optimizer.
+@dataclass(frozen=True)
+class FNGDConfig(Settings, HubMixin):
+    """The arguments of `FNGD`, the model aside; for what they mean see `hf_fngd.settings.Settings`.
 
     Raises:
-        TypeError: A value has the wrong type.
-        ValueError: A value is out of range. Either message names the argument, value and what is accepted.
+        TypeError: a value has the wrong type.
+        ValueError: a value is out of range or has no effect. Either message names the argument, the value and what is
+            accepted.
     """
 
-    lr: float = field(
-        default=1e-3,
-        metadata={
-            "help": "Learning rate, >= 0. The RMS of an update is 0.2 lr with update 'muon', about lr with the others."
-        },
-    )
-    momentum: float = field(default=0.9, metadata={"help": "Momentum of the preconditioned gradient, in [0, 1)."})
-    damping: float = field(
-        default=0.1,
-        metadata={"help": "alpha > 0 of lambda = alpha ||K||_F (Eq. 14 of arXiv 2403.03473), dimensionless."},
-    )
-    weight_decay: float = field(
-        default=0.0, metadata={"help": "Decoupled weight decay, >= 0; none on biases and norms."}
-    )
-    sharing: str = field(
-        default="clipped",
-        metadata={
-            "help": "Which weights the samples get, and how steps share them: " + ", ".join(arguments.SHARING) + "."
-        },
-    )
-    refresh: int | None = field(
-        default=None,
-        metadata={
-            "help": "Steps between coefficient steps after the first phase; 0: never, as in the paper; None: 50, or 0 "
-            "where they would serve nothing."
-        },
-    )
-    coefficient_steps: int | None = field(
-        default=None,
-        metadata={
-            "help": "Most steps of the first phase, in which every step computes coefficients, >= 1; None: 100, or no "
-            "first phase where they would serve nothing."
-        },
-    )
-    step_scale: str = field(
-        default="rms",
-        metadata={"help": "'rms': updates of known size; 'ngd': the paper's 1/lambda', with a trust region."},
-    )
-    update: str = field(
-        default="muon",
-        metadata={"help": "Update rule on the preconditioned gradient: " + ", ".join(arguments.UPDATES) + "."},
-    )
-    fallback: str = field(
-        default="adamw",
-        metadata={"help": "Update rule of what is not preconditioned: " + ", ".join(arguments.FALLBACKS) + "."},
-    )
-    fallback_lr: float | None = field(
-        default=None, metadata={"help": "Learning rate of the fallback, >= 0; None: the same as lr."}
-    )
-    beta2: float = field(
-        default=0.999,
-        metadata={"help": "Decay of the second moment of update 'adam' and fallback 'adamw', in [0, 1)."},
-    )
-    eps: float = field(
-        default=1e-8,
-        metadata={"help": "Term > 0 in the denominator of update 'adam' and fallback 'adamw'."},
-    )
-    memory_budget: int = field(
-        default=2**28, metadata={"help": "Bounds of the store, and of a coefficient step's temporary memory, in bytes."}
-    )
-    target_modules: str | list[str] = field(
-        default=arguments.ALL_LINEAR,
-        metadata={
-            "help": "Modules to precondition: 'all-linear', a regular expression that matches the whole "
-            "name, or a list of names or dotted suffixes."
-        },
-    )
-    exclude_modules: str | list[str] | None = field(
-        default=None,
-        metadata={"help": "Modules to leave out: None, a regular expression or a list, as in target_modules."},
-    )
-    weigh_rest: bool = field(
-        default=True,
-        metadata={"help": "Weigh the samples in embeddings, tied heads and convolutions of raw input too."},
-    )
-    strict: bool = field(
-        default=False, metadata={"help": "Raise where the coverage report would only tell of a missed layer."}
-    )
-
     def __post_init__(self) -> None:
-        self.validate()
-
-    def validate(self) -> None:
-        """Check every value, and bring it into the form that a JSON file gives back.
-
-        Ints of real-valued arguments become floats, tuples of module names become lists.
-
-        Raises:
-            TypeError: A value has the wrong type.
-            ValueError: A value is out of range.
-        """
-        values = {key: getattr(self, key) for key in arguments.ARGUMENTS}
-        _check(values)
-        for key, value in values.items():
-            if key in arguments.REALS and value is not None:
-                setattr(self, key, float(value))
-            elif isinstance(value, list | tuple):
-                setattr(self, key, list(value))
+        if not isinstance(self.sharing, str):
+            raise TypeError(
+                f"sharing must be a policy's name in a config, got a {type(self.sharing).__name__}: register the policy "
+                "and give its name, or hand the object to FNGD itself"
+            )
+        super().__post_init__()
 
     def optimizer_arguments(self) -> dict[str, Any]:
         """Return FNGD's keyword arguments, every one of them, as ``FNGD(model, **arguments)`` takes them."""
-        self.validate()
-        return dataclasses.asdict(self)
+        return copy.deepcopy(self.values())
 
     def to_dict(self) -> dict[str, Any]:
         """Return the values and ``config_version``, in types that JSON knows."""
@@ -188,13 +93,19 @@ class FNGDConfig(HubMixin):
         """
         if not isinstance(values, Mapping):
             raise TypeError(f"a config must be a mapping from argument names, got a {type(values).__name__}")
-        _check(overrides)
-        _check_version(values.get("config_version", CONFIG_VERSION))
-        known = {key: value for key, value in values.items() if key in arguments.ARGUMENTS}
+        version = _check_version(values.get("config_version", CONFIG_VERSION))
+        values = _of_version_1(values) if version == 1 else values
+        known = {key: value for key, value in values.items() if key in setting_names()}
         unknown = [_named(key) for key in values if key not in known and key != "config_version"]
         if unknown:
             listed = ", ".join(unknown[:10]) + (f" and {len(unknown) - 10} more" if len(unknown) > 10 else "")
             warnings.warn(f"ignored keys that {cls.__name__} does not know: {listed}", stacklevel=2)
+        for key in overrides:
+            if key not in setting_names():
+                raise ValueError(
+                    f"FNGD has no argument {key[:80]!r}, it has {', '.join(setting_names())}"
+                    + guess(key, setting_names())
+                )
         return cls(**{**known, **overrides})
 
     @classmethod
@@ -202,8 +113,7 @@ class FNGDConfig(HubMixin):
         """Build the config of a preset.
 
         Args:
-            name: ``"default"``, ``"paper"`` (arXiv 2403.03473 as it is written) or ``"robust"`` (noisy
-                labels).
+            name: ``"default"`` or ``"paper"`` (arXiv 2403.03473 as it is written).
             **overrides: Arguments that replace the preset's.
 
         Raises:
@@ -214,8 +124,7 @@ class FNGDConfig(HubMixin):
             raise TypeError(f"a preset's name must be one of {', '.join(PRESETS)}, got a {type(name).__name__}")
         if name not in PRESETS:
             raise ValueError(
-                f"there is no preset {name[:80]!r}: the presets are {', '.join(PRESETS)}"
-                + arguments.guess(name, PRESETS)
+                f"there is no preset {name[:80]!r}: the presets are {', '.join(PRESETS)}" + guess(name, PRESETS)
             )
         return cls.from_dict(PRESETS[name], **overrides)
 
@@ -268,11 +177,11 @@ def _named(key: object) -> str:
     if not isinstance(key, str):
         return f"a key of type {type(key).__name__}"
     shown = key[:80] if key[:80].isprintable() else ascii(key[:80])
-    return shown + arguments.guess(key, arguments.ARGUMENTS, " (meant to be {}?)")
+    return shown + guess(key, setting_names(), " (meant to be {}?)")
 
 
-def _check_version(version: object) -> None:
-    """Refuse a format that this version of the package cannot be sure to understand."""
+def _check_version(version: object) -> int:
+    """The MAJOR part of a format; a format is refused that this version of the package cannot be sure to understand."""
     if not isinstance(version, str):
         raise TypeError(f"config_version must be a string such as {CONFIG_VERSION!r}, got a {type(version).__name__}")
     parts = re.fullmatch(r"([1-9][0-9]{0,3})\.[0-9]{1,4}", version)
@@ -283,8 +192,35 @@ def _check_version(version: object) -> None:
             f"config_version is {version}, and this version of hf-fngd reads up to {CONFIG_VERSION}: "
             "upgrade it with `pip install --upgrade hf-fngd`"
         )
+    return int(parts[1])
 
 
-def _check(values: Mapping[str, object]) -> None:
-    # A policy of the user's is as good as ours: the optimizer takes it by its name too.
-    arguments.validate(values, choices={"sharing": policy_names()})
+def _of_version_1(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The keys of a file that hf_fngd 0.1.0 wrote: every argument, also those that its other settings did not read.
+
+    Raises:
+        ValueError: it has settings that are gone.
+    """
+    found = dict(values)
+    scale, refresh, rest = found.pop("step_scale", "rms"), found.pop("refresh", None), found.pop("weigh_rest", True)
+    sharing, momentum = found.get("sharing", "clipped"), found.get("update") == "momentum"
+    refreshes = sharing == "replay" and refresh != 0  # None meant 50
+    if sharing in _GONE or refreshes or (momentum and scale != "ngd"):
+        gone = f"refresh={refresh!r}" if refreshes else "update='momentum' with step_scale='rms'"
+        gone = f"sharing={sharing!r}" if sharing in _GONE else gone
+        raise ValueError(
+            f"the config was written for hf-fngd 0.1.0 and has {gone}, which this version does not have: use version "
+            "0.1.0 (pip install hf-fngd==0.1.0), or another setting"
+        )
+    if rest is False:
+        found["layer_types"] = ["linear", "conv1d"]
+    if sharing == "replay" and found.get("coefficient_steps") is None:
+        found["coefficient_steps"] = 100
+    if isinstance(sharing, str) and sharing in policy_names():
+        reads = policy_class(sharing).reads
+        for key in ("damping", "coefficient_steps", "memory_budget"):
+            if key not in reads:
+                found.pop(key, None)
+    if momentum and found.get("fallback") == "sgd":
+        found = {key: value for key, value in found.items() if key not in ("beta2", "eps")}
+    return found

@@ -1,62 +1,209 @@
-"""What the engine has to know of a layer type, and the registry of the types that it knows."""
+"""What the engine has to know of a layer type, and the registry of the layer types that it knows.
+
+A layer type is one file with one `LayerType` and one `register_layer_type`. It says which modules it takes, and makes a
+`LayerKernel` for each: how the layer's input and output gradient are read, what its samples' norms are, and how its
+weighted gradient is formed. There are two ways to form it:
+
+* the kernel owns forward and backward (`ExplicitKernel`), and its backward returns ``sum_n w_n h_n`` in place of the
+  gradient of the layer's weight, while the input's gradient stays plain;
+* the module's own forward runs, and the gradient of one tensor in it, whose first dimension is the sample, is
+  multiplied by the sample weights on its way back (`Call.weigh`).
+"""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Any, ClassVar, Protocol
 
+import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
+from hf_fngd.weights.algebra import tensor_norms
+
+NOT_THE_BATCH = "the first dimension of its input is not the batch"
+AMBIGUOUS = (
+    "two dimensions of its input have the size of the batch, and no batch so far told which of them holds the samples "
+    "(another batch size or sequence length does)"
+)
+
+Forward = Callable[..., Any]
+Layout = tuple[bool | None, str | None]
+
+
+class Call(Protocol):
+    """What the engine offers a kernel for one call of a layer in a training forward pass."""
+
+    samples: int | None
+    """The number of samples N; None in a graph of torch.compile, which does not know it before it runs."""
+
+    def apply(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """`ExplicitKernel.forward`, with the kernel's own backward behind it."""
+
+    def weigh(self, y: Tensor, like: Tensor | None = None) -> Tensor:
+        """A tensor ``[N, ...]`` whose gradient is multiplied by the sample weights on its way back.
+
+        Args:
+            y: the tensor.
+            like: a tensor whose shape tells which dimension is the batch, where y's does not; handed on as ``x``.
+        """
+
 
 class LayerKernel(ABC):
-    """The conversions between one layer type and the canonical layout of `hf_fngd.persample`.
+    """The arithmetic of one layer."""
 
-    A kernel is stateless. A new layer type is one file with one subclass and one `register_kernel` call.
+    def takes(self, x: Any) -> bool:
+        """Whether the samples of an input can be weighed at all; otherwise the module's own forward runs."""
+        return isinstance(x, Tensor) and x.dim() > 1
+
+    @abstractmethod
+    def run(self, module: nn.Module, own: Forward, x: Tensor, call: Call) -> Any:
+        """Run the layer in a training forward pass.
+
+        Args:
+            module: the layer.
+            own: its own forward, bound to it: ``own(x)``.
+            x: its input.
+            call: the engine's side.
+        """
+
+    def layout(self, known: bool | None, x: Tensor | None, g: Tensor, samples: int) -> Layout:
+        """Whether the first dimension is the batch, and the reason for which the samples can not be weighed.
+
+        Args:
+            known: what earlier calls of the layer told; None for nothing.
+            x: the input ``[N, ..., i]``; None where `Call.weigh` was given none.
+            g: the output gradient ``[N, ..., o]``, or that of the tensor given to `Call.weigh`.
+            samples: the micro-batch's number of them, N.
+        """
+        shape = g.shape if x is None else x.shape
+        if len(shape) < 2 or shape[0] != samples or samples == 0:
+            known = False
+        elif known is None:
+            if samples == 1:
+                return None, None  # all of it is that sample's
+            if samples in shape[1:-1]:
+                return None, AMBIGUOUS
+            known = True
+        return known, None if known else NOT_THE_BATCH
+
+    def norms(self, x: Tensor | None, g: Tensor, has_bias: bool) -> Tensor:
+        """The cheap bound ``[N]`` of the per-sample gradients' norms (default: the norms of ``g``).
+
+        Args:
+            x: the input ``[N, ..., i]``, of an `ExplicitKernel`.
+            g: the output gradient ``[N, ..., o]``, or that of the tensor given to `Call.weigh`.
+            has_bias: whether a trained bias belongs to h_n.
+        """
+        return tensor_norms(g)
+
+
+class ExplicitKernel(LayerKernel):
+    """A kernel with a forward and a backward of its own."""
+
+    @abstractmethod
+    def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """The layer's own forward, bit for bit; the output is no view. And what backward needs besides x and weight."""
+
+    @abstractmethod
+    def input_gradient(self, x: Tensor, g: Tensor, weight: Tensor, saved: tuple[Tensor, ...]) -> Tensor:
+        """dL/dx, in x's shape, from ``g = dL/dy``, in the shape of `forward`'s output."""
+
+    @abstractmethod
+    def weighted_gradient(
+        self, x: Tensor, g: Tensor, weight: Tensor, w: Tensor | None, saved: tuple[Tensor, ...], has_bias: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """``sum_n w_n h_n`` in the layout of the layer's weight, and its bias column.
+
+        Args:
+            x: the input.
+            g: the output gradient, in the shape of `forward`'s output.
+            weight: the layer's weight.
+            w: sample weights ``[N]``; None means ones.
+            saved: what `forward` saved.
+            has_bias: whether the bias column is asked for.
+        """
+
+    def with_samples(self, x: Tensor, g: Tensor) -> Tensor:
+        """The output gradient with the leading dimensions of the layer's output, the first of which is the batch."""
+        return g
+
+
+class GramKernel(ExplicitKernel):
+    """A kernel that can also form the Gram matrix of its per-sample gradients."""
+
+    @abstractmethod
+    def gram(self, x: Tensor, g: Tensor, has_bias: bool, memory_budget: int) -> Tensor:
+        """K ``[N, N]`` up to one factor, from input and output gradient; temporary memory in bytes."""
+
+
+class LayerType(ABC):
+    """A family of modules.
+
+    Class attributes:
+        name: what the argument ``layer_types`` calls it.
     """
 
-    @abstractmethod
-    def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """The layer's own forward, bit for bit."""
+    name: ClassVar[str]
 
     @abstractmethod
-    def input_gradient(self, g: Tensor, weight: Tensor) -> Tensor:
-        """dL/dx from ``g = dL/dy``."""
-
-    @abstractmethod
-    def canonical(self, x: Tensor, samples: int) -> Tensor:
-        """Reshape the layer's input, or its output gradient, to ``[N, T, features]``."""
-
-    @abstractmethod
-    def weighted_gradient(self, a: Tensor, g: Tensor, w: Tensor | None) -> Tensor:
-        """``sum_n w_n h_n`` in the layout of the layer's weight; w = None means ones."""
+    def kernel(self, module: nn.Module) -> LayerKernel | None:
+        """The kernel of a module; None where it is none of these."""
 
 
-_KERNELS: dict[type[nn.Module], LayerKernel] = {}
+_LAYER_TYPES: dict[str, LayerType] = {}
 
 
-def register_kernel(layer_type: type[nn.Module], kernel: LayerKernel) -> None:
-    """Make the engine precondition modules whose type is exactly ``layer_type``.
+def register_layer_type(layer_type: LayerType) -> LayerType:
+    """Make the engine weigh the samples of a family of modules.
 
     Raises:
-        ValueError: the type has a kernel already.
+        ValueError: the name is taken.
     """
-    if layer_type in _KERNELS:
-        raise ValueError(f"{layer_type.__name__} already has the kernel {type(_KERNELS[layer_type]).__name__}")
-    _KERNELS[layer_type] = kernel
+    if layer_type.name in _LAYER_TYPES:
+        raise ValueError(f"there is already a layer type named {layer_type.name!r}")
+    _LAYER_TYPES[layer_type.name] = layer_type
+    return layer_type
 
 
-def kernel_for(module: nn.Module) -> LayerKernel | None:
-    """The kernel of a module's exact type, or None.
+def layer_type_names() -> tuple[str, ...]:
+    """The registered names, in their order."""
+    return tuple(_LAYER_TYPES)
 
-    Subclasses do not count: quantized, LoRA and attention-internal subclasses of Linear compute other things.
-    """
-    layer_type = type(module)
-    if issubclass(layer_type, FSDPModule):  # a class that FSDP2 generated for a module that it sharded
-        layer_type = layer_type.__mro__[layer_type.__mro__.index(FSDPModule) + 1]
+
+def find_kernel(module: nn.Module) -> tuple[str, LayerKernel] | None:
+    """The name of a module's layer type and its kernel; None where no layer type takes it."""
+    for name, layer_type in _LAYER_TYPES.items():
+        kernel = layer_type.kernel(module)
+        if kernel is not None:
+            return name, kernel
+    return None
+
+
+def plain_class(module: nn.Module) -> type[nn.Module]:
+    """A module's class without what FSDP2 and this package put on top."""
+    cls = type(module)
+    if issubclass(cls, FSDPModule):  # a class that FSDP2 generated for a module that it sharded
+        cls = cls.__mro__[cls.__mro__.index(FSDPModule) + 1]
     # FSDP2's class may have been made of the subclass of a preconditioner that is gone.
-    return _KERNELS.get(getattr(layer_type, "_fngd_plain_class", layer_type))
+    return getattr(cls, "_fngd_plain_class", cls)
 
 
-def known_layers() -> tuple[str, ...]:
-    """The names of the registered layer types."""
-    return tuple(sorted(layer_type.__name__ for layer_type in _KERNELS))
+def operands(module: nn.Module, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+    """What a layer of matrix products computes with, input, weight and bias, cast as autocast would.
+
+    Outside the autograd Function, where autograd casts the gradients back.
+    """
+    weight, bias = module.weight, module.bias
+    assert isinstance(weight, Tensor)
+    assert bias is None or isinstance(bias, Tensor)
+    if torch.is_autocast_enabled(x.device.type):
+        x, weight = _autocast(x), _autocast(weight)
+        bias = None if bias is None else _autocast(bias)
+    return x, weight, bias
+
+
+def _autocast(x: Tensor) -> Tensor:
+    # As autocast itself does, which leaves float64 alone.
+    return x if x.dtype == torch.float64 else x.to(torch.get_autocast_dtype(x.device.type))

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from os import PathLike
-from pathlib import Path
 from typing import Any
 
 from tqdm.auto import tqdm
@@ -13,26 +11,20 @@ from hf_fngd.optimizer import FNGD
 
 
 class FNGDCallback(TrainerCallback):  # type: ignore[misc]
-    """Adds ``fngd_phase``, ``fngd_lambda``, ``fngd_rho``, ``fngd_weight_spread`` and ``fngd_skipped`` to the logs.
+    """Adds ``fngd_weight_spread`` and ``fngd_skipped`` to the logs, and prints the coverage report.
 
-    There are no lambda and no rho where nothing asks for them, as by default; ``refresh=50`` measures rho all the same.
+    With sharing "never" and "replay" also ``fngd_rho`` and ``fngd_lambda``, and with "replay" ``fngd_phase``, which is
+    0 in the first epoch and 1 from its last step on. See `hf_fngd.FNGD.diagnostics`; ``fngd_skipped`` counts the steps
+    skipped so far, by FNGD or by a loss scaler. The coverage report is printed once, after the first step.
 
-    FNGD trains rightly without it. What it adds to the phases: the end of an epoch is known even where
-    Accelerate does not show it (iterable datasets under gradient accumulation). ``fngd_phase`` is 0 in the first
-    phase and 1 from its last step on, which ends it; ``fngd_skipped`` counts the steps skipped so far, by FNGD or by a
-    loss scaler. The coverage report is printed once, after the first step.
-
-    Args:
-        suspects: a CSV file to write `hf_fngd.FNGD.suspects` to at the end of training, by the main process; a relative
-            path is one inside ``args.output_dir``. None for none. Needs ``sharing="index"``.
+    FNGD trains rightly without it. What it adds to the training itself: the end of an epoch is known even where
+    Accelerate does not show it (iterable datasets under gradient accumulation).
 
     Raises:
-        ValueError: at the start of training, where the optimizer is not FNGD, or ``suspects`` is given and the sharing
-            policy is another.
+        ValueError: at the start of training, where the optimizer is not FNGD.
     """
 
-    def __init__(self, suspects: str | PathLike[str] | None = None) -> None:
-        self._suspects = suspects
+    def __init__(self) -> None:
         self._values: dict[str, float] = {}
         self._told = False
 
@@ -40,21 +32,12 @@ class FNGDCallback(TrainerCallback):  # type: ignore[misc]
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Check the optimizer."""
-        optimizer = _fngd(kwargs["optimizer"])
-        if self._suspects is not None:
-            optimizer.suspects()  # refused now, not when training is over
-
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Write the suspects."""
-        if self._suspects is not None and state.is_world_process_zero:
-            _fngd(kwargs["optimizer"]).suspects().to_csv(Path(args.output_dir) / self._suspects)
+        _fngd(kwargs["optimizer"])
 
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """End the first-epoch phase."""
+        """End the epoch for the sharing policy."""
         _fngd(kwargs["optimizer"]).end_epoch()
 
     def on_optimizer_step(

@@ -1,0 +1,1 @@
+"""Attaching to a model, its forward and backward passes, and the micro-batches of an optimizer step."""

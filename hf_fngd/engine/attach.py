@@ -1,0 +1,179 @@
+"""Attaching to a model: an instance's class is swapped for a generated subclass with another ``forward``.
+
+The subclass goes by its base's name, its state lives in the instance's ``__dict__``, and it pickles and
+deep-copies as the plain class: ``state_dict`` keys, ``repr``, ``save_pretrained`` and pickles are those of the
+model as it was, and a copy is a plain model. (A function put on ``module.forward`` does not pickle, and its
+deep copy trains the original; a parametrization renames keys; a backward hook comes after the weight gradient
+has been paid for; a forward pre-hook is passed by wrappers that call ``forward`` themselves.)
+"""
+
+from __future__ import annotations
+
+import copyreg
+import functools
+import inspect
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import nn
+
+Forward = Callable[..., Any]
+Handler = Callable[..., Any]
+_LAYER = "_fngd_layer"
+_MODEL = "_fngd_model"
+_REPLACED = "_replaced"
+
+
+class Attachment:
+    """The forwards of a model and of some of its layers, sent through handlers (`swap_forward`).
+
+    It keeps no module alive.
+
+    Args:
+        model: the model.
+        handler: of the model's forward.
+        layers: layers within it, each with the handler of its forward.
+
+    Raises:
+        RuntimeError: one of them cannot be attached to; the model is then what it was.
+    """
+
+    def __init__(self, model: nn.Module, handler: Handler, layers: Sequence[tuple[nn.Module, Handler]]) -> None:
+        try:
+            for layer, layer_handler in layers:
+                swap_forward(layer, _LAYER, layer_handler)
+            # TRL, for one, puts a forward of its own on the model before Trainer asks for the optimizer.
+            swap_forward(model, _MODEL, handler, take_replaced=True)
+        except RuntimeError:
+            detach(model)
+            raise
+        self._swapped = [(weakref.ref(model), _MODEL, handler)]
+        self._swapped += [(weakref.ref(layer), _LAYER, layer_handler) for layer, layer_handler in layers]
+
+    def undo(self) -> None:
+        """Give back the forwards that are still sent through these handlers; idempotent."""
+        while self._swapped:
+            reference, attribute, handler = self._swapped.pop(0)
+            module = reference()
+            if module is not None and module.__dict__.get(attribute) is handler:
+                restore_forward(module, attribute)
+
+
+def detach(model: nn.Module) -> None:
+    """Restore a model that an `FNGDPreconditioner` or an `FNGD` was built on; others are left as they are."""
+    for attribute in (_MODEL, _LAYER):
+        for module in model.modules():
+            if attribute in module.__dict__:
+                restore_forward(module, attribute)
+
+
+def refuse_attached(model: nn.Module) -> None:
+    """Refuse a model that is attached to, before anything is swapped, so that it stays as it is.
+
+    Raises:
+        RuntimeError: a module of it is attached to an FNGD already.
+    """
+    for name, module in model.named_modules():
+        if _MODEL in module.__dict__ or _LAYER in module.__dict__:
+            raise RuntimeError(
+                f"the module {name!r} is attached to another FNGD already; call hf_fngd.detach(model) first"
+            )
+
+
+def swap_forward(
+    module: nn.Module, attribute: str, handler: Callable[..., Any], *, take_replaced: bool = False
+) -> None:
+    """Send ``module.forward(*args, **kwargs)`` through ``handler(module, forward, *args, **kwargs)``.
+
+    Args:
+        module: the instance; other instances of its class are untouched.
+        attribute: where the handler is kept in the instance's ``__dict__``.
+        handler: gets the instance, its class's own bound forward, and the call's arguments.
+        take_replaced: where somebody has put another ``forward`` on the instance, hand that one to the handler, and put
+            it back in `restore_forward`.
+
+    Raises:
+        RuntimeError: the module is attached to already, or has a ``forward`` of its own that would hide ours.
+    """
+    replaced = module.__dict__.get("forward")
+    if replaced is not None and not take_replaced:
+        raise RuntimeError(
+            f"the forward of this {type(module).__name__} was replaced on the instance (Accelerate does so when it "
+            "prepares a model for mixed precision or spreads it over devices), which would pass FNGD by: build FNGD "
+            "before the model is prepared, as in Trainer(optimizers=(FNGD(model), scheduler)), and load the model "
+            "without a device_map of several devices"
+        )
+    if attribute in module.__dict__:
+        raise RuntimeError(
+            f"this {type(module).__name__} is attached to another FNGD already; call hf_fngd.detach(model) first"
+        )
+    module.__dict__[attribute] = handler
+    plain: Any = type(module)
+    if replaced is not None:
+        module.__dict__[attribute + _REPLACED] = module.__dict__.pop("forward")
+    if any(base.__dict__.get("_fngd_attribute") == attribute for base in plain.__mro__):
+        return  # a former subclass, which `restore_forward` could not take away, asks for the handler
+    if replaced is None:
+        module.__class__ = _subclass(plain, attribute)
+    else:
+        module.__class__ = _make_subclass(plain, attribute, _with_self(inspect.signature(replaced)))
+
+
+def restore_forward(module: nn.Module, attribute: str) -> None:
+    """Undo `swap_forward`; the module is again exactly what it was."""
+    del module.__dict__[attribute]
+    replaced = module.__dict__.pop(attribute + _REPLACED, None)
+    if replaced is not None:
+        module.__dict__["forward"] = replaced
+    if type(module).__dict__.get("_fngd_attribute") == attribute:  # FSDP2 puts a class of its own on top
+        module.__class__ = type(module).__mro__[1]
+
+
+@functools.cache
+def _subclass(base: Any, attribute: str) -> Any:
+    return _make_subclass(base, attribute, inspect.signature(base.forward))
+
+
+def _with_self(signature: inspect.Signature) -> inspect.Signature:
+    """The signature of a function put on an instance, as a method's."""
+    itself = inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)
+    return signature.replace(parameters=[itself, *signature.parameters.values()])
+
+
+def _make_subclass(base: Any, attribute: str, signature: inspect.Signature) -> Any:
+    plain = getattr(base, "_fngd_plain_class", base)
+
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        # No bound method: after a graph break torch.compile would look it up by name, and find this function.
+        own = self.__dict__.get(attribute + _REPLACED) or functools.partial(base.forward, self)
+        handler = self.__dict__.get(attribute)
+        return own(*args, **kwargs) if handler is None else handler(self, own, *args, **kwargs)
+
+    # Not functools.wraps: accelerate follows __wrapped__ when it unwraps a model, past this function.
+    forward.__signature__ = signature  # type: ignore[attr-defined]
+    forward.__doc__ = base.forward.__doc__
+
+    def reduce(self: Any, protocol: Any) -> Any:
+        state = base.__reduce_ex__(self, 2)[2]
+        assert isinstance(state, dict)
+        # Not copyreg.__newobj__, which insists on the instance's present class.
+        rebuild, arguments = copyreg._reconstructor, (plain, object, None)  # type: ignore[attr-defined]
+        state = {key: value for key, value in state.items() if key != attribute}
+        if attribute + _REPLACED in state:
+            state["forward"] = state.pop(attribute + _REPLACED)
+        return rebuild, arguments, state
+
+    return type(
+        base.__name__,
+        (base,),
+        {
+            "__module__": base.__module__,
+            "__qualname__": base.__qualname__,
+            "__doc__": base.__doc__,
+            "__reduce_ex__": reduce,
+            "_fngd_plain_class": plain,
+            "_fngd_attribute": attribute,
+            "forward": forward,
+        },
+    )

@@ -1,0 +1,187 @@
+"""One call of a layer, from its forward to the end of its backward, eager and in graphs of torch.compile alike.
+
+The layer's forward goes through an autograd Function whose backward returns ``sum_n w_n h_n`` in place of the gradient
+of the layer's weight; or the gradient of one tensor in it is multiplied by the sample weights on its way back. Either
+way ``p.grad`` *is* the weighted sum when backward returns, and whatever acts on ``p.grad`` (clipping, loss scaling,
+accumulation, all-reduce) works unchanged. The batch-mean gradient is never computed, and no per-sample gradient is kept.
+
+A traced graph keeps no Python objects, and an integer that changes from step to step would recompile it. So a micro-batch
+travels through it as a number in a tensor: `begin` numbers the forward pass, and `sample_weights` finds it by that number
+when backward runs, both opaque to the compiler. The graph has no break, and runs on unchanged through coefficient steps,
+shared steps and any state of the policy. Calls of a layer are not counted in it (what only backward reads, a compiler
+moves there), and a weight that is used outside of its layer's forward as well is not found out.
+"""
+
+from __future__ import annotations
+
+import inspect
+import itertools
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, library
+from torch.autograd.function import once_differentiable
+
+from hf_fngd.engine.layer import Layer
+from hf_fngd.engine.window import MicroBatch
+from hf_fngd.layers.base import LayerKernel
+from hf_fngd.weights.algebra import scaled
+
+# In a CUDA graph the operators would not run again, and would read the sample weights of the step that was captured.
+_TAGS: dict[str, Any] = (
+    {"tags": (torch.Tag.cudagraph_unsafe,)}
+    if hasattr(torch.Tag, "cudagraph_unsafe") and "tags" in inspect.signature(library.custom_op).parameters
+    else {}  # of versions that capture nothing which takes a tensor on the CPU, as the micro-batch's number is
+)
+_numbers = itertools.count()
+_engines: weakref.WeakValueDictionary[int, Engine] = weakref.WeakValueDictionary()
+# Kept alive by their window until the optimizer step.
+_batches: weakref.WeakValueDictionary[int, MicroBatch] = weakref.WeakValueDictionary()
+
+
+class Engine:
+    """What a graph knows of a preconditioner: a number, by which the operators find its layers.
+
+    Args:
+        layers: the attached layers.
+        begin: what a training forward pass of N samples begins with.
+    """
+
+    def __init__(self, layers: list[Layer], begin: Callable[[int], MicroBatch]) -> None:
+        self.layers, self.begin = layers, begin
+        self.number = next(_numbers)
+        _engines[self.number] = self
+
+
+def numbered(batch: MicroBatch) -> Tensor:
+    """A number by which the operators find a micro-batch, an int64 scalar on the CPU."""
+    number = next(_numbers)
+    _batches[number] = batch
+    return torch.tensor(number, device="cpu")
+
+
+@library.custom_op("hf_fngd::begin", mutates_args=(), **_TAGS)
+def begin(sample: Tensor, engine: int) -> Tensor:
+    """Begin a forward pass with a batch as large as ``sample``; returns the micro-batch's number."""
+    return numbered(_engines[engine].begin(sample.shape[0]))
+
+
+@begin.register_fake
+def _(sample: Tensor, engine: int) -> Tensor:
+    return torch.empty((), dtype=torch.int64, device="cpu")
+
+
+@library.custom_op("hf_fngd::sample_weights", mutates_args=(), **_TAGS)
+def sample_weights(x: Tensor | None, g: Tensor, batch: Tensor, engine: int, place: int, has_bias: bool) -> Tensor:
+    """`Layer.weights` ``[N]``, where N is the first dimension of g; ones where there are none."""
+    # None where backward comes after the optimizer step: too late to weigh anything.
+    found = _batches.get(int(batch)) if g.numel() else None
+    w = None if found is None else _engines[engine].layers[place].weights(x, g, has_bias, found)
+    return g.new_ones(len(g)) if w is None else w.to(g.dtype, copy=True)
+
+
+@sample_weights.register_fake
+def _(x: Tensor | None, g: Tensor, batch: Tensor, engine: int, place: int, has_bias: bool) -> Tensor:
+    return g.new_empty(g.shape[0])
+
+
+@dataclass(frozen=True)
+class LayerCall:
+    """What the engine offers a kernel for one call of its layer (`hf_fngd.layers.base.Call`).
+
+    Attributes:
+        layer: the layer; its kernel alone in a traced graph.
+        place: its index among the attached layers.
+        batch: the micro-batch, or in a traced graph what `begin` returned.
+        engine: the engine's number.
+        samples: the number of samples N; None in a traced graph.
+    """
+
+    layer: Layer | LayerKernel
+    place: int
+    batch: MicroBatch | Tensor
+    engine: int
+    samples: int | None
+
+    def apply(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """See `Call.apply`."""
+        has_bias = bias is not None and bias.requires_grad
+        return WeighedLayer.apply(x, weight, bias, self.layer, self.batch, self.engine, self.place, has_bias)  # type: ignore
+
+    def weigh(self, y: Tensor, like: Tensor | None = None) -> Tensor:
+        """See `Call.weigh`. Outside of a graph it is a hook, so that a model may change y in place."""
+        if isinstance(self.batch, Tensor):
+            return WeighedTensor.apply(y, like, self.batch, self.engine, self.place)  # type: ignore
+        layer, batch = self.layer, self.batch
+        assert isinstance(layer, Layer)
+
+        def weighed(g: Tensor) -> Tensor | None:
+            with torch.no_grad():
+                w = layer.weights(like, g, False, batch)
+            return None if w is None else scaled(g, w)
+
+        if y.requires_grad:
+            y.register_hook(weighed)  # type: ignore[no-untyped-call]
+        return y
+
+
+class WeighedLayer(torch.autograd.Function):
+    """A layer whose kernel owns forward and backward."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        layer: Any,
+        batch: Any,
+        engine: int,
+        place: int,
+        has_bias: bool,
+    ) -> Tensor:
+        """`ExplicitKernel.forward`."""
+        traced = isinstance(batch, Tensor)
+        kernel = layer if traced else layer.kernel
+        y, saved = kernel.forward(x, weight, bias)
+        # The micro-batch itself is not saved as tensors are: checkpointing would bring back that of its last forward.
+        ctx.save_for_backward(x, weight, *((batch,) if traced else ()), *saved)
+        ctx.kernel, ctx.engine, ctx.place, ctx.has_bias = kernel, engine, place, has_bias
+        ctx.call = None if traced else (layer, batch)
+        return y  # type: ignore[no-any-return]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        """Gradients of x, weight and bias."""
+        kernel = ctx.kernel
+        if ctx.call is None:
+            x, weight, batch, *saved = ctx.saved_tensors
+            w = sample_weights(x, kernel.with_samples(x, g), batch, ctx.engine, ctx.place, ctx.has_bias)
+        else:
+            x, weight, *saved = ctx.saved_tensors
+            layer, batch = ctx.call
+            w = layer.weights(x, kernel.with_samples(x, g), ctx.has_bias, batch) if x.numel() else None
+        grad_x = kernel.input_gradient(x, g, weight, tuple(saved)) if ctx.needs_input_grad[0] else None
+        of_weight, of_bias = kernel.weighted_gradient(x, g, weight, w, tuple(saved), ctx.has_bias)
+        return grad_x, of_weight, of_bias, None, None, None, None, None
+
+
+class WeighedTensor(torch.autograd.Function):
+    """A tensor whose gradient is multiplied by the sample weights, in a traced graph."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, like: Tensor | None, batch: Tensor, engine: int, place: int) -> Tensor:
+        """A copy, which a model may change in place."""
+        ctx.save_for_backward(like, batch)
+        ctx.engine, ctx.place = engine, place
+        return y.clone()
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        """The gradient of y."""
+        like, batch = ctx.saved_tensors
+        return scaled(g, sample_weights(like, g, batch, ctx.engine, ctx.place, False)), None, None, None, None

@@ -1,0 +1,138 @@
+"""The coverage report: which parameters are preconditioned or weighed, which are plain, and why."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from hf_fngd.engine.layer import Layer
+from hf_fngd.layers import Selection
+
+logger = logging.getLogger(__name__)
+
+NEVER_CALLED = "it was never called in a forward pass of the model in training mode"
+
+
+@dataclass(frozen=True)
+class CoverageReport:
+    """What became of every trainable parameter of a model.
+
+    Attributes:
+        preconditioned: names of the parameters of Linear and Conv1D layers whose samples are weighed, and which get the
+            update rule.
+        plain: name to reason, for those whose gradient is plain; they get the fallback rule.
+        missed: name to reason, for those of preconditioned layers that could not be weighed in some or all steps so
+            far.
+        weighed: names of the parameters of all other layers whose samples are weighed; they get the fallback rule.
+    """
+
+    preconditioned: tuple[str, ...]
+    plain: dict[str, str]
+    missed: dict[str, str]
+    weighed: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        lines = [f"FNGD preconditions {len(self.preconditioned)} parameters."]
+        if self.weighed:
+            lines[0] = f"{lines[0][:-1]}, and weighs the samples in {_listed(self.weighed)}."
+        for title, group in (("plain gradient", self.plain), ("could not be preconditioned", self.missed)):
+            reasons: dict[str, list[str]] = {}
+            for name, reason in group.items():
+                reasons.setdefault(reason, []).append(name)
+            for reason, names in reasons.items():
+                lines.append(f"{len(names)} {title}: {reason} ({_listed(names)})")
+        return "\n  ".join(lines)
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(names[:4]) + (f", and {len(names) - 4} more" if len(names) > 4 else "")
+
+
+class Coverage:
+    """Follows what becomes of a model's parameters; tells it after the first step, and when more layers are missed.
+
+    Args:
+        selection: the layers that were selected.
+        layers: the same, attached.
+        strict: raise, instead of warning, where a preconditioned layer is missed.
+    """
+
+    def __init__(self, selection: Selection, layers: Sequence[Layer], strict: bool) -> None:
+        self._selection, self._layers, self._strict = selection, layers, strict
+        self._told = False
+        self._told_reasons = 0
+
+    def report(self) -> CoverageReport:
+        """What became of every trainable parameter; before the first step, what is going to."""
+        preconditioned: list[str] = []
+        weighed: list[str] = []
+        missed: dict[str, str] = {}
+        plain = dict(self._selection.plain)
+        for layer in self._layers:
+            names = _parameters(layer)
+            reasons = layer.reasons
+            if self._told and not reasons and not layer.weighed and (layer.selected.matrix or not layer.shared.reached):
+                reasons = [NEVER_CALLED]
+            if reasons:
+                (missed if layer.selected.matrix else plain).update(dict.fromkeys(names, "; ".join(reasons)))
+            elif layer.selected.matrix:
+                preconditioned += names
+            else:
+                weighed += names
+        weighed = [name for name in dict.fromkeys(weighed)]
+        plain = {name: reason for name, reason in plain.items() if name not in weighed}
+        return CoverageReport(tuple(preconditioned), plain, missed, tuple(weighed))
+
+    def tell(self, samples: int) -> None:
+        """A step was taken: log the report, if it is the first or says more than the last one.
+
+        Args:
+            samples: how many the sample weights compared with each other.
+
+        Raises:
+            RuntimeError: ``strict``, and a preconditioned layer is missed.
+        """
+        if samples == 1 and not self._told:
+            logger.warning(
+                "the first micro-batch holds one sample, whose sample weight is 1: with such batches FNGD is its update "
+                "rule alone. Packed sequences count as one sample: train without packing, or raise "
+                'per_device_train_batch_size or, with sharing="clipped", gradient_accumulation_steps'
+            )
+        reasons = sum(len(layer.reasons) for layer in self._layers if layer.selected.matrix)
+        if self._told and reasons == self._told_reasons:
+            return
+        self._told, self._told_reasons = True, reasons
+        report = self.report()
+        if not report.missed:
+            logger.info("%s", report)
+        elif self._strict:
+            raise RuntimeError(f"strict=True: {report}\nExclude these layers with exclude_modules.")
+        else:
+            logger.warning("%s", report)
+
+    def tell_of_none(self) -> None:
+        """A step was taken without a backward pass through any layer: say so, if there are gradients all the same.
+
+        Raises:
+            RuntimeError: ``strict``, and there are.
+        """
+        if not self._told and self._has_nonzero_gradients():
+            self.tell(0)
+
+    def _has_nonzero_gradients(self) -> bool:
+        # Zero gradients are those of a checkpoint loader that initializes the optimizer's state.
+        weights = (layer.module.weight for layer in self._selection.matrices)
+        grads = (w.grad for w in weights if isinstance(w, Tensor) and w.is_leaf)
+        return any(isinstance(grad, Tensor) and bool(grad.any()) for grad in grads)
+
+
+def _parameters(layer: Layer) -> list[str]:
+    """The names of a layer's own trained parameters."""
+    return [
+        f"{layer.name}.{leaf}" if layer.name else leaf
+        for leaf, parameter in layer.module.named_parameters(recurse=False)
+        if parameter.requires_grad
+    ]

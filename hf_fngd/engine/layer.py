@@ -1,0 +1,165 @@
+"""One attached layer: whether its samples can be weighed, and its sample weights in a backward pass."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+
+from hf_fngd.engine.window import MicroBatch
+from hf_fngd.layers import AMBIGUOUS, GramKernel, LayerKernel, Selected
+from hf_fngd.layers.embedding import EmbeddingKernel
+
+CALLED_AGAIN = "it is called more than once in a forward pass"
+USED_ELSEWHERE = "its weight is used outside of its forward as well"
+ON_TOP_OF_ANOTHER = "reentrant activation checkpointing ran several forward passes before a backward pass"
+
+
+@dataclass(eq=False)
+class Shared:
+    """What the layers have in common that have one weight.
+
+    Attributes:
+        layers: how many these are.
+        reasons: why the weight's gradient was plain, in some call at least of any of them.
+        ambiguous: the places of those that wait for a batch to tell which dimension is the batch's.
+        reached: whether a backward pass ever reached any of them.
+    """
+
+    layers: int = 0
+    reasons: set[str] = field(default_factory=set)
+    ambiguous: set[int] = field(default_factory=set)
+    reached: bool = False
+
+
+@dataclass(eq=False)
+class Layer:
+    """A layer whose training forward passes go through the engine.
+
+    Attributes:
+        place: index among the attached layers.
+        selected: its name, module and kernel, and whether it is preconditioned.
+        shared: see `Shared`. A weight of several layers is weighed in all of its calls, or in none from then on.
+        solves: whether the sharing policy solves for sample weights, which a layer called twice does not have.
+        batch_first: whether the first dimension of its input is the batch; None as long as no input told.
+        weighed: whether its samples were ever weighed.
+        repeated: whether a backward pass found a call that forward did not count.
+        seen: the last micro-batch whose backward reached it, and the number of that backward pass.
+    """
+
+    place: int
+    selected: Selected
+    shared: Shared
+    solves: bool
+    batch_first: bool | None = None
+    weighed: bool = False
+    repeated: bool = False
+    seen: tuple[MicroBatch, int | None] | None = None
+
+    @property
+    def name(self) -> str:
+        """The module's name in the model."""
+        return self.selected.name
+
+    @property
+    def module(self) -> nn.Module:
+        """The module."""
+        return self.selected.module
+
+    @property
+    def kernel(self) -> LayerKernel:
+        """Its arithmetic."""
+        return self.selected.kernel
+
+    @property
+    def reasons(self) -> list[str]:
+        """Why the gradient of its weight was plain, sorted; nothing where it always was weighed."""
+        return sorted({*self.shared.reasons, *([AMBIGUOUS] if self.shared.ambiguous else [])})
+
+    def weights(self, x: Tensor | None, g: Tensor, has_bias: bool, batch: MicroBatch) -> Tensor | None:
+        """The sample weights ``[N]`` of one call in a backward pass; None for ones.
+
+        Args:
+            x: the layer's input ``[N, ..., i]``; None where its shape and norms are not asked for.
+            g: its output gradient ``[N, ..., o]``.
+            has_bias: whether a trained bias belongs to h_n.
+            batch: the micro-batch of the forward pass.
+        """
+        batch.reach()
+        self.shared.reached = True
+        if batch.size == 0 or self._is_plain(x, g, batch) or len(g) != batch.size:
+            return None
+        self.weighed = True
+        return batch.weights.weigh(self.place, _Samples(self.kernel, x, g, has_bias))
+
+    def _is_plain(self, x: Tensor | None, g: Tensor, batch: MicroBatch) -> bool:
+        """Whether the samples cannot be weighed in this call; the reason goes to `Shared.reasons`."""
+        again = self.solves and self._called_again(batch)
+        self.batch_first, reason = self.kernel.layout(self.batch_first, x, g, batch.size)
+        if self.batch_first is not None:
+            self.shared.ambiguous.discard(self.place)
+        if again:
+            reason = CALLED_AGAIN
+        if reason == AMBIGUOUS:
+            self.shared.ambiguous.add(self.place)
+        elif reason is not None:
+            self.shared.reasons.add(reason)
+        if self.shared.layers > 1:
+            return bool(self.shared.reasons or self.shared.ambiguous)
+        return reason is not None or USED_ELSEWHERE in self.shared.reasons
+
+    def _called_again(self, batch: MicroBatch) -> bool:
+        if batch.calls[self.place] > 1:
+            return True
+        if self.repeated or self.seen == (batch, batch.backward):
+            # Not among the counted calls: reentrant checkpointing runs the first ones without gradients.
+            self.repeated = True
+            return True
+        self.seen = batch, batch.backward
+        return False
+
+    def state(self) -> list[Any]:
+        """What a checkpoint keeps of the layer."""
+        own = [AMBIGUOUS] if self.place in self.shared.ambiguous else []
+        expands = isinstance(self.kernel, EmbeddingKernel) and self.kernel.expands
+        return [self.batch_first, "; ".join(sorted([*self.shared.reasons, *own])), self.repeated, expands]
+
+    def load_state(self, state: Sequence[Any]) -> None:
+        """The inverse of `state`."""
+        self.batch_first, joined, self.repeated, expands = state
+        reasons = set(filter(None, joined.split("; ")))
+        if AMBIGUOUS in reasons:
+            self.shared.ambiguous.add(self.place)
+        self.shared.reasons.update(reasons - {AMBIGUOUS})
+        if isinstance(self.kernel, EmbeddingKernel):
+            self.kernel.expands = expands
+
+
+def attached_layers(selected: Sequence[Selected], solves: bool) -> list[Layer]:
+    """The layers of a selection, in its order."""
+    shared: dict[int, Shared] = defaultdict(Shared)
+    layers = [Layer(place, one, shared[id(one.module.weight)], solves) for place, one in enumerate(selected)]
+    for layer in layers:
+        layer.shared.layers += 1
+    return layers
+
+
+@dataclass(frozen=True)
+class _Samples:
+    """`hf_fngd.weights.Samples` of one call."""
+
+    kernel: LayerKernel
+    x: Tensor | None
+    g: Tensor
+    has_bias: bool
+
+    def norms(self) -> Tensor:
+        return self.kernel.norms(self.x, self.g, self.has_bias)
+
+    def gram(self, memory_budget: int) -> Tensor:
+        assert isinstance(self.kernel, GramKernel)
+        assert self.x is not None
+        return self.kernel.gram(self.x, self.g, self.has_bias, memory_budget)

@@ -1,0 +1,119 @@
+"""The micro-batches of the optimizer step under way."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch.autograd import Variable
+
+from hf_fngd.distributed import rank_and_world
+from hf_fngd.weights import MicroBatchWeights
+
+_LIMIT = 1024
+
+
+def in_backward() -> bool:
+    """Whether a backward pass is under way, as it is where activation checkpointing recomputes a forward pass."""
+    return bool(torch._C._current_graph_task_id() != -1)
+
+
+@dataclass(eq=False)
+class MicroBatch:
+    """One forward and backward pass of the model, as its layers see it.
+
+    Attributes:
+        weights: its sample weights, by the sharing policy.
+        calls: how often each layer was called in the forward pass.
+        recomputed: whether the forward pass is one that checkpointing of the whole model recomputes.
+        reached: whether a backward pass reached any layer.
+        complete: whether that backward pass came to its end.
+        backward: the number that autograd gave the last backward pass that reached it.
+    """
+
+    weights: MicroBatchWeights
+    calls: list[int]
+    recomputed: bool = False
+    reached: bool = False
+    complete: bool = False
+    backward: int | None = None
+
+    @property
+    def size(self) -> int:
+        """The number of samples N."""
+        return self.weights.size
+
+    @property
+    def half_done(self) -> bool:
+        """Whether its backward pass broke off, or is under way."""
+        return self.reached and not self.complete
+
+    def reach(self) -> None:
+        """A layer's backward has begun. A pass that breaks off (out of memory) never becomes complete."""
+        if not self.reached:
+            Variable._execution_engine.queue_callback(self._finish)
+        task = torch._C._current_graph_task_id()
+        if self.reached and task != self.backward and self.complete:
+            self.weights.restart()  # a retained graph runs backward again
+        self.reached, self.backward = True, task
+
+    def _finish(self) -> None:
+        self.complete = True
+
+
+class Window:
+    """The list of micro-batches that a forward pass opens and the optimizer step closes."""
+
+    def __init__(self) -> None:
+        self._batches: list[MicroBatch] = []
+
+    @property
+    def begun(self) -> int:
+        """How many micro-batches began since the last step, those of the other processes included."""
+        return rank_and_world()[1] * sum(batch.reached or not batch.recomputed for batch in self._batches)
+
+    @property
+    def next_offset(self) -> int:
+        """How many micro-batches of the step, of all processes, come before this process's next one."""
+        return self.begun + rank_and_world()[0]
+
+    def mixed_up(self, layer: int) -> bool:
+        """Whether a forward pass of a layer that checkpointing recomputes may be another than the last."""
+        # Reentrant checkpointing ran it without gradients, uncounted; the other kind keeps to the call that counted.
+        counted = any(batch.calls[layer] for batch in self._batches)
+        return not counted and sum(not batch.complete for batch in self._batches) > 1
+
+    def add(self, batch: MicroBatch) -> None:
+        """A forward pass begins."""
+        self._batches.append(batch)
+
+    def make_room(self, has_gradients: bool) -> None:
+        """Before a forward pass: forget micro-batches that were abandoned.
+
+        Those whose backward broke off (out of memory), and those whose gradients were cleared without a step (by a loss
+        scaler that skips it). The latter cannot be told where gradients are zeroed in place; and where they are kept
+        outside of ``p.grad``, as torch.autograd.grad does, all micro-batches but a step's last count as abandoned.
+
+        Args:
+            has_gradients: whether any layer has a gradient.
+
+        Raises:
+            RuntimeError: there are more of them than an optimizer step can accumulate.
+        """
+        if in_backward():
+            return
+        if not has_gradients:
+            self._batches = [batch for batch in self._batches if not batch.complete]
+        self._batches = [batch for batch in self._batches if not batch.half_done]
+        if len(self._batches) >= _LIMIT:
+            self._batches = [batch for batch in self._batches if batch.complete]
+            if len(self._batches) >= _LIMIT:
+                raise RuntimeError(
+                    f"{_LIMIT} backward passes without a step, more than an optimizer step can accumulate: "
+                    "call preconditioner.step() after each optimizer.step(), or preconditioner.follow(optimizer) once"
+                )
+
+    def close(self) -> list[MicroBatch]:
+        """The optimizer steps, or skips one: the micro-batches whose backward pass is complete."""
+        batches, self._batches = [batch for batch in self._batches if batch.complete], []
+        return batches

@@ -1,0 +1,73 @@
+"""torch.nn.Embedding and its subclasses: the gradient of the output is weighed, which is what the table sums up.
+
+The inputs are rows of the identity, so the norms are those of the output gradient. A table of positions is called with
+one row of ids for the whole batch, ``[1, T]``. Where its output is added to a tensor that has the batch, it is expanded
+to the batch before the sum, and its gradient then has the samples apart.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+
+from hf_fngd.layers.base import Call, Forward, LayerKernel, LayerType, Layout, register_layer_type
+
+A_TABLE = (
+    "the whole batch shares its output, as that of a table of positions, and the output is not added to a tensor of the "
+    "batch"
+)
+_ADDS = "AddBackward0"
+
+
+class EmbeddingKernel(LayerKernel):
+    """``y = W[x]``.
+
+    Attributes:
+        expands: whether the module is a table whose output is expanded to the batch.
+        output: the first output that the whole batch shares, as a node of the graph, until `inspect` has seen it.
+    """
+
+    def __init__(self) -> None:
+        self.expands = False
+        self.output: Any = None
+
+    def takes(self, x: Any) -> bool:
+        """See `LayerKernel.takes`."""
+        return isinstance(x, Tensor)
+
+    def run(self, module: nn.Module, own: Forward, x: Tensor, call: Call) -> Any:
+        """See `LayerKernel.run`."""
+        y = own(x)
+        if not isinstance(y, Tensor):
+            return y
+        if call.samples is not None and call.samples > 1 and y.dim() == 3 and len(y) == 1:
+            if self.expands:
+                y = y.expand(call.samples, -1, -1)
+            else:
+                self.output = y.grad_fn
+        return call.weigh(y)
+
+    def inspect(self, consumers: Sequence[str]) -> None:
+        """Told which operations of the first graph read `output`, by name: a sum may have it expanded."""
+        self.output, self.expands = None, bool(consumers) and all(name == _ADDS for name in consumers)
+
+    def layout(self, known: bool | None, x: Tensor | None, g: Tensor, samples: int) -> Layout:
+        """See `LayerKernel.layout`."""
+        if g.dim() == 2 or (len(g) == 1 and samples > 1):
+            return known, None if self.expands else A_TABLE
+        return super().layout(known, x, g, samples)
+
+
+class EmbeddingType(LayerType):
+    """An embedding with a trained weight, and nothing else that is trained."""
+
+    name: ClassVar[str] = "embedding"
+
+    def kernel(self, module: nn.Module) -> LayerKernel | None:
+        """See `LayerType.kernel`."""
+        return EmbeddingKernel() if isinstance(module, nn.Embedding) else None
+
+
+register_layer_type(EmbeddingType())

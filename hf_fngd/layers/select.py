@@ -1,0 +1,175 @@
+"""Which layers of a model are attached, and why the others are not."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
+
+import regex
+from torch import nn
+
+from hf_fngd.layers.base import GramKernel, LayerKernel, find_kernel, layer_type_names
+from hf_fngd.layers.linear import LinearKernel
+
+ALL_LINEAR = "all-linear"
+Modules = str | Sequence[str] | None
+TIED = "the weight is tied to another module"
+# A pattern may come from anyone, with a shared config: no match of a name takes longer than this, in seconds.
+_PATTERN_TIMEOUT = 1.0
+
+
+@dataclass(frozen=True)
+class Selected:
+    """A layer to attach.
+
+    Attributes:
+        name: the module's name in the model.
+        module: the module.
+        kernel: its arithmetic.
+        matrix: whether it is a Linear or Conv1D with a weight of its own, which is preconditioned: it gets the update
+            rule, and the other layers get the fallback rule.
+    """
+
+    name: str
+    module: nn.Module
+    kernel: LayerKernel
+    matrix: bool
+
+
+@dataclass(frozen=True)
+class Selection:
+    """The outcome for a whole model.
+
+    Attributes:
+        layers: the layers to attach, the matrices first, each kind in the model's order.
+        plain: for every trainable parameter outside of the matrices, by name, why its layer is no matrix.
+    """
+
+    layers: list[Selected]
+    plain: dict[str, str]
+
+    @property
+    def matrices(self) -> list[Selected]:
+        """The preconditioned layers."""
+        return [layer for layer in self.layers if layer.matrix]
+
+
+def select_layers(
+    model: nn.Module,
+    target_modules: Modules,
+    exclude_modules: Modules,
+    layer_types: Collection[str] | None = None,
+    *,
+    solves: bool = False,
+) -> Selection:
+    """Choose the layers to attach.
+
+    A Linear or Conv1D is preconditioned if its weight is trained and belongs to it alone (a tied output head shares its
+    weight with an embedding), and the first two arguments name it, or do not. Of the other layers those are attached
+    whose type is registered; a weight that several modules share is weighed with all of them, or with none.
+
+    Args:
+        model: any module.
+        target_modules: ``"all-linear"``, a regular expression that has to match the whole module name, or a list of
+            names or dotted suffixes of names, as in PEFT. It selects among Linear and Conv1D alone.
+        exclude_modules: a regular expression or a list, or None. It excludes layers of any type.
+        layer_types: names of layer types, which alone are attached; None for all.
+        solves: whether the sharing policy solves for sample weights, which takes a Gram matrix: only preconditioned
+            layers are attached then.
+
+    Raises:
+        ValueError: a listed module matches none of the model's, or nothing is left to precondition.
+    """
+    uses = Counter(
+        id(parameter)
+        for module in model.modules()
+        for parameter in module.parameters(recurse=False)
+        if parameter.requires_grad
+    )
+    wanted = set(layer_type_names() if layer_types is None else layer_types)
+    matrices: list[Selected] = []
+    others: list[Selected] = []
+    plain: dict[str, str] = {}
+    names = [name for name, _ in model.named_modules()]
+    _check_listed(names, "target_modules", target_modules)
+    _check_listed(names, "exclude_modules", exclude_modules)
+    for name, module in model.named_modules():
+        found = find_kernel(module)
+        kernel = found[1] if found is not None and found[0] in wanted else None
+        excluded = _matches(name, exclude_modules)
+        reason = _reason(name, module, kernel, uses, target_modules, excluded)
+        if reason is None and kernel is not None:
+            matrices.append(Selected(name, module, kernel, matrix=True))
+            continue
+        if kernel is not None and not excluded and (_trains_alone(module, kernel) or reason == TIED):
+            own = replace(kernel, tied=True) if isinstance(kernel, LinearKernel) else kernel
+            others.append(Selected(name, module, own, matrix=False))
+        for leaf, parameter in module.named_parameters(recurse=False):
+            if parameter.requires_grad:
+                plain.setdefault(f"{name}.{leaf}" if name else leaf, reason or "")
+    if not matrices:
+        raise ValueError(
+            "nothing to precondition: the model has no trainable torch.nn.Linear or transformers Conv1D (their "
+            f"subclasses do not count) that target_modules={target_modules!r}, exclude_modules={exclude_modules!r} and "
+            f"layer_types={layer_types!r} select"
+        )
+    among = Counter(id(layer.module.weight) for layer in others)
+    others = [layer for layer in others if among[id(layer.module.weight)] == uses[id(layer.module.weight)]]
+    return Selection(matrices if solves else matrices + others, plain)
+
+
+def _trains_alone(module: nn.Module, kernel: LayerKernel) -> bool:
+    """Whether a layer that is no matrix has a trained weight, and a bias at most that is trained beside it."""
+    if isinstance(kernel, GramKernel) or "forward" in module.__dict__ or not isinstance(module.weight, nn.Parameter):
+        return False
+    trained = {name for name, parameter in module.named_parameters() if parameter.requires_grad}
+    return {"weight"} <= trained <= {"weight", "bias"}
+
+
+def _reason(
+    name: str,
+    module: nn.Module,
+    kernel: LayerKernel | None,
+    uses: Counter[int],
+    target_modules: Modules,
+    excluded: bool,
+) -> str | None:
+    """Why a module is not preconditioned; None where it is."""
+    if not isinstance(kernel, GramKernel):
+        return f"{type(module).__name__} is not a preconditioned layer type"
+    weight = module.weight
+    if not isinstance(weight, nn.Parameter):
+        return "the layer's weight is computed from other parameters (as by pruning or weight normalization)"
+    if not weight.requires_grad:
+        return "the layer's weight is frozen"
+    if any(uses[id(parameter)] > 1 for parameter in module.parameters(recurse=False)):
+        return TIED
+    if target_modules != ALL_LINEAR and not _matches(name, target_modules):
+        return "not among target_modules"
+    return "among exclude_modules" if excluded else None
+
+
+def _matches(name: str, modules: Modules) -> bool:
+    if modules is None:
+        return False
+    if isinstance(modules, str):
+        try:
+            return regex.fullmatch(modules, name, timeout=_PATTERN_TIMEOUT) is not None
+        except TimeoutError as error:
+            raise ValueError(
+                f"the regular expression {modules[:80]!r} took longer than {_PATTERN_TIMEOUT:g} s to match the module "
+                f"name {name[:80]!r}: use no repetition of repetitions such as '(a+)+', or list the names"
+            ) from error
+    return any(name == module or name.endswith(f".{module}") for module in modules)
+
+
+def _check_listed(names: Sequence[str], argument: str, modules: Modules) -> None:
+    if modules is None or isinstance(modules, str):
+        return
+    for module in modules:
+        if not any(_matches(name, [module]) for name in names):
+            raise ValueError(
+                f"{argument} lists {module!r}, which is no module of the model; its modules are named like "
+                f"{', '.join(repr(name) for name in names[1:6])}"
+            )

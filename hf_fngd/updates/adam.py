@@ -1,0 +1,54 @@
+"""``adam``: Adam (Kingma & Ba 2015) with decoupled weight decay, by torch's own fused kernel."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.optim.adamw import adamw
+
+from hf_fngd.updates.base import Hyperparameters, Tensors, register_rule
+
+# Devices for which torch has fused kernels of Adam in all versions that this package runs with.
+_FUSED = ("cpu", "cuda")
+
+
+@register_rule("adam", "exp_avg", "exp_avg_sq")
+def adam_update(
+    params: Tensors,
+    grads: Tensors,
+    state: Sequence[Tensors],
+    steps: Sequence[int],
+    group: Hyperparameters,
+    sharded: Sequence[Tensor],
+) -> None:
+    """``m <- b1 m + (1 - b1) g``, ``v <- b2 v + (1 - b2) g^2``, ``p <- p - lr m' / (sqrt(v') + eps)``.
+
+    b1 is ``momentum``, m' and v' are m and v over one minus their decay to the power of the step.
+    """
+    means, squares = state
+    counts = {device: _counts(steps, device) for device in {p.device for p in params}}
+    adamw(
+        params,
+        grads,
+        means,
+        squares,
+        max_exp_avg_sqs=[],
+        state_steps=[counts[p.device][place] for place, p in enumerate(params)],
+        fused=all(p.device.type in _FUSED for p in params),  # a third of the time of the others on a CPU
+        amsgrad=False,
+        beta1=group.momentum,
+        beta2=group.beta2,
+        lr=group.lr,
+        weight_decay=group.weight_decay,
+        eps=group.eps,
+        maximize=False,
+    )
+
+
+def _counts(steps: Sequence[int], device: torch.device) -> Sequence[Tensor]:
+    """Counters for torch's Adam, which counts this update itself; without a copy from the host where they agree."""
+    if len(set(steps)) == 1:
+        return torch.full((len(steps),), steps[0] - 1.0, device=device).unbind()
+    return torch.tensor([step - 1.0 for step in steps]).to(device).unbind()

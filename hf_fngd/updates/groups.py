@@ -1,0 +1,106 @@
+"""Parameter groups: who is updated by which rule, and who is decayed."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from hf_fngd.layers import Selected
+
+# Trainer's own rule for parameters without weight decay (transformers' `get_decay_parameter_names`).
+_NO_DECAY_NAME = re.compile(r"bias|layernorm|rmsnorm|(?:^|\.)norm(?:$|\.)|_norm(?:$|\.)")
+
+
+def decays(model: nn.Module) -> set[str]:
+    """The names of the parameters that weight decay applies to: no biases and no norms."""
+    names = set()
+    for prefix, module in model.named_modules():
+        for leaf, _ in module.named_parameters(recurse=False):
+            name = f"{prefix}.{leaf}" if prefix else leaf
+            if not isinstance(module, nn.LayerNorm) and not _NO_DECAY_NAME.search(name.lower()):
+                names.add(name)
+    return names
+
+
+def parameter_groups(
+    model: nn.Module,
+    layers: Sequence[Selected],
+    *,
+    lr: float,
+    weight_decay: float,
+    update: str,
+    fallback: str,
+    fallback_lr: float,
+) -> list[dict[str, Any]]:
+    """Split the trainable parameters, those of the preconditioned layers first.
+
+    Every group carries ``rule`` (a key of `hf_fngd.updates.RULES`) and ``layers``: for each of its parameters
+    the number of its preconditioned layer, or an empty list in the groups of the fallback. Biases of
+    preconditioned layers are vectors, which "muon" cannot orthogonalize: they get "adam" then.
+
+    Args:
+        model: the whole model.
+        layers: the preconditioned layers, in order.
+        lr: learning rate of the preconditioned groups.
+        weight_decay: decay of the groups that decay.
+        update: rule of the preconditioned groups.
+        fallback: rule of the others.
+        fallback_lr: learning rate of the others.
+
+    Returns:
+        The groups that have parameters; ``params`` holds pairs of name and parameter, as torch takes them.
+    """
+    decayed = decays(model)
+    matrices: dict[str, Any] = _group("preconditioned", update, lr, weight_decay)
+    vectors = _group("preconditioned_no_decay", "adam" if update == "muon" else update, lr, 0.0)
+    rest = _group("plain", fallback, fallback_lr, weight_decay)
+    rest_no_decay = _group("plain_no_decay", fallback, fallback_lr, 0.0)
+    place = {id(p): i for i, layer in enumerate(layers) for p in layer.module.parameters(recurse=False)}
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        layer = place.get(id(parameter))
+        if layer is None:
+            (rest if name in decayed else rest_no_decay)["params"].append((name, parameter))
+        else:
+            group = matrices if parameter.dim() > 1 else vectors
+            group["params"].append((name, parameter))
+            group["layers"].append(layer)
+    return [group for group in (matrices, vectors, rest, rest_no_decay) if group["params"]]
+
+
+def _group(name: str, rule: str, lr: float, weight_decay: float) -> dict[str, Any]:
+    return {"params": [], "name": name, "rule": rule, "lr": lr, "weight_decay": weight_decay, "layers": []}
+
+
+def check_parameters(model: nn.Module, groups: Sequence[Mapping[str, Any]]) -> None:
+    """Refuse parameter groups that are not those of the model that is trained, after its first backward pass.
+
+    Raises:
+        RuntimeError: they are not the model's trainable parameters, no gradient reached any of them, or one is sparse.
+    """
+    trainable = {id(p): name for name, p in model.named_parameters() if p.requires_grad}
+    held = {id(p) for group in groups for p in group["params"]}
+    if missing := [name for key, name in trainable.items() if key not in held]:
+        raise RuntimeError(
+            f"{len(missing)} trainable parameters of the model are in no group of this optimizer "
+            f"({', '.join(missing[:3])}, ...): build FNGD after the model is complete (after PEFT wrapped it, "
+            "after freezing or unfreezing layers), or through FNGDFactory"
+        )
+    if foreign := held - trainable.keys():
+        raise RuntimeError(
+            f"{len(foreign)} parameters of this optimizer are not trainable parameters of its model: build FNGD "
+            "after the model is complete, on the very instance that is trained, or through FNGDFactory"
+        )
+    grads = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    if sparse := [name for name, grad in grads.items() if grad.layout != torch.strided]:
+        raise RuntimeError(f"FNGD takes no sparse gradients, as {sparse[0]} has: build the embedding with sparse=False")
+    if not grads:
+        raise RuntimeError(
+            "no gradient reached any parameter of this optimizer: it was built on another instance of the model "
+            "than the one that is trained, or step() came before backward()"
+        )

@@ -1,0 +1,87 @@
+"""``muon``: orthogonalized Nesterov momentum (Jordan et al. 2024), scaled to AdamW's step (Liu et al. 2025)."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from hf_fngd.distributed import part, whole
+from hf_fngd.updates.base import Hyperparameters, Tensors, decay, register_rule
+
+# Quintic Newton-Schulz iteration of Muon (Jordan et al. 2024): maps singular values in (0, 1] to about 1.
+_NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
+_NEWTON_SCHULZ_STEPS = 5
+# Root mean square of an orthogonalized update, that of a typical AdamW step (Liu et al. 2025, Sec. 2.2).
+_MUON_RMS = 0.2
+# The most that the matrices take which are orthogonalized together: beyond, larger products are no faster.
+_MUON_BYTES = 2**28
+
+
+@register_rule("muon", "momentum_buffer")
+def muon_update(
+    params: Tensors,
+    grads: Tensors,
+    state: Sequence[Tensors],
+    steps: Sequence[int],
+    group: Hyperparameters,
+    sharded: Sequence[Tensor],
+) -> None:
+    """``m <- lerp(g, m)``, ``p <- p - 0.2 lr sqrt(max(rows, columns)) orthogonalize(lerp(g, m))``; the lerps weigh m by ``momentum``.
+
+    The scale lets one learning rate serve matrices of any shape and AdamW on the parameters beside them. Matrices of
+    equal shapes are orthogonalized together, as many as `_MUON_BYTES` hold; under FSDP2 every process gathers these,
+    and orthogonalizes all of them.
+    """
+    (buffers,) = state
+    torch._foreach_lerp_(buffers, grads, 1 - group.momentum)
+    decay(params, group)
+    kinds = [(p.shape, d.dtype, d.device) for p, d in zip(sharded, grads, strict=True)]
+    for shape, dtype, device in dict.fromkeys(kinds):
+        alike = [place for place, own in enumerate(kinds) if own == (shape, dtype, device)]
+        working = _working_dtype(dtype, device)
+        some = max(1, _MUON_BYTES // (shape.numel() * working.itemsize))
+        for members in (alike[start : start + some] for start in range(0, len(alike), some)):
+            parts = torch._foreach_lerp([grads[m] for m in members], [buffers[m] for m in members], group.momentum)
+            directions = [whole(d.to(working), sharded[m]) for d, m in zip(parts, members, strict=True)]
+            updates = orthogonalize(torch.stack(directions)).to(dtype)
+            torch._foreach_add_(
+                [params[m] for m in members],
+                [part(u, sharded[m]).to(device) for u, m in zip(updates.unbind(), members, strict=True)],
+                alpha=-group.lr * _MUON_RMS * max(shape) ** 0.5,
+            )
+
+
+def orthogonalize(matrices: Tensor) -> Tensor:
+    """Bring the singular values of each matrix ``[B, rows, columns]`` near 1 by Newton-Schulz iterations.
+
+    Runs in bfloat16 where a CUDA device has units for it, which is enough and fastest, and in float32 or float64
+    elsewhere.
+    """
+    x = matrices.to(_working_dtype(matrices.dtype, matrices.device))
+    tall = x.shape[-2] > x.shape[-1]
+    if tall:
+        x = x.mT
+    # First by the largest entry: squares of very small or large gradients leave the range.
+    tiny = torch.finfo(x.dtype).tiny
+    x = x / x.abs().amax(dim=(-2, -1), keepdim=True).clamp(min=tiny)
+    x = x / torch.linalg.matrix_norm(x, keepdim=True).clamp(min=tiny)
+    a, b, c = _NEWTON_SCHULZ
+    for _ in range(_NEWTON_SCHULZ_STEPS):
+        gram = x @ x.mT
+        polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+        x = torch.baddbmm(x, polynomial, x, beta=a)
+    return x.mT if tall else x
+
+
+def _working_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    if dtype != torch.float64 and device.type == "cuda" and _has_bfloat16(device):
+        return torch.bfloat16
+    return torch.promote_types(dtype, torch.float32)
+
+
+@functools.cache
+def _has_bfloat16(device: torch.device) -> bool:
+    return torch.cuda.get_device_capability(device) >= (8, 0)  # emulated before

@@ -1,0 +1,95 @@
+"""The algebra of per-sample gradients in one layer. Pure functions that never form the per-sample gradients.
+
+Canonical layout, relied on everywhere in this package:
+
+* ``a[n, t, i]``: the layer's inputs; ``g[n, t, o]``: the loss gradients at its outputs,
+  for N samples ``n``, T positions ``t`` that share the layer's weight, ``i`` input and ``o`` output features;
+* ``h_n = sum_t g[n, t, :] a[n, t, :]^T`` ``[o, i]``: sample n's share of the batch gradient, so that
+  ``sum_n h_n = dL/dW`` (Eq. 10 and 13). A bias belongs to its layer: it appends the column ``sum_t g[n, t, :]``;
+* ``w[n]``: the sample weights, dimensionless.
+
+Equations and sections are those of arXiv 2403.03473.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of norms and Gram matrices: float64 for float64 models, else float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def weighted_sum(a: Tensor, g: Tensor, w: Tensor | None) -> Tensor:
+    """The weighted sum of the per-sample gradients, ``sum_n w_n h_n`` (Sec. IV-C), in one matrix product.
+
+    The weights go to whichever factor is narrower; the product is the one that SGD does anyway.
+
+    Args:
+        a: inputs ``[N, T, i]``.
+        g: output gradients ``[N, T, o]``, of a's dtype.
+        w: sample weights ``[N]``, or None for ones (the plain gradient, at no extra cost).
+
+    Returns:
+        ``[o, i]``, in a's dtype.
+    """
+    if w is not None:
+        scale = w.to(a.dtype)[:, None, None]
+        if a.shape[-1] <= g.shape[-1]:
+            a = a * scale
+        else:
+            g = g * scale
+    return g.flatten(0, 1).t() @ a.flatten(0, 1)
+
+
+def weighted_bias_sum(g: Tensor, w: Tensor | None) -> Tensor:
+    """The bias column of `weighted_sum`: ``sum_n w_n sum_t g[n, t, :]``, shape ``[o]``.
+
+    A matrix-vector product: the reduction that SGD does anyway, without the per-sample sums in between.
+    """
+    flat = g.flatten(0, 1)
+    if w is None:
+        return flat.sum(dim=0)
+    return torch.mv(flat.t(), w.to(g.dtype)[:, None].expand(g.shape[:2]).reshape(-1))
+
+
+def sample_norms(a: Tensor, g: Tensor, *, bias: bool) -> Tensor:
+    """The cheap proxy ``||a_n||_F ||g_n||_F`` of ``||h_n||``, shape ``[N]``; equal to it where T = 1.
+
+    Inputs count at positions without a gradient (padding) too.
+
+    Args:
+        a: inputs ``[N, T, i]``.
+        g: output gradients ``[N, T, o]``.
+        bias: whether the layer has a trained bias, which makes a column of ones of ``a``'s.
+    """
+    dtype = accumulation_dtype(a.dtype)
+    norm_a: Tensor = torch.linalg.vector_norm(a, dim=(1, 2), dtype=dtype)
+    if bias:
+        norm_a = torch.hypot(norm_a, norm_a.new_full((), a.shape[1] ** 0.5))
+    norm_g: Tensor = torch.linalg.vector_norm(g, dim=(1, 2), dtype=dtype)
+    return norm_a * norm_g
+
+
+def tensor_norms(x: Tensor) -> Tensor:
+    """The 2-norm of each sample's part of a tensor ``[N, ...]``, shape ``[N]``, in `accumulation_dtype`."""
+    rows = x.flatten(1) if x.dim() > 1 else x[:, None]
+    norms: Tensor = torch.linalg.vector_norm(rows, dim=1, dtype=accumulation_dtype(x.dtype))
+    return norms
+
+
+def scaled(x: Tensor, w: Tensor | None) -> Tensor:
+    """A tensor ``[N, ...]`` with each sample's part times its sample weight; ``w = None`` means ones."""
+    return x if w is None else x * w.to(x.dtype).view(-1, *[1] * (x.dim() - 1))
+
+
+def mean_norm(norms: Tensor) -> Tensor:
+    """The mean of norms ``[..., N]`` that are not 0, ``[...]``; NaN where all of them are."""
+    return norms.sum(dim=-1) / norms.count_nonzero(dim=-1)
+
+
+def clip(norms: Tensor, bound: Tensor) -> Tensor:
+    """Sample weights ``[N]`` that bring norms ``[N]`` above a bound down to it; ones for norms of 0."""
+    return torch.where(norms > 0, bound / torch.maximum(norms, bound), 1)

@@ -1,0 +1,163 @@
+"""The interface of a sharing policy, which says how much each sample of a micro-batch counts, and the registry.
+
+The engine calls a policy three times. `SharingPolicy.begin` opens a micro-batch, before its forward pass.
+`MicroBatchWeights.weigh` returns one layer's sample weights, in backward, when the layer's output gradient is there.
+`SharingPolicy.close` ends the optimizer step with all of its micro-batches. A new policy is one file with one subclass
+of each and one `register_policy`.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar, Protocol
+
+from torch import Tensor
+
+State = dict[str, Any]
+
+
+class Samples(Protocol):
+    """What a policy may ask of the samples in one call of one layer. It asks in backward, and pays for what it asks."""
+
+    def norms(self) -> Tensor:
+        """The norms of the per-sample gradients ``[N]``, by the layer type's cheap bound."""
+
+    def gram(self, memory_budget: int) -> Tensor:
+        """Their Gram matrix K ``[N, N]``, up to one factor, within a temporary memory in bytes."""
+
+
+class MicroBatchWeights(ABC):
+    """The sample weights of one micro-batch.
+
+    Attributes:
+        size: number of samples N.
+    """
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+
+    def restart(self) -> None:  # noqa: B027
+        """The graph was retained, and another backward pass through it begins (default: nothing is forgotten)."""
+
+    @abstractmethod
+    def weigh(self, layer: int, samples: Samples) -> Tensor | None:
+        """One layer's sample weights ``[N]``; None means ones.
+
+        Args:
+            layer: the layer's place in the order of the attached layers.
+            samples: its samples.
+        """
+
+
+class SharingPolicy(ABC):
+    """How much each sample counts. One object serves one model.
+
+    Class attributes:
+        name: what the argument ``sharing`` calls it.
+        solves: whether it solves the N x N system of Eq. 9, for which a layer type has to form Gram matrices. Then it
+            also measures `rho` and `spread`, which ``update="momentum"`` reads.
+        reads: the arguments that it reads, of "damping", "coefficient_steps" and "memory_budget".
+    """
+
+    name: ClassVar[str]
+    solves: ClassVar[bool] = False
+    reads: ClassVar[tuple[str, ...]] = ()
+
+    def prepare(self, layers: int, *, damping: float, coefficient_steps: int | None, memory_budget: int) -> None:
+        """Called when the policy is attached to a model; it forgets what it kept of another one.
+
+        Args:
+            layers: number of layers whose samples are weighed.
+            damping: alpha of Eq. 14.
+            coefficient_steps: cap of the first epoch's coefficient steps, in optimizer steps; None for no cap.
+            memory_budget: bound in bytes of what the policy stores, and of its temporary memory.
+        """
+        self.layers = layers
+
+    @abstractmethod
+    def begin(self, size: int, offset: int) -> MicroBatchWeights:
+        """A forward pass begins.
+
+        Args:
+            size: number of samples N.
+            offset: how many micro-batches of the step, of all processes, come before this one.
+        """
+
+    def close(self, batches: Sequence[MicroBatchWeights], begun: int, like: Tensor) -> int:
+        """The optimizer steps. With several processes all of them call it, and it may communicate.
+
+        Args:
+            batches: this process's micro-batches whose backward pass came to its end.
+            begun: how many micro-batches began, those of the other processes included.
+            like: a tensor of the dtype and device of the sample weights.
+
+        Returns:
+            How many samples the sample weights compared with each other.
+        """
+        return max((batch.size for batch in batches), default=0)
+
+    def end_epoch(self) -> None:  # noqa: B027
+        """An epoch ended. Idempotent."""
+
+    def diagnostics(self) -> dict[str, float]:
+        """What a user wants to see in the log; the host waits for the device."""
+        return {}
+
+    def state_dict(self) -> State:
+        """Tensors, numbers, strings, lists and dictionaries only, loadable with ``weights_only=True``."""
+        return {}
+
+    def load_state_dict(self, state: State) -> None:  # noqa: B027
+        """The inverse of `state_dict`.
+
+        Raises:
+            ValueError: the state was written for another number of layers; nothing of it was loaded.
+        """
+
+
+_POLICIES: dict[str, type[SharingPolicy]] = {}
+
+
+def register_policy(policy: type[SharingPolicy]) -> type[SharingPolicy]:
+    """Class decorator: make a policy available by its name.
+
+    Raises:
+        ValueError: the name is taken.
+    """
+    if policy.name in _POLICIES:
+        raise ValueError(f"there is already a sharing policy named {policy.name!r}")
+    _POLICIES[policy.name] = policy
+    return policy
+
+
+def policy_names() -> tuple[str, ...]:
+    """The registered names, sorted."""
+    return tuple(sorted(_POLICIES))
+
+
+def policies_that(holds: Callable[[type[SharingPolicy]], bool]) -> tuple[str, ...]:
+    """The names of the registered policies for which a condition holds, sorted."""
+    return tuple(sorted(name for name, policy in _POLICIES.items() if holds(policy)))
+
+
+def policy_class(sharing: str | SharingPolicy) -> type[SharingPolicy]:
+    """The class that the argument ``sharing`` means.
+
+    Raises:
+        ValueError: the name is unknown; the message lists those that exist.
+    """
+    if isinstance(sharing, SharingPolicy):
+        return type(sharing)
+    if sharing not in _POLICIES:
+        raise ValueError(f"sharing={sharing!r} is not a policy; there are {', '.join(policy_names())}")
+    return _POLICIES[sharing]
+
+
+def make_policy(sharing: str | SharingPolicy) -> SharingPolicy:
+    """A policy from its name; an object passes through.
+
+    Raises:
+        ValueError: the name is unknown.
+    """
+    return sharing if isinstance(sharing, SharingPolicy) else policy_class(sharing)()

@@ -1,0 +1,141 @@
+"""``clipped``, the default: each sample's gradient is brought down to the mean norm of its batch, layer by layer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from hf_fngd.distributed import rank_and_world, sum_over_processes
+from hf_fngd.weights.algebra import clip, mean_norm
+from hf_fngd.weights.base import MicroBatchWeights, Samples, SharingPolicy, State, register_policy
+
+
+class ClippedWeights(MicroBatchWeights):
+    """The norms of one micro-batch, and the sample weights that they make.
+
+    Attributes:
+        norms: those of the samples' gradients ``[N]``, by layer. Of a layer that is called twice zeros: each call has
+            norms of its own, and the mean over a step's micro-batches leaves the layer out.
+        weights: sample weights ``[N]``, by layer.
+    """
+
+    def __init__(self, size: int, parts: int, means: Tensor) -> None:
+        super().__init__(size)
+        self.norms: dict[int, Tensor] = {}
+        self.weights: dict[int, Tensor] = {}
+        self._parts, self._means = parts, means
+
+    def restart(self) -> None:
+        """See `MicroBatchWeights.restart`."""
+        self.norms, self.weights = {}, {}
+
+    def weigh(self, layer: int, samples: Samples) -> Tensor:
+        """See `MicroBatchWeights.weigh`."""
+        norms = samples.norms()
+        self.norms[layer] = torch.zeros_like(norms) if layer in self.norms else norms
+        bound = mean_norm(norms)
+        if self._parts > 1:
+            known = self._means[layer].to(bound)
+            own = torch.where(bound.isnan(), 0, bound)  # where no sample has a gradient
+            bound = torch.where(known == 0, bound, (own + (self._parts - 1) * known) / self._parts)
+        w = self.weights[layer] = clip(norms, bound)
+        return w
+
+    def sums(self, like: Tensor) -> Tensor:
+        """Sums ``[P]`` of the norms, counts ``[P]`` of those that are not 0, and a one, in one row.
+
+        Args:
+            like: a ``[P]`` tensor of the dtype and device of the norms.
+        """
+        none = like.new_zeros(self.size)
+        norms = torch.stack([self.norms.get(layer, none).to(like) for layer in range(len(like))])
+        return torch.cat([norms.sum(dim=1), norms.count_nonzero(dim=1), norms.new_ones(1)])
+
+
+@register_policy
+class ClippedSharing(SharingPolicy):
+    """Sample weights from the samples' gradient norms alone, in every step.
+
+    A sample that is X times as long as the B - 1 others is ``1 + (X - 1) / B`` times as long afterwards. A bound that
+    leaves no such lead, as the median, silences the few samples that a well fitted model has yet to learn, whose
+    gradients are outsized too. The norms are the layer type's cheap bounds; those that are 0 have no part in the mean.
+
+    The batch is that of the optimizer step. Where it comes in M micro-batches, of one process or of many, the norms of
+    the M - 1 others are not known yet, and the mean norm of the last step stands for theirs. A shorter step, as the
+    last of an epoch may be, is not remembered, unless a second one follows. Where a step is one micro-batch of one
+    process, the sample weights depend on nothing else, and scaling the loss changes none of them; elsewhere a change of
+    the loss's scale between two steps makes the bound too wide or too narrow for one step.
+
+    Attributes:
+        parts: M.
+        means: mean norms in the last step of M micro-batches ``[P]``, by layer; 0 where there never were any.
+        shorter: whether the last step had fewer.
+    """
+
+    name: ClassVar[str] = "clipped"
+
+    def prepare(self, layers: int, *, damping: float, coefficient_steps: int | None, memory_budget: int) -> None:
+        """See `SharingPolicy.prepare`."""
+        super().prepare(layers, damping=damping, coefficient_steps=coefficient_steps, memory_budget=memory_budget)
+        self.parts, self.shorter, self.means = 1, False, torch.zeros(layers)
+        self._last: list[Tensor] = []
+
+    def begin(self, size: int, offset: int) -> ClippedWeights:
+        """See `SharingPolicy.begin`."""
+        return ClippedWeights(size, self.parts, self.means)
+
+    def close(self, batches: Sequence[MicroBatchWeights], begun: int, like: Tensor) -> int:
+        """See `SharingPolicy.close`. Communicates two numbers a layer where there are several processes."""
+        own = [batch for batch in batches if isinstance(batch, ClippedWeights)]
+        layers = {layer for batch in own for layer in batch.weights}
+        self._last = [torch.cat([b.weights[layer] for b in own if layer in b.weights]) for layer in layers]
+        samples = super().close(batches, begun, like)
+        if rank_and_world()[1] == 1 and max(len(own), self.parts) == 1:
+            return samples
+        like = like.new_empty(self.layers)
+        rows = like.new_zeros(len(own), 2 * self.layers + 1, dtype=torch.float64)
+        for row, batch in zip(rows, own, strict=True):
+            row.copy_(batch.sums(like))
+        total = sum_over_processes(rows.sum(dim=0))
+        sums, counts = total[:-1].view(2, -1).to(like)
+        micro_batches = int(total[-1])  # waits for the device
+        self._remember(sums, counts, micro_batches)
+        return samples * micro_batches
+
+    def _remember(self, sums: Tensor, counts: Tensor, micro_batches: int) -> None:
+        if micro_batches == 0:
+            return
+        first, self.shorter = micro_batches < self.parts and not self.shorter, micro_batches < self.parts
+        if first:
+            return
+        self.parts, self.shorter = micro_batches, False
+        fresh = sums / counts
+        self.means = torch.where(fresh.isfinite(), fresh, self.means.to(fresh))
+
+    def diagnostics(self) -> dict[str, float]:
+        """``weight_spread``: standard deviation of the sample weights over their mean, root mean square over layers.
+
+        Of this process's samples in the last step; 0 before the first.
+        """
+        if not self._last:
+            return {"weight_spread": 0.0}
+        ratios = [(w.square().mean() / w.mean().square()).to(self._last[0]) for w in self._last]
+        return {"weight_spread": float((torch.stack(ratios).mean() - 1).clamp(min=0).sqrt())}
+
+    def state_dict(self) -> State:
+        """See `SharingPolicy.state_dict`."""
+        return {"parts": self.parts, "shorter": self.shorter, "means": self.means, "world": rank_and_world()[1]}
+
+    def load_state_dict(self, state: State) -> None:
+        """See `SharingPolicy.load_state_dict`."""
+        self._last = []
+        if not state:  # of a version that kept nothing
+            self.parts, self.shorter, self.means = 1, False, torch.zeros(self.layers)
+            return
+        self.parts, self.shorter, self.means = state["parts"], state["shorter"], state["means"]
+        world = rank_and_world()[1]
+        if world != state["world"]:  # a process's mean loss has R times its part in the mean of R processes
+            self.means = self.means * world / state["world"]

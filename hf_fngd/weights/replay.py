@@ -1,0 +1,127 @@
+"""``replay``: the paper's rule. The sample weights of the first epoch are used again in order (Algorithm 1)."""
+
+from __future__ import annotations
+
+import warnings
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from hf_fngd.distributed import Measurement
+from hf_fngd.weights.base import State, register_policy
+from hf_fngd.weights.phase import Phase
+from hf_fngd.weights.solved import SolvedPolicy
+
+_FIRST_CAPACITY = 1024
+
+
+@register_policy
+class ReplaySharing(SolvedPolicy):
+    """One row of sample weights a micro-batch of the first epoch, ``[capacity, L, N]``, replayed cyclically.
+
+    The store has room for the rows of the first epoch, at first for 1024 of them at most, and doubles where there are
+    more, within the memory budget. Rows that come after that overwrite the oldest, with a warning. A batch of another
+    size takes the first N of a row, again from the first where they run out, brought to mean 1.
+    """
+
+    name: ClassVar[str] = "replay"
+    reads: ClassVar[tuple[str, ...]] = ("damping", "coefficient_steps", "memory_budget")
+
+    def prepare(self, layers: int, *, damping: float, coefficient_steps: int | None, memory_budget: int) -> None:
+        """See `SharingPolicy.prepare`."""
+        super().prepare(layers, damping=damping, coefficient_steps=coefficient_steps, memory_budget=memory_budget)
+        self.phase = Phase(coefficient_steps)
+        self.rows: Tensor | None = None
+        self.recorded, self._full = 0, False
+
+    @property
+    def computes(self) -> bool:
+        """Whether the first epoch is under way."""
+        return not self.phase.over
+
+    def lookup(self, size: int, place: int) -> Tensor | None:
+        """See `SolvedPolicy.lookup`."""
+        if self.rows is None or self.recorded == 0:
+            return None
+        return with_mean_one(cycle_to(self.rows[place % self.recorded], size))
+
+    def store(self, measurement: Measurement) -> None:
+        """See `SolvedPolicy.store`."""
+        w, size, place = measurement.w, measurement.size, measurement.place
+        if self.rows is None:
+            cap = self.phase.coefficient_steps
+            self._allocate(w[None][:0], _FIRST_CAPACITY if cap is None else min(cap, _FIRST_CAPACITY))
+        assert self.rows is not None
+        rows = self.rows[: self.recorded]
+        if size > self.rows.shape[2]:  # the first batch was a short one
+            self._allocate(cycle_to(rows, size), len(self.rows))
+        elif place >= len(self.rows) and not self._full:
+            self._allocate(rows, max(2 * len(self.rows), place + 1))
+            self._full = place >= len(self.rows)
+            if self._full:
+                warnings.warn(
+                    f'sharing="replay" keeps the sample weights of {len(self.rows)} micro-batches, of more in an '
+                    f"epoch, and overwrites the oldest: raise memory_budget, now {self.memory_budget} bytes",
+                    stacklevel=2,
+                )
+        place %= len(self.rows)
+        self.recorded = max(self.recorded, place + 1)
+        row = self.rows[place]
+        # Not brought to mean 1 here, so that a short batch gets exactly its own sample weights back.
+        row.copy_(cycle_to(w, row.shape[1]).where(measurement.valid[:, None], row))
+
+    def _allocate(self, rows: Tensor, capacity: int) -> None:
+        """Give the store that many rows, as far as the budget goes, of which the first are those given."""
+        affordable = max(1, self.memory_budget // (rows.shape[1:].numel() * rows.element_size()))
+        store = rows.new_ones(min(capacity, affordable), *rows.shape[1:])
+        self.recorded = min(len(rows), len(store))
+        store[: self.recorded] = rows[: self.recorded]
+        self.rows = store
+
+    def advance(self) -> None:
+        """See `SolvedPolicy.advance`."""
+        if self.phase.advance():
+            self.place = 0
+
+    def end_epoch(self) -> None:
+        """See `SharingPolicy.end_epoch`."""
+        super().end_epoch()
+        self.phase.end_epoch()
+
+    def diagnostics(self) -> dict[str, float]:
+        """``phase`` (0: the first epoch, 1: sharing), beside what `SolvedPolicy.diagnostics` returns."""
+        return {"phase": float(self.phase.over), **super().diagnostics()}
+
+    def state_dict(self) -> State:
+        """See `SharingPolicy.state_dict`; rows never recorded are left out."""
+        # A view would be saved with its whole storage, rows never written included.
+        rows = None if self.rows is None else self.rows[: self.recorded].clone()
+        return {**super().state_dict(), "phase": self.phase.state_dict(), "rows": rows}
+
+    def load_state_dict(self, state: State) -> None:
+        """See `SharingPolicy.load_state_dict`."""
+        rows = state["rows"]
+        if rows is not None and rows.shape[1] != self.layers:
+            raise ValueError(f"the state is for {rows.shape[1]} layers, this model has {self.layers} attached ones")
+        super().load_state_dict(state)
+        self.phase.load_state_dict(state["phase"])
+        self.rows, self.recorded = None, 0
+        if rows is not None:
+            self._allocate(rows, max(len(rows), min(self.phase.coefficient_steps or len(rows), _FIRST_CAPACITY)))
+
+
+def with_mean_one(w: Tensor) -> Tensor:
+    """Bring the sample weights of each layer ``[..., N]`` to mean 1.
+
+    By a factor of at most 2, and beyond that by a shift: at low damping some of them are negative, and a few can have
+    a mean near 0, by which nothing should be divided.
+    """
+    mean = w.mean(dim=-1, keepdim=True)
+    divisor = mean.clamp(min=0.5)
+    return w / divisor + (1 - mean / divisor)
+
+
+def cycle_to(w: Tensor, size: int) -> Tensor:
+    """The first ``size`` of the sample weights ``[..., M]``, again from the first where they run out."""
+    return w if w.shape[-1] == size else w[..., torch.arange(size, device=w.device) % w.shape[-1]]
