@@ -1,4 +1,4 @@
-"""FNGD for the Hugging Face Trainer: sample clipping and Muon's update, or fast natural gradients (arXiv 2403.03473)."""
+"""FNGD for the Hugging Face Trainer: sample clipping and Muon's update, or natural gradients (arXiv 2403.03473)."""
 
 from hf_fngd.clipping import clip_samples
 from hf_fngd.config import FNGDConfig
@@ -7,7 +7,7 @@ from hf_fngd.engine.coverage import CoverageReport
 from hf_fngd.optimizer import FNGD
 from hf_fngd.preconditioner import FNGDPreconditioner
 from hf_fngd.trainer import FNGDCallback, FNGDFactory, last_complete_checkpoint
-from hf_fngd.weights import policy_names
+from hf_fngd.weights.base import policy_names
 
 __version__ = "0.2.0"
 

@@ -24,21 +24,13 @@ MAX_NAMES = 10_000
 Check = Callable[[str, Any], Any]
 
 
-class _Shortened(reprlib.Repr):
-    """Write a value for an error message, cut to a readable length."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.maxstring = self.maxother = 80
-
-    def repr_int(self, x: int, level: int) -> str:
-        if abs(x) > MAX_INTEGER:
-            return f"<an integer of {x.bit_length()} bits>"  # Python refuses to write the very long ones
-        return super().repr_int(x, level)
-
-
-shown = _Shortened().repr
-"""Writes a value for an error message, cut to a readable length."""
+def shown(value: object) -> str:
+    """A value for an error message, cut to a readable length."""
+    if isinstance(value, int) and abs(value) > MAX_INTEGER:
+        return f"<an integer of {value.bit_length()} bits>"  # Python refuses to write the very long ones
+    short = reprlib.Repr()
+    short.maxstring = short.maxother = 80
+    return short.repr(value)
 
 
 def guess(name: object, names: Collection[str], text: str = "; did you mean {}?") -> str:
@@ -48,10 +40,12 @@ def guess(name: object, names: Collection[str], text: str = "; did you mean {}?"
 
 
 def wrong_type(key: str, value: object, accepted: str) -> TypeError:
+    """The error for a value of the wrong type."""
     return TypeError(f"{key} must be {accepted}, got {shown(value)} of type {type(value).__name__}")
 
 
 def wrong_value(key: str, value: object, accepted: str) -> ValueError:
+    """The error for a value out of range."""
     return ValueError(f"{key} must be {accepted}, got {shown(value)}")
 
 
@@ -79,7 +73,7 @@ def integer(lowest: int) -> Check:
     def check(key: str, value: Any) -> int:
         if isinstance(value, bool) or not isinstance(value, numbers.Integral):
             raise wrong_type(key, value, accepted)
-        if not lowest <= value <= MAX_INTEGER:
+        if not lowest <= int(value) <= MAX_INTEGER:
             raise wrong_value(key, value, accepted)
         return int(value)
 

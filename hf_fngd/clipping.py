@@ -13,11 +13,11 @@ from hf_fngd.weights.algebra import clip, mean_norm, scaled, tensor_norms
 def clip_samples(x: Tensor) -> Tensor:
     """Clip the gradient of a tensor in backward, sample by sample, at the mean norm of the batch.
 
-    For the logits, before the loss is computed from them: there one weight a sample reaches all of the model, also what
-    FNGD leaves plain (norms, positions), under any optimizer. It knows the sizes of the losses and nothing of those of
-    the inputs, which the weights of ``sharing="clipped"`` know layer by layer; both together cost neither anything.
-    The batch is the micro-batch at hand, of one process; scaling the loss changes no weight. A gradient that is not
-    finite makes all others NaN, but those that are 0.
+    For the logits, before the loss is computed from them: there one sample weight reaches all of the model, also what
+    FNGD leaves plain, under any optimizer. It knows the sizes of the losses and nothing of those of the inputs, which
+    the sample weights of ``sharing="clipped"`` know layer by layer. The batch is the micro-batch at hand, of one
+    process; scaling the loss changes no sample weight. A gradient that is not finite makes all others NaN, but those
+    that are 0.
 
     Args:
         x: a tensor ``[N, ...]``, the first dimension of which is the sample.

@@ -15,14 +15,13 @@ from types import MappingProxyType
 from typing import Any, Self
 
 from hf_fngd.checks import guess
-from hf_fngd.hub import HubMixin
+from hf_fngd.engine.state import GONE
+from hf_fngd.hub import HUB_OPTIONS, HubMixin
 from hf_fngd.settings import Settings, setting_names
-from hf_fngd.weights import policy_class, policy_names
+from hf_fngd.weights.base import policy_class, policy_names
 
 CONFIG_VERSION = "2.0"
 """MAJOR.MINOR of the file format: MAJOR changes where an older reader would misunderstand a file."""
-# Sharing policies of files of version 1 that are gone.
-_GONE = ("index", "last", "ranked", "sketched")
 
 PRESETS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
     {
@@ -56,8 +55,8 @@ class FNGDConfig(Settings, HubMixin):
     def __post_init__(self) -> None:
         if not isinstance(self.sharing, str):
             raise TypeError(
-                f"sharing must be a policy's name in a config, got a {type(self.sharing).__name__}: register the policy "
-                "and give its name, or hand the object to FNGD itself"
+                f"sharing must be a policy's name in a config, got a {type(self.sharing).__name__}: register the "
+                "policy and give its name, or hand the object to FNGD itself"
             )
         super().__post_init__()
 
@@ -78,18 +77,13 @@ class FNGDConfig(Settings, HubMixin):
         """Build a config from a dictionary, which need not be trusted.
 
         Args:
-            values: Values by argument name, as :meth:`to_dict` returns them; what is missing takes its
-                default. Keys that are no arguments of FNGD's are left out with a warning, for a later version
-                may have written them.
-            **overrides: Arguments that replace those in ``values``.
-
-        Returns:
-            The config, validated.
+            values: values by argument name, as `to_dict` returns them. Keys that are no arguments of FNGD's are left
+                out with a warning, for a later version may have written them.
+            **overrides: arguments that replace those in ``values``.
 
         Raises:
-            TypeError: ``values`` is no mapping, or a value has the wrong type.
-            ValueError: A value is out of range, an override is no argument of FNGD's, or ``config_version``
-                is of a later format than this version of the package reads.
+            TypeError: ``values`` is no mapping, an override is no argument of FNGD's, or a value has the wrong type.
+            ValueError: a value is out of range, or the format is later than this version of the package reads.
         """
         if not isinstance(values, Mapping):
             raise TypeError(f"a config must be a mapping from argument names, got a {type(values).__name__}")
@@ -100,13 +94,7 @@ class FNGDConfig(Settings, HubMixin):
         if unknown:
             listed = ", ".join(unknown[:10]) + (f" and {len(unknown) - 10} more" if len(unknown) > 10 else "")
             warnings.warn(f"ignored keys that {cls.__name__} does not know: {listed}", stacklevel=2)
-        for key in overrides:
-            if key not in setting_names():
-                raise ValueError(
-                    f"FNGD has no argument {key[:80]!r}, it has {', '.join(setting_names())}"
-                    + guess(key, setting_names())
-                )
-        return cls(**{**known, **overrides})
+        return cls.of("FNGD", {**known, **overrides})
 
     @classmethod
     def preset(cls, name: str, **overrides: Any) -> Self:
@@ -129,55 +117,29 @@ class FNGDConfig(Settings, HubMixin):
         return cls.from_dict(PRESETS[name], **overrides)
 
     @classmethod
-    def load(
-        cls,
-        name: str | os.PathLike[str],
-        *,
-        subfolder: str = "",
-        revision: str | None = None,
-        cache_dir: str | os.PathLike[str] | None = None,
-        token: str | bool | None = None,
-        local_files_only: bool = False,
-        force_download: bool = False,
-        **overrides: Any,
-    ) -> Self:
+    def load(cls, name: str | os.PathLike[str], **kwargs: Any) -> Self:
         """Build a config from the name of a preset, a local path or a repository's id, tried in this order.
 
         Args:
-            name: The name. A folder that is called as a preset is reached by ``"./paper"``.
-            subfolder: See :meth:`from_pretrained`, as for the others; a preset needs none of them.
-            revision: Branch, tag or commit of the repository.
-            cache_dir: Folder of the Hub's cache.
-            token: Access token for a private repository.
-            local_files_only: Never ask the Hub.
-            force_download: Download again what the cache has.
-            **overrides: Arguments that replace the config's.
+            name: the name. A folder that is called as a preset is reached by ``"./paper"``.
+            **kwargs: arguments of `from_pretrained`, or of FNGD, which replace the config's.
 
         Raises:
-            OSError: There is no preset, no local path and no repository of this name.
-            ValueError: A value is not acceptable.
-            TypeError: A value has the wrong type.
+            OSError: there is no preset, no local path and no repository of this name.
+            ValueError: a value is not acceptable.
+            TypeError: a value has the wrong type.
         """
-        if isinstance(name, str) and name in PRESETS:
-            return cls.preset(name, **overrides)
-        return cls.from_pretrained(
-            name,
-            subfolder=subfolder,
-            revision=revision,
-            cache_dir=cache_dir,
-            token=token,
-            local_files_only=local_files_only,
-            force_download=force_download,
-            **overrides,
-        )
+        if not isinstance(name, str) or name not in PRESETS:
+            return cls.from_pretrained(name, **kwargs)
+        return cls.preset(name, **{key: value for key, value in kwargs.items() if key not in HUB_OPTIONS})
 
 
 def _named(key: object) -> str:
     """A key as it is where it can be shown, and what it is probably meant to be."""
     if not isinstance(key, str):
         return f"a key of type {type(key).__name__}"
-    shown = key[:80] if key[:80].isprintable() else ascii(key[:80])
-    return shown + guess(key, setting_names(), " (meant to be {}?)")
+    printable = key[:80] if key[:80].isprintable() else ascii(key[:80])
+    return printable + guess(key, setting_names(), " (meant to be {}?)")
 
 
 def _check_version(version: object) -> int:
@@ -205,9 +167,9 @@ def _of_version_1(values: Mapping[str, Any]) -> dict[str, Any]:
     scale, refresh, rest = found.pop("step_scale", "rms"), found.pop("refresh", None), found.pop("weigh_rest", True)
     sharing, momentum = found.get("sharing", "clipped"), found.get("update") == "momentum"
     refreshes = sharing == "replay" and refresh != 0  # None meant 50
-    if sharing in _GONE or refreshes or (momentum and scale != "ngd"):
+    if sharing in GONE or refreshes or (momentum and scale != "ngd"):
         gone = f"refresh={refresh!r}" if refreshes else "update='momentum' with step_scale='rms'"
-        gone = f"sharing={sharing!r}" if sharing in _GONE else gone
+        gone = f"sharing={sharing!r}" if sharing in GONE else gone
         raise ValueError(
             f"the config was written for hf-fngd 0.1.0 and has {gone}, which this version does not have: use version "
             "0.1.0 (pip install hf-fngd==0.1.0), or another setting"

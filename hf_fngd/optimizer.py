@@ -10,17 +10,17 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from hf_fngd.distributed import local
+from hf_fngd.distributed.sharded import local
 from hf_fngd.engine.coverage import CoverageReport
-from hf_fngd.engine.state import check_groups, check_keys, check_sharing, check_step_scale
+from hf_fngd.engine.state import GONE, check_groups, check_keys, gone
 from hf_fngd.preconditioner import FNGDPreconditioner
 from hf_fngd.settings import Settings, setting_names, with_settings
-from hf_fngd.updates import FALLBACK_RULES, RULES, Hyperparameters
+from hf_fngd.updates import FALLBACK_RULES, RULES, Update
 from hf_fngd.updates.gradients import of_layers, squared_norms, usable
 from hf_fngd.updates.groups import check_parameters, parameter_groups
 from hf_fngd.updates.natural import natural_scales, scaled_gradients
-from hf_fngd.weights import SolvedPolicy
 from hf_fngd.weights.solve import damping_from_gradient
+from hf_fngd.weights.solved import SolvedPolicy
 
 logger = logging.getLogger(__name__)
 
@@ -62,15 +62,8 @@ class FNGD(torch.optim.Optimizer):
         self.preconditioner = FNGDPreconditioner(model, **self.settings.values(setting_names(engine=True)))
         self.skipped = 0
         self._checked = False
-        groups = parameter_groups(
-            model,
-            self.preconditioner.layers,
-            lr=self.settings.lr,
-            weight_decay=self.settings.weight_decay,
-            update=self.settings.update,
-            fallback=FALLBACK_RULES[self.settings.fallback],
-            fallback_lr=self.settings.lr if self.settings.fallback_lr is None else self.settings.fallback_lr,
-        )
+        rule = FALLBACK_RULES[self.settings.fallback]
+        groups = parameter_groups(model, self.preconditioner.layers, self.settings, rule)
         defaults = {name: self.settings.effective(name) for name in ("lr", "momentum", "beta2", "eps")}
         super().__init__(groups, defaults)
 
@@ -98,22 +91,14 @@ class FNGD(torch.optim.Optimizer):
         return optimizer
 
     def __getstate__(self) -> dict[str, Any]:
-        """Refuse, where torch's would leave the preconditioner out.
-
-        Raises:
-            TypeError: always.
-        """
+        """Refuse, where torch's would leave the preconditioner out."""
         raise TypeError(
             "FNGD cannot be copied or pickled, it belongs to one model: save its state_dict(), and build another one "
             "on the copy of the model"
         )
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Torch's, for the groups that FNGD makes of the model itself.
-
-        Raises:
-            ValueError: the group is a user's; FNGD needs the model to tell what to precondition.
-        """
+        """Torch's, for the groups that FNGD makes of the model itself; raises ValueError for a user's."""
         if "rule" not in param_group:
             raise ValueError(
                 "FNGD makes its parameter groups from the model: add the parameters to the model, then build FNGD anew"
@@ -124,15 +109,12 @@ class FNGD(torch.optim.Optimizer):
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Update the parameters from their ``grad``.
 
-        Args:
-            closure: evaluates the model anew and returns the loss; its backward is the one that counts.
-
-        Returns:
-            The closure's loss, or None.
+        A closure evaluates the model anew and returns the loss, and its backward is the one that counts; the loss is
+        returned.
 
         Raises:
-            RuntimeError: in the first step, where the optimizer's parameters are not the model's trainable
-                ones, no gradient reached any of them, or one is sparse.
+            RuntimeError: in the first step, where the optimizer's parameters are not the model's trainable ones, no
+                gradient reached any of them, or one is sparse.
         """
         loss = None
         if closure is not None:
@@ -173,14 +155,8 @@ class FNGD(torch.optim.Optimizer):
                 state["step"] = 0
                 state.update({name: torch.zeros_like(p) for name in rule.state})
             state["step"] += 1
-        rule.update(
-            [local(p) for p in params],
-            grads,
-            [[local(state[name]) for state in states] for name in rule.state],
-            [state["step"] for state in states],
-            Hyperparameters(**{field: group[field] for field in ("lr", "momentum", "beta2", "eps", "weight_decay")}),
-            params,
-        )
+        tensors = [[local(state[name]) for state in states] for name in rule.state]
+        rule.update(Update([local(p) for p in params], grads, tensors, [s["step"] for s in states], params, group))
 
     def _report_skip(self) -> None:
         self.skipped += 1
@@ -249,9 +225,10 @@ class FNGD(torch.optim.Optimizer):
             )
         own = groups[0][_STATE_KEY]
         check_keys(own, ("engine", "skipped"))
-        check_sharing(own["engine"])
-        check_step_scale(own)
-        check_groups(state_dict, self.param_groups)
+        if own.get("norms") is not None and own["engine"].get("sharing") not in GONE:
+            raise gone("update='momentum' and step_scale='rms'")
+        if own["engine"].get("sharing") not in GONE:  # which the engine refuses, by its name
+            check_groups(state_dict, self.param_groups)
         # Before torch's, which it must not leave half done: it may refuse the state.
         self.preconditioner.load_state_dict(own["engine"])
         first = {key: value for key, value in groups[0].items() if key != _STATE_KEY}

@@ -11,18 +11,19 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.utils.hooks import RemovableHandle
 
-from hf_fngd.distributed import is_sharded, rank_and_world, refuse_environment
+from hf_fngd.distributed.environment import rank_and_world, refuse_environment
+from hf_fngd.distributed.sharded import is_sharded
 from hf_fngd.engine.attach import refuse_attached
 from hf_fngd.engine.coverage import Coverage, CoverageReport
 from hf_fngd.engine.epochs import EpochEdge
 from hf_fngd.engine.forward import Forwards
 from hf_fngd.engine.layer import attached_layers
-from hf_fngd.engine.state import State, check_state
+from hf_fngd.engine.state import check_state
 from hf_fngd.engine.window import MicroBatch, Window, in_backward
-from hf_fngd.layers import select_layers
+from hf_fngd.layers.select import select_layers
 from hf_fngd.settings import Settings, setting_names, with_settings
-from hf_fngd.weights import make_policy
 from hf_fngd.weights.algebra import accumulation_dtype
+from hf_fngd.weights.base import SharingPolicy, State, policy_class
 
 
 @with_settings(engine=True)
@@ -58,7 +59,8 @@ class FNGDPreconditioner:
         self.settings = Settings.of("FNGDPreconditioner", settings, setting_names(engine=True))
         refuse_environment(model)
         refuse_attached(model)
-        self.policy = make_policy(self.settings.sharing)
+        sharing = self.settings.sharing
+        self.policy = sharing if isinstance(sharing, SharingPolicy) else policy_class(sharing)()
         selection = select_layers(
             model,
             self.settings.target_modules,
@@ -92,11 +94,7 @@ class FNGDPreconditioner:
 
     @property
     def model(self) -> nn.Module:
-        """The model that this preconditioner is attached to.
-
-        Raises:
-            ReferenceError: the model no longer exists.
-        """
+        """The model that this preconditioner is attached to; raises ReferenceError where it no longer exists."""
         model = self._model()
         if model is None:
             raise ReferenceError("the model of this FNGDPreconditioner no longer exists")
@@ -171,11 +169,7 @@ class FNGDPreconditioner:
             self._hooks.pop().remove()
 
     def _begin(self, size: int) -> MicroBatch:
-        """A training forward pass of the model begins: a new micro-batch of ``size`` samples.
-
-        Raises:
-            RuntimeError: the model was prepared for a mode that FNGD refuses, or steps are never closed.
-        """
+        """A training forward pass of the model begins: a new micro-batch of ``size`` samples."""
         if not self._checked:  # again, now that Accelerate has prepared it
             refuse_environment(self.model)
             self._fsdp = any(isinstance(module, FSDPModule) for module in self.model.modules())
@@ -220,18 +214,14 @@ class FNGDPreconditioner:
     def state_dict(self) -> State:
         """Counters and sample weights: tensors, numbers, strings, lists and dictionaries only."""
         return {
-            "layers": {layer.name: layer.state() for layer in self._attached},
+            "layers": {layer.selected.name: layer.state() for layer in self._attached},
             "sharing": self.policy.name,
             "policy": self.policy.state_dict(),
         }
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """The inverse of `state_dict`.
-
-        Raises:
-            ValueError: the state belongs to another policy or to other layers; nothing of it was loaded.
-        """
-        state = check_state(state_dict, self.policy.name, [layer.name for layer in self._attached])
+        """The inverse of `state_dict`. Raises ValueError, and loads nothing, where policy or layers are others."""
+        state = check_state(state_dict, self.policy.name, [layer.selected.name for layer in self._attached])
         like = self._like()
         self.policy.load_state_dict(
             {
@@ -244,4 +234,4 @@ class FNGDPreconditioner:
         self._window.close()
         self._forwards.batch = None
         for layer in self._attached:
-            layer.load_state(state["layers"][layer.name])
+            layer.load_state(state["layers"][layer.selected.name])

@@ -13,9 +13,10 @@ from dataclasses import dataclass, field
 from typing import Any, Self, TypeVar
 
 from hf_fngd.checks import Check, choice, flag, guess, integer, modules, real, shown, wrong_type
-from hf_fngd.layers import ALL_LINEAR, layer_type_names
+from hf_fngd.layers.base import layer_type_names
+from hf_fngd.layers.select import ALL_LINEAR
 from hf_fngd.updates import FALLBACK_RULES, UPDATES
-from hf_fngd.weights import SharingPolicy, policies_that, policy_class, policy_names
+from hf_fngd.weights.base import SharingPolicy, policy_class, policy_names
 
 Class = TypeVar("Class", bound=type)
 
@@ -123,24 +124,24 @@ class Settings:
         unset=2**28,
         engine=True,
     )
-    target_modules: str | list[str] = _setting(
+    target_modules: str | list[str] = _setting(  # noqa: RUF009
         ALL_LINEAR,
         modules(f"{ALL_LINEAR!r}, {_NAMES}", fewest=1),
         "Linear and Conv1D layers to precondition: 'all-linear', a regular expression that matches the whole name, or "
         "a list of names or dotted suffixes (PEFT's).",
         engine=True,
     )
-    exclude_modules: str | list[str] | None = _setting(
+    exclude_modules: str | list[str] | None = _setting(  # noqa: RUF009
         None,
         modules(f"None, {_NAMES}", fewest=0),
         "Layers of any type to leave plain: None, a regular expression or a list, as in target_modules.",
         engine=True,
     )
-    layer_types: list[str] | None = _setting(
+    layer_types: list[str] | None = _setting(  # noqa: RUF009
         None,
         _layer_types,
-        "Types of layers whose samples are weighed, of 'linear', 'conv1d', 'embedding', 'convolution' and 'norm'; None: "
-        "all of them.",
+        "Types of layers whose samples are weighed: a list of some of 'linear', 'conv1d', 'embedding', 'convolution' "
+        "and 'norm'; None: all of them.",
         engine=True,
     )
     strict: bool = _setting(
@@ -155,7 +156,7 @@ class Settings:
         policy = policy_class(self.sharing)
         for name in ("damping", "coefficient_steps", "memory_budget"):
             if getattr(self, name) is not None and name not in policy.reads:
-                readers = policies_that(lambda other, name=name: name in other.reads)  # type: ignore[misc]
+                readers = policy_names(lambda other, name=name: name in other.reads)  # type: ignore[misc]
                 raise ValueError(
                     f"{name}={getattr(self, name)!r} has no effect with sharing={policy.name!r}: leave it out, or use "
                     f"sharing={' or '.join(map(repr, readers))}, which read it"
@@ -167,10 +168,10 @@ class Settings:
                     "out, or use update='adam' or fallback='adamw', which read it"
                 )
         if self.update == "momentum" and not policy.solves:
-            readers = policies_that(lambda other: other.solves)
+            readers = policy_names(lambda other: other.solves)
             raise ValueError(
-                f"update='momentum' steps by the paper's 1/lambda', which sharing={policy.name!r} does not measure: use "
-                f"update='muon' or 'adam', or sharing={' or '.join(map(repr, readers))}"
+                f"update='momentum' steps by the paper's 1/lambda', which sharing={policy.name!r} does not measure: "
+                f"use update='muon' or 'adam', or sharing={' or '.join(map(repr, readers))}"
             )
 
     @classmethod
@@ -218,11 +219,12 @@ def with_settings(*, engine: bool) -> Callable[[Class], Class]:
     """
 
     def decorate(cls: Class) -> Class:
-        signature = inspect.signature(cls.__init__)
+        init: Any = vars(cls)["__init__"]
+        signature = inspect.signature(init)
         kept = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
         fields = [_fields()[name] for name in setting_names(engine) if name not in signature.parameters]
         added = [inspect.Parameter(f.name, inspect.Parameter.KEYWORD_ONLY, default=f.default) for f in fields]
-        cls.__init__.__signature__ = signature.replace(parameters=[*kept, *added])
+        init.__signature__ = signature.replace(parameters=[*kept, *added])
         lines = [
             textwrap.fill(f"{f.name}: {f.metadata['help']}", 120, initial_indent=" " * 8, subsequent_indent=" " * 12)
             for f in fields

@@ -24,33 +24,43 @@ def refuse_environment(model: nn.Module) -> None:
     """
     for module in model.modules():
         refuse_replica(module)
-        if isinstance(module, nn.DataParallel):
-            _refuse_data_parallel()
         if type(module).__name__ == "FullyShardedDataParallel":
-            _refuse_fsdp1()
-    if (getattr(model, "_tp_size", None) or 1) > 1:
-        _refuse_split("tensor parallelism", "a layer's weight")
-    _refuse_accelerate()
+            raise _fsdp1()
+    # Looked up, not imported: a plain PyTorch loop has no use for accelerate.
+    accelerate = sys.modules.get("accelerate.state")
+    state: dict[str, Any] = {} if accelerate is None else accelerate.AcceleratorState._shared_state
+    titles = {"DEEPSPEED": "DeepSpeed", "MEGATRON_LM": "Megatron-LM"}
+    if title := titles.get(getattr(state.get("distributed_type"), "name", "")):
+        raise RuntimeError(
+            f"FNGD does not run under {title}, which takes gradients and the optimizer's step into its own hands: "
+            "use FSDP2 (fsdp_config with version 2, and FNGDFactory) to shard the model, or DistributedDataParallel"
+        )
+    if getattr(state.get("fsdp_plugin"), "fsdp_version", 2) == 1:
+        raise _fsdp1()
+    parallelism = state.get("parallelism_config")
+    for size, title, what in (
+        (getattr(model, "_tp_size", None), "tensor parallelism", "a layer's weight"),
+        (getattr(parallelism, "tp_size", None), "tensor parallelism", "a layer's weight"),
+        (getattr(parallelism, "cp_size", None), "context parallelism", "a sample's positions"),
+        (getattr(parallelism, "sp_size", None), "sequence parallelism", "a sample's positions"),
+    ):
+        if (size or 1) > 1:
+            raise _split(title, what)
 
 
 def refuse_replica(module: nn.Module) -> None:
-    """Refuse a module that nn.DataParallel copied for one device.
-
-    Raises:
-        RuntimeError: it is a replica.
-    """
-    if getattr(module, "_is_replica", False):
-        _refuse_data_parallel()
+    """Raise RuntimeError for nn.DataParallel, and for a module that it copied for one device."""
+    if isinstance(module, nn.DataParallel) or getattr(module, "_is_replica", False):
+        raise RuntimeError(
+            "FNGD does not run under nn.DataParallel, whose replicas each see a part of the batch for one backward "
+            f"pass: {_DATA_PARALLEL} (or make one device visible with CUDA_VISIBLE_DEVICES)"
+        )
 
 
 def refuse_split_weight(weight: Tensor) -> None:
-    """Refuse a layer whose weight is a shard when its forward runs (under FSDP2 it is whole by then).
-
-    Raises:
-        RuntimeError: it is a DTensor.
-    """
+    """Raise RuntimeError for a weight that is a shard in its layer's forward (under FSDP2 it is whole by then)."""
     if is_sharded(weight):
-        _refuse_split("tensor parallelism", "a layer's weight")
+        raise _split("tensor parallelism", "a layer's weight")
 
 
 def rank_and_world() -> tuple[int, int]:
@@ -60,45 +70,15 @@ def rank_and_world() -> tuple[int, int]:
     return 0, 1
 
 
-def _refuse_accelerate() -> None:
-    # Looked up, not imported: a plain PyTorch loop has no use for accelerate.
-    module = sys.modules.get("accelerate.state")
-    state: dict[str, Any] = {} if module is None else module.AcceleratorState._shared_state
-    kind = getattr(state.get("distributed_type"), "name", "")
-    if kind in ("DEEPSPEED", "MEGATRON_LM"):
-        title = "DeepSpeed" if kind == "DEEPSPEED" else "Megatron-LM"
-        raise RuntimeError(
-            f"FNGD does not run under {title}, which takes gradients and the optimizer's step into its own hands: "
-            "use FSDP2 (fsdp_config with version 2, and FNGDFactory) to shard the model, or DistributedDataParallel"
-        )
-    if getattr(state.get("fsdp_plugin"), "fsdp_version", 2) == 1:
-        _refuse_fsdp1()
-    parallelism = state.get("parallelism_config")
-    for short, title, what in (
-        ("tp", "tensor parallelism", "a layer's weight"),
-        ("cp", "context parallelism", "a sample's positions"),
-        ("sp", "sequence parallelism", "a sample's positions"),
-    ):
-        if (getattr(parallelism, f"{short}_size", None) or 1) > 1:
-            _refuse_split(title, what)
-
-
-def _refuse_data_parallel() -> None:
-    raise RuntimeError(
-        "FNGD does not run under nn.DataParallel, whose replicas each see a part of the batch for one backward pass: "
-        f"{_DATA_PARALLEL} (or make one device visible with CUDA_VISIBLE_DEVICES)"
-    )
-
-
-def _refuse_fsdp1() -> None:
-    raise RuntimeError(
+def _fsdp1() -> RuntimeError:
+    return RuntimeError(
         "FNGD does not run under FSDP version 1, which flattens the weights of several layers into one parameter: use "
         "version 2 (fsdp_version: 2 in the Accelerate config or fsdp_config, torch's fully_shard)"
     )
 
 
-def _refuse_split(title: str, what: str) -> None:
-    raise RuntimeError(
+def _split(title: str, what: str) -> RuntimeError:
+    return RuntimeError(
         f"FNGD does not run under {title}, where no process sees {what} whole: the per-sample gradients would be "
         f"partial; {_DATA_PARALLEL}"
     )

@@ -18,7 +18,6 @@ from typing import Any
 
 from torch import nn
 
-Forward = Callable[..., Any]
 Handler = Callable[..., Any]
 _LAYER = "_fngd_layer"
 _MODEL = "_fngd_model"
@@ -26,14 +25,9 @@ _REPLACED = "_replaced"
 
 
 class Attachment:
-    """The forwards of a model and of some of its layers, sent through handlers (`swap_forward`).
+    """The forwards of a model and of some of its layers, sent through handlers; it keeps no module alive.
 
-    It keeps no module alive.
-
-    Args:
-        model: the model.
-        handler: of the model's forward.
-        layers: layers within it, each with the handler of its forward.
+    A handler is called as ``handler(module, own_forward, *args, **kwargs)``.
 
     Raises:
         RuntimeError: one of them cannot be attached to; the model is then what it was.
@@ -42,9 +36,9 @@ class Attachment:
     def __init__(self, model: nn.Module, handler: Handler, layers: Sequence[tuple[nn.Module, Handler]]) -> None:
         try:
             for layer, layer_handler in layers:
-                swap_forward(layer, _LAYER, layer_handler)
+                _swap(layer, _LAYER, layer_handler)
             # TRL, for one, puts a forward of its own on the model before Trainer asks for the optimizer.
-            swap_forward(model, _MODEL, handler, take_replaced=True)
+            _swap(model, _MODEL, handler, take_replaced=True)
         except RuntimeError:
             detach(model)
             raise
@@ -57,7 +51,7 @@ class Attachment:
             reference, attribute, handler = self._swapped.pop(0)
             module = reference()
             if module is not None and module.__dict__.get(attribute) is handler:
-                restore_forward(module, attribute)
+                _restore(module, attribute)
 
 
 def detach(model: nn.Module) -> None:
@@ -65,36 +59,23 @@ def detach(model: nn.Module) -> None:
     for attribute in (_MODEL, _LAYER):
         for module in model.modules():
             if attribute in module.__dict__:
-                restore_forward(module, attribute)
+                _restore(module, attribute)
 
 
 def refuse_attached(model: nn.Module) -> None:
-    """Refuse a model that is attached to, before anything is swapped, so that it stays as it is.
-
-    Raises:
-        RuntimeError: a module of it is attached to an FNGD already.
-    """
+    """Raise RuntimeError where a module of the model is attached already, before anything is swapped."""
     for name, module in model.named_modules():
         if _MODEL in module.__dict__ or _LAYER in module.__dict__:
             raise RuntimeError(
-                f"the module {name!r} is attached to another FNGD already; call hf_fngd.detach(model) first"
+                f"the {f'module {name!r}' if name else 'model'} is attached to another FNGD already; call "
+                "hf_fngd.detach(model) first"
             )
 
 
-def swap_forward(
-    module: nn.Module, attribute: str, handler: Callable[..., Any], *, take_replaced: bool = False
-) -> None:
-    """Send ``module.forward(*args, **kwargs)`` through ``handler(module, forward, *args, **kwargs)``.
+def _swap(module: nn.Module, attribute: str, handler: Handler, *, take_replaced: bool = False) -> None:
+    """Send a module's forward through a handler, which is kept in that attribute of the instance's ``__dict__``.
 
-    Args:
-        module: the instance; other instances of its class are untouched.
-        attribute: where the handler is kept in the instance's ``__dict__``.
-        handler: gets the instance, its class's own bound forward, and the call's arguments.
-        take_replaced: where somebody has put another ``forward`` on the instance, hand that one to the handler, and put
-            it back in `restore_forward`.
-
-    Raises:
-        RuntimeError: the module is attached to already, or has a ``forward`` of its own that would hide ours.
+    Where somebody has put another ``forward`` on the instance, ``take_replaced`` hands that one to the handler.
     """
     replaced = module.__dict__.get("forward")
     if replaced is not None and not take_replaced:
@@ -104,24 +85,23 @@ def swap_forward(
             "before the model is prepared, as in Trainer(optimizers=(FNGD(model), scheduler)), and load the model "
             "without a device_map of several devices"
         )
-    if attribute in module.__dict__:
-        raise RuntimeError(
-            f"this {type(module).__name__} is attached to another FNGD already; call hf_fngd.detach(model) first"
-        )
     module.__dict__[attribute] = handler
     plain: Any = type(module)
     if replaced is not None:
         module.__dict__[attribute + _REPLACED] = module.__dict__.pop("forward")
     if any(base.__dict__.get("_fngd_attribute") == attribute for base in plain.__mro__):
-        return  # a former subclass, which `restore_forward` could not take away, asks for the handler
+        return  # a former subclass, which `_restore` could not take away, asks for the handler
     if replaced is None:
         module.__class__ = _subclass(plain, attribute)
     else:
-        module.__class__ = _make_subclass(plain, attribute, _with_self(inspect.signature(replaced)))
+        itself = inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)
+        signature = inspect.signature(replaced)
+        signature = signature.replace(parameters=[itself, *signature.parameters.values()])
+        module.__class__ = _make_subclass(plain, attribute, signature)
 
 
-def restore_forward(module: nn.Module, attribute: str) -> None:
-    """Undo `swap_forward`; the module is again exactly what it was."""
+def _restore(module: nn.Module, attribute: str) -> None:
+    """Undo `_swap`; the module is again exactly what it was."""
     del module.__dict__[attribute]
     replaced = module.__dict__.pop(attribute + _REPLACED, None)
     if replaced is not None:
@@ -133,12 +113,6 @@ def restore_forward(module: nn.Module, attribute: str) -> None:
 @functools.cache
 def _subclass(base: Any, attribute: str) -> Any:
     return _make_subclass(base, attribute, inspect.signature(base.forward))
-
-
-def _with_self(signature: inspect.Signature) -> inspect.Signature:
-    """The signature of a function put on an instance, as a method's."""
-    itself = inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)
-    return signature.replace(parameters=[itself, *signature.parameters.values()])
 
 
 def _make_subclass(base: Any, attribute: str, signature: inspect.Signature) -> Any:
@@ -155,25 +129,12 @@ def _make_subclass(base: Any, attribute: str, signature: inspect.Signature) -> A
     forward.__doc__ = base.forward.__doc__
 
     def reduce(self: Any, protocol: Any) -> Any:
-        state = base.__reduce_ex__(self, 2)[2]
-        assert isinstance(state, dict)
-        # Not copyreg.__newobj__, which insists on the instance's present class.
-        rebuild, arguments = copyreg._reconstructor, (plain, object, None)  # type: ignore[attr-defined]
-        state = {key: value for key, value in state.items() if key != attribute}
+        state = {key: value for key, value in base.__reduce_ex__(self, 2)[2].items() if key != attribute}
         if attribute + _REPLACED in state:
             state["forward"] = state.pop(attribute + _REPLACED)
-        return rebuild, arguments, state
+        # Not copyreg.__newobj__, which insists on the instance's present class.
+        return copyreg._reconstructor, (plain, object, None), state  # type: ignore[attr-defined]
 
-    return type(
-        base.__name__,
-        (base,),
-        {
-            "__module__": base.__module__,
-            "__qualname__": base.__qualname__,
-            "__doc__": base.__doc__,
-            "__reduce_ex__": reduce,
-            "_fngd_plain_class": plain,
-            "_fngd_attribute": attribute,
-            "forward": forward,
-        },
-    )
+    names = {name: getattr(base, name) for name in ("__module__", "__qualname__", "__doc__")}
+    own = {"__reduce_ex__": reduce, "_fngd_plain_class": plain, "_fngd_attribute": attribute, "forward": forward}
+    return type(base.__name__, (base,), names | own)

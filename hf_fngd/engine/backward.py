@@ -3,13 +3,13 @@
 The layer's forward goes through an autograd Function whose backward returns ``sum_n w_n h_n`` in place of the gradient
 of the layer's weight; or the gradient of one tensor in it is multiplied by the sample weights on its way back. Either
 way ``p.grad`` *is* the weighted sum when backward returns, and whatever acts on ``p.grad`` (clipping, loss scaling,
-accumulation, all-reduce) works unchanged. The batch-mean gradient is never computed, and no per-sample gradient is kept.
+accumulation, all-reduce) works unchanged. The batch-mean gradient is never computed, no per-sample gradient is kept.
 
-A traced graph keeps no Python objects, and an integer that changes from step to step would recompile it. So a micro-batch
-travels through it as a number in a tensor: `begin` numbers the forward pass, and `sample_weights` finds it by that number
-when backward runs, both opaque to the compiler. The graph has no break, and runs on unchanged through coefficient steps,
-shared steps and any state of the policy. Calls of a layer are not counted in it (what only backward reads, a compiler
-moves there), and a weight that is used outside of its layer's forward as well is not found out.
+A traced graph keeps no Python objects, and an integer that changes from step to step would recompile it. So a
+micro-batch travels through it as a number in a tensor: `begin` numbers the forward pass, and `sample_weights` finds it
+by that number when backward runs, both opaque to the compiler. The graph has no break, and runs on unchanged through
+coefficient steps, shared steps and any state of the policy. Calls of a layer are not counted in it (what only backward
+reads, a compiler moves there), and a weight that is used outside of its layer's forward as well is not found out.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from torch.autograd.function import once_differentiable
 
 from hf_fngd.engine.layer import Layer
 from hf_fngd.engine.window import MicroBatch
-from hf_fngd.layers.base import LayerKernel
+from hf_fngd.layers.base import LayerKernel, Saved
 from hf_fngd.weights.algebra import scaled
 
 # In a CUDA graph the operators would not run again, and would read the sample weights of the step that was captured.
@@ -107,7 +107,6 @@ class LayerCall:
     samples: int | None
 
     def apply(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """See `Call.apply`."""
         has_bias = bias is not None and bias.requires_grad
         return WeighedLayer.apply(x, weight, bias, self.layer, self.batch, self.engine, self.place, has_bias)  # type: ignore
 
@@ -133,23 +132,15 @@ class WeighedLayer(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        layer: Any,
-        batch: Any,
-        engine: int,
-        place: int,
-        has_bias: bool,
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, layer: Any, batch: Any, *where: Any
     ) -> Tensor:
         """`ExplicitKernel.forward`."""
         traced = isinstance(batch, Tensor)
         kernel = layer if traced else layer.kernel
-        y, saved = kernel.forward(x, weight, bias)
+        y, others = kernel.forward(x, weight, bias)
         # The micro-batch itself is not saved as tensors are: checkpointing would bring back that of its last forward.
-        ctx.save_for_backward(x, weight, *((batch,) if traced else ()), *saved)
-        ctx.kernel, ctx.engine, ctx.place, ctx.has_bias = kernel, engine, place, has_bias
+        ctx.save_for_backward(x, weight, *((batch,) if traced else ()), *others)
+        ctx.kernel, (ctx.engine, ctx.place, ctx.has_bias) = kernel, where
         ctx.call = None if traced else (layer, batch)
         return y  # type: ignore[no-any-return]
 
@@ -159,14 +150,15 @@ class WeighedLayer(torch.autograd.Function):
         """Gradients of x, weight and bias."""
         kernel = ctx.kernel
         if ctx.call is None:
-            x, weight, batch, *saved = ctx.saved_tensors
+            x, weight, batch, *others = ctx.saved_tensors
             w = sample_weights(x, kernel.with_samples(x, g), batch, ctx.engine, ctx.place, ctx.has_bias)
         else:
-            x, weight, *saved = ctx.saved_tensors
+            x, weight, *others = ctx.saved_tensors
             layer, batch = ctx.call
             w = layer.weights(x, kernel.with_samples(x, g), ctx.has_bias, batch) if x.numel() else None
-        grad_x = kernel.input_gradient(x, g, weight, tuple(saved)) if ctx.needs_input_grad[0] else None
-        of_weight, of_bias = kernel.weighted_gradient(x, g, weight, w, tuple(saved), ctx.has_bias)
+        saved = Saved(x, weight, tuple(others))
+        grad_x = kernel.input_gradient(saved, g) if ctx.needs_input_grad[0] else None
+        of_weight, of_bias = kernel.weighted_gradient(saved, g, w, ctx.has_bias)
         return grad_x, of_weight, of_bias, None, None, None, None, None
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from hf_fngd.engine.layer import Layer
-from hf_fngd.layers import Selection
+from hf_fngd.layers.select import Selection
 
 logger = logging.getLogger(__name__)
 
@@ -42,8 +42,7 @@ class CoverageReport:
             reasons: dict[str, list[str]] = {}
             for name, reason in group.items():
                 reasons.setdefault(reason, []).append(name)
-            for reason, names in reasons.items():
-                lines.append(f"{len(names)} {title}: {reason} ({_listed(names)})")
+            lines += [f"{len(names)} {title}: {reason} ({_listed(names)})" for reason, names in reasons.items()]
         return "\n  ".join(lines)
 
 
@@ -54,10 +53,7 @@ def _listed(names: Sequence[str]) -> str:
 class Coverage:
     """Follows what becomes of a model's parameters; tells it after the first step, and when more layers are missed.
 
-    Args:
-        selection: the layers that were selected.
-        layers: the same, attached.
-        strict: raise, instead of warning, where a preconditioned layer is missed.
+    With ``strict`` a preconditioned layer that is missed is an error, and otherwise a warning.
     """
 
     def __init__(self, selection: Selection, layers: Sequence[Layer], strict: bool) -> None:
@@ -68,37 +64,32 @@ class Coverage:
     def report(self) -> CoverageReport:
         """What became of every trainable parameter; before the first step, what is going to."""
         preconditioned: list[str] = []
-        weighed: list[str] = []
+        weighed: dict[str, None] = {}
         missed: dict[str, str] = {}
         plain = dict(self._selection.plain)
         for layer in self._layers:
-            names = _parameters(layer)
-            reasons = layer.reasons
-            if self._told and not reasons and not layer.weighed and (layer.selected.matrix or not layer.shared.reached):
+            names, matrix, reasons = _parameters(layer), layer.selected.matrix, layer.reasons
+            if self._told and not reasons and not layer.weighed and (matrix or not layer.shared.reached):
                 reasons = [NEVER_CALLED]
             if reasons:
-                (missed if layer.selected.matrix else plain).update(dict.fromkeys(names, "; ".join(reasons)))
-            elif layer.selected.matrix:
+                (missed if matrix else plain).update(dict.fromkeys(names, "; ".join(reasons)))
+            elif matrix:
                 preconditioned += names
             else:
-                weighed += names
-        weighed = [name for name in dict.fromkeys(weighed)]
+                weighed.update(dict.fromkeys(names))
         plain = {name: reason for name, reason in plain.items() if name not in weighed}
         return CoverageReport(tuple(preconditioned), plain, missed, tuple(weighed))
 
     def tell(self, samples: int) -> None:
-        """A step was taken: log the report, if it is the first or says more than the last one.
-
-        Args:
-            samples: how many the sample weights compared with each other.
+        """A step was taken, whose sample weights compared so many samples: log the report, if it says more than before.
 
         Raises:
             RuntimeError: ``strict``, and a preconditioned layer is missed.
         """
         if samples == 1 and not self._told:
             logger.warning(
-                "the first micro-batch holds one sample, whose sample weight is 1: with such batches FNGD is its update "
-                "rule alone. Packed sequences count as one sample: train without packing, or raise "
+                "the first micro-batch holds one sample, whose sample weight is 1: with such batches FNGD is its "
+                "update rule alone. Packed sequences count as one sample: train without packing, or raise "
                 'per_device_train_batch_size or, with sharing="clipped", gradient_accumulation_steps'
             )
         reasons = sum(len(layer.reasons) for layer in self._layers if layer.selected.matrix)
@@ -106,33 +97,21 @@ class Coverage:
             return
         self._told, self._told_reasons = True, reasons
         report = self.report()
-        if not report.missed:
-            logger.info("%s", report)
-        elif self._strict:
+        if report.missed and self._strict:
             raise RuntimeError(f"strict=True: {report}\nExclude these layers with exclude_modules.")
-        else:
-            logger.warning("%s", report)
+        logger.log(logging.WARNING if report.missed else logging.INFO, "%s", report)
 
     def tell_of_none(self) -> None:
-        """A step was taken without a backward pass through any layer: say so, if there are gradients all the same.
-
-        Raises:
-            RuntimeError: ``strict``, and there are.
-        """
-        if not self._told and self._has_nonzero_gradients():
-            self.tell(0)
-
-    def _has_nonzero_gradients(self) -> bool:
+        """A step was taken without a backward pass through any layer: say so, if there are gradients all the same."""
         # Zero gradients are those of a checkpoint loader that initializes the optimizer's state.
         weights = (layer.module.weight for layer in self._selection.matrices)
         grads = (w.grad for w in weights if isinstance(w, Tensor) and w.is_leaf)
-        return any(isinstance(grad, Tensor) and bool(grad.any()) for grad in grads)
+        if not self._told and any(isinstance(grad, Tensor) and bool(grad.any()) for grad in grads):
+            self.tell(0)
 
 
 def _parameters(layer: Layer) -> list[str]:
     """The names of a layer's own trained parameters."""
-    return [
-        f"{layer.name}.{leaf}" if layer.name else leaf
-        for leaf, parameter in layer.module.named_parameters(recurse=False)
-        if parameter.requires_grad
-    ]
+    prefix = f"{layer.selected.name}." if layer.selected.name else ""
+    parameters = layer.selected.module.named_parameters(recurse=False)
+    return [f"{prefix}{leaf}" for leaf, parameter in parameters if parameter.requires_grad]

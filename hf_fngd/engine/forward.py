@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from hf_fngd.distributed import refuse_replica, refuse_split_weight
+from hf_fngd.distributed.environment import refuse_replica, refuse_split_weight
 from hf_fngd.engine.attach import Attachment
 from hf_fngd.engine.backward import Engine, LayerCall, begin, numbered
 from hf_fngd.engine.graph import uses_in_graph
@@ -21,9 +21,7 @@ from hf_fngd.layers.embedding import EmbeddingKernel
 
 
 class Forwards:
-    """Sends the training forward passes of a model through its layers' kernels.
-
-    All other forward passes are the modules' own.
+    """Sends the training forward passes of a model through its layers' kernels; all others are the modules' own.
 
     Args:
         model: the module that is called with the batch.
@@ -33,9 +31,6 @@ class Forwards:
 
     Attributes:
         batch: the micro-batch of the last training forward pass; None where it has none, or was closed.
-
-    Raises:
-        RuntimeError: the model, or a module of it, cannot be attached to.
     """
 
     def __init__(
@@ -43,11 +38,10 @@ class Forwards:
     ) -> None:
         self.batch: MicroBatch | None = None
         self._layers, self._window, self._opened = layers, window, opened
-        self._engine = Engine(layers, self.begin)
+        self._engine = Engine(layers, self._begin)
         self._number: Tensor | None = None
-        self._inspected = False
-        self._inside = False
-        handlers = [(layer.module, partial(self._layer_forward, layer)) for layer in layers]
+        self._inspected = self._inside = False
+        handlers = [(layer.selected.module, partial(self._layer_forward, layer)) for layer in layers]
         self._attachment = Attachment(model, self._model_forward, handlers)
 
     def detach(self) -> None:
@@ -55,8 +49,7 @@ class Forwards:
         self.batch = None
         self._attachment.undo()
 
-    def begin(self, size: int) -> MicroBatch:
-        """A training forward pass begins, in a graph of torch.compile or outside of one."""
+    def _begin(self, size: int) -> MicroBatch:
         # Also for layers outside of a graph that began in one.
         self.batch = self._opened(size)
         return self.batch
@@ -69,7 +62,7 @@ class Forwards:
         if torch.compiler.is_compiling():
             self._number = None if sample is None else begin(sample, self._engine.number)
             return own(*args, **kwargs)
-        batch = self.batch = None if sample is None else self.begin(len(sample))
+        batch = self.batch = None if sample is None else self._begin(len(sample))
         # For layers that are compiled by themselves.
         self._number = None if batch is None else numbered(batch)
         self._inside = True
@@ -84,54 +77,44 @@ class Forwards:
     def _layer_forward(
         self, layer: Layer, module: nn.Module, own: Callable[..., Any], *args: Any, **kwargs: Any
     ) -> Any:
-        x = _trained_on(module, args, kwargs)
-        if x is None or not layer.kernel.takes(x):
+        weight, x = module.weight, (*args, *kwargs.values())
+        assert isinstance(weight, Tensor)
+        trains = module.training and torch.is_grad_enabled() and weight.requires_grad
+        if not trains or len(x) != 1 or not layer.kernel.takes(x[0]):
             return own(*args, **kwargs)
-        if torch.compiler.is_compiling():
-            number = self._number
-            if number is None:
-                return own(x)
-            call = LayerCall(layer.kernel, layer.place, number, self._engine.number, None)
-            return layer.kernel.run(module, own, x, call)
-        recomputes = in_backward()
-        if not (layer.selected.matrix or self._inside or recomputes):  # which batch it belongs to is not known
-            layer.shared.reasons.add(USED_ELSEWHERE)
-        batch = self.batch
-        if batch is None or USED_ELSEWHERE in layer.shared.reasons:
-            return own(x)
-        refuse_split_weight(module.weight)
+        compiling = torch.compiler.is_compiling()
+        recomputes = not compiling and in_backward()
+        batch = self._number if compiling else self.batch
+        if not compiling and not (layer.selected.matrix or self._inside or recomputes):
+            layer.shared.reasons.add(USED_ELSEWHERE)  # which batch the call belongs to is not known
+        if batch is None or (not compiling and USED_ELSEWHERE in layer.shared.reasons):
+            return own(*x)
+        if isinstance(batch, Tensor):
+            call = LayerCall(layer.kernel, layer.place, batch, self._engine.number, None)
+            return layer.kernel.run(module, own, x[0], call)
+        refuse_split_weight(weight)
         if recomputes and not batch.recomputed and self._window.mixed_up(layer.place):
             layer.shared.reasons.add(ON_TOP_OF_ANOTHER)
-            return own(x)
+            return own(*x)
         # A recomputation under activation checkpointing runs inside a backward pass and is no call of its own.
-        if not recomputes:
-            batch.calls[layer.place] += 1
-        return layer.kernel.run(module, own, x, LayerCall(layer, layer.place, batch, self._engine.number, batch.size))
+        batch.calls[layer.place] += not recomputes
+        return layer.kernel.run(
+            module, own, x[0], LayerCall(layer, layer.place, batch, self._engine.number, batch.size)
+        )
 
     def _inspect(self, output: Any, batch: MicroBatch) -> None:
-        """Look through the first graph for weights that are used outside of their layers' forward."""
+        """Look through the first graph for weights that are used outside of their layers' forward, and for tables."""
         self._inspected = True
-        tables = [layer.kernel for layer in self._layers if isinstance(layer.kernel, EmbeddingKernel)]
-        uses = uses_in_graph(output, {table.output for table in tables if table.output is not None})
+        kernels = [layer.kernel for layer in self._layers]
+        tables = [kernel for kernel in kernels if isinstance(kernel, EmbeddingKernel) and kernel.output is not None]
+        uses = uses_in_graph(output, {table.output for table in tables})
         for table in tables:
-            if table.output is not None:
-                table.inspect(uses.consumers[table.output])
+            table.inspect(uses.consumers[table.output])
+        keys = [[id(parameter) for parameter in layer.selected.module.parameters(False)] for layer in self._layers]
         calls = Counter[int]()
-        for layer in self._layers:
-            for parameter in layer.module.parameters(recurse=False):
-                calls[id(parameter)] += batch.calls[layer.place]
-        for layer in self._layers:
+        for layer, own in zip(self._layers, keys, strict=True):
+            calls.update(dict.fromkeys(own, batch.calls[layer.place]))
+        for layer, own in zip(self._layers, keys, strict=True):
             # Calls of a layer that is compiled by itself are not counted.
-            own = [id(parameter) for parameter in layer.module.parameters(recurse=False)]
             if any(uses.leaves[key] > max(calls[key], int(layer.selected.matrix)) for key in own):
                 layer.shared.reasons.add(USED_ELSEWHERE)
-
-
-def _trained_on(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-    """The argument of a forward pass that trains the module's weight; None where it does not, or has others."""
-    weight = module.weight
-    assert isinstance(weight, Tensor)
-    if not module.training or not torch.is_grad_enabled() or not weight.requires_grad or len(args) + len(kwargs) != 1:
-        return None
-    (x,) = (*args, *kwargs.values())
-    return x

@@ -7,11 +7,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from hf_fngd.engine.window import MicroBatch
-from hf_fngd.layers import AMBIGUOUS, GramKernel, LayerKernel, Selected
+from hf_fngd.layers.base import AMBIGUOUS, GramKernel, LayerKernel
 from hf_fngd.layers.embedding import EmbeddingKernel
+from hf_fngd.layers.select import Selected
 
 CALLED_AGAIN = "it is called more than once in a forward pass"
 USED_ELSEWHERE = "its weight is used outside of its forward as well"
@@ -42,7 +43,7 @@ class Layer:
     Attributes:
         place: index among the attached layers.
         selected: its name, module and kernel, and whether it is preconditioned.
-        shared: see `Shared`. A weight of several layers is weighed in all of its calls, or in none from then on.
+        shared: a weight of several layers is weighed in all of its calls, or in none from then on.
         solves: whether the sharing policy solves for sample weights, which a layer called twice does not have.
         batch_first: whether the first dimension of its input is the batch; None as long as no input told.
         weighed: whether its samples were ever weighed.
@@ -60,18 +61,8 @@ class Layer:
     seen: tuple[MicroBatch, int | None] | None = None
 
     @property
-    def name(self) -> str:
-        """The module's name in the model."""
-        return self.selected.name
-
-    @property
-    def module(self) -> nn.Module:
-        """The module."""
-        return self.selected.module
-
-    @property
     def kernel(self) -> LayerKernel:
-        """Its arithmetic."""
+        """The layer's arithmetic."""
         return self.selected.kernel
 
     @property
@@ -96,44 +87,39 @@ class Layer:
         return batch.weights.weigh(self.place, _Samples(self.kernel, x, g, has_bias))
 
     def _is_plain(self, x: Tensor | None, g: Tensor, batch: MicroBatch) -> bool:
-        """Whether the samples cannot be weighed in this call; the reason goes to `Shared.reasons`."""
-        again = self.solves and self._called_again(batch)
+        """Whether the samples cannot be weighed in this call; the reason goes to `Shared`."""
         self.batch_first, reason = self.kernel.layout(self.batch_first, x, g, batch.size)
+        if self.solves and self._called_again(batch):
+            reason = CALLED_AGAIN
         if self.batch_first is not None:
             self.shared.ambiguous.discard(self.place)
-        if again:
-            reason = CALLED_AGAIN
         if reason == AMBIGUOUS:
             self.shared.ambiguous.add(self.place)
         elif reason is not None:
             self.shared.reasons.add(reason)
         if self.shared.layers > 1:
-            return bool(self.shared.reasons or self.shared.ambiguous)
+            return bool(self.reasons)
         return reason is not None or USED_ELSEWHERE in self.shared.reasons
 
     def _called_again(self, batch: MicroBatch) -> bool:
-        if batch.calls[self.place] > 1:
-            return True
-        if self.repeated or self.seen == (batch, batch.backward):
-            # Not among the counted calls: reentrant checkpointing runs the first ones without gradients.
-            self.repeated = True
-            return True
-        self.seen = batch, batch.backward
-        return False
+        if batch.calls[self.place] <= 1 and not self.repeated and self.seen != (batch, batch.backward):
+            self.seen = batch, batch.backward
+            return False
+        # Perhaps not among the counted calls: reentrant checkpointing runs the first ones without gradients.
+        self.repeated = self.repeated or batch.calls[self.place] <= 1
+        return True
 
     def state(self) -> list[Any]:
         """What a checkpoint keeps of the layer."""
-        own = [AMBIGUOUS] if self.place in self.shared.ambiguous else []
         expands = isinstance(self.kernel, EmbeddingKernel) and self.kernel.expands
-        return [self.batch_first, "; ".join(sorted([*self.shared.reasons, *own])), self.repeated, expands]
+        own = [AMBIGUOUS] if self.place in self.shared.ambiguous else []
+        return [self.batch_first, sorted([*self.shared.reasons, *own]), self.repeated, expands]
 
     def load_state(self, state: Sequence[Any]) -> None:
         """The inverse of `state`."""
-        self.batch_first, joined, self.repeated, expands = state
-        reasons = set(filter(None, joined.split("; ")))
-        if AMBIGUOUS in reasons:
-            self.shared.ambiguous.add(self.place)
-        self.shared.reasons.update(reasons - {AMBIGUOUS})
+        self.batch_first, reasons, self.repeated, expands = state
+        self.shared.reasons.update(set(reasons) - {AMBIGUOUS})
+        self.shared.ambiguous.update([self.place] if AMBIGUOUS in reasons else [])
         if isinstance(self.kernel, EmbeddingKernel):
             self.kernel.expands = expands
 

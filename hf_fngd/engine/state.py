@@ -8,11 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-State = dict[str, Any]
-_KEYS = ("layers", "sharing", "policy")
+from hf_fngd.weights.base import State
+
 # Policies of version 0.1.0 that later versions do not have.
-_GONE = ("index", "last", "ranked", "sketched")
-LAST_WITH_ALL = "0.1.0"
+GONE = ("index", "last", "ranked", "sketched")
 
 
 def check_state(state: Mapping[str, Any], sharing: str, layers: Sequence[str]) -> State:
@@ -26,14 +25,15 @@ def check_state(state: Mapping[str, Any], sharing: str, layers: Sequence[str]) -
     Raises:
         ValueError: the state is not whole, or belongs to another policy or to other layers.
     """
-    check_sharing(state)
-    check_keys(state, _KEYS)
+    check_keys(state, ("layers", "sharing", "policy"))
+    if state["sharing"] in GONE:
+        raise gone(f"sharing={state['sharing']!r}")
     if state["sharing"] != sharing:
         raise ValueError(
             f"the checkpoint was made with sharing={state['sharing']!r}, this optimizer has sharing={sharing!r}; "
             "resume with the former, or start a new run"
         )
-    found = dict(state) if "rest" not in state and "place" not in state else _of_0_1_0(state, layers)
+    found = _of_0_1_0(state, layers) if "averages" in state else dict(state)
     if list(found["layers"]) != list(layers):
         differing = sorted(set(found["layers"]) ^ set(layers)) or ["the order"]
         raise ValueError(
@@ -44,64 +44,34 @@ def check_state(state: Mapping[str, Any], sharing: str, layers: Sequence[str]) -
     return found
 
 
-def check_sharing(state: Mapping[str, Any]) -> None:
-    """Refuse the state of a sharing policy that is gone.
-
-    Raises:
-        ValueError: the message names the last version that reads the state.
-    """
-    if state.get("sharing") in _GONE:
-        raise _gone(f"sharing={state['sharing']!r}")
-
-
-def check_step_scale(state: Mapping[str, Any]) -> None:
-    """Refuse the state of a scale of steps that is gone, in what `FNGD` keeps of its own.
-
-    Raises:
-        ValueError: the message names the last version that reads the state.
-    """
-    if state.get("norms") is not None:
-        raise _gone("update='momentum' and step_scale='rms'")
-
-
-def _gone(settings: str) -> ValueError:
+def gone(settings: str) -> ValueError:
+    """The error for a checkpoint of settings that version 0.1.0 was the last to have."""
     return ValueError(
-        f"the checkpoint was made with {settings}, which this version of hf_fngd does not have: version "
-        f"{LAST_WITH_ALL} is the last one that reads it (pip install hf-fngd=={LAST_WITH_ALL})"
+        f"the checkpoint was made with {settings}, which this version of hf_fngd does not have: version 0.1.0 is the "
+        "last one that reads it (pip install hf-fngd==0.1.0)"
     )
 
 
 def _of_0_1_0(state: Mapping[str, Any], layers: Sequence[str]) -> State:
     """The state of version 0.1.0, which kept preconditioned layers and all others apart and knew fewer layer types."""
-    check_keys(state, ("phase", "place", "averages", *_KEYS))
-    known = {name: [batch_first, "", repeated, False] for name, (batch_first, repeated) in state["layers"].items()}
-    known |= {
-        name: [batch_first, reasons, False, False] for name, (batch_first, reasons) in state.get("rest", {}).items()
-    }
-    fresh = [None, "", False, False]
-    # A layer that the checkpoint has and this model has not is left in, and refused.
+    check_keys(state, ("phase", "place"))
+    known = {name: [batch_first, [], repeated, False] for name, (batch_first, repeated) in state["layers"].items()}
+    for name, (batch_first, reasons) in state.get("rest", {}).items():
+        known[name] = [batch_first, list(filter(None, reasons.split("; "))), False, False]
+    # A preconditioned layer that the checkpoint has and this model has not is left in, and refused.
     names = [*layers, *(name for name in state["layers"] if name not in layers)]
     policy = dict(state["policy"])
     if state["sharing"] in ("never", "replay"):
-        policy |= {"place": state["place"], "averages": state["averages"]}
-        policy = {"rows": None, "phase": state["phase"], **policy} if state["sharing"] == "replay" else policy
+        policy = {"rows": None, **state["phase"], **policy, "place": state["place"], "averages": state["averages"]}
     elif state["sharing"] == "clipped" and policy:
         means: dict[str, Tensor] = dict(zip(known, policy["means"].unbind(), strict=True))
-        zero = policy["means"].new_zeros(())
-        policy["means"] = torch.stack([means.get(name, zero) for name in names])
-    return {
-        "layers": {name: known.get(name, fresh) for name in names},
-        "sharing": state["sharing"],
-        "policy": policy,
-    }
+        policy["means"] = torch.stack([means.get(name, policy["means"].new_zeros(())) for name in names])
+    own = {name: known.get(name, [None, [], False, False]) for name in names}
+    return {"layers": own, "sharing": state["sharing"], "policy": policy}
 
 
 def check_keys(state: Mapping[str, Any], keys: Sequence[str]) -> None:
-    """Refuse a state that is not whole.
-
-    Raises:
-        ValueError: it lacks one of the keys.
-    """
+    """Raise ValueError where a state lacks a key."""
     if missing := [key for key in keys if key not in state]:
         raise ValueError(
             f"this optimizer state lacks {', '.join(missing)}: it is damaged, or of another version of FNGD"
@@ -109,14 +79,10 @@ def check_keys(state: Mapping[str, Any], keys: Sequence[str]) -> None:
 
 
 def check_groups(state: Mapping[str, Any], groups: Sequence[Mapping[str, Any]]) -> None:
-    """Refuse the state of an optimizer with other update rules, of other parameters, or of the same in another order.
-
-    Args:
-        state: torch's state of an optimizer.
-        groups: the parameter groups that it is to be loaded into.
+    """Refuse torch's state of an optimizer with other update rules or parameters, or with the same in another order.
 
     Raises:
-        ValueError: it does not fit.
+        ValueError: it does not fit the parameter groups.
     """
     stored_groups = state["param_groups"]
     rules = [[g["rule"] for g in of] for of in (stored_groups, groups)]

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch.autograd import Variable
 
-from hf_fngd.distributed import rank_and_world
-from hf_fngd.weights import MicroBatchWeights
+from hf_fngd.distributed.environment import rank_and_world
+from hf_fngd.weights.base import MicroBatchWeights
 
 _LIMIT = 1024
 
@@ -26,8 +26,7 @@ class MicroBatch:
         weights: its sample weights, by the sharing policy.
         calls: how often each layer was called in the forward pass.
         recomputed: whether the forward pass is one that checkpointing of the whole model recomputes.
-        reached: whether a backward pass reached any layer.
-        complete: whether that backward pass came to its end.
+        reached: whether a backward pass reached any layer, and ``complete`` whether that came to its end.
         backward: the number that autograd gave the last backward pass that reached it.
     """
 
@@ -42,11 +41,6 @@ class MicroBatch:
     def size(self) -> int:
         """The number of samples N."""
         return self.weights.size
-
-    @property
-    def half_done(self) -> bool:
-        """Whether its backward pass broke off, or is under way."""
-        return self.reached and not self.complete
 
     def reach(self) -> None:
         """A layer's backward has begun. A pass that breaks off (out of memory) never becomes complete."""
@@ -88,14 +82,11 @@ class Window:
         self._batches.append(batch)
 
     def make_room(self, has_gradients: bool) -> None:
-        """Before a forward pass: forget micro-batches that were abandoned.
+        """Before a forward pass: forget micro-batches that were abandoned, as the model has gradients or has none.
 
         Those whose backward broke off (out of memory), and those whose gradients were cleared without a step (by a loss
         scaler that skips it). The latter cannot be told where gradients are zeroed in place; and where they are kept
         outside of ``p.grad``, as torch.autograd.grad does, all micro-batches but a step's last count as abandoned.
-
-        Args:
-            has_gradients: whether any layer has a gradient.
 
         Raises:
             RuntimeError: there are more of them than an optimizer step can accumulate.
@@ -104,7 +95,7 @@ class Window:
             return
         if not has_gradients:
             self._batches = [batch for batch in self._batches if not batch.complete]
-        self._batches = [batch for batch in self._batches if not batch.half_done]
+        self._batches = [batch for batch in self._batches if batch.complete or not batch.reached]
         if len(self._batches) >= _LIMIT:
             self._batches = [batch for batch in self._batches if batch.complete]
             if len(self._batches) >= _LIMIT:

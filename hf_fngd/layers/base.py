@@ -1,8 +1,8 @@
 """What the engine has to know of a layer type, and the registry of the layer types that it knows.
 
-A layer type is one file with one `LayerType` and one `register_layer_type`. It says which modules it takes, and makes a
-`LayerKernel` for each: how the layer's input and output gradient are read, what its samples' norms are, and how its
-weighted gradient is formed. There are two ways to form it:
+A layer type is one file with one function and one `register_layer_type`. The function makes a `LayerKernel` of each
+module that it takes, which says how the layer's input and output gradient are read, what its samples' norms are, and
+how its weighted gradient is formed. There are two ways to form it:
 
 * the kernel owns forward and backward (`ExplicitKernel`), and its backward returns ``sum_n w_n h_n`` in place of the
   gradient of the layer's weight, while the input's gradient stays plain;
@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Any, ClassVar, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -35,8 +35,9 @@ Layout = tuple[bool | None, str | None]
 class Call(Protocol):
     """What the engine offers a kernel for one call of a layer in a training forward pass."""
 
-    samples: int | None
-    """The number of samples N; None in a graph of torch.compile, which does not know it before it runs."""
+    @property
+    def samples(self) -> int | None:
+        """The number of samples N; None in a graph of torch.compile, which does not know it before it runs."""
 
     def apply(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """`ExplicitKernel.forward`, with the kernel's own backward behind it."""
@@ -51,7 +52,10 @@ class Call(Protocol):
 
 
 class LayerKernel(ABC):
-    """The arithmetic of one layer."""
+    """The arithmetic of one layer. ``x`` is its input ``[N, ..., i]``, ``g`` its output gradient ``[N, ..., o]``.
+
+    Behind `Call.weigh`, g is the gradient of the tensor that was weighed, and x what was given as ``like``, or None.
+    """
 
     def takes(self, x: Any) -> bool:
         """Whether the samples of an input can be weighed at all; otherwise the module's own forward runs."""
@@ -59,22 +63,15 @@ class LayerKernel(ABC):
 
     @abstractmethod
     def run(self, module: nn.Module, own: Forward, x: Tensor, call: Call) -> Any:
-        """Run the layer in a training forward pass.
-
-        Args:
-            module: the layer.
-            own: its own forward, bound to it: ``own(x)``.
-            x: its input.
-            call: the engine's side.
-        """
+        """Run a module in a training forward pass; ``own(x)`` is its own forward."""
 
     def layout(self, known: bool | None, x: Tensor | None, g: Tensor, samples: int) -> Layout:
         """Whether the first dimension is the batch, and the reason for which the samples can not be weighed.
 
         Args:
             known: what earlier calls of the layer told; None for nothing.
-            x: the input ``[N, ..., i]``; None where `Call.weigh` was given none.
-            g: the output gradient ``[N, ..., o]``, or that of the tensor given to `Call.weigh`.
+            x: the input.
+            g: the output gradient.
             samples: the micro-batch's number of them, N.
         """
         shape = g.shape if x is None else x.shape
@@ -89,14 +86,16 @@ class LayerKernel(ABC):
         return known, None if known else NOT_THE_BATCH
 
     def norms(self, x: Tensor | None, g: Tensor, has_bias: bool) -> Tensor:
-        """The cheap bound ``[N]`` of the per-sample gradients' norms (default: the norms of ``g``).
-
-        Args:
-            x: the input ``[N, ..., i]``, of an `ExplicitKernel`.
-            g: the output gradient ``[N, ..., o]``, or that of the tensor given to `Call.weigh`.
-            has_bias: whether a trained bias belongs to h_n.
-        """
+        """The cheap bound ``[N]`` of the per-sample gradients' norms, with or without a bias (default: those of g)."""
         return tensor_norms(g)
+
+
+class Saved(NamedTuple):
+    """What an `ExplicitKernel` has in backward: input, the layer's weight, and what its forward saved."""
+
+    x: Tensor
+    weight: Tensor
+    others: tuple[Tensor, ...]
 
 
 class ExplicitKernel(LayerKernel):
@@ -107,23 +106,14 @@ class ExplicitKernel(LayerKernel):
         """The layer's own forward, bit for bit; the output is no view. And what backward needs besides x and weight."""
 
     @abstractmethod
-    def input_gradient(self, x: Tensor, g: Tensor, weight: Tensor, saved: tuple[Tensor, ...]) -> Tensor:
+    def input_gradient(self, saved: Saved, g: Tensor) -> Tensor:
         """dL/dx, in x's shape, from ``g = dL/dy``, in the shape of `forward`'s output."""
 
     @abstractmethod
     def weighted_gradient(
-        self, x: Tensor, g: Tensor, weight: Tensor, w: Tensor | None, saved: tuple[Tensor, ...], has_bias: bool
+        self, saved: Saved, g: Tensor, w: Tensor | None, has_bias: bool
     ) -> tuple[Tensor, Tensor | None]:
-        """``sum_n w_n h_n`` in the layout of the layer's weight, and its bias column.
-
-        Args:
-            x: the input.
-            g: the output gradient, in the shape of `forward`'s output.
-            weight: the layer's weight.
-            w: sample weights ``[N]``; None means ones.
-            saved: what `forward` saved.
-            has_bias: whether the bias column is asked for.
-        """
+        """``sum_n w_n h_n`` in the layout of the layer's weight, and its bias column; ``w = None`` means ones."""
 
     def with_samples(self, x: Tensor, g: Tensor) -> Tensor:
         """The output gradient with the leading dimensions of the layer's output, the first of which is the batch."""
@@ -138,33 +128,27 @@ class GramKernel(ExplicitKernel):
         """K ``[N, N]`` up to one factor, from input and output gradient; temporary memory in bytes."""
 
 
-class LayerType(ABC):
-    """A family of modules.
-
-    Class attributes:
-        name: what the argument ``layer_types`` calls it.
-    """
-
-    name: ClassVar[str]
-
-    @abstractmethod
-    def kernel(self, module: nn.Module) -> LayerKernel | None:
-        """The kernel of a module; None where it is none of these."""
+MakeKernel = Callable[[nn.Module], LayerKernel | None]
+_LAYER_TYPES: dict[str, MakeKernel] = {}
 
 
-_LAYER_TYPES: dict[str, LayerType] = {}
+def register_layer_type(name: str) -> Callable[[MakeKernel], MakeKernel]:
+    """Function decorator: make the engine weigh the samples of a family of modules.
 
-
-def register_layer_type(layer_type: LayerType) -> LayerType:
-    """Make the engine weigh the samples of a family of modules.
+    Args:
+        name: what the argument ``layer_types`` calls the family.
 
     Raises:
         ValueError: the name is taken.
     """
-    if layer_type.name in _LAYER_TYPES:
-        raise ValueError(f"there is already a layer type named {layer_type.name!r}")
-    _LAYER_TYPES[layer_type.name] = layer_type
-    return layer_type
+
+    def register(make: MakeKernel) -> MakeKernel:
+        if name in _LAYER_TYPES:
+            raise ValueError(f"there is already a layer type named {name!r}")
+        _LAYER_TYPES[name] = make
+        return make
+
+    return register
 
 
 def layer_type_names() -> tuple[str, ...]:
@@ -172,13 +156,12 @@ def layer_type_names() -> tuple[str, ...]:
     return tuple(_LAYER_TYPES)
 
 
-def find_kernel(module: nn.Module) -> tuple[str, LayerKernel] | None:
-    """The name of a module's layer type and its kernel; None where no layer type takes it."""
-    for name, layer_type in _LAYER_TYPES.items():
-        kernel = layer_type.kernel(module)
-        if kernel is not None:
+def find_kernel(module: nn.Module) -> tuple[str | None, LayerKernel | None]:
+    """The name of a module's layer type and its kernel; None and None where no layer type takes it."""
+    for name, make in _LAYER_TYPES.items():
+        if (kernel := make(module)) is not None:
             return name, kernel
-    return None
+    return None, None
 
 
 def plain_class(module: nn.Module) -> type[nn.Module]:
@@ -195,13 +178,17 @@ def operands(module: nn.Module, x: Tensor) -> tuple[Tensor, Tensor, Tensor | Non
 
     Outside the autograd Function, where autograd casts the gradients back.
     """
-    weight, bias = module.weight, module.bias
-    assert isinstance(weight, Tensor)
-    assert bias is None or isinstance(bias, Tensor)
+    weight, bias = parameters(module)
     if torch.is_autocast_enabled(x.device.type):
-        x, weight = _autocast(x), _autocast(weight)
-        bias = None if bias is None else _autocast(bias)
+        x, weight, bias = _autocast(x), _autocast(weight), None if bias is None else _autocast(bias)
     return x, weight, bias
+
+
+def parameters(module: nn.Module) -> tuple[Tensor, Tensor | None]:
+    """A layer's weight, and its bias if it has one."""
+    weight, bias = module.weight, getattr(module, "bias", None)
+    assert isinstance(weight, Tensor)
+    return weight, bias
 
 
 def _autocast(x: Tensor) -> Tensor:

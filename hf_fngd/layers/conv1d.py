@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
-
 import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from hf_fngd.layers.base import LayerKernel, LayerType, plain_class, register_layer_type
+from hf_fngd.layers.base import Saved, plain_class, register_layer_type
 from hf_fngd.layers.linear import LinearKernel
 from hf_fngd.weights.algebra import weighted_sum
 
@@ -21,24 +19,15 @@ class Conv1DKernel(LinearKernel):
         flat = x.reshape(-1, x.shape[-1])
         return flat @ weight if bias is None else torch.addmm(bias, flat, weight), ()
 
-    def input_gradient(self, x: Tensor, g: Tensor, weight: Tensor, saved: tuple[Tensor, ...]) -> Tensor:
-        """See `ExplicitKernel.input_gradient`."""
-        return (g @ weight.t()).view(x.shape)
+    def input_gradient(self, saved: Saved, g: Tensor) -> Tensor:
+        return (g @ saved.weight.t()).view(saved.x.shape)
 
     def product(self, a: Tensor, g: Tensor, w: Tensor | None) -> Tensor:
         """``[i, o]``: the roles of a and g swap, so that no transposed copy is made."""
         return weighted_sum(g, a, w)
 
 
-class Conv1DType(LayerType):
-    """Exactly `transformers.pytorch_utils.Conv1D`."""
-
-    name: ClassVar[str] = "conv1d"
-
-    def kernel(self, module: nn.Module) -> LayerKernel | None:
-        """See `LayerType.kernel`."""
-        return _KERNEL if plain_class(module) is Conv1D else None
-
-
-_KERNEL: Any = Conv1DKernel()
-register_layer_type(Conv1DType())
+@register_layer_type("conv1d")
+def conv1d_kernel(module: nn.Module) -> Conv1DKernel | None:
+    """Of exactly `transformers.pytorch_utils.Conv1D`."""
+    return Conv1DKernel() if plain_class(module) is Conv1D else None

@@ -7,7 +7,7 @@ convolution's own weight gradient does the rest (Sec. IV-C).
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -18,9 +18,8 @@ from hf_fngd.layers.base import (
     Call,
     ExplicitKernel,
     Forward,
-    LayerKernel,
-    LayerType,
     Layout,
+    Saved,
     operands,
     plain_class,
     register_layer_type,
@@ -32,67 +31,47 @@ _TYPES = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2
 
 @dataclass(frozen=True)
 class ConvolutionKernel(ExplicitKernel):
-    """``y = W * x + b``, channels first; the arguments are those of torch's ``convolution``."""
+    """``y = W * x + b``, channels first.
+
+    Attributes:
+        dims: number of dimensions of an image.
+        arguments: what torch's ``convolution`` takes after the bias: stride, padding, dilation and so on.
+        pad: what F.pad takes for a padding that torch's convolution cannot do by itself.
+        mode: F.pad's.
+    """
 
     dims: int
-    stride: tuple[int, ...]
-    padding: tuple[int, ...]
-    dilation: tuple[int, ...]
-    transposed: bool
-    output_padding: tuple[int, ...]
-    groups: int
+    arguments: tuple[Any, ...]
     pad: tuple[int, ...]
-    pad_mode: str
+    mode: str
 
     def takes(self, x: Any) -> bool:
-        """See `LayerKernel.takes`."""
+        """See `LayerKernel.takes`. An input without a batch has a dimension less."""
         return isinstance(x, Tensor) and x.dim() == self.dims + 2
 
     def run(self, module: nn.Module, own: Forward, x: Tensor, call: Call) -> Tensor:
-        """See `LayerKernel.run`. What torch's convolution cannot pad by itself is padded here."""
-        x, weight, bias = operands(module, x)
-        return call.apply(F.pad(x, self.pad, mode=self.pad_mode) if any(self.pad) else x, weight, bias)
+        # Padded first, as torch does: autocast pads in float32.
+        return call.apply(*operands(module, F.pad(x, self.pad, mode=self.mode) if any(self.pad) else x))
 
     def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """See `ExplicitKernel.forward`."""
-        return torch.convolution(
-            x, weight, bias, self.stride, self.padding, self.dilation, self.transposed, self.output_padding, self.groups
-        ), ()
+        return torch.convolution(x, weight, bias, *self.arguments), ()
 
-    def input_gradient(self, x: Tensor, g: Tensor, weight: Tensor, saved: tuple[Tensor, ...]) -> Tensor:
-        """See `ExplicitKernel.input_gradient`."""
-        gradient, _, _ = self._backward(x, g, weight, (True, False, False))
-        assert gradient is not None
+    def input_gradient(self, saved: Saved, g: Tensor) -> Tensor:
+        gradient: Tensor = self._backward(saved.x, g, saved.weight, (True, False, False))[0]
         return gradient
 
     def weighted_gradient(
-        self, x: Tensor, g: Tensor, weight: Tensor, w: Tensor | None, saved: tuple[Tensor, ...], has_bias: bool
+        self, saved: Saved, g: Tensor, w: Tensor | None, has_bias: bool
     ) -> tuple[Tensor, Tensor | None]:
-        """See `ExplicitKernel.weighted_gradient`."""
-        if w is not None and x.numel() < g.numel():
-            _, of_weight, _ = self._backward(scaled(x, w), g, weight, (False, True, False))
-            sums = g.flatten(2).sum(dim=2)
-            of_bias = torch.mv(sums.t(), w.to(g.dtype)) if has_bias else None
-        else:
-            _, of_weight, of_bias = self._backward(x, scaled(g, w), weight, (False, True, has_bias))
-        assert of_weight is not None
+        if w is not None and saved.x.numel() < g.numel():
+            _, of_weight, _ = self._backward(scaled(saved.x, w), g, saved.weight, (False, True, False))
+            return of_weight, torch.mv(g.flatten(2).sum(dim=2).t(), w.to(g.dtype)) if has_bias else None
+        _, of_weight, of_bias = self._backward(saved.x, scaled(g, w), saved.weight, (False, True, has_bias))
         return of_weight, of_bias
 
     def _backward(self, x: Tensor, g: Tensor, weight: Tensor, wanted: tuple[bool, bool, bool]) -> Any:
         bias_sizes = [g.shape[1]] if wanted[2] else None
-        return torch.ops.aten.convolution_backward(
-            g,
-            x,
-            weight,
-            bias_sizes,
-            self.stride,
-            self.padding,
-            self.dilation,
-            self.transposed,
-            self.output_padding,
-            self.groups,
-            wanted,
-        )
+        return torch.ops.aten.convolution_backward(g, x, weight, bias_sizes, *self.arguments, wanted)
 
     def layout(self, known: bool | None, x: Tensor | None, g: Tensor, samples: int) -> Layout:
         """See `LayerKernel.layout`. Of an input with a batch, which `takes` asks for, that is the first dimension."""
@@ -104,33 +83,16 @@ class ConvolutionKernel(ExplicitKernel):
         return tensor_norms(g) * tensor_norms(x)
 
 
-class ConvolutionType(LayerType):
-    """Exactly torch's convolutions, with any stride, padding, dilation and groups."""
-
-    name: ClassVar[str] = "convolution"
-
-    def kernel(self, module: nn.Module) -> LayerKernel | None:
-        """See `LayerType.kernel`."""
-        if plain_class(module) not in _TYPES:
-            return None
-        assert isinstance(module, _ConvNd)
-        dims = len(module.kernel_size)
-        pad: tuple[int, ...] = (0,) * (2 * dims)
-        padding = module.padding
-        if isinstance(padding, str) or module.padding_mode != "zeros":
-            # As torch's own: `_reversed_padding_repeated_twice` has what F.pad takes, for "same" and "valid" too.
-            pad, padding = tuple(module._reversed_padding_repeated_twice), (0,) * dims
-        return ConvolutionKernel(
-            dims,
-            module.stride,
-            padding,
-            module.dilation,
-            module.transposed,
-            module.output_padding,
-            module.groups,
-            pad,
-            "constant" if module.padding_mode == "zeros" else module.padding_mode,
-        )
-
-
-register_layer_type(ConvolutionType())
+@register_layer_type("convolution")
+def convolution_kernel(module: nn.Module) -> ConvolutionKernel | None:
+    """Of exactly torch's convolutions, with any stride, padding, dilation and groups."""
+    if plain_class(module) not in _TYPES:
+        return None
+    assert isinstance(module, _ConvNd)
+    dims = len(module.kernel_size)
+    pad, padding, mode = (0,) * 2 * dims, module.padding, module.padding_mode
+    if isinstance(padding, str) or mode != "zeros":
+        # As torch's own: `_reversed_padding_repeated_twice` has what F.pad takes, for "same" and "valid" too.
+        pad, padding = tuple(module._reversed_padding_repeated_twice), (0,) * dims
+    arguments = (module.stride, padding, module.dilation, module.transposed, module.output_padding, module.groups)
+    return ConvolutionKernel(dims, arguments, pad, "constant" if mode == "zeros" else mode)

@@ -8,17 +8,13 @@ to the batch before the sum, and its gradient then has the samples apart.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 from torch import Tensor, nn
 
-from hf_fngd.layers.base import Call, Forward, LayerKernel, LayerType, Layout, register_layer_type
+from hf_fngd.layers.base import Call, Forward, LayerKernel, Layout, register_layer_type
 
-A_TABLE = (
-    "the whole batch shares its output, as that of a table of positions, and the output is not added to a tensor of the "
-    "batch"
-)
-_ADDS = "AddBackward0"
+A_TABLE = "the whole batch shares its output, as that of a table of positions, and no sum with the batch reads it"
 
 
 class EmbeddingKernel(LayerKernel):
@@ -34,11 +30,9 @@ class EmbeddingKernel(LayerKernel):
         self.output: Any = None
 
     def takes(self, x: Any) -> bool:
-        """See `LayerKernel.takes`."""
         return isinstance(x, Tensor)
 
     def run(self, module: nn.Module, own: Forward, x: Tensor, call: Call) -> Any:
-        """See `LayerKernel.run`."""
         y = own(x)
         if not isinstance(y, Tensor):
             return y
@@ -50,24 +44,16 @@ class EmbeddingKernel(LayerKernel):
         return call.weigh(y)
 
     def inspect(self, consumers: Sequence[str]) -> None:
-        """Told which operations of the first graph read `output`, by name: a sum may have it expanded."""
-        self.output, self.expands = None, bool(consumers) and all(name == _ADDS for name in consumers)
+        """Told which operations of the first graph read `output`, by name: before a sum it may be expanded."""
+        self.output, self.expands = None, bool(consumers) and all(name == "AddBackward0" for name in consumers)
 
     def layout(self, known: bool | None, x: Tensor | None, g: Tensor, samples: int) -> Layout:
-        """See `LayerKernel.layout`."""
         if g.dim() == 2 or (len(g) == 1 and samples > 1):
             return known, None if self.expands else A_TABLE
         return super().layout(known, x, g, samples)
 
 
-class EmbeddingType(LayerType):
-    """An embedding with a trained weight, and nothing else that is trained."""
-
-    name: ClassVar[str] = "embedding"
-
-    def kernel(self, module: nn.Module) -> LayerKernel | None:
-        """See `LayerType.kernel`."""
-        return EmbeddingKernel() if isinstance(module, nn.Embedding) else None
-
-
-register_layer_type(EmbeddingType())
+@register_layer_type("embedding")
+def embedding_kernel(module: nn.Module) -> EmbeddingKernel | None:
+    """Of an embedding, also a model's own subclass."""
+    return EmbeddingKernel() if isinstance(module, nn.Embedding) else None

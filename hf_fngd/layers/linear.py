@@ -3,22 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hf_fngd.layers.base import (
-    Call,
-    Forward,
-    GramKernel,
-    LayerKernel,
-    LayerType,
-    operands,
-    plain_class,
-    register_layer_type,
-)
+from hf_fngd.layers.base import Call, Forward, GramKernel, Saved, operands, plain_class, register_layer_type
 from hf_fngd.weights.algebra import accumulation_dtype, sample_norms, weighted_bias_sum, weighted_sum
 from hf_fngd.weights.gram import gram, normalize
 
@@ -34,7 +24,6 @@ class LinearKernel(GramKernel):
     tied: bool = False
 
     def run(self, module: nn.Module, own: Forward, x: Tensor, call: Call) -> Tensor:
-        """See `LayerKernel.run`."""
         y = call.apply(*operands(module, x))
         # Not inside the Function, whose output must be no view where a model changes it in place.
         return y.view(*x.shape[:-1], y.shape[-1])
@@ -43,20 +32,18 @@ class LinearKernel(GramKernel):
         """The output ``[N T, o]``."""
         return F.linear(x.reshape(-1, x.shape[-1]), weight, bias), ()
 
-    def input_gradient(self, x: Tensor, g: Tensor, weight: Tensor, saved: tuple[Tensor, ...]) -> Tensor:
-        """See `ExplicitKernel.input_gradient`."""
-        return (g @ weight).view(x.shape)
+    def input_gradient(self, saved: Saved, g: Tensor) -> Tensor:
+        return (g @ saved.weight).view(saved.x.shape)
 
     def with_samples(self, x: Tensor, g: Tensor) -> Tensor:
-        """See `ExplicitKernel.with_samples`."""
         return g.view(*x.shape[:-1], g.shape[-1])
 
     def weighted_gradient(
-        self, x: Tensor, g: Tensor, weight: Tensor, w: Tensor | None, saved: tuple[Tensor, ...], has_bias: bool
+        self, saved: Saved, g: Tensor, w: Tensor | None, has_bias: bool
     ) -> tuple[Tensor, Tensor | None]:
         """``[o, i]`` and ``[o]``."""
         samples = 1 if w is None else len(w)
-        a, g = _canonical(x, samples), _canonical(g, samples)
+        a, g = _canonical(saved.x, samples), _canonical(g, samples)
         return self.product(a, g, w), weighted_bias_sum(g, w) if has_bias else None
 
     def product(self, a: Tensor, g: Tensor, w: Tensor | None) -> Tensor:
@@ -64,14 +51,12 @@ class LinearKernel(GramKernel):
         return weighted_sum(a, g, w)
 
     def norms(self, x: Tensor | None, g: Tensor, has_bias: bool) -> Tensor:
-        """``||a_n|| ||g_n||``, with a column of ones in a for a trained bias; of a tied head, as of its table, ``||g_n||``."""
-        if self.tied:
+        """``||a_n|| ||g_n||``, a column of ones for a trained bias; of a tied head ``||g_n||``, as of its table."""
+        if self.tied or x is None:
             return super().norms(x, g, has_bias)
-        assert x is not None
         return sample_norms(_canonical(x, len(x)), _canonical(g, len(x)), bias=has_bias)
 
     def gram(self, x: Tensor, g: Tensor, has_bias: bool, memory_budget: int) -> Tensor:
-        """See `GramKernel.gram`."""
         a, g = _canonical(x, len(x)), _canonical(g, len(x))
         with torch.autocast(a.device.type, enabled=False):
             dtype = accumulation_dtype(a.dtype)
@@ -83,15 +68,7 @@ def _canonical(x: Tensor, samples: int) -> Tensor:
     return x.reshape(samples, x.shape[:-1].numel() // samples, x.shape[-1])
 
 
-class LinearType(LayerType):
-    """Exactly `torch.nn.Linear`: quantized, LoRA and attention-internal subclasses compute other things."""
-
-    name: ClassVar[str] = "linear"
-
-    def kernel(self, module: nn.Module) -> LayerKernel | None:
-        """See `LayerType.kernel`."""
-        return _KERNEL if plain_class(module) is nn.Linear else None
-
-
-_KERNEL: Any = LinearKernel()
-register_layer_type(LinearType())
+@register_layer_type("linear")
+def linear_kernel(module: nn.Module) -> LinearKernel | None:
+    """Of exactly `torch.nn.Linear`: quantized, LoRA and attention-internal subclasses compute other things."""
+    return LinearKernel() if plain_class(module) is nn.Linear else None

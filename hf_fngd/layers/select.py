@@ -21,14 +21,10 @@ _PATTERN_TIMEOUT = 1.0
 
 @dataclass(frozen=True)
 class Selected:
-    """A layer to attach.
+    """A layer to attach: its name in the model, its module and its arithmetic.
 
-    Attributes:
-        name: the module's name in the model.
-        module: the module.
-        kernel: its arithmetic.
-        matrix: whether it is a Linear or Conv1D with a weight of its own, which is preconditioned: it gets the update
-            rule, and the other layers get the fallback rule.
+    ``matrix`` tells whether it is a Linear or Conv1D with a weight of its own, which is preconditioned: it gets the
+    update rule, and the other layers get the fallback rule.
     """
 
     name: str
@@ -75,8 +71,7 @@ def select_layers(
             names or dotted suffixes of names, as in PEFT. It selects among Linear and Conv1D alone.
         exclude_modules: a regular expression or a list, or None. It excludes layers of any type.
         layer_types: names of layer types, which alone are attached; None for all.
-        solves: whether the sharing policy solves for sample weights, which takes a Gram matrix: only preconditioned
-            layers are attached then.
+        solves: whether the sharing policy takes Gram matrices: only preconditioned layers are attached then.
 
     Raises:
         ValueError: a listed module matches none of the model's, or nothing is left to precondition.
@@ -95,10 +90,12 @@ def select_layers(
     _check_listed(names, "target_modules", target_modules)
     _check_listed(names, "exclude_modules", exclude_modules)
     for name, module in model.named_modules():
-        found = find_kernel(module)
-        kernel = found[1] if found is not None and found[0] in wanted else None
+        layer_type, kernel = find_kernel(module)
+        if layer_type not in wanted:
+            kernel = None
         excluded = _matches(name, exclude_modules)
-        reason = _reason(name, module, kernel, uses, target_modules, excluded)
+        named = target_modules == ALL_LINEAR or _matches(name, target_modules)
+        reason = _reason(module, kernel, uses, named, excluded)
         if reason is None and kernel is not None:
             matrices.append(Selected(name, module, kernel, matrix=True))
             continue
@@ -128,12 +125,7 @@ def _trains_alone(module: nn.Module, kernel: LayerKernel) -> bool:
 
 
 def _reason(
-    name: str,
-    module: nn.Module,
-    kernel: LayerKernel | None,
-    uses: Counter[int],
-    target_modules: Modules,
-    excluded: bool,
+    module: nn.Module, kernel: LayerKernel | None, uses: Counter[int], named: bool, excluded: bool
 ) -> str | None:
     """Why a module is not preconditioned; None where it is."""
     if not isinstance(kernel, GramKernel):
@@ -145,7 +137,7 @@ def _reason(
         return "the layer's weight is frozen"
     if any(uses[id(parameter)] > 1 for parameter in module.parameters(recurse=False)):
         return TIED
-    if target_modules != ALL_LINEAR and not _matches(name, target_modules):
+    if not named:
         return "not among target_modules"
     return "among exclude_modules" if excluded else None
 

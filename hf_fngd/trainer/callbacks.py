@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from tqdm.auto import tqdm
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback
 
 from hf_fngd.optimizer import FNGD
 
@@ -28,21 +28,15 @@ class FNGDCallback(TrainerCallback):  # type: ignore[misc]
         self._values: dict[str, float] = {}
         self._told = False
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Check the optimizer."""
         _fngd(kwargs["optimizer"])
 
-    def on_epoch_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """End the epoch for the sharing policy."""
         _fngd(kwargs["optimizer"]).end_epoch()
 
-    def on_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Measure while the gradients still exist, in the steps that Trainer logs."""
         optimizer = _fngd(kwargs["optimizer"])
         if not self._told and state.is_world_process_zero:
@@ -58,14 +52,7 @@ class FNGDCallback(TrainerCallback):  # type: ignore[misc]
         if due or step in (1, state.max_steps):
             self._values = {f"fngd_{name}": value for name, value in optimizer.diagnostics().items()}
 
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, Any] | None = None,
-        **kwargs: Any,
-    ) -> None:
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         """Add the values to training logs, and to the history that Trainer saves."""
         if logs is not None and "loss" in logs and self._values:
             logs.update(self._values)

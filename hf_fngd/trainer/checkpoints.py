@@ -10,11 +10,11 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError, safe_open
+
 logger = logging.getLogger(__name__)
 
 _FOLDER = re.compile(r"checkpoint-(\d+)")
-_STATE_NAME = "trainer_state.json"
-_ARCHIVES = (".pt", ".pth", ".bin")
 _NOT_WEIGHTS = ("training_args.bin", "optimizer.bin")
 
 
@@ -25,7 +25,7 @@ def last_complete_checkpoint(output_dir: str | os.PathLike[str]) -> str | None:
     leaves a folder that `transformers.trainer_utils.get_last_checkpoint` returns nevertheless. Here a folder counts if
     ``trainer_state.json`` can be read, weights are there (and shards that an index lists), the optimizer's state is
     there where the scheduler's is, and no safetensors file or torch archive is cut off. What is not known, such as the
-    folders of sharded and DeepSpeed checkpoints, is taken as it is. Only headers are read, never whole tensors.
+    folders of sharded checkpoints, is taken as it is. Only headers are read, never whole tensors.
 
     Args:
         output_dir: Trainer's ``output_dir``; it need not exist.
@@ -35,87 +35,53 @@ def last_complete_checkpoint(output_dir: str | os.PathLike[str]) -> str | None:
         A folder that is passed over is named in a log warning.
     """
     root = Path(output_dir)
-    if not root.is_dir():
-        return None
-    steps = {folder: match for folder in root.iterdir() if (match := _FOLDER.fullmatch(folder.name))}
+    steps = {f: match for f in root.iterdir() if (match := _FOLDER.fullmatch(f.name))} if root.is_dir() else {}
     for folder in sorted(steps, key=lambda folder: int(steps[folder][1]), reverse=True):
-        if not folder.is_dir():
-            continue
-        fault = _fault(folder)
-        if fault is None:
-            return str(folder)
-        logger.warning("%s is not a complete checkpoint: %s", folder, fault)
+        try:
+            if folder.is_dir():
+                _check(folder)
+                return str(folder)
+        except (OSError, ValueError, RecursionError, SafetensorError) as error:
+            logger.warning("%s is not a complete checkpoint: %s", folder, error)
     return None
 
 
-def _fault(folder: Path) -> str | None:
-    """Why a run cannot resume from a checkpoint; None where nothing speaks against it."""
-    try:
-        _object(folder / _STATE_NAME)
-        entries = sorted(folder.iterdir())
-        _check_parts(entries)
-        for entry in entries:
-            if entry.is_file():
-                _check_file(entry)
-    except OSError as error:
-        return f"{error.filename or folder}: {error.strerror or error}"
-    except _CutOffError as error:
-        return str(error)
-    return None
-
-
-class _CutOffError(Exception):
-    """A file is not whole, or not there."""
-
-
-def _check_parts(entries: list[Path]) -> None:
-    # What a kill amid the deletion of an old checkpoint leaves behind. Trainer resumes without the optimizer's
-    # state, and says nothing, where either of the two files is missing.
-    if any(entry.is_dir() for entry in entries):
-        return  # sharded, in a layout that is not Trainer's own
+def _check(folder: Path) -> None:
+    """Raise where a run cannot resume from a checkpoint."""
+    _object(folder / "trainer_state.json")
+    entries = sorted(folder.iterdir())
     names = [entry.name for entry in entries]
-    if not any(name.endswith((".safetensors", ".bin")) and name not in _NOT_WEIGHTS for name in names):
-        raise _CutOffError("there are no weights")
-    optimizer, scheduler = any("optimizer" in name for name in names), "scheduler.pt" in names
-    if optimizer != scheduler:
-        raise _CutOffError(f"there is no state of the {'scheduler' if optimizer else 'optimizer'}")
-
-
-def _check_file(file: Path) -> None:
-    if file.name.endswith((".safetensors.index.json", ".bin.index.json")):
-        shards = _object(file).get("weight_map")
-        for shard in shards.values() if isinstance(shards, dict) else ():
-            if isinstance(shard, str) and not (file.parent / shard).is_file():
-                raise _CutOffError(f"{shard}, which {file.name} lists, is missing")
-    elif file.suffix == ".safetensors":
-        _check_safetensors(file)
-    elif file.suffix in _ARCHIVES:
-        _check_archive(file)
+    if not any(entry.is_dir() for entry in entries):  # otherwise sharded, in a layout that is not Trainer's own
+        # What a kill amid the deletion of an old checkpoint leaves behind. Trainer resumes without the optimizer's
+        # state, and says nothing, where either of the two files is missing.
+        if not any(name.endswith((".safetensors", ".bin")) and name not in _NOT_WEIGHTS for name in names):
+            raise ValueError("there are no weights")
+        if any("optimizer" in name for name in names) != ("scheduler.pt" in names):
+            raise ValueError("of the states of the optimizer and the scheduler one is missing")
+    for file in filter(Path.is_file, entries):
+        if file.name.endswith((".safetensors.index.json", ".bin.index.json")):
+            shards = _object(file).get("weight_map")
+            for shard in shards.values() if isinstance(shards, dict) else ():
+                if not (folder / str(shard)).is_file():
+                    raise ValueError(f"{shard}, which {file.name} lists, is missing")
+        elif file.suffix == ".safetensors":
+            try:
+                with safe_open(file, framework="pt"):  # reads the header, and compares it with the file's size
+                    pass
+            except SafetensorError as error:
+                raise ValueError(f"{file.name} is cut off: {error}") from error
+        elif file.suffix in (".pt", ".pth", ".bin"):
+            _check_archive(file)
 
 
 def _object(file: Path) -> dict[str, Any]:
     try:
         value = json.loads(file.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
-        raise _CutOffError(f"{file.name} is no JSON: {error}") from error
+        raise ValueError(f"{file.name} is no JSON: {error}") from error
     if not isinstance(value, dict):
-        raise _CutOffError(f"{file.name} holds no JSON object")
+        raise ValueError(f"{file.name} holds no JSON object")
     return value
-
-
-def _check_safetensors(file: Path) -> None:
-    # Eight bytes with the length of a JSON header, the header, then the tensors at the offsets that it lists.
-    size = file.stat().st_size
-    with file.open("rb") as stream:
-        length = int.from_bytes(stream.read(8), "little")
-        header = stream.read(length) if 8 + length <= size else b""
-    try:
-        tensors = json.loads(header)
-        end = max((tensor["data_offsets"][1] for name, tensor in tensors.items() if name != "__metadata__"), default=0)
-    except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
-        raise _CutOffError(f"the header of {file.name} cannot be read") from error
-    if size != 8 + length + end:
-        raise _CutOffError(f"{file.name} has {size} bytes, its header says {8 + length + end}")
 
 
 def _check_archive(file: Path) -> None:
@@ -123,4 +89,4 @@ def _check_archive(file: Path) -> None:
     with file.open("rb") as stream:
         start = stream.read(2)
     if not start or (start == b"PK" and not zipfile.is_zipfile(file)):
-        raise _CutOffError(f"{file.name} is cut off")
+        raise ValueError(f"{file.name} is cut off")

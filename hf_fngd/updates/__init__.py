@@ -1,7 +1,7 @@
 """Update rules, one file each behind one registry, parameter groups, and the norms of gradients."""
 
 from hf_fngd.updates import adam, momentum, muon
-from hf_fngd.updates.base import RULES, Hyperparameters, Rule, register_rule
+from hf_fngd.updates.base import RULES, Update, register_rule
 
 UPDATES = ("muon", "adam", "momentum")
 """The rules that the argument ``update`` takes."""
@@ -9,4 +9,4 @@ UPDATES = ("muon", "adam", "momentum")
 FALLBACK_RULES = {"adamw": "adam", "sgd": "momentum"}
 """The names that the argument ``fallback`` gives to two of them."""
 
-__all__ = ["FALLBACK_RULES", "RULES", "UPDATES", "Hyperparameters", "Rule", "adam", "momentum", "muon", "register_rule"]
+__all__ = ["FALLBACK_RULES", "RULES", "UPDATES", "Update", "adam", "momentum", "muon", "register_rule"]

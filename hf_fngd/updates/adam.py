@@ -8,41 +8,34 @@ import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
-from hf_fngd.updates.base import Hyperparameters, Tensors, register_rule
+from hf_fngd.updates.base import Update, register_rule
 
 # Devices for which torch has fused kernels of Adam in all versions that this package runs with.
 _FUSED = ("cpu", "cuda")
 
 
 @register_rule("adam", "exp_avg", "exp_avg_sq")
-def adam_update(
-    params: Tensors,
-    grads: Tensors,
-    state: Sequence[Tensors],
-    steps: Sequence[int],
-    group: Hyperparameters,
-    sharded: Sequence[Tensor],
-) -> None:
+def adam_update(update: Update) -> None:
     """``m <- b1 m + (1 - b1) g``, ``v <- b2 v + (1 - b2) g^2``, ``p <- p - lr m' / (sqrt(v') + eps)``.
 
     b1 is ``momentum``, m' and v' are m and v over one minus their decay to the power of the step.
     """
-    means, squares = state
-    counts = {device: _counts(steps, device) for device in {p.device for p in params}}
+    params, group, (means, squares) = update.params, update.group, update.state
+    counts = {device: _counts(update.steps, device) for device in {p.device for p in params}}
     adamw(
         params,
-        grads,
+        update.grads,
         means,
         squares,
         max_exp_avg_sqs=[],
         state_steps=[counts[p.device][place] for place, p in enumerate(params)],
         fused=all(p.device.type in _FUSED for p in params),  # a third of the time of the others on a CPU
         amsgrad=False,
-        beta1=group.momentum,
-        beta2=group.beta2,
-        lr=group.lr,
-        weight_decay=group.weight_decay,
-        eps=group.eps,
+        beta1=group["momentum"],
+        beta2=group["beta2"],
+        lr=group["lr"],
+        weight_decay=group["weight_decay"],
+        eps=group["eps"],
         maximize=False,
     )
 

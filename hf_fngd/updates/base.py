@@ -1,60 +1,51 @@
-"""The signature that all update rules share, and the registry that names them.
+"""What an update rule is given, and the registry that names the rules.
 
-A rule is one file with one function and one `register_rule`. The function updates ``params`` and its state in place, by
-multi-tensor operations, with decoupled weight decay (Loshchilov & Hutter 2019): ``p <- p (1 - lr weight_decay)``.
+A rule is one file with one function and one `register_rule`. The function updates the parameters and its state in
+place, by multi-tensor operations, with decoupled weight decay: ``p <- p (1 - lr weight_decay)`` (Loshchilov & Hutter
+2019).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-Tensors = list[Tensor]
-
 
 @dataclass(frozen=True)
-class Hyperparameters:
-    """What a parameter group says of its rule; each rule reads what it needs."""
+class Update:
+    """One update of one parameter group.
 
-    lr: float
-    momentum: float
-    beta2: float
-    eps: float
-    weight_decay: float
+    Attributes:
+        params: this process's parts of ``sharded`` under FSDP2, otherwise the same as those.
+        grads: their gradients.
+        state: one list of tensors for each name of the rule, shaped like the parameters.
+        steps: counts each parameter's updates, this one included.
+        sharded: the parameters themselves.
+        group: the parameter group, of which a rule reads ``lr``, ``momentum``, ``beta2``, ``eps`` and ``weight_decay``.
+    """
 
+    params: list[Tensor]
+    grads: list[Tensor]
+    state: Sequence[list[Tensor]]
+    steps: Sequence[int]
+    sharded: Sequence[Tensor]
+    group: dict[str, float]
 
-class Rule(Protocol):
-    """One update of a parameter group."""
-
-    def __call__(
-        self,
-        params: Tensors,
-        grads: Tensors,
-        state: Sequence[Tensors],
-        steps: Sequence[int],
-        group: Hyperparameters,
-        sharded: Sequence[Tensor],
-        /,
-    ) -> None:
-        """Update in place.
-
-        Args:
-            params: this process's parts of ``sharded`` under FSDP2, otherwise the same as those.
-            grads: their gradients.
-            state: one list of tensors for each name of the rule.
-            steps: counts each parameter's updates, this one included.
-            group: the group's hyperparameters.
-            sharded: the parameters themselves.
-        """
+    def decay(self) -> None:
+        """Do the decoupled weight decay."""
+        if self.group["weight_decay"]:
+            torch._foreach_mul_(self.params, 1 - self.group["lr"] * self.group["weight_decay"])
 
 
-@dataclass(frozen=True)
-class UpdateRule:
-    """A rule and the names of the state tensors, shaped like the parameter, that it wants."""
+Rule = Callable[[Update], None]
+
+
+class UpdateRule(NamedTuple):
+    """A rule and the names of its state tensors."""
 
     update: Rule
     state: tuple[str, ...]
@@ -65,11 +56,7 @@ RULES: dict[str, UpdateRule] = {}
 
 
 def register_rule(name: str, *state: str) -> Callable[[Rule], Rule]:
-    """Function decorator: make an update rule available by its name.
-
-    Args:
-        name: what a parameter group's ``rule`` calls it.
-        state: names of its state tensors.
+    """Function decorator: make an update rule available by its name, with the names of its state tensors.
 
     Raises:
         ValueError: the name is taken.
@@ -82,9 +69,3 @@ def register_rule(name: str, *state: str) -> Callable[[Rule], Rule]:
         return rule
 
     return register
-
-
-def decay(params: Tensors, group: Hyperparameters) -> None:
-    """Decoupled weight decay."""
-    if group.weight_decay:
-        torch._foreach_mul_(params, 1 - group.lr * group.weight_decay)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_fngd.distributed import local, sum_over_parts
+from hf_fngd.distributed.sharded import local, sum_over_parts
 
 Groups = Sequence[dict[str, Any]]
 
@@ -19,13 +19,7 @@ _FAINT = 1e-15
 def squared_norms(groups: Groups) -> Tensor | None:
     """``||p||^2`` of every parameter's gradient, in the groups' order ``[P]``, 0 where there is none.
 
-    A collective under FSDP2.
-
-    Args:
-        groups: an optimizer's parameter groups.
-
-    Returns:
-        None where no parameter has a gradient.
+    None where no parameter has a gradient. A collective under FSDP2.
     """
     params = [p for group in groups for p in group["params"]]
     live = [place for place, p in enumerate(params) if p.grad is not None]
@@ -44,12 +38,9 @@ def usable(squared: Tensor) -> bool:
 
 
 def of_layers(squared: Tensor, groups: Groups, layers: int) -> tuple[Tensor, Tensor]:
-    """From parameters to layers: ``||p||^2``, and the number of entries that have a gradient, both ``[L]``.
+    """From `squared_norms` of the same groups to L layers: ``||p||^2``, and the number of entries that have a gradient.
 
-    Args:
-        squared: what `squared_norms` returned.
-        groups: the same groups; ``layers`` in them says which layer a parameter belongs to.
-        layers: L.
+    ``layers`` in the groups says which layer a parameter belongs to. Both are ``[L]``.
     """
     places, owners, counts, first = [], [], [], 0
     for group in groups:

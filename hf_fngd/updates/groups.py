@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from hf_fngd.layers import Selected
+from hf_fngd.layers.select import Selected
 
 # Trainer's own rule for parameters without weight decay (transformers' `get_decay_parameter_names`).
 _NO_DECAY_NAME = re.compile(r"bias|layernorm|rmsnorm|(?:^|\.)norm(?:$|\.)|_norm(?:$|\.)")
@@ -27,14 +27,7 @@ def decays(model: nn.Module) -> set[str]:
 
 
 def parameter_groups(
-    model: nn.Module,
-    layers: Sequence[Selected],
-    *,
-    lr: float,
-    weight_decay: float,
-    update: str,
-    fallback: str,
-    fallback_lr: float,
+    model: nn.Module, layers: Sequence[Selected], settings: Any, fallback: str
 ) -> list[dict[str, Any]]:
     """Split the trainable parameters, those of the preconditioned layers first.
 
@@ -45,20 +38,19 @@ def parameter_groups(
     Args:
         model: the whole model.
         layers: the preconditioned layers, in order.
-        lr: learning rate of the preconditioned groups.
-        weight_decay: decay of the groups that decay.
-        update: rule of the preconditioned groups.
-        fallback: rule of the others.
-        fallback_lr: learning rate of the others.
+        settings: FNGD's.
+        fallback: name of the rule of all other parameters.
 
     Returns:
         The groups that have parameters; ``params`` holds pairs of name and parameter, as torch takes them.
     """
     decayed = decays(model)
-    matrices: dict[str, Any] = _group("preconditioned", update, lr, weight_decay)
+    update, lr, decay = settings.update, settings.lr, settings.weight_decay
+    rest_lr = lr if settings.fallback_lr is None else settings.fallback_lr
+    matrices = _group("preconditioned", update, lr, decay)
     vectors = _group("preconditioned_no_decay", "adam" if update == "muon" else update, lr, 0.0)
-    rest = _group("plain", fallback, fallback_lr, weight_decay)
-    rest_no_decay = _group("plain_no_decay", fallback, fallback_lr, 0.0)
+    rest = _group("plain", fallback, rest_lr, decay)
+    rest_no_decay = _group("plain_no_decay", fallback, rest_lr, 0.0)
     place = {id(p): i for i, layer in enumerate(layers) for p in layer.module.parameters(recurse=False)}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:

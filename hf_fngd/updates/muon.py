@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from hf_fngd.distributed import part, whole
-from hf_fngd.updates.base import Hyperparameters, Tensors, decay, register_rule
+from hf_fngd.distributed.sharded import part, whole
+from hf_fngd.updates.base import Update, register_rule
 
 # Quintic Newton-Schulz iteration of Muon (Jordan et al. 2024): maps singular values in (0, 1] to about 1.
 _NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
@@ -21,36 +20,29 @@ _MUON_BYTES = 2**28
 
 
 @register_rule("muon", "momentum_buffer")
-def muon_update(
-    params: Tensors,
-    grads: Tensors,
-    state: Sequence[Tensors],
-    steps: Sequence[int],
-    group: Hyperparameters,
-    sharded: Sequence[Tensor],
-) -> None:
-    """``m <- lerp(g, m)``, ``p <- p - 0.2 lr sqrt(max(rows, columns)) orthogonalize(lerp(g, m))``; the lerps weigh m by ``momentum``.
+def muon_update(update: Update) -> None:
+    """``m <- lerp(g, m)``, ``p <- p - 0.2 lr sqrt(max(rows, columns)) orthogonalize(lerp(g, m))``; m has ``momentum``.
 
     The scale lets one learning rate serve matrices of any shape and AdamW on the parameters beside them. Matrices of
     equal shapes are orthogonalized together, as many as `_MUON_BYTES` hold; under FSDP2 every process gathers these,
     and orthogonalizes all of them.
     """
-    (buffers,) = state
-    torch._foreach_lerp_(buffers, grads, 1 - group.momentum)
-    decay(params, group)
+    (buffers,), grads, sharded, momentum = update.state, update.grads, update.sharded, update.group["momentum"]
+    torch._foreach_lerp_(buffers, grads, 1 - momentum)
+    update.decay()
     kinds = [(p.shape, d.dtype, d.device) for p, d in zip(sharded, grads, strict=True)]
     for shape, dtype, device in dict.fromkeys(kinds):
         alike = [place for place, own in enumerate(kinds) if own == (shape, dtype, device)]
         working = _working_dtype(dtype, device)
         some = max(1, _MUON_BYTES // (shape.numel() * working.itemsize))
         for members in (alike[start : start + some] for start in range(0, len(alike), some)):
-            parts = torch._foreach_lerp([grads[m] for m in members], [buffers[m] for m in members], group.momentum)
+            parts = torch._foreach_lerp([grads[m] for m in members], [buffers[m] for m in members], momentum)
             directions = [whole(d.to(working), sharded[m]) for d, m in zip(parts, members, strict=True)]
-            updates = orthogonalize(torch.stack(directions)).to(dtype)
+            updates = orthogonalize(torch.stack(directions)).to(dtype).unbind()
             torch._foreach_add_(
-                [params[m] for m in members],
-                [part(u, sharded[m]).to(device) for u, m in zip(updates.unbind(), members, strict=True)],
-                alpha=-group.lr * _MUON_RMS * max(shape) ** 0.5,
+                [update.params[m] for m in members],
+                [part(u, sharded[m]).to(device) for u, m in zip(updates, members, strict=True)],
+                alpha=-update.group["lr"] * _MUON_RMS * max(shape) ** 0.5,
             )
 
 

@@ -33,16 +33,7 @@ def natural_scales(squared: Tensor, sizes: Tensor, rho: Tensor, spread: Tensor, 
 
 
 def scaled_gradients(grads: Sequence[Tensor], layers: Sequence[int], scales: Tensor) -> list[Tensor]:
-    """Gradients times the factor of their layer, which half precision may not hold.
-
-    Args:
-        grads: the gradients of a parameter group.
-        layers: the layer that each belongs to.
-        scales: what `natural_scales` returned ``[L]``.
-    """
+    """Gradients times the factor ``scales[layer]`` of their layer, which half precision may not hold."""
     factors = scales.unbind()
-    scaled = []
-    for g, layer in zip(grads, layers, strict=True):
-        dtype = accumulation_dtype(g.dtype)
-        scaled.append((g.to(dtype) * factors[layer].to(g.device, dtype)).to(g.dtype))
-    return scaled
+    wide = [g.to(accumulation_dtype(g.dtype)) for g in grads]
+    return [(x * factors[layer].to(x)).to(g.dtype) for x, g, layer in zip(wide, grads, layers, strict=True)]

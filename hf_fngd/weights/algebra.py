@@ -23,7 +23,7 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def weighted_sum(a: Tensor, g: Tensor, w: Tensor | None) -> Tensor:
-    """The weighted sum of the per-sample gradients, ``sum_n w_n h_n`` (Sec. IV-C), in one matrix product.
+    """The weighted sum of the per-sample gradients ``[o, i]``, ``sum_n w_n h_n`` (Sec. IV-C), in one matrix product.
 
     The weights go to whichever factor is narrower; the product is the one that SGD does anyway.
 
@@ -31,9 +31,6 @@ def weighted_sum(a: Tensor, g: Tensor, w: Tensor | None) -> Tensor:
         a: inputs ``[N, T, i]``.
         g: output gradients ``[N, T, o]``, of a's dtype.
         w: sample weights ``[N]``, or None for ones (the plain gradient, at no extra cost).
-
-    Returns:
-        ``[o, i]``, in a's dtype.
     """
     if w is not None:
         scale = w.to(a.dtype)[:, None, None]

@@ -28,11 +28,7 @@ class Samples(Protocol):
 
 
 class MicroBatchWeights(ABC):
-    """The sample weights of one micro-batch.
-
-    Attributes:
-        size: number of samples N.
-    """
+    """The sample weights of one micro-batch of ``size`` samples, N."""
 
     def __init__(self, size: int) -> None:
         self.size = size
@@ -42,12 +38,7 @@ class MicroBatchWeights(ABC):
 
     @abstractmethod
     def weigh(self, layer: int, samples: Samples) -> Tensor | None:
-        """One layer's sample weights ``[N]``; None means ones.
-
-        Args:
-            layer: the layer's place in the order of the attached layers.
-            samples: its samples.
-        """
+        """One layer's sample weights ``[N]``, by its place among the attached layers; None means ones."""
 
 
 class SharingPolicy(ABC):
@@ -55,8 +46,7 @@ class SharingPolicy(ABC):
 
     Class attributes:
         name: what the argument ``sharing`` calls it.
-        solves: whether it solves the N x N system of Eq. 9, for which a layer type has to form Gram matrices. Then it
-            also measures `rho` and `spread`, which ``update="momentum"`` reads.
+        solves: whether it solves the N x N system of Eq. 9, for which a layer type has to form Gram matrices.
         reads: the arguments that it reads, of "damping", "coefficient_steps" and "memory_budget".
     """
 
@@ -65,24 +55,15 @@ class SharingPolicy(ABC):
     reads: ClassVar[tuple[str, ...]] = ()
 
     def prepare(self, layers: int, *, damping: float, coefficient_steps: int | None, memory_budget: int) -> None:
-        """Called when the policy is attached to a model; it forgets what it kept of another one.
+        """Called when the policy is attached to a model of so many layers; it forgets what it kept of another one.
 
-        Args:
-            layers: number of layers whose samples are weighed.
-            damping: alpha of Eq. 14.
-            coefficient_steps: cap of the first epoch's coefficient steps, in optimizer steps; None for no cap.
-            memory_budget: bound in bytes of what the policy stores, and of its temporary memory.
+        The others are FNGD's arguments.
         """
         self.layers = layers
 
     @abstractmethod
     def begin(self, size: int, offset: int) -> MicroBatchWeights:
-        """A forward pass begins.
-
-        Args:
-            size: number of samples N.
-            offset: how many micro-batches of the step, of all processes, come before this one.
-        """
+        """A forward pass of N = ``size`` samples begins, behind ``offset`` others of the step, of all processes."""
 
     def close(self, batches: Sequence[MicroBatchWeights], begun: int, like: Tensor) -> int:
         """The optimizer steps. With several processes all of them call it, and it may communicate.
@@ -109,55 +90,29 @@ class SharingPolicy(ABC):
         return {}
 
     def load_state_dict(self, state: State) -> None:  # noqa: B027
-        """The inverse of `state_dict`.
-
-        Raises:
-            ValueError: the state was written for another number of layers; nothing of it was loaded.
-        """
+        """The inverse of `state_dict`. Raises ValueError, and loads nothing, where the layers are others."""
 
 
 _POLICIES: dict[str, type[SharingPolicy]] = {}
 
 
 def register_policy(policy: type[SharingPolicy]) -> type[SharingPolicy]:
-    """Class decorator: make a policy available by its name.
-
-    Raises:
-        ValueError: the name is taken.
-    """
+    """Class decorator: make a policy available by its name. Raises ValueError where the name is taken."""
     if policy.name in _POLICIES:
         raise ValueError(f"there is already a sharing policy named {policy.name!r}")
     _POLICIES[policy.name] = policy
     return policy
 
 
-def policy_names() -> tuple[str, ...]:
-    """The registered names, sorted."""
-    return tuple(sorted(_POLICIES))
-
-
-def policies_that(holds: Callable[[type[SharingPolicy]], bool]) -> tuple[str, ...]:
-    """The names of the registered policies for which a condition holds, sorted."""
+def policy_names(holds: Callable[[type[SharingPolicy]], bool] = lambda policy: True) -> tuple[str, ...]:
+    """The names of the registered policies, or of those for which a condition holds, sorted."""
     return tuple(sorted(name for name, policy in _POLICIES.items() if holds(policy)))
 
 
 def policy_class(sharing: str | SharingPolicy) -> type[SharingPolicy]:
-    """The class that the argument ``sharing`` means.
-
-    Raises:
-        ValueError: the name is unknown; the message lists those that exist.
-    """
+    """The class that the argument ``sharing`` means. Raises ValueError where the name is unknown."""
     if isinstance(sharing, SharingPolicy):
         return type(sharing)
     if sharing not in _POLICIES:
         raise ValueError(f"sharing={sharing!r} is not a policy; there are {', '.join(policy_names())}")
     return _POLICIES[sharing]
-
-
-def make_policy(sharing: str | SharingPolicy) -> SharingPolicy:
-    """A policy from its name; an object passes through.
-
-    Raises:
-        ValueError: the name is unknown.
-    """
-    return sharing if isinstance(sharing, SharingPolicy) else policy_class(sharing)()

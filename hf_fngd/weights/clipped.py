@@ -8,7 +8,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from hf_fngd.distributed import rank_and_world, sum_over_processes
+from hf_fngd.distributed.environment import rank_and_world
+from hf_fngd.distributed.exchange import sum_over_processes
 from hf_fngd.weights.algebra import clip, mean_norm
 from hf_fngd.weights.base import MicroBatchWeights, Samples, SharingPolicy, State, register_policy
 
@@ -29,11 +30,9 @@ class ClippedWeights(MicroBatchWeights):
         self._parts, self._means = parts, means
 
     def restart(self) -> None:
-        """See `MicroBatchWeights.restart`."""
         self.norms, self.weights = {}, {}
 
     def weigh(self, layer: int, samples: Samples) -> Tensor:
-        """See `MicroBatchWeights.weigh`."""
         norms = samples.norms()
         self.norms[layer] = torch.zeros_like(norms) if layer in self.norms else norms
         bound = mean_norm(norms)
@@ -45,11 +44,7 @@ class ClippedWeights(MicroBatchWeights):
         return w
 
     def sums(self, like: Tensor) -> Tensor:
-        """Sums ``[P]`` of the norms, counts ``[P]`` of those that are not 0, and a one, in one row.
-
-        Args:
-            like: a ``[P]`` tensor of the dtype and device of the norms.
-        """
+        """Sums ``[P]`` of the norms, counts ``[P]`` of those that are not 0, and a one, in one row."""
         none = like.new_zeros(self.size)
         norms = torch.stack([self.norms.get(layer, none).to(like) for layer in range(len(like))])
         return torch.cat([norms.sum(dim=1), norms.count_nonzero(dim=1), norms.new_ones(1)])
@@ -78,13 +73,11 @@ class ClippedSharing(SharingPolicy):
     name: ClassVar[str] = "clipped"
 
     def prepare(self, layers: int, *, damping: float, coefficient_steps: int | None, memory_budget: int) -> None:
-        """See `SharingPolicy.prepare`."""
         super().prepare(layers, damping=damping, coefficient_steps=coefficient_steps, memory_budget=memory_budget)
         self.parts, self.shorter, self.means = 1, False, torch.zeros(layers)
         self._last: list[Tensor] = []
 
     def begin(self, size: int, offset: int) -> ClippedWeights:
-        """See `SharingPolicy.begin`."""
         return ClippedWeights(size, self.parts, self.means)
 
     def close(self, batches: Sequence[MicroBatchWeights], begun: int, like: Tensor) -> int:
@@ -126,11 +119,9 @@ class ClippedSharing(SharingPolicy):
         return {"weight_spread": float((torch.stack(ratios).mean() - 1).clamp(min=0).sqrt())}
 
     def state_dict(self) -> State:
-        """See `SharingPolicy.state_dict`."""
         return {"parts": self.parts, "shorter": self.shorter, "means": self.means, "world": rank_and_world()[1]}
 
     def load_state_dict(self, state: State) -> None:
-        """See `SharingPolicy.load_state_dict`."""
         self._last = []
         if not state:  # of a version that kept nothing
             self.parts, self.shorter, self.means = 1, False, torch.zeros(self.layers)

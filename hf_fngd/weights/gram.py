@@ -23,14 +23,8 @@ _ACCELERATOR_SLICE_BYTES = 256 * 2**20
 def normalize(x: Tensor) -> Tensor:
     """Scale a tensor by a power of two so that its largest entry lies in [0.5, 1).
 
-    The weights and the noise ratio do not depend on the scale of K, and a power of two is exact: the products
-    that follow can neither overflow nor vanish, whatever the loss scale. Non-finite input stays non-finite.
-
-    Args:
-        x: any tensor.
-
-    Returns:
-        The scaled tensor, in `accumulation_dtype`.
+    The result is in `accumulation_dtype`. The sample weights and the noise ratio do not depend on the scale of K, and a
+    power of two is exact: the products that follow can neither overflow nor vanish, whatever the loss scale.
     """
     x = x.to(accumulation_dtype(x.dtype))
     if x.numel() == 0:
@@ -82,7 +76,6 @@ def gram_ghost(a: Tensor, g: Tensor, *, bias: bool, memory_budget: int) -> Tenso
     """K by ``N sum_{t,s} (a[n,t].a[m,s]) (g[n,t].g[m,s])``; Eq. 12 where T = 1. h is never formed.
 
     Works on row blocks of the upper triangle: 1/blocks of the memory and (blocks + 1)/(2 blocks) of the work.
-    Arguments and result as in `gram`, with ``a`` and ``g`` of one dtype.
     """
     n, t, _ = a.shape
     affordable = max(1, memory_budget // (2 * n * t * t * a.element_size()))
@@ -102,10 +95,7 @@ def gram_ghost(a: Tensor, g: Tensor, *, bias: bool, memory_budget: int) -> Tenso
 
 
 def gram_formed(a: Tensor, g: Tensor, *, bias: bool, memory_budget: int) -> Tensor:
-    """K from h itself, formed a slice of output features at a time in one reused buffer.
-
-    Arguments and result as in `gram`, with ``a`` and ``g`` of one dtype.
-    """
+    """K from h itself, formed a slice of output features at a time in one reused buffer."""
     n, _, i = a.shape
     o = g.shape[-1]
     preferred = _CPU_SLICE_BYTES if a.device.type == "cpu" else _ACCELERATOR_SLICE_BYTES

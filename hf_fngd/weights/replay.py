@@ -8,9 +8,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from hf_fngd.distributed import Measurement
+from hf_fngd.distributed.exchange import Measurement
 from hf_fngd.weights.base import State, register_policy
-from hf_fngd.weights.phase import Phase
 from hf_fngd.weights.solved import SolvedPolicy
 
 _FIRST_CAPACITY = 1024
@@ -23,35 +22,40 @@ class ReplaySharing(SolvedPolicy):
     The store has room for the rows of the first epoch, at first for 1024 of them at most, and doubles where there are
     more, within the memory budget. Rows that come after that overwrite the oldest, with a warning. A batch of another
     size takes the first N of a row, again from the first where they run out, brought to mean 1.
+
+    Attributes:
+        rows: the store; None before the first coefficient step.
+        recorded: how many of its rows were written.
+        steps: optimizer steps done.
+        shared_since: value of ``steps`` at which the first epoch, or its cap of coefficient steps, ended; None before.
     """
 
     name: ClassVar[str] = "replay"
     reads: ClassVar[tuple[str, ...]] = ("damping", "coefficient_steps", "memory_budget")
 
     def prepare(self, layers: int, *, damping: float, coefficient_steps: int | None, memory_budget: int) -> None:
-        """See `SharingPolicy.prepare`."""
         super().prepare(layers, damping=damping, coefficient_steps=coefficient_steps, memory_budget=memory_budget)
-        self.phase = Phase(coefficient_steps)
+        self.coefficient_steps = coefficient_steps
         self.rows: Tensor | None = None
         self.recorded, self._full = 0, False
+        self.steps: int = 0
+        self.shared_since: int | None = None
 
     @property
     def computes(self) -> bool:
         """Whether the first epoch is under way."""
-        return not self.phase.over
+        return self.shared_since is None
 
     def lookup(self, size: int, place: int) -> Tensor | None:
-        """See `SolvedPolicy.lookup`."""
         if self.rows is None or self.recorded == 0:
             return None
         return with_mean_one(cycle_to(self.rows[place % self.recorded], size))
 
     def store(self, measurement: Measurement) -> None:
-        """See `SolvedPolicy.store`."""
-        w, size, place = measurement.w, measurement.size, measurement.place
+        w, place = measurement.w, measurement.place
+        size = w.shape[1]
         if self.rows is None:
-            cap = self.phase.coefficient_steps
-            self._allocate(w[None][:0], _FIRST_CAPACITY if cap is None else min(cap, _FIRST_CAPACITY))
+            self._allocate(w[None][:0], min(self.coefficient_steps or _FIRST_CAPACITY, _FIRST_CAPACITY))
         assert self.rows is not None
         rows = self.rows[: self.recorded]
         if size > self.rows.shape[2]:  # the first batch was a short one
@@ -80,35 +84,35 @@ class ReplaySharing(SolvedPolicy):
         self.rows = store
 
     def advance(self) -> None:
-        """See `SolvedPolicy.advance`."""
-        if self.phase.advance():
-            self.place = 0
+        self.steps += 1
+        if self.computes and self.steps == self.coefficient_steps:
+            self.end_epoch()
 
     def end_epoch(self) -> None:
-        """See `SharingPolicy.end_epoch`."""
+        """See `SharingPolicy.end_epoch`. The first epoch ends if it has seen a step."""
         super().end_epoch()
-        self.phase.end_epoch()
+        if self.computes and self.steps > 0:
+            self.shared_since = self.steps
 
     def diagnostics(self) -> dict[str, float]:
         """``phase`` (0: the first epoch, 1: sharing), beside what `SolvedPolicy.diagnostics` returns."""
-        return {"phase": float(self.phase.over), **super().diagnostics()}
+        return {"phase": float(not self.computes), **super().diagnostics()}
 
     def state_dict(self) -> State:
         """See `SharingPolicy.state_dict`; rows never recorded are left out."""
         # A view would be saved with its whole storage, rows never written included.
         rows = None if self.rows is None else self.rows[: self.recorded].clone()
-        return {**super().state_dict(), "phase": self.phase.state_dict(), "rows": rows}
+        return {**super().state_dict(), "steps": self.steps, "shared_since": self.shared_since, "rows": rows}
 
     def load_state_dict(self, state: State) -> None:
-        """See `SharingPolicy.load_state_dict`."""
         rows = state["rows"]
         if rows is not None and rows.shape[1] != self.layers:
             raise ValueError(f"the state is for {rows.shape[1]} layers, this model has {self.layers} attached ones")
         super().load_state_dict(state)
-        self.phase.load_state_dict(state["phase"])
+        self.steps, self.shared_since = state["steps"], state["shared_since"]
         self.rows, self.recorded = None, 0
         if rows is not None:
-            self._allocate(rows, max(len(rows), min(self.phase.coefficient_steps or len(rows), _FIRST_CAPACITY)))
+            self._allocate(rows, max(len(rows), min(self.coefficient_steps or 0, _FIRST_CAPACITY)))
 
 
 def with_mean_one(w: Tensor) -> Tensor:

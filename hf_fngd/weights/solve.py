@@ -57,11 +57,8 @@ def damping_from_gradient(rho: Tensor, squared_norm: Tensor, damping: float) -> 
 
     Args:
         rho: noise ratios ``[L]``.
-        squared_norm: ``||p||^2`` of the layers ``[L]``, in squared gradient units.
+        squared_norm: ``||p||^2`` of the layers ``[L]``; lambda has its unit.
         damping: alpha.
-
-    Returns:
-        lambda ``[L]``, in squared gradient units.
     """
     return damping * rho * squared_norm
 
@@ -75,10 +72,7 @@ def natural_step(rho: Tensor, spread: Tensor, squared_norm: Tensor, damping: flo
     Args:
         rho: noise ratios ``[L]``.
         spread: ``mean(w^2)`` of the layers ``[L]``, at least 1.
-        squared_norm: ``||p||^2`` ``[L]``.
+        squared_norm: ``||p||^2`` ``[L]``; ``1/lambda'`` has the inverse of its unit, and is infinite where p = 0.
         damping: alpha.
-
-    Returns:
-        ``1/lambda'`` ``[L]``, in inverse squared gradient units; infinite where p = 0.
     """
     return 1 / (squared_norm + damping_from_gradient(rho, squared_norm, damping) * spread)

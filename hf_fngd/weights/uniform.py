@@ -11,7 +11,6 @@ class Ones(MicroBatchWeights):
     """Sample weights of 1."""
 
     def weigh(self, layer: int, samples: Samples) -> None:
-        """See `MicroBatchWeights.weigh`."""
         return
 
 
@@ -22,5 +21,4 @@ class UniformSharing(SharingPolicy):
     name: ClassVar[str] = "uniform"
 
     def begin(self, size: int, offset: int) -> Ones:
-        """See `SharingPolicy.begin`."""
         return Ones(size)
