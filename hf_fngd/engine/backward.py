@@ -79,7 +79,11 @@ def sample_weights(x: Tensor | None, g: Tensor, batch: Tensor, engine: int, plac
     """`Layer.weights` ``[N]``, where N is the first dimension of g; ones where there are none."""
     # None where backward comes after the optimizer step: too late to weigh anything.
     found = _batches.get(int(batch)) if g.numel() else None
-    w = None if found is None else _engines[engine].layers[place].weights(x, g, has_bias, found)
+    w = None
+    if found is not None:
+        if not found.complete or place not in found.of_graphs:  # a retained graph has the same ones again
+            found.of_graphs[place] = _engines[engine].layers[place].weights(x, g, has_bias, found)
+        w = found.of_graphs[place]
     return g.new_ones(len(g)) if w is None else w.to(g.dtype, copy=True)
 
 
@@ -114,17 +118,30 @@ class LayerCall:
         """See `Call.weigh`. Outside of a graph it is a hook, so that a model may change y in place."""
         if isinstance(self.batch, Tensor):
             return WeighedTensor.apply(y, like, self.batch, self.engine, self.place)  # type: ignore
-        layer, batch = self.layer, self.batch
-        assert isinstance(layer, Layer)
+        memory = _Memory(self.layer, self.batch)
 
         def weighed(g: Tensor) -> Tensor | None:
-            with torch.no_grad():
-                w = layer.weights(like, g, False, batch)
+            w = memory.weights(like, g, False)
             return None if w is None else scaled(g, w)
 
         if y.requires_grad:
             y.register_hook(weighed)  # type: ignore[no-untyped-call]
         return y
+
+
+class _Memory:
+    """The sample weights of a call, for a retained graph that runs backward again; the micro-batch is let go."""
+
+    def __init__(self, layer: Any, batch: MicroBatch) -> None:
+        self._call: tuple[Layer, MicroBatch] | None = (layer, batch)
+        self._weights: Tensor | None = None
+
+    @torch.no_grad()
+    def weights(self, x: Tensor | None, g: Tensor, has_bias: bool) -> Tensor | None:
+        if self._call is not None:
+            layer, batch = self._call
+            self._weights, self._call = layer.weights(x, g, has_bias, batch), None
+        return self._weights
 
 
 class WeighedLayer(torch.autograd.Function):
@@ -141,7 +158,7 @@ class WeighedLayer(torch.autograd.Function):
         # The micro-batch itself is not saved as tensors are: checkpointing would bring back that of its last forward.
         ctx.save_for_backward(x, weight, *((batch,) if traced else ()), *others)
         ctx.kernel, (ctx.engine, ctx.place, ctx.has_bias) = kernel, where
-        ctx.call = None if traced else (layer, batch)
+        ctx.memory = None if traced else _Memory(layer, batch)
         return y  # type: ignore[no-any-return]
 
     @staticmethod
@@ -149,13 +166,12 @@ class WeighedLayer(torch.autograd.Function):
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of x, weight and bias."""
         kernel = ctx.kernel
-        if ctx.call is None:
+        if ctx.memory is None:
             x, weight, batch, *others = ctx.saved_tensors
             w = sample_weights(x, kernel.with_samples(x, g), batch, ctx.engine, ctx.place, ctx.has_bias)
         else:
             x, weight, *others = ctx.saved_tensors
-            layer, batch = ctx.call
-            w = layer.weights(x, kernel.with_samples(x, g), ctx.has_bias, batch) if x.numel() else None
+            w = ctx.memory.weights(x, kernel.with_samples(x, g), ctx.has_bias) if x.numel() else None
         saved = Saved(x, weight, tuple(others))
         grad_x = kernel.input_gradient(saved, g) if ctx.needs_input_grad[0] else None
         of_weight, of_bias = kernel.weighted_gradient(saved, g, w, ctx.has_bias)

@@ -96,8 +96,8 @@ class Forwards:
         if recomputes and not batch.recomputed and self._window.mixed_up(layer.place):
             layer.shared.reasons.add(ON_TOP_OF_ANOTHER)
             return own(*x)
-        # A recomputation under activation checkpointing runs inside a backward pass and is no call of its own.
-        batch.calls[layer.place] += not recomputes
+        # What checkpointing recomputes is no call of its own, unless it recomputes the forward pass of the whole model.
+        batch.calls[layer.place] += self._inside or not recomputes
         return layer.kernel.run(
             module, own, x[0], LayerCall(layer, layer.place, batch, self._engine.number, batch.size)
         )

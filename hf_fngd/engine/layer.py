@@ -48,7 +48,7 @@ class Layer:
         batch_first: whether the first dimension of its input is the batch; None as long as no input told.
         weighed: whether its samples were ever weighed.
         repeated: whether a backward pass found a call that forward did not count.
-        seen: the last micro-batch whose backward reached it, and the number of that backward pass.
+        seen: the last micro-batch whose backward reached it.
     """
 
     place: int
@@ -58,7 +58,7 @@ class Layer:
     batch_first: bool | None = None
     weighed: bool = False
     repeated: bool = False
-    seen: tuple[MicroBatch, int | None] | None = None
+    seen: MicroBatch | None = None
 
     @property
     def kernel(self) -> LayerKernel:
@@ -102,8 +102,8 @@ class Layer:
         return reason is not None or USED_ELSEWHERE in self.shared.reasons
 
     def _called_again(self, batch: MicroBatch) -> bool:
-        if batch.calls[self.place] <= 1 and not self.repeated and self.seen != (batch, batch.backward):
-            self.seen = batch, batch.backward
+        if batch.calls[self.place] <= 1 and not self.repeated and self.seen is not batch:
+            self.seen = batch
             return False
         # Perhaps not among the counted calls: reentrant checkpointing runs the first ones without gradients.
         self.repeated = self.repeated or batch.calls[self.place] <= 1

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
+from torch import Tensor
 from torch.autograd import Variable
 
 from hf_fngd.distributed.environment import rank_and_world
@@ -27,7 +28,7 @@ class MicroBatch:
         calls: how often each layer was called in the forward pass.
         recomputed: whether the forward pass is one that checkpointing of the whole model recomputes.
         reached: whether a backward pass reached any layer, and ``complete`` whether that came to its end.
-        backward: the number that autograd gave the last backward pass that reached it.
+        of_graphs: the sample weights that a traced backward pass found, by layer.
     """
 
     weights: MicroBatchWeights
@@ -35,7 +36,7 @@ class MicroBatch:
     recomputed: bool = False
     reached: bool = False
     complete: bool = False
-    backward: int | None = None
+    of_graphs: dict[int, Tensor | None] = field(default_factory=dict)
 
     @property
     def size(self) -> int:
@@ -45,11 +46,8 @@ class MicroBatch:
     def reach(self) -> None:
         """A layer's backward has begun. A pass that breaks off (out of memory) never becomes complete."""
         if not self.reached:
+            self.reached = True
             Variable._execution_engine.queue_callback(self._finish)
-        task = torch._C._current_graph_task_id()
-        if self.reached and task != self.backward and self.complete:
-            self.weights.restart()  # a retained graph runs backward again
-        self.reached, self.backward = True, task
 
     def _finish(self) -> None:
         self.complete = True

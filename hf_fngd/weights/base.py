@@ -33,9 +33,6 @@ class MicroBatchWeights(ABC):
     def __init__(self, size: int) -> None:
         self.size = size
 
-    def restart(self) -> None:  # noqa: B027
-        """The graph was retained, and another backward pass through it begins (default: nothing is forgotten)."""
-
     @abstractmethod
     def weigh(self, layer: int, samples: Samples) -> Tensor | None:
         """One layer's sample weights ``[N]``, by its place among the attached layers; None means ones."""

@@ -29,9 +29,6 @@ class ClippedWeights(MicroBatchWeights):
         self.weights: dict[int, Tensor] = {}
         self._parts, self._means = parts, means
 
-    def restart(self) -> None:
-        self.norms, self.weights = {}, {}
-
     def weigh(self, layer: int, samples: Samples) -> Tensor:
         norms = samples.norms()
         self.norms[layer] = torch.zeros_like(norms) if layer in self.norms else norms
