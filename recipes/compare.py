@@ -27,14 +27,7 @@ from comparison.runner import Runner
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run what is missing, and report.
-
-    Args:
-        argv: The arguments behind the program's name; `sys.argv[1:]` where None.
-
-    Returns:
-        The exit code.
-    """
+    """Run what is missing, report, and return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("config", type=Path, help="YAML file of the comparison")
     parser.add_argument("--jobs", type=int, default=1, help="runs side by side, on one device")

@@ -3,7 +3,7 @@
     accelerate launch recipes/language_modeling.py --output_dir outputs/language_modeling
     accelerate launch recipes/language_modeling.py --dataset_name bentrevett/multi30k --optimizer adamw
 
-Every sentence is a row of its own, padded to the longest of its batch: FNGD weights sequences, and packed into blocks
+Every sentence is a row of its own, padded to the longest of its batch: FNGD weighs sequences, and packed into blocks
 they would lose their borders. Loss and perplexity are those of a token, over all tokens of the split. The output folder
 holds the model and its tokenizer, README.md and all_results.json. A run that was interrupted resumes from its last
 checkpoint when it is started again.
@@ -29,13 +29,14 @@ from transformers import (
 )
 from transformers.trainer_utils import EvalLoopOutput
 
-from common.arguments import OptimizerArguments, TextTrainingArguments, at_least_one, option, parse
-from common.tokenizer import EOS, train_tokenizer
-from common.trainer import TextTrainer, drop_length
-from text.arguments import TextArguments, check_dropout
+import corpus
+from common.arguments import OptimizerArguments, TextTrainingArguments, at_least_one, check_model_size, option, parse
+from common.run import prepare
+from text.arguments import TextArguments
 from text.data import TEXT, encode, load_splits
-from text.run import prepare, train_and_score
-from translation import corpus
+from text.run import train_and_score
+from text.tokenizer import EOS, train_tokenizer
+from text.trainer import TextTrainer
 
 
 @dataclass
@@ -58,13 +59,10 @@ class ModelArguments:
 
     def __post_init__(self) -> None:
         """Reject sizes that do not fit together."""
-        for name in ("n_embd", "n_layer", "n_head"):
-            at_least_one(self, name)
+        at_least_one(self, "n_embd", "n_layer", "n_head")
         if self.n_positions < 2:
             raise ValueError(f"n_positions is {self.n_positions}; a token and the next one take at least 2.")
-        if self.n_embd % self.n_head:
-            raise ValueError(f"n_head={self.n_head} does not divide n_embd={self.n_embd}.")
-        check_dropout(self.dropout)
+        check_model_size(self, "n_head", "n_embd")
 
 
 @dataclass
@@ -136,16 +134,9 @@ def build_model(tokenizer: PreTrainedTokenizerBase, arguments: ModelArguments) -
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
-    """Train, evaluate, and write the output folder.
-
-    Args:
-        argv: The command line behind the program's name; `sys.argv[1:]` where None.
-
-    Returns:
-        What all_results.json holds.
-    """
+    """Train, evaluate, write the output folder, and return what all_results.json holds."""
     data_args, model_args, optimizer_args, args = parse(DATACLASSES, argv)
-    run = prepare(data_args, optimizer_args, args)
+    run = prepare(optimizer_args, args, data_args.overwrite_output_dir)
     with args.main_process_first(desc="loading the dataset"):  # the other processes find the download
         texts = load_splits(data_args, corpus.load)
     if run.checkpoint is None:
@@ -155,34 +146,25 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     else:
         tokenizer = AutoTokenizer.from_pretrained(run.checkpoint)
 
-    def tokenize(sentences: list[str]) -> dict[str, Any]:
-        whole = [[*ids, tokenizer.eos_token_id] for ids in tokenizer(sentences)["input_ids"]]
+    def tokenize(batch: dict[str, list[str]]) -> dict[str, Any]:
+        whole = [[*ids, tokenizer.eos_token_id] for ids in tokenizer(batch[TEXT])["input_ids"]]
         rows = [ids[: model_args.n_positions] for ids in whole]
         return {"input_ids": rows, "labels": rows}
 
-    splits = {
-        name: encode(rows, tokenize, data_args.preprocessing_num_workers, f"Tokenizing {name}")
-        for name, rows in texts.items()
-    }
+    splits = encode(texts, tokenize, data_args.preprocessing_num_workers)
     run.seed()
-    facts = {"recipe": "language_modeling.py", "dataset_name": data_args.dataset_name}
-    facts |= {"text_column": data_args.text_column}
-    report = train_and_score(
+    facts = {"recipe": "language_modeling.py", "task": "text-generation", "dataset_name": data_args.dataset_name}
+    return train_and_score(
         run,
         build_model(tokenizer, model_args),
         tokenizer,
         splits,
-        facts,
+        facts | {"text_column": data_args.text_column},
         trainer_cls=LanguageModelingTrainer,
-        data_collator=drop_length(DataCollatorForSeq2Seq(tokenizer)),  # labels are padded with -100
+        data_collator=DataCollatorForSeq2Seq(tokenizer),  # labels are padded with -100
         compute_metrics=perplexity,
         preprocess_logits_for_metrics=token_losses,
     )
-    if args.process_index == 0:
-        for prefix in ("eval", "predict"):
-            if f"{prefix}_perplexity" in report:
-                print(f"{prefix}: perplexity {report[f'{prefix}_perplexity']:.2f}")
-    return report
 
 
 if __name__ == "__main__":

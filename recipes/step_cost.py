@@ -29,11 +29,11 @@ from baselines import BaselineFactory
 from hf_fngd import FNGD, FNGDPreconditioner
 
 Step = Callable[[], None]
-NEVER = 10**9
+MATRICES = ["linear", "conv1d"]  # layer types
 # Matrix products and solves, of which a shared step must not add any to SGD's. What it does add: a matrix-vector
-# product a bias, in place of a sum, and with `ranked` a sort of N numbers.
+# product a bias, in place of a sum.
 PRODUCTS = ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "aten::linalg_cholesky_ex", "aten::cholesky_solve")
-WATCHED = (*PRODUCTS, "aten::mv", "aten::argsort")
+WATCHED = (*PRODUCTS, "aten::mv")
 
 
 def build_model(options: argparse.Namespace) -> MarianMTModel:
@@ -66,23 +66,19 @@ def adamw(model: nn.Module) -> Step:
     return torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True).step
 
 
-def engine(sharing: str, computes: bool, model: nn.Module) -> Step:
-    """The preconditioner in front of the yardstick, in shared or in coefficient steps alone."""
+def engine(model: nn.Module, **arguments: Any) -> Step:
+    """The preconditioner in front of the yardstick."""
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-4, momentum=0.9, foreach=True)
-    preconditioner = FNGDPreconditioner(
-        model, sharing=sharing, refresh=1 if computes else 0, coefficient_steps=NEVER if computes else 1
-    )
-    preconditioner.follow(optimizer)
+    FNGDPreconditioner(model, **arguments).follow(optimizer)
     return optimizer.step
 
 
-def fngd(update: str, sharing: str, refresh: int | None, model: nn.Module, weigh_rest: bool = True) -> Step:
-    """The whole optimizer behind its first phase; in shared steps alone where refresh is 0, or None by default."""
-    arguments: dict[str, Any] = {"update": update, "sharing": sharing, "refresh": refresh, "weigh_rest": weigh_rest}
-    return FNGD(model, lr=1e-5, coefficient_steps=1, **arguments).step
+def fngd(model: nn.Module, **arguments: Any) -> Step:
+    """The whole optimizer."""
+    return FNGD(model, lr=1e-5, **arguments).step
 
 
-def baseline(name: str, model: nn.Module) -> Step:
+def baseline(model: nn.Module, name: str) -> Step:
     """A baseline of `recipes/translate.py`, with its default periods."""
     return BaselineFactory()(model, name=name, lr=1e-5).step
 
@@ -90,27 +86,21 @@ def baseline(name: str, model: nn.Module) -> Step:
 ARMS: dict[str, Callable[[nn.Module], Step]] = {
     "SGD-m": sgd,
     "AdamW": adamw,
-    "engine + SGD-m, shared step, replay": partial(engine, "replay", False),
-    "engine + SGD-m, shared step, ranked": partial(engine, "ranked", False),
-    "engine + SGD-m, coefficient step": partial(engine, "ranked", True),
-    "FNGD momentum, shared step, replay": partial(fngd, "momentum", "replay", 0),
-    "FNGD adam, shared step, ranked": partial(fngd, "adam", "ranked", 0),
-    "FNGD muon, shared step, ranked": partial(fngd, "muon", "ranked", 0),
-    "FNGD muon, w = 1": partial(fngd, "muon", "uniform", 0),
-    "FNGD muon, ranked, refresh 10": partial(fngd, "muon", "ranked", 10),
-    "FNGD muon, ranked, refresh 50": partial(fngd, "muon", "ranked", 50),
-    "FNGD muon, ranked, refresh 50, plain rest": partial(fngd, "muon", "ranked", 50, weigh_rest=False),
-    "FNGD adam, ranked, refresh 10": partial(fngd, "adam", "ranked", 10),
-    "FNGD adam, ranked, refresh 50": partial(fngd, "adam", "ranked", 50),
-    "FNGD muon, clipped (the default)": partial(fngd, "muon", "clipped", None),
-    "FNGD adam, clipped": partial(fngd, "adam", "clipped", None),
-    "FNGD adam, sketched (preset robust)": partial(fngd, "adam", "sketched", 0),
-    "FNGD adam, every step (NGD)": partial(fngd, "adam", "never", 0),
-    "Muon": partial(baseline, "muon"),
-    "Eva": partial(baseline, "eva"),
-    "KFAC, 10/100": partial(baseline, "kfac"),
-    "Shampoo, 10/100": partial(baseline, "shampoo"),
-    "SOAP": partial(baseline, "soap"),
+    "engine + SGD-m, clipped": partial(engine),
+    "engine + SGD-m, replay, shared step": partial(engine, sharing="replay", coefficient_steps=1),
+    "engine + SGD-m, never (a coefficient step)": partial(engine, sharing="never"),
+    "FNGD muon, clipped (the default)": partial(fngd),
+    "FNGD muon, clipped in linear layers alone": partial(fngd, layer_types=MATRICES),
+    "FNGD muon, w = 1": partial(fngd, sharing="uniform"),
+    "FNGD adam, clipped": partial(fngd, update="adam"),
+    "FNGD adam, w = 1": partial(fngd, update="adam", sharing="uniform"),
+    "FNGD adam, never (NGD)": partial(fngd, update="adam", sharing="never"),
+    "FNGD momentum, replay, shared step": partial(fngd, update="momentum", sharing="replay", coefficient_steps=1),
+    "Muon": partial(baseline, name="muon"),
+    "Eva": partial(baseline, name="eva"),
+    "KFAC, 10/100": partial(baseline, name="kfac"),
+    "Shampoo, 10/100": partial(baseline, name="shampoo"),
+    "SOAP": partial(baseline, name="soap"),
 }
 
 
@@ -142,7 +132,7 @@ def main() -> None:
         arm = ARMS[name]
         model = copy.deepcopy(first).train()
         runs[name] = partial(full_step, model, arm(model), batch)
-    for run in runs.values():  # the first step of a shared arm is its coefficient step
+    for run in runs.values():  # the first step of replay is its coefficient step
         run()
         run()
     times: dict[str, list[float]] = {name: [] for name in runs}

@@ -1,14 +1,12 @@
 """Fine-tune a classifier of texts, or train a small one from scratch, and measure its accuracy.
 
-    accelerate launch recipes/text_classification.py --output_dir outputs/text_classification --label_noise 0.3
+    accelerate launch recipes/text_classification.py --output_dir outputs/text_classification
     accelerate launch recipes/text_classification.py --model_name_or_path google-bert/bert-base-uncased
         --dataset_name fancyzhx/ag_news --train_split 'train[:95%]' --validation_split 'train[95%:]'
 
-With `--label_noise 0.3`, 30 % of the training labels are replaced by random ones, some of which are right by chance,
-and the share of training labels that the model fits in the end is reported as fitted_accuracy. The output folder holds
-the model and its tokenizer, README.md and all_results.json. A run that was interrupted resumes from its last checkpoint
-when it is started again. With `--metric_for_best_model accuracy` and `--save_total_limit 2` the test split is also
-scored with the weights of the best epoch, as best_predict_accuracy.
+The output folder holds the model and its tokenizer, README.md, all_results.json and learning_curve.png. A run that was
+interrupted resumes from its last checkpoint when it is started again. With `--metric_for_best_model accuracy` and
+`--save_total_limit 2` the test split is also scored with the weights of the best epoch, as best_predict_accuracy.
 """
 
 from __future__ import annotations
@@ -17,7 +15,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
-import torch
 from datasets import ClassLabel, Dataset, DatasetDict
 from transformers import (
     AutoModelForSequenceClassification,
@@ -30,13 +27,14 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from common.arguments import OptimizerArguments, TextTrainingArguments, at_least_one, option, parse
-from common.tokenizer import EOS, train_tokenizer
-from common.trainer import drop_length, make_loss
+from common.arguments import OptimizerArguments, TextTrainingArguments, at_least_one, check_model_size, option, parse
+from common.loss import make_loss
+from common.run import prepare
 from text import subjects
-from text.arguments import TextArguments, check_dropout
+from text.arguments import TextArguments
 from text.data import TEXT, encode, load_splits
-from text.run import prepare, train_and_score
+from text.run import train_and_score
+from text.tokenizer import EOS, train_tokenizer
 
 LABEL, LABELS = "label", "labels"  # of the dataset, and of the model
 
@@ -47,14 +45,11 @@ class DataArguments(TextArguments):
 
     label_column: str = option("label", "Column of the labels: class labels, whole numbers or strings.")
     max_length: int = option(128, "Longer texts are cut to so many tokens.")
-    label_noise: float = option(0.0, "Share of the training labels to replace by uniformly random ones.")
-    label_noise_seed: int = option(0, "Seed of the label noise: the same for runs of all seeds.")
 
     def __post_init__(self) -> None:
         """Reject values that no run can use."""
         super().__post_init__()
-        if not 0 <= self.label_noise <= 1:
-            raise ValueError(f"label_noise is {self.label_noise}; it must lie in [0, 1].")
+        at_least_one(self, "max_length")
 
 
 @dataclass
@@ -75,13 +70,8 @@ class ModelArguments:
         given = [f.name for f in fields(self) if getattr(self, f.name) != f.default and f.name != "model_name_or_path"]
         if self.model_name_or_path is not None and given:
             raise ValueError(f"{', '.join(given)}: options of a new model; leave them out with --model_name_or_path.")
-        for name in ("hidden_size", "num_hidden_layers", "num_attention_heads"):
-            at_least_one(self, name)
-        if self.hidden_size % self.num_attention_heads:
-            raise ValueError(
-                f"num_attention_heads={self.num_attention_heads} does not divide hidden_size={self.hidden_size}."
-            )
-        check_dropout(self.dropout)
+        at_least_one(self, "hidden_size", "num_hidden_layers", "num_attention_heads")
+        check_model_size(self, "num_attention_heads", "hidden_size")
 
 
 @dataclass
@@ -126,13 +116,6 @@ def number_labels(splits: DatasetDict) -> tuple[DatasetDict, list[str]]:
         columns = {TEXT: list(rows[TEXT]), LABELS: [numbers[value] for value in rows[LABEL]]}
         numbered[split] = Dataset.from_dict(columns)
     return DatasetDict(numbered), names or [str(value) for value in values]
-
-
-def corrupt(labels: Sequence[int], classes: int, share: float, seed: int) -> list[int]:
-    """Replace a share of the labels by uniformly random ones, some of which are right by chance."""
-    generator = torch.Generator().manual_seed(seed)
-    hit = torch.rand(len(labels), generator=generator) < share
-    return torch.where(hit, torch.randint(classes, hit.shape, generator=generator), torch.tensor(labels)).tolist()
 
 
 def load_tokenizer(model_args: ModelArguments, checkpoint: str | None, texts: Sequence[str]) -> PreTrainedTokenizerBase:
@@ -190,55 +173,30 @@ def accuracy(prediction: EvalPrediction) -> dict[str, float]:
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
-    """Train, evaluate, and write the output folder.
-
-    Args:
-        argv: The command line behind the program's name; `sys.argv[1:]` where None.
-
-    Returns:
-        What all_results.json holds.
-    """
+    """Train, evaluate, write the output folder, and return what all_results.json holds."""
     data_args, model_args, optimizer_args, args = parse(DATACLASSES, argv)
-    run = prepare(data_args, optimizer_args, args)
+    run = prepare(optimizer_args, args, data_args.overwrite_output_dir)
     with args.main_process_first(desc="loading the dataset"):  # the other processes find the download
         texts, labels = number_labels(load_splits(data_args, subjects.load, (TEXT, LABEL)))
-    true = list(texts["train"][LABELS])
-    given = corrupt(true, len(labels), data_args.label_noise, data_args.label_noise_seed)
-    texts["train"] = texts["train"].remove_columns(LABELS).add_column(LABELS, given)
     tokenizer = load_tokenizer(model_args, run.checkpoint, texts["train"][TEXT])
     max_length = min(data_args.max_length, tokenizer.model_max_length)
 
-    def tokenize(batch: list[str]) -> dict[str, Any]:
-        return dict(tokenizer(batch, truncation=True, max_length=max_length))
+    def tokenize(batch: dict[str, list[str]]) -> dict[str, Any]:
+        return dict(tokenizer(batch[TEXT], truncation=True, max_length=max_length))
 
-    splits = {
-        name: encode(rows, tokenize, data_args.preprocessing_num_workers, f"Tokenizing {name}")
-        for name, rows in texts.items()
-    }
+    splits = encode(texts, tokenize, data_args.preprocessing_num_workers)
     run.seed()
-    report = train_and_score(
+    facts = {"recipe": "text_classification.py", "task": "text-classification", "dataset_name": data_args.dataset_name}
+    return train_and_score(
         run,
         build_model(tokenizer, model_args, max_length, labels),
         tokenizer,
         splits,
-        {
-            "recipe": "text_classification.py",
-            "dataset_name": data_args.dataset_name,
-            "model_name_or_path": model_args.model_name_or_path,
-            "num_labels": len(labels),
-            "label_noise": data_args.label_noise,
-            "wrong_labels": sum(one != other for one, other in zip(true, given, strict=True)) / len(true),
-        },
-        fitted=data_args.label_noise > 0,
-        data_collator=drop_length(DataCollatorWithPadding(tokenizer)),
+        facts | {"model_name_or_path": model_args.model_name_or_path, "num_labels": len(labels)},
+        data_collator=DataCollatorWithPadding(tokenizer),
         compute_loss_func=make_loss(args.label_smoothing_factor),
         compute_metrics=accuracy,
     )
-    if args.process_index == 0:
-        for prefix in ("eval", "predict"):
-            if f"{prefix}_accuracy" in report:
-                print(f"{prefix}: accuracy {report[f'{prefix}_accuracy']:.4f}")
-    return report
 
 
 if __name__ == "__main__":

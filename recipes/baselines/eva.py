@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from baselines.kronecker import KroneckerOptimizer, average
 
@@ -13,41 +12,11 @@ from baselines.kronecker import KroneckerOptimizer, average
 class Eva(KroneckerOptimizer):
     """`p = (C + gamma I)^-1 g` with `C = (a a^T) (x) (b b^T)`, a and b running means of inputs and output gradients.
 
-    Args:
-        groups: See `KroneckerOptimizer`, and for what follows.
-        layers: The layers.
-        lr: Learning rate.
-        momentum: Of the preconditioned gradients.
-        damping: gamma.
-        decay: Of the running means.
-        kl_clip: Bound of the trust region.
-        statistics_every: Steps between two updates of the means; the paper's is 1.
+    gamma is the damping. The means are those of the paper, of every step.
     """
 
     averages = ("a", "b")
-
-    def __init__(
-        self,
-        groups: list[dict[str, Any]],
-        layers: Sequence[nn.Module],
-        *,
-        lr: float,
-        momentum: float = 0.9,
-        damping: float = 0.03,
-        decay: float = 0.95,
-        kl_clip: float = 0.001,
-        statistics_every: int = 1,
-    ) -> None:
-        super().__init__(
-            groups,
-            layers,
-            lr=lr,
-            momentum=momentum,
-            damping=damping,
-            decay=decay,
-            kl_clip=kl_clip,
-            statistics_every=statistics_every,
-        )
+    options: ClassVar = KroneckerOptimizer.options | {"damping": 0.03, "statistics_every": 1}
 
     def statistics(self, a: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
         """`sum a` and `sum g`."""

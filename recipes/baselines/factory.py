@@ -10,14 +10,14 @@ import torch
 from torch import nn
 from torch.optim import AdamW, Optimizer
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from baselines.composite import Composite
 from baselines.eva import Eva
 from baselines.kfac import KFAC
 from baselines.muon import Muon
 from baselines.shampoo import Shampoo
-from hf_fngd.groups import decays
-from hf_fngd.selection import ALL_LINEAR, Selected, select_layers
+from hf_fngd.updates.groups import decays
 
 
 @dataclass(frozen=True)
@@ -27,12 +27,12 @@ class Baseline:
     Attributes:
         title: The name to report.
         build: Takes parameter groups, the layers that own their matrices, and the options; returns the optimizer.
-        options: The options of `recipes/translate.py` that it has a use for, and the argument that each sets.
+        options: The options of `recipes/translate.py` that it has a use for.
     """
 
     title: str
     build: Callable[..., Optimizer]
-    options: dict[str, str]
+    options: tuple[str, ...]
 
 
 def _soap(groups: list[dict[str, Any]], layers: Sequence[nn.Module], **options: Any) -> Optimizer:
@@ -41,6 +41,8 @@ def _soap(groups: list[dict[str, Any]], layers: Sequence[nn.Module], **options: 
 
     if "beta2" in options:
         options["betas"] = (0.95, options.pop("beta2"))
+    if "inverse_every" in options:
+        options["precondition_frequency"] = options.pop("inverse_every")
     return SOAP(groups, **options)
 
 
@@ -48,23 +50,14 @@ def _without_layers(cls: Callable[..., Optimizer]) -> Callable[..., Optimizer]:
     return lambda groups, layers, **options: cls(groups, **options)
 
 
-_KRONECKER = {
-    "momentum": "momentum",
-    "damping": "damping",
-    "kl_clip": "kl_clip",
-    "statistics_every": "statistics_every",
-}
-
 BASELINES: dict[str, Baseline] = {
-    "muon": Baseline("Muon", _without_layers(Muon), {"momentum": "momentum"}),
-    "soap": Baseline("SOAP", _soap, {"beta2": "beta2", "eps": "eps", "inverse_every": "precondition_frequency"}),
+    "muon": Baseline("Muon", _without_layers(Muon), ("momentum",)),
+    "soap": Baseline("SOAP", _soap, ("beta2", "eps", "inverse_every")),
     "shampoo": Baseline(
-        "Shampoo",
-        _without_layers(Shampoo),
-        {n: n for n in ("momentum", "beta2", "eps", "statistics_every", "inverse_every")},
+        "Shampoo", _without_layers(Shampoo), ("momentum", "beta2", "eps", "statistics_every", "inverse_every")
     ),
-    "kfac": Baseline("KFAC", KFAC, {**_KRONECKER, "inverse_every": "inverse_every"}),
-    "eva": Baseline("Eva", Eva, _KRONECKER),
+    "kfac": Baseline("KFAC", KFAC, ("momentum", "damping", "kl_clip", "statistics_every", "inverse_every")),
+    "eva": Baseline("Eva", Eva, ("momentum", "damping", "kl_clip", "statistics_every")),
 }
 
 
@@ -102,23 +95,28 @@ class BaselineFactory:
         useless = [option for option in options if option not in baseline.options]
         if useless:
             raise ValueError(f"{name} has no use for {', '.join(useless)}; it takes {', '.join(baseline.options)}.")
-        layers = [layer.module for layer in baseline_layers(model)]
+        layers = list(baseline_layers(model).values())
         matrices, rest = split(model, layers, weight_decay)
-        options = {baseline.options[option]: value for option, value in options.items()}
         optimizers = [baseline.build(matrices, layers, lr=lr, **options)]
         if rest:
             optimizers.append(AdamW(rest, lr=lr, betas=rest_betas, eps=rest_eps, fused=True))
         return Composite(baseline.title, optimizers)
 
 
-def baseline_layers(model: nn.Module) -> list[Selected]:
-    """The layers that FNGD preconditions, without the one that yields the scores of a vocabulary.
+def baseline_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """Return by their names the layers whose matrices get a baseline's rule: every Linear and every Conv1D.
+
+    The one that yields the scores of a vocabulary is left out, and so are subclasses, which may compute something else.
 
     Raises:
         ValueError: Nothing is left.
     """
     head = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
-    layers = [layer for layer in select_layers(model, ALL_LINEAR, None).layers if layer.module is not head]
+    layers = {
+        name: module
+        for name, module in model.named_modules()
+        if type(module) in (nn.Linear, Conv1D) and module is not head and module.weight.requires_grad
+    }
     if not layers:
         raise ValueError("The model has no Linear beside that of its output vocabulary: nothing to precondition.")
     return layers

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from baselines.kronecker import KroneckerOptimizer, average
+from baselines.kronecker import KroneckerOptimizer, average, check_periods
 
 
 class KFAC(KroneckerOptimizer):
@@ -17,46 +17,15 @@ class KFAC(KroneckerOptimizer):
     Positions of a sequence count as samples ("expand" of Eschenhagen et al. 2023) and G is that of the training
     targets (the empirical Fisher matrix, as FNGD's). pi is that of Sec. 6.3, from the traces.
 
-    Args:
-        groups: See `KroneckerOptimizer`, and for what follows.
-        layers: The layers.
-        lr: Learning rate.
-        momentum: Of the preconditioned gradients.
-        damping: gamma.
-        decay: Of the running averages of A and G.
-        kl_clip: Bound of the trust region.
-        statistics_every: Steps between two updates of A and G.
-        inverse_every: Steps between two inversions, a multiple of statistics_every.
+    Its own option is inverse_every, steps between two inversions, a multiple of statistics_every.
     """
 
     averages = ("A", "G")
+    options: ClassVar = KroneckerOptimizer.options | {"damping": 0.003, "statistics_every": 10, "inverse_every": 100}
 
-    def __init__(
-        self,
-        groups: list[dict[str, Any]],
-        layers: Sequence[nn.Module],
-        *,
-        lr: float,
-        momentum: float = 0.9,
-        damping: float = 0.003,
-        decay: float = 0.95,
-        kl_clip: float = 0.001,
-        statistics_every: int = 10,
-        inverse_every: int = 100,
-    ) -> None:
-        if inverse_every % statistics_every:
-            raise ValueError(f"statistics_every={statistics_every} does not divide inverse_every={inverse_every}.")
-        super().__init__(
-            groups,
-            layers,
-            lr=lr,
-            momentum=momentum,
-            damping=damping,
-            decay=decay,
-            kl_clip=kl_clip,
-            statistics_every=statistics_every,
-            inverse_every=inverse_every,
-        )
+    def __init__(self, groups: list[dict[str, Any]], layers: Sequence[nn.Module], **options: Any) -> None:
+        super().__init__(groups, layers, **options)
+        check_periods(**self.defaults)
 
     def statistics(self, a: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
         """`sum a a^T` and `sum g g^T`."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -29,39 +29,28 @@ class KroneckerOptimizer(Optimizer):
         groups: Parameter groups of the layers' weights.
         layers: The layers.
         lr: Learning rate.
-        momentum: Of the preconditioned gradients.
-        damping: gamma, added to the curvature.
-        decay: Of the running averages of the statistics.
-        kl_clip: kappa, the bound of the trust region.
-        statistics_every: Steps between two statistics.
-        **defaults: More of the groups' defaults.
+        **options: What replaces `options`: momentum, of the preconditioned gradients; damping, gamma, which is added to
+            the curvature; decay, of the running averages of the statistics; kl_clip, kappa, the bound of the trust
+            region; statistics_every, steps between two statistics; and a subclass's own.
 
     Raises:
-        ValueError: There are several processes, whose statistics would drift apart.
+        ValueError: There are several processes, whose statistics would drift apart, or the damping is not positive.
     """
 
     averages: tuple[str, str]
     """The names in the state of the two running averages."""
+    options: ClassVar[dict[str, Any]] = {"momentum": 0.9, "decay": 0.95, "kl_clip": 0.001}
+    """The options and their defaults; subclasses add those of damping and statistics_every."""
 
-    def __init__(
-        self,
-        groups: list[dict[str, Any]],
-        layers: Sequence[nn.Module],
-        *,
-        lr: float,
-        momentum: float,
-        damping: float,
-        decay: float,
-        kl_clip: float,
-        statistics_every: int,
-        **defaults: Any,
-    ) -> None:
+    def __init__(self, groups: list[dict[str, Any]], layers: Sequence[nn.Module], *, lr: float, **options: Any) -> None:
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             raise ValueError(f"{type(self).__name__} of this recipe is for one process.")
-        if damping <= 0:
-            raise ValueError(f"damping is {damping}; it must be positive.")
-        defaults |= {"lr": lr, "momentum": momentum, "damping": damping, "decay": decay, "kl_clip": kl_clip}
-        super().__init__(groups, defaults | {"weight_decay": 0.0, "statistics_every": statistics_every, "steps": 0})
+        if unknown := options.keys() - self.options.keys():
+            raise TypeError(f"{type(self).__name__} has no options {', '.join(sorted(unknown))}.")
+        options = self.options | options
+        if options["damping"] <= 0:
+            raise ValueError(f"damping is {options['damping']}; it must be positive.")
+        super().__init__(groups, options | {"lr": lr, "weight_decay": 0.0, "steps": 0})
         self._sums: dict[Tensor, list[Any]] = {}
         self._transposed = {layer.weight: isinstance(layer, Conv1D) for layer in layers}
         for layer in layers:
@@ -130,3 +119,9 @@ def average(state: dict[str, Any], name: str, new: Tensor, decay: float) -> None
         state[name].lerp_(new, 1 - decay)
     else:
         state[name] = new.clone()
+
+
+def check_periods(statistics_every: int, inverse_every: int, **others: Any) -> None:
+    """Raise a ValueError where inverses would be computed between two statistics."""
+    if inverse_every % statistics_every:
+        raise ValueError(f"statistics_every={statistics_every} does not divide inverse_every={inverse_every}.")

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch.optim import Optimizer
 
-from hf_fngd.rules import orthogonalize
+from hf_fngd.updates.muon import orthogonalize
 
 
 class Muon(Optimizer):

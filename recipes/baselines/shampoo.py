@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from baselines.kronecker import check_periods
+
 
 class Shampoo(Optimizer):
     """`L^-1/4 m R^-1/4`, L and R running averages of `g g^T` and `g^T g`, m that of g (Gupta et al. 2018, Alg. 1).
@@ -41,8 +43,7 @@ class Shampoo(Optimizer):
         statistics_every: int = 10,
         inverse_every: int = 100,
     ) -> None:
-        if inverse_every % statistics_every:
-            raise ValueError(f"statistics_every={statistics_every} does not divide inverse_every={inverse_every}.")
+        check_periods(statistics_every, inverse_every)
         defaults = {"lr": lr, "momentum": momentum, "beta2": beta2, "eps": eps, "ridge": ridge, "weight_decay": 0.0}
         super().__init__(
             groups, defaults | {"statistics_every": statistics_every, "inverse_every": inverse_every, "steps": 0}

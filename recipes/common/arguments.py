@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import difflib
+import types
+import typing
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,13 +18,12 @@ from transformers import HfArgumentParser, TrainingArguments
 
 from baselines import BASELINES
 from common.command_line import words
-from common.controls import CONTROLS
 from hf_fngd.config import PRESETS, FNGDConfig
 
-# What FNGDConfig does not have: options of the baselines, and of fngd.
-NOT_IN_CONFIG = ("fngd_config", "control")
-_controls = "; ".join(f"{name}: {text}" for name, (_, text) in CONTROLS.items())
-BASELINE_OPTIONS = ("kl_clip", "statistics_every", "inverse_every")
+_OPTIONS = {"adamw": [], "sgd": ["momentum"]} | {name: [*BASELINES[name].options] for name in BASELINES}
+"""The options of the optimizers beside FNGD; learning rate and weight decay are TrainingArguments'."""
+_KEYS = {f.name: f for f in dataclasses.fields(FNGDConfig) if f.name not in ("lr", "weight_decay")}
+_TYPES = {name: hint for name, hint in typing.get_type_hints(FNGDConfig).items() if name in _KEYS}
 
 
 def option(default: Any, text: str) -> Any:
@@ -30,22 +31,37 @@ def option(default: Any, text: str) -> Any:
     return field(default=default, metadata={"help": text})
 
 
-def _fngd_help(name: str) -> dict[str, str]:
-    """Describe an option that overrides a key of FNGDConfig, which also checks its value."""
-    keys = {f.name: f for f in dataclasses.fields(FNGDConfig)}
-    users = ["fngd", *(baseline for baseline in BASELINES if name in BASELINES[baseline].options)]
-    return {
-        "help": f"{', '.join(users)}: {keys[name].metadata['help']} Default: the configuration's, or the baseline's."
-    }
+def _described(name: str, text: str, *users: str) -> Any:
+    """Return the field of an option that may be left out, with all optimizers that use it in its help text."""
+    users = (*users, *(optimizer for optimizer in _OPTIONS if name in _OPTIONS[optimizer]))
+    return option(None, f"{', '.join(users)}: {text} Default: the configuration's, or the optimizer's own.")
 
 
-def _baseline_option(name: str, text: str) -> Any:
-    users = ", ".join(baseline for baseline in BASELINES if name in BASELINES[baseline].options)
-    return option(None, f"{users}: {text} Default: the baseline's.")
+def _alternatives(name: str) -> list[Any]:
+    """Return the types that a key of FNGDConfig may have, None aside."""
+    hint = _TYPES[name]
+    union = typing.get_origin(hint) in (typing.Union, types.UnionType)
+    return [kind for kind in (typing.get_args(hint) if union else (hint,)) if kind is not types.NoneType]
+
+
+def _option_type(name: str) -> Any:
+    """Return the type of the option that overrides a key of FNGDConfig: lists of names are given as words."""
+    kinds = _alternatives(name)
+    several = any(
+        isinstance(origin := typing.get_origin(kind), type) and issubclass(origin, Sequence) for kind in kinds
+    )
+    return (list[str] if several else kinds[0]) | None
+
+
+FNGDOptions = dataclasses.make_dataclass(
+    "FNGDOptions",
+    [(name, _option_type(name), _described(name, key.metadata["help"], "fngd")) for name, key in _KEYS.items()],
+)
+FNGDOptions.__doc__ = """The keys of FNGDConfig, which also checks their values, as options that may be left out."""
 
 
 @dataclass
-class OptimizerArguments:
+class OptimizerArguments(FNGDOptions):  # type: ignore[misc, valid-type]
     """Which optimizer, and what of its configuration to override.
 
     Learning rate, weight decay, warm-up and scheduler are TrainingArguments', and so are AdamW's betas.
@@ -54,51 +70,23 @@ class OptimizerArguments:
     optimizer: Literal["fngd", "ngd", "adamw", "sgd", "muon", "soap", "shampoo", "kfac", "eva"] = option(
         "fngd", "The optimizer. ngd is fngd with sharing 'never'; those behind sgd update what fngd preconditions."
     )
-    momentum: float | None = option(
-        None, "Momentum of fngd (default: its configuration's), of sgd (default: 0.9), or of a baseline that has one."
-    )
     fngd_config: str | None = option(
         None,
         f"fngd: a preset ({', '.join(PRESETS)}), a Hub repository or a local folder; by default 'default'.",
     )
-    damping: float | None = field(default=None, metadata=_fngd_help("damping"))
-    sharing: str | None = field(default=None, metadata=_fngd_help("sharing"))
-    refresh: int | None = field(default=None, metadata=_fngd_help("refresh"))
-    coefficient_steps: int | None = field(default=None, metadata=_fngd_help("coefficient_steps"))
-    step_scale: str | None = field(default=None, metadata=_fngd_help("step_scale"))
-    update: str | None = field(default=None, metadata=_fngd_help("update"))
-    fallback: str | None = field(default=None, metadata=_fngd_help("fallback"))
-    fallback_lr: float | None = field(default=None, metadata=_fngd_help("fallback_lr"))
-    beta2: float | None = field(default=None, metadata=_fngd_help("beta2"))
-    eps: float | None = field(default=None, metadata=_fngd_help("eps"))
-    memory_budget: int | None = field(default=None, metadata=_fngd_help("memory_budget"))
-    target_modules: list[str] | None = field(default=None, metadata=_fngd_help("target_modules"))
-    exclude_modules: list[str] | None = field(default=None, metadata=_fngd_help("exclude_modules"))
-    weigh_rest: bool | None = field(default=None, metadata=_fngd_help("weigh_rest"))
-    strict: bool | None = field(default=None, metadata=_fngd_help("strict"))
-    control: str | None = field(
-        default=None,
-        metadata={"help": f"fngd: a control experiment, with other weights. {_controls}.", "choices": [*CONTROLS]},
-    )
-    kl_clip: float | None = _baseline_option("kl_clip", "Bound of the trust region.")
-    statistics_every: int | None = _baseline_option("statistics_every", "Steps between two statistics.")
-    inverse_every: int | None = _baseline_option("inverse_every", "Steps between two inverses, roots or eigenbases.")
+    kl_clip: float | None = _described("kl_clip", "Bound of the trust region.")
+    statistics_every: int | None = _described("statistics_every", "Steps between two statistics.")
+    inverse_every: int | None = _described("inverse_every", "Steps between two inverses, roots or eigenbases.")
 
     def __post_init__(self) -> None:
         """Reject options that the optimizer would ignore."""
-        used = {"sgd": ["momentum"], "adamw": []}
-        if self.uses_fngd:
-            useful = [name for name in _names_of(self) if name not in BASELINE_OPTIONS]
-        else:
-            useful = used[self.optimizer] if self.optimizer in used else list(BASELINES[self.optimizer].options)
-        ignored = [name for name in self._given() if name not in useful]
+        useful = [*_KEYS, "fngd_config"] if self.uses_fngd else _OPTIONS[self.optimizer]
+        ignored = [name for name in self.given() if name not in useful]
         if ignored:
             raise ValueError(
                 f"--optimizer {self.optimizer} has no use for {', '.join(f'--{name}' for name in ignored)}: "
                 f"leave out what only others use; it takes {', '.join(useful) or 'none of these options'}."
             )
-        if self.control is not None and self.control not in CONTROLS:
-            raise ValueError(f"--control {self.control} does not exist; there are {', '.join(CONTROLS)}.")
         if self.optimizer == "ngd" and self.sharing not in (None, "never"):
             raise ValueError(f"--optimizer ngd is fngd with --sharing never, not {self.sharing}.")
 
@@ -107,22 +95,31 @@ class OptimizerArguments:
         """Whether the optimizer is FNGD, under either of its names."""
         return self.optimizer in ("fngd", "ngd")
 
-    def baseline_options(self) -> dict[str, Any]:
-        """Return the options of the baseline that were given a value."""
-        return {name: getattr(self, name) for name in self._given()}
-
-    def _given(self) -> list[str]:
-        return [name for name in _names_of(self) if getattr(self, name) is not None]
+    def given(self) -> dict[str, Any]:
+        """Return the options of the optimizer that were given a value."""
+        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "optimizer"}
+        return {name: value for name, value in values.items() if value is not None}
 
     def overrides(self) -> dict[str, Any]:
         """Return the keys of FNGDConfig that were given a value, with PEFT's convention for lists of one."""
-        values = {name: getattr(self, name) for name in self._given() if name not in NOT_IN_CONFIG}
+        values = {name: value for name, value in self.given().items() if name in _KEYS}
         if self.optimizer == "ngd":
             values["sharing"] = "never"
-        for name in ("target_modules", "exclude_modules"):
-            if len(values.get(name, ())) == 1:
-                values[name] = values[name][0]
+        for name, value in values.items():
+            if isinstance(value, list) and len(value) == 1 and str in _alternatives(name):
+                values[name] = value[0]
         return values
+
+
+@dataclass
+class DatasetArguments:
+    """Which data, and whether to start anew."""
+
+    dataset_name: str | None = option(None, "Hub id or local folder of the dataset. Default: data of the recipe's own.")
+    dataset_config_name: str | None = option(None, "Configuration of the dataset, where it has several.")
+    overwrite_output_dir: bool = option(
+        False, "Start anew: delete the checkpoints in output_dir instead of resuming from the last one."
+    )
 
 
 def check_training_arguments(args: TrainingArguments) -> None:
@@ -164,9 +161,6 @@ class TextTrainingArguments(TrainingArguments):
         },
     )
     ddp_find_unused_parameters: bool | None = option(False, "Off: every parameter takes part in every step.")
-    remove_unused_columns: bool = option(
-        False, "Off, so that the index column of `--sharing index` reaches the optimizer."
-    )
 
     def __post_init__(self) -> None:
         """Reject what the recipes have another option for; the rest is checked by the Trainer."""
@@ -217,10 +211,6 @@ def _as_options(path: Path, names: Sequence[str]) -> list[str]:
     return words(values)
 
 
-def _names_of(optimizer_args: OptimizerArguments) -> list[str]:
-    return [f.name for f in dataclasses.fields(optimizer_args) if f.name != "optimizer"]
-
-
 def _unknown(where: str, words: Iterable[str], names: Sequence[str]) -> str:
     """Describe names that do not exist, each with those that come close."""
     lines = []
@@ -230,7 +220,17 @@ def _unknown(where: str, words: Iterable[str], names: Sequence[str]) -> str:
     return f"Unknown options in {where}: {', '.join(lines)}. `--help` lists all."
 
 
-def at_least_one(arguments: Any, name: str) -> None:
-    """Raise a ValueError where the option of that name is below 1."""
-    if getattr(arguments, name) < 1:
-        raise ValueError(f"{name} is {getattr(arguments, name)}; it must be at least 1.")
+def at_least_one(arguments: Any, *names: str) -> None:
+    """Raise a ValueError where an option of these names is below 1; None is none."""
+    for name in names:
+        value = getattr(arguments, name)
+        if value is not None and value < 1:
+            raise ValueError(f"{name} is {value}; it must be at least 1.")
+
+
+def check_model_size(arguments: Any, heads: str | None = None, width: str | None = None) -> None:
+    """Raise a ValueError where the dropout is out of range, or the number of heads does not divide the width."""
+    if not 0 <= arguments.dropout < 1:
+        raise ValueError(f"dropout is {arguments.dropout}; it must lie in [0, 1).")
+    if heads is not None and width is not None and getattr(arguments, width) % getattr(arguments, heads):
+        raise ValueError(f"{heads}={getattr(arguments, heads)} does not divide {width}={getattr(arguments, width)}.")

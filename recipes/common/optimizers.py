@@ -6,12 +6,11 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from transformers import TrainerCallback, TrainingArguments
+from transformers import TrainingArguments
 
 from baselines import BASELINES, BaselineFactory
 from common.arguments import OptimizerArguments
-from common.controls import Control
-from hf_fngd import FNGDCallback, FNGDConfig, FNGDFactory
+from hf_fngd import FNGDConfig, FNGDFactory
 
 _NO_OPTIONS = ("params", "initial_lr", "step", "steps")  # keys of a parameter group
 
@@ -31,13 +30,7 @@ def fngd_config(arguments: OptimizerArguments, training_args: TrainingArguments)
 def optimizer_cls_and_kwargs(
     arguments: OptimizerArguments, config: FNGDConfig | None, training_args: TrainingArguments
 ) -> tuple[Any, dict[str, Any]] | None:
-    """Return what `Trainer(optimizer_cls_and_kwargs=...)` takes; None leaves it to `--optim`, an AdamW.
-
-    Raises:
-        ValueError: `--optim` names an optimizer that `--optimizer` contradicts.
-    """
-    if not training_args.optim.startswith("adamw_torch"):
-        raise ValueError(f"--optim {training_args.optim} is not used by this recipe; leave it out and set --optimizer.")
+    """Return what `Trainer(optimizer_cls_and_kwargs=...)` takes; None leaves it to Trainer, an AdamW."""
     if config is not None:
         return FNGDFactory, {"args": training_args, "config": config}
     if arguments.optimizer == "sgd":
@@ -50,16 +43,9 @@ def optimizer_cls_and_kwargs(
             "weight_decay": training_args.weight_decay,
             "rest_betas": (training_args.adam_beta1, training_args.adam_beta2),
             "rest_eps": training_args.adam_epsilon,
-            **arguments.baseline_options(),
+            **arguments.given(),
         }
     return None
-
-
-def callbacks(arguments: OptimizerArguments) -> list[TrainerCallback]:
-    """Return the callbacks that the optimizer wants."""
-    if not arguments.uses_fngd:
-        return []
-    return [FNGDCallback(), *([Control(arguments.control)] if arguments.control else [])]
 
 
 def describe(optimizer: torch.optim.Optimizer, config: FNGDConfig | None) -> dict[str, Any]:

@@ -5,11 +5,10 @@ from __future__ import annotations
 import platform
 import statistics
 import time
-from collections.abc import Iterable
 from typing import Any
 
 import torch
-from transformers import Trainer, TrainerCallback
+from transformers import TrainerCallback
 
 PARTS = ("forward", "backward", "update")
 
@@ -17,8 +16,8 @@ PARTS = ("forward", "backward", "update")
 class StepTimer(TrainerCallback):
     """Takes the time of each optimizer step: forward, backward and update, without the loading of data.
 
-    Under a `TimedTrainer` it takes the parts' times too, summed over the micro-batches of a step. "forward" ends with
-    the loss; "backward" with the gradients, FNGD's coefficients and weighting included; "update" is the rest:
+    Under a `RecipeTrainer` it takes the parts' times too, summed over the micro-batches of a step. "forward" ends with
+    the loss; "backward" with the gradients, FNGD's sample weights included; "update" is the rest:
     clipping, the optimizer's step, which is where other optimizers precondition, the scheduler, zeroed gradients.
     """
 
@@ -71,32 +70,6 @@ class StepTimer(TrainerCallback):
         if torch.accelerator.is_available():
             torch.accelerator.synchronize()
         return time.perf_counter()
-
-
-class TimedTrainer(Trainer):
-    """A Trainer with a `timer` that it tells of the parts of a step; goes before Seq2SeqTrainer among bases.
-
-    Args:
-        callbacks: As the Trainer's. The timer comes first, so that theirs is not counted as time of a step.
-        **kwargs: The Trainer's.
-    """
-
-    def __init__(self, *, callbacks: Iterable[TrainerCallback] | None = None, **kwargs: Any) -> None:
-        self.timer = StepTimer()
-        super().__init__(callbacks=[self.timer, *(callbacks or ())], **kwargs)
-
-    def compute_loss(self, model: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
-        """Compute the loss as the Trainer does; in training, that is the forward part."""
-        result = super().compute_loss(model, *args, **kwargs)
-        if model.training:
-            self.timer.end("forward")
-        return result
-
-    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """Do what the Trainer does with a micro-batch: behind the forward part, that is the backward part."""
-        loss: torch.Tensor = super().training_step(*args, **kwargs)
-        self.timer.end("backward")
-        return loss
 
 
 def hardware() -> str:

@@ -118,8 +118,7 @@ class Comparison:
     def _run(self, stage: str, arm: str, point: dict[str, Any], seed: int) -> Run:
         of_stage = self.screen if stage == "screen" else self.final
         options = self.options | of_stage.options | self.arms[arm].options | point | {"seed": seed}
-        identity = json.dumps([self.recipe.name, arm, recorded(options)], sort_keys=True)
-        return Run(stage, arm, point, seed, options, hashlib.sha256(identity.encode()).hexdigest()[:12])
+        return Run(stage, arm, point, seed, options, run_key(self.recipe.name, arm, recorded(options)))
 
 
 def load(path: Path, overrides: Mapping[str, Any] | None = None, arms: Sequence[str] | None = None) -> Comparison:
@@ -185,6 +184,12 @@ def recorded(options: Mapping[str, Any]) -> dict[str, Any]:
         key: Path(value).name if isinstance(value, str) and "/" in value and Path(value).exists() else value
         for key, value in options.items()
     }
+
+
+def run_key(recipe: str, arm: str, options: Mapping[str, Any]) -> str:
+    """Return what tells runs apart: the recipe's name, the arm's, and the options as they are recorded."""
+    identity = json.dumps([recipe, arm, options], sort_keys=True)
+    return hashlib.sha256(identity.encode()).hexdigest()[:12]
 
 
 def describe(point: Mapping[str, Any]) -> str:

@@ -12,13 +12,7 @@ from comparison.results import Record, Results, best_points, step_seconds
 
 
 def plot(comparison: Comparison, results: Results, path: Path) -> None:
-    """Draw the curves of the best points, against epochs and against seconds: a line a seed, a colour an optimizer.
-
-    Args:
-        comparison: What was compared.
-        results: The runs that ended.
-        path: The PNG file to write.
-    """
+    """Draw the curves of the best points, against epochs and against seconds: a line a seed, a colour an optimizer."""
     rows = len(comparison.curves)
     palette = colormaps["tab10" if len(comparison.arms) <= 10 else "tab20"]
     figure = Figure(figsize=(11, 3.6 * rows), layout="constrained")

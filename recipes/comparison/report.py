@@ -23,19 +23,13 @@ from comparison.results import (
 )
 
 _TRAINING = ("train_nll", "eval_nll")
-_NOISY = ("train_nll_right", "train_nll_wrong")
 
 
 def report(comparison: Comparison, results: Results) -> str:
-    """Write the page.
+    """Return the page of the runs that ended.
 
-    Args:
-        comparison: What was compared.
-        results: The runs that ended.
-
-    Returns:
-        Remarks on what limits the comparison; tables of the best points, of the time to a target, of a step's time, of
-        the gap between training and validation, of the grids; the options.
+    It has remarks on what limits the comparison; tables of the best points, of the time to a target, of a step's time,
+    of the gap between training and validation, of the grids; the options.
     """
     best = best_points(comparison, results)
     finals = {
@@ -101,10 +95,10 @@ def _overlaps(comparison: Comparison, finals: dict[str, list[Record]]) -> list[s
     """Name neighbours in the ranking by the first test metric whose ranges over the seeds overlap."""
     metric = comparison.test_metrics[0]
     scores = {arm: [v for record in finals[arm] if (v := value(record, metric)) is not None] for arm in finals}
-    ranked = sorted((arm for arm in scores if len(scores[arm]) > 1), key=lambda arm: -statistics.mean(scores[arm]))
+    ordered = sorted((arm for arm in scores if len(scores[arm]) > 1), key=lambda arm: -statistics.mean(scores[arm]))
     return [
         f"{metric} of {first} and of {second} differ by less than their seeds do: the ranges overlap."
-        for first, second in pairwise(ranked)
+        for first, second in pairwise(ordered)
         if min(scores[first]) <= max(scores[second]) and min(scores[second]) <= max(scores[first])
     ]
 
@@ -146,12 +140,11 @@ def _gap_section(comparison: Comparison, finals: dict[str, list[Record]]) -> lis
     records = [record for runs in finals.values() for record in runs]
     if not any(value(record, "train_nll") is not None or _logged_loss(record) is not None for record in records):
         return []
-    metrics = [*_TRAINING, *(name for name in _NOISY if any(name in record["metrics"] for record in records))]
     rows = []
     for arm in comparison.arms:
         of_arm = finals.get(arm, [])
         cells = [arm, spread([_logged_loss(record) for record in of_arm])]
-        cells += [spread([value(record, name) for record in of_arm]) for name in metrics]
+        cells += [spread([value(record, name) for record in of_arm]) for name in _TRAINING]
         cells.append(spread([_gap(record) for record in of_arm]))
         rows.append(cells)
     caption = (
@@ -159,7 +152,7 @@ def _gap_section(comparison: Comparison, finals: dict[str, list[Record]]) -> lis
         "the start of the training split and in the validation split. The gap is their difference. The logged loss is "
         "Trainer's last one, with both."
     )
-    return ["## Training and validation loss", caption, table(["optimizer", "logged loss", *metrics, "gap"], rows)]
+    return ["## Training and validation loss", caption, table(["optimizer", "logged loss", *_TRAINING, "gap"], rows)]
 
 
 def _logged_loss(record: Record) -> float | None:

@@ -102,8 +102,9 @@ def _step_section(comparison: Comparison, finals: Finals) -> list[str]:
     caption = (
         "Mean over the steps, coefficient steps and other rare work included, and over the seeds; no evaluation and no "
         f"loading of data. Ratios are to the whole step of {comparison.reference}, so that the three parts add up to "
-        "the ratio. FNGD computes and applies its weights inside the backward part; the other optimizers precondition "
-        "in the update, which holds gradient clipping too (KFAC and Eva gather their statistics in the backward part)."
+        "the ratio. FNGD computes and applies its sample weights inside the backward part; the other optimizers "
+        "precondition in the update, which holds gradient clipping too (KFAC and Eva gather their statistics in the "
+        "backward part)."
     )
     if silent := sum("hardware" not in record["metrics"] for records in finals.values() for record in records):
         caption += f" {silent} of the runs do not say on which hardware they were timed."

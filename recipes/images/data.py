@@ -1,4 +1,4 @@
-"""From a dataset's name to tensors: images averaged down and standardized, labels with noise."""
+"""From a dataset's name to tensors: images averaged down and standardized."""
 
 from __future__ import annotations
 
@@ -7,15 +7,13 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from datasets import Array3D, ClassLabel, Dataset, Features, load_dataset
+from datasets import Array3D, Dataset, Features, load_dataset
 from PIL.Image import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-from hf_fngd.sharing import INDEX_COLUMN
 from images import synthetic
 from images.arguments import DataArguments
-from images.noise import corrupt, read_rates, uniform_rates
 
 _SHUFFLE_SEED = 0  # which images are used: the same in every run
 _TRAIN, _TEST = 0, 1  # seeds of the synthetic images
@@ -42,10 +40,6 @@ class Columns(torch.utils.data.Dataset[dict[str, Tensor]]):
         chosen = torch.tensor(rows)
         return {name: column[chosen] for name, column in self.columns.items()}
 
-    def where(self, mask: Tensor) -> Columns:
-        """Return the rows `[n]` that a mask selects."""
-        return Columns(**{name: column[mask] for name, column in self.columns.items()})
-
 
 def as_it_is(batch: dict[str, Tensor]) -> dict[str, Tensor]:
     """Collate what `Columns` has fetched, which is a batch already."""
@@ -54,43 +48,29 @@ def as_it_is(batch: dict[str, Tensor]) -> dict[str, Tensor]:
 
 @dataclass(frozen=True)
 class Splits:
-    """What a run is trained and measured on; each split has the columns `pixel_values` and `labels`.
-
-    Attributes:
-        train: Images with noisy labels, and the index column that loss and optimizer follow samples by.
-        validation: Images with labels as noisy: nobody has others to select a model by.
-        test: Images with true labels.
-        true_labels: The true labels of `train`.
-        classes: Number of classes.
-    """
+    """What a run is trained and measured on, in the columns `pixel_values` and `labels`, and the number of classes."""
 
     train: Columns
     validation: Columns
     test: Columns
-    true_labels: Tensor
     classes: int
-
-    @property
-    def wrong(self) -> Tensor:
-        """Which rows of `train` have a wrong label."""
-        return self.train.columns["labels"] != self.true_labels
 
 
 def load(arguments: DataArguments, seed: int) -> Splits:
-    """Load, standardize by the mean and the deviation of each channel in the training images, and add the noise.
+    """Load, and standardize by the mean and the deviation of each channel in the training images.
 
     Args:
-        arguments: Dataset, sizes and noise.
-        seed: Seed of the noise where the arguments have none.
+        arguments: Dataset and sizes.
+        seed: Decides which images are left unscaled.
 
     Raises:
-        ValueError: A split, a column or enough images are missing, or the noise is not one of these classes.
+        ValueError: A split, a column or enough images are missing.
     """
     if arguments.dataset_name is None:
         pixels, labels = synthetic.generate(arguments.max_train_samples, arguments.image_size, _TRAIN)
         test_size = _TEST_SIZE if arguments.max_test_samples is None else arguments.max_test_samples
         test_pixels, test_labels = synthetic.generate(test_size, arguments.image_size, _TEST)
-        names, classes = None, synthetic.CLASSES
+        classes = synthetic.CLASSES
     else:
         splits = load_dataset(arguments.dataset_name, arguments.dataset_config_name)
         missing = [name for name in ("train", "test") if name not in splits]
@@ -101,8 +81,7 @@ def load(arguments: DataArguments, seed: int) -> Splits:
         train = splits["train"].shuffle(seed=_SHUFFLE_SEED)
         pixels, labels = _tensors(_first(train, arguments.max_train_samples), arguments.image_size)
         test_pixels, test_labels = _tensors(_first(splits["test"], arguments.max_test_samples), arguments.image_size)
-        feature = train.features["label"]
-        names = feature.names if isinstance(feature, ClassLabel) else None
+        names = getattr(train.features["label"], "names", None)
         classes = len(names) if names else int(max(labels.max(), test_labels.max())) + 1
     size = len(pixels) - arguments.validation_samples
     if size < 1:
@@ -110,22 +89,14 @@ def load(arguments: DataArguments, seed: int) -> Splits:
             f"The dataset has {len(pixels)} training images, validation_samples={arguments.validation_samples} leaves "
             "none to train on; lower it."
         )
-    if arguments.noise_rates is None:
-        rates = uniform_rates(classes, arguments.label_noise)
-    else:
-        rates = read_rates(arguments.noise_rates, arguments.noise_kind, names, classes)
-    noise_seed = seed if arguments.noise_seed is None else arguments.noise_seed
-    noisy = corrupt(labels, rates, noise_seed)
     mean = pixels[:size].mean(dim=(0, 2, 3), keepdim=True)
     deviation = pixels[:size].std(dim=(0, 2, 3), keepdim=True).clamp(min=1e-6)
-    pixels = torch.cat([leave_unscaled(pixels[:size], arguments.unscaled, noise_seed), pixels[size:]])
+    pixels = torch.cat([leave_unscaled(pixels[:size], arguments.unscaled, seed), pixels[size:]])
     pixels, test_pixels = (pixels - mean) / deviation, (test_pixels - mean) / deviation
-    index = torch.arange(size)
     return Splits(
-        train=Columns(pixel_values=pixels[:size], labels=noisy[:size], **{INDEX_COLUMN: index}),
-        validation=Columns(pixel_values=pixels[size:], labels=noisy[size:]),
+        train=Columns(pixel_values=pixels[:size], labels=labels[:size]),
+        validation=Columns(pixel_values=pixels[size:], labels=labels[size:]),
         test=Columns(pixel_values=test_pixels, labels=test_labels),
-        true_labels=labels[:size],
         classes=classes,
     )
 

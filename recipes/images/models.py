@@ -60,13 +60,7 @@ class Perceptron(PreTrainedModel):
 
 
 def build_model(arguments: ModelArguments, image_size: int, classes: int) -> PreTrainedModel:
-    """Build a classifier, initialized from torch's global generator.
-
-    Args:
-        arguments: Kind and sizes.
-        image_size: Pixels a side.
-        classes: Number of classes.
-    """
+    """Build a classifier of images of so many pixels a side, initialized from torch's global generator."""
     if arguments.model == "mlp":
         return Perceptron(
             PerceptronConfig(

@@ -14,16 +14,7 @@ _NOISE = 2.0  # deviations of a pattern
 
 
 def generate(size: int, image_size: int, seed: int) -> tuple[Tensor, Tensor]:
-    """Generate images.
-
-    Args:
-        size: Number of images.
-        image_size: Pixels a side.
-        seed: Seed of the images; the patterns are the same for every seed.
-
-    Returns:
-        Pixels `[size, 3, image_size, image_size]` and labels `[size]`, in random order.
-    """
+    """Return pixels `[size, 3, image_size, image_size]` and labels `[size]`; all seeds have the same patterns."""
     fixed = torch.Generator().manual_seed(0)
     coarse = torch.randn(CLASSES * _PATTERNS, 3, _COARSE, _COARSE, generator=fixed)
     patterns = F.interpolate(coarse, size=image_size, mode="bilinear", align_corners=False)

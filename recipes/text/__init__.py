@@ -1,1 +1,1 @@
-"""What recipes on single sentences share: their data, one run from training to scores, the model card."""
+"""What recipes on texts share: their options, data, Trainer, and one run from training to scores."""

@@ -6,59 +6,122 @@ import json
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import ModelCardData
-from transformers import TrainingArguments
+import accelerate
+import datasets
+import tokenizers
+import torch
+import transformers
+from huggingface_hub import EvalResult, ModelCardData
 
+SCORES = {"bleu": "BLEU", "perplexity": "perplexity", "accuracy": "accuracy"}
+"""What a recipe's metrics are called."""
+_SPLITS = {"eval": "validation", "predict": "test", "best_predict": "test, at the best epoch"}
+_EMBEDDED = "the embedded data of the recipe"
 _CARD = """---
 {metadata}
 ---
 
 # {name}
 
-A `{model}` of {parameters:,} parameters, trained by hf_fngd's `recipes/{recipe}`.
+A `{model}` of {parameters:,} parameters{languages}, trained by hf_fngd's `recipes/{recipe}`.
 
-| | |
-|---|---|
 {scores}
 
 - data: {dataset}, {train_samples:,} training rows
-- {length} in batches of {batch} ({processes} process(es), {accumulation} accumulation step(s)), schedule {schedule},
-  gradient clipped at norm {clip:g}, seed {seed}
-- optimizer: **{optimizer}**, with the arguments
+- optimizer: **{optimizer}**, with the arguments below
+- {length} in batches of {batch} rows ({processes} process(es), {accumulation} accumulation step(s))
+- schedule {schedule} with {warm_up}, gradient clipped at norm {clip:g}
+- label smoothing {smoothing:g}, seed {seed}
 
 ```json
 {optimizer_arguments}
 ```
+
+![Learning curve](learning_curve.png)
+
+Versions: {versions}.
 """
-_SCORES = ("loss", "perplexity", "accuracy")
 
 
-def render_card(report: dict[str, Any], args: TrainingArguments) -> str:
+def render_card(report: dict[str, Any], args: transformers.TrainingArguments) -> str:
     """Write the card of a run.
 
     Args:
-        report: What all_results.json holds of the run so far (no scores, on a card that goes with a checkpoint).
+        report: What all_results.json holds of the run so far (a card that is pushed with a checkpoint has no scores
+            yet): the recipe and its task, the optimizer, the dataset's name (None: embedded data), sizes, scores.
         args: The run's arguments: schedule, batch sizes, seed.
 
     Returns:
         The text of README.md, with the metadata that the Hub reads.
     """
-    name = Path(args.output_dir).resolve().name
-    metadata = ModelCardData(
-        library_name="transformers", tags=["hf_fngd", report["optimizer"].lower()], model_name=name
-    )
-    scores = [f"| {key} | {value:.4f} |" for key, value in report.items() if key.rsplit("_", 1)[-1] in _SCORES]
+    languages = [report[name] for name in ("source_lang", "target_lang") if name in report]
+    facts = ("model", "parameters", "recipe", "train_samples", "optimizer", "seed")
+    warm_up = f"{args.warmup_steps:g} warm-up steps" if args.warmup_steps >= 1 else f"{args.warmup_steps:.0%} warm-up"
     return _CARD.format(
-        **{key: report[key] for key in ("model", "recipe", "parameters", "train_samples", "optimizer", "seed")},
-        metadata=metadata.to_yaml(),
-        name=name,
-        scores="\n".join(scores) or "| not evaluated yet | |",
-        dataset=f"`{report['dataset_name']}`" if report["dataset_name"] else "the embedded data of the recipe",
+        **{name: report[name] for name in facts},
+        metadata=_metadata(report, args, languages).to_yaml(),
+        name=Path(args.output_dir).resolve().name,
+        languages=" that translates from `{}` to `{}`".format(*languages) if languages else "",
+        scores=_scores(report),
+        dataset=f"`{report['dataset_name']}`" if report["dataset_name"] else _EMBEDDED,
         length=f"{args.max_steps} steps" if args.max_steps > 0 else f"{args.num_train_epochs:g} epochs",
         batch=args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
         processes=args.world_size,
         accumulation=args.gradient_accumulation_steps,
         schedule=args.lr_scheduler_type.value,
+        warm_up=warm_up,
         clip=args.max_grad_norm,
+        smoothing=args.label_smoothing_factor,
         optimizer_arguments=json.dumps(report["optimizer_arguments"], indent=2),
+        versions=", ".join(
+            f"{module.__name__} {module.__version__}"
+            for module in (transformers, torch, accelerate, datasets, tokenizers)
+        ),
     )
+
+
+def _metadata(report: dict[str, Any], args: transformers.TrainingArguments, languages: list[str]) -> ModelCardData:
+    dataset = report["dataset_name"]
+    # A local path has no page to link to.
+    on_hub = dataset is not None and dataset.count("/") == 1 and not dataset.startswith((".", "/", "~"))
+    return ModelCardData(
+        language=languages or None,
+        library_name="transformers",
+        pipeline_tag=report["task"],
+        tags=["hf_fngd", report["optimizer"].lower()],
+        datasets=[dataset] if on_hub else None,
+        model_name=Path(args.output_dir).resolve().name,
+        eval_results=[
+            EvalResult(
+                task_type=report["task"],
+                dataset_type=dataset if on_hub else "custom",
+                dataset_name=dataset or _EMBEDDED,
+                dataset_split=_SPLITS[prefix],
+                metric_type=metric,
+                metric_name=SCORES[metric],
+                metric_value=round(report[f"{prefix}_{metric}"], 4),
+            )
+            for prefix in ("eval", "predict")
+            for metric in SCORES
+            if f"{prefix}_{metric}" in report
+        ]
+        or None,
+    )
+
+
+def _scores(report: dict[str, Any]) -> str:
+    """Return a table, a row a split that was scored."""
+    names = [name for name in (*SCORES, "loss") if any(f"{prefix}_{name}" in report for prefix in _SPLITS)]
+    rows = [
+        f"| {split} | {' | '.join(format(report[f'{prefix}_{name}'], '.4g') for name in names)} |"
+        for prefix, split in _SPLITS.items()
+        if f"{prefix}_loss" in report
+    ]
+    if not rows:
+        return "Not evaluated yet."
+    table = [f"| | {' | '.join(SCORES.get(name, name) for name in names)} |", "|---" * (len(names) + 1) + "|", *rows]
+    if "num_beams" in report:
+        search = "greedy search" if report["num_beams"] == 1 else f"beam search with {report['num_beams']} beams"
+        signature = next(report[name] for name in report if name.endswith("bleu_signature"))
+        table += ["", f"Translations by {search}; sacreBLEU `{signature}`."]
+    return "\n".join(table)

@@ -1,4 +1,4 @@
-"""From a dataset's name to splits of texts."""
+"""From a dataset's name to splits of texts, and from texts to tokens."""
 
 from __future__ import annotations
 
@@ -7,10 +7,9 @@ from typing import Any
 
 from datasets import Dataset, DatasetDict, Features, load_dataset
 
-from common.trainer import LENGTH
 from text.arguments import TextArguments
 
-TEXT = "text"
+TEXT, LENGTH = "text", "length"
 
 
 def load_splits(
@@ -43,29 +42,56 @@ def load_splits(
             rows = source[split]
         else:
             raise ValueError(f"--{name}_split: the embedded data has no {split!r}, it has {', '.join(source)}.")
-        rows = rows if limit is None else rows.select(range(min(limit, len(rows))))
-        splits[name] = _columns(rows, name, {column: getattr(arguments, f"{column}_column") for column in columns})
+        names = {column: getattr(arguments, f"{column}_column") for column in columns}
+        splits[name] = _columns(first(rows, limit), name, names)
     return DatasetDict(splits)
 
 
-def encode(rows: Dataset, tokenize: Callable[[list[str]], dict[str, Any]], workers: int | None, desc: str) -> Dataset:
-    """Tokenize texts.
+def first(rows: Dataset, limit: int | None) -> Dataset:
+    """Return the first rows of a split, all where there is no limit."""
+    return rows if limit is None else rows.select(range(min(limit, len(rows))))
+
+
+def stripped(texts: Sequence[Any], split: str, column: str) -> list[str]:
+    """Return texts without white space around them; raise a ValueError where one is missing."""
+    for number, text in enumerate(texts):
+        if not isinstance(text, str) or not text.strip():
+            raise ValueError(f"Row {number} of the {split} split has no text in {column!r}; remove the row.")
+    return [text.strip() for text in texts]
+
+
+def encode(
+    splits: DatasetDict, tokenize: Callable[[dict[str, list[Any]]], Mapping[str, list[Any]]], workers: int | None
+) -> DatasetDict:
+    """Tokenize splits.
 
     Args:
-        rows: The column `text`, and others.
-        tokenize: Returns the columns of a list of texts, of which input_ids is one.
+        splits: Columns of texts, and others.
+        tokenize: Takes a batch of the columns; returns the columns input_ids and, of sequences to predict, labels.
         workers: Number of worker processes.
-        desc: Label of the progress bar.
 
     Returns:
-        The other columns, those of `tokenize`, and `length`, the number of tokens, by which batches are grouped.
+        The splits with more columns: those of `tokenize`, and `length`, the tokens of the longer side, by which
+        batches are grouped: on Multi30K that leaves less padding than the length of either side or their sum.
     """
 
     def columns(batch: dict[str, list[Any]]) -> dict[str, Any]:
-        features = tokenize(batch[TEXT])
-        return {**features, LENGTH: [len(ids) for ids in features["input_ids"]]}
+        features = tokenize(batch)
+        sides = (features[name] for name in ("input_ids", "labels") if name in features)
+        return {**features, LENGTH: [max(map(len, row)) for row in zip(*sides, strict=True)]}
 
-    return rows.map(columns, batched=True, remove_columns=[TEXT], num_proc=workers, desc=desc)
+    return DatasetDict(
+        {
+            name: rows.map(columns, batched=True, num_proc=workers, desc=f"Tokenizing {name}")
+            for name, rows in splits.items()
+        }
+    )
+
+
+def longest_first(rows: Dataset) -> Dataset:
+    """Sort tokenized rows so that batches of like lengths waste little padding."""
+    lengths = [len(ids) for ids in rows["input_ids"]]
+    return rows.select(sorted(range(len(lengths)), key=lambda row: -lengths[row]))
 
 
 def _load(arguments: TextArguments, name: str, split: str) -> Dataset:
@@ -88,8 +114,5 @@ def _columns(rows: Dataset, split: str, names: Mapping[str, str]) -> Dataset:
                 f"Choose with --{new}_column."
             )
     values = {new: list(rows[old]) for new, old in names.items()}
-    for number, text in enumerate(values[TEXT]):
-        if not isinstance(text, str) or not text.strip():
-            raise ValueError(f"Row {number} of the {split} split has no text in {names[TEXT]!r}; remove the row.")
-    values[TEXT] = [text.strip() for text in values[TEXT]]
+    values[TEXT] = stripped(values[TEXT], split, names[TEXT])
     return Dataset.from_dict(values, features=Features({new: rows.features[old] for new, old in names.items()}))

@@ -1,137 +1,83 @@
-"""One run: from the checkpoint that it goes on from to the scores that it ends with."""
+"""From a model and tokenized splits to scores and an output folder."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from datasets import Dataset
-from transformers import (
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    TrainerCallback,
-    TrainingArguments,
-    enable_full_determinism,
-    set_seed,
-)
+from datasets import DatasetDict
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from common.arguments import OptimizerArguments
-from common.checkpoints import find_checkpoint
-from common.optimizers import callbacks, describe, fngd_config, optimizer_cls_and_kwargs
-from common.trainer import LENGTH, TextTrainer
-from hf_fngd import FNGDConfig, add_index
-from text.arguments import TextArguments
-from text.card import render_card
-
-
-@dataclass(frozen=True)
-class Run:
-    """What is known before there are data and a model.
-
-    Attributes:
-        args: The training arguments.
-        config: FNGD's configuration; None for any other optimizer.
-        optimizer: What `Trainer(optimizer_cls_and_kwargs=...)` takes.
-        callbacks: What the optimizer wants.
-        checkpoint: The checkpoint to go on from; None at the start.
-    """
-
-    args: TrainingArguments
-    config: FNGDConfig | None
-    optimizer: tuple[Any, dict[str, Any]] | None
-    callbacks: list[TrainerCallback]
-    checkpoint: str | None
-
-    def seed(self) -> None:
-        """Seed all generators, before the model is initialized."""
-        enable_full_determinism(self.args.seed) if self.args.full_determinism else set_seed(self.args.seed)
-
-
-def prepare(data_args: TextArguments, optimizer_args: OptimizerArguments, args: TrainingArguments) -> Run:
-    """Check the optimizer's options, and look for a checkpoint."""
-    config = fngd_config(optimizer_args, args)
-    optimizer = optimizer_cls_and_kwargs(optimizer_args, config, args)
-    checkpoint = find_checkpoint(args, data_args.overwrite_output_dir)
-    if checkpoint is not None and args.process_index == 0:
-        print(f"Resuming from {checkpoint}; --overwrite_output_dir starts anew.")
-    return Run(args, config, optimizer, callbacks(optimizer_args), checkpoint)
+from common.optimizers import describe
+from common.run import Run
+from text.card import SCORES, render_card
+from text.data import longest_first
+from text.plot import plot_learning_curve
+from text.trainer import TextTrainer
 
 
 def train_and_score(
     run: Run,
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    splits: Mapping[str, Dataset],
+    splits: DatasetDict,
     facts: dict[str, Any],
     *,
     trainer_cls: type[TextTrainer] = TextTrainer,
-    fitted: bool = False,
     **trainer_kwargs: Any,
 ) -> dict[str, Any]:
     """Train, score, and write the output folder.
 
     Args:
-        run: What `prepare` returned.
+        run: What `common.run.prepare` returned.
         model: The model to train.
         tokenizer: Its tokenizer, which is saved with it.
         splits: train, validation and test, tokenized.
-        facts: What all_results.json is to hold of model and data.
+        facts: What all_results.json is to hold of model and data; the card wants the names of the recipe, its task
+            and its dataset among them.
         trainer_cls: The Trainer.
-        fitted: Score the training split too, as fitted_loss and so on.
         **trainer_kwargs: Collator, loss, metrics.
 
     Returns:
         What all_results.json holds.
     """
-    args, config = run.args, run.config
-    held_out = {prefix: _longest_first(splits[name]) for prefix, name in _held_out(args).items()}
-    train = splits["train"]
+    args = run.args
+    held_out = {name: longest_first(splits[name]) for name in ("validation", "test")}
     report: dict[str, Any] = facts | {
         "model": type(model).__name__,
         "parameters": model.num_parameters(only_trainable=True),
-        "train_samples": len(train),
+        "train_samples": len(splits["train"]),
         "seed": args.seed,
     }
     trainer = trainer_cls(
         optimizer_cls_and_kwargs=run.optimizer,
-        render_card=lambda: render_card(report | describe(trainer.optimizer, config), args),
+        render_card=lambda: render_card(report | describe(trainer.optimizer, run.config), args),
         model=model,
         args=args,
-        train_dataset=add_index(train) if config is not None and config.sharing == "index" else train,
-        eval_dataset=_longest_first(splits["validation"]),
+        train_dataset=splits["train"],
+        eval_dataset=held_out["validation"],
         processing_class=tokenizer,
         callbacks=run.callbacks,
         **trainer_kwargs,
     )
-    metrics = trainer.train(resume_from_checkpoint=run.checkpoint).metrics
-    if run.checkpoint is None:
-        report |= metrics  # after resuming, Trainer divides the rest's loss and time by the steps of the whole run
-    report |= describe(trainer.optimizer, config) | trainer.timer.report()
-    trainer.save_model()
-    trainer.save_state()
-    if fitted:
-        held_out["fitted"] = train
-    for prefix, rows in held_out.items():
-        report |= trainer.predict(rows, metric_key_prefix=prefix).metrics
-    best = trainer.state.best_model_checkpoint
-    if "predict" in held_out and best is not None and not args.load_best_model_at_end:
-        with trainer.weights_of(best):
-            report |= trainer.predict(held_out["predict"], metric_key_prefix="best_predict").metrics
+    report |= run.train(trainer)
+    if args.do_eval:
+        report |= trainer.score(held_out["validation"], "eval")
+    if args.do_predict:
+        report |= trainer.score(held_out["test"], "predict")
+        best = trainer.state.best_model_checkpoint
+        if best is not None and not args.load_best_model_at_end:
+            with trainer.weights_of(best):
+                report |= trainer.score(held_out["test"], "best_predict")
     trainer.save_metrics("all", report, combined=False)
     trainer.create_model_card()
+    if trainer.is_world_process_zero():
+        curve = Path(args.output_dir, "learning_curve.png")
+        plot_learning_curve(trainer.state.log_history, curve, f"{report['optimizer']}, {report['recipe']}")
+        for name in (f"{prefix}_{metric}" for prefix in ("eval", "predict") for metric in SCORES):
+            if name in report:
+                signature = report.get(f"{name}_signature")
+                print(f"{name}: {report[name]:.4g}" + (f" ({signature})" if signature else ""))
     if args.push_to_hub:
         trainer.push_to_hub()
     return report
-
-
-def _held_out(args: TrainingArguments) -> dict[str, str]:
-    """Return the splits to score at the end, by the prefixes of their metrics."""
-    wanted = {"eval": ("validation", args.do_eval), "predict": ("test", args.do_predict)}
-    return {prefix: name for prefix, (name, do) in wanted.items() if do}
-
-
-def _longest_first(rows: Dataset) -> Dataset:
-    """Sort rows so that batches of like lengths waste little padding."""
-    lengths = list(rows[LENGTH])
-    return rows.select(sorted(range(len(lengths)), key=lambda row: -lengths[row]))

@@ -14,9 +14,9 @@ from itertools import islice
 
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
 
-from translation.corpus import sentences
-from translation.corpus.grammar import Sentence
-from translation.corpus.words import SUBJECTS
+from corpus import sentences
+from corpus.grammar import Sentence
+from corpus.words import SUBJECTS
 
 LABELS = [noun.en for noun in SUBJECTS]
 FEATURES = Features({"text": Value("string"), "label": ClassLabel(names=LABELS)})
@@ -25,11 +25,7 @@ FEATURES = Features({"text": Value("string"), "label": ClassLabel(names=LABELS)}
 def load(train_size: int = 10_000, validation_size: int = 2_000, test_size: int = 2_000, seed: int = 0) -> DatasetDict:
     """Return the splits train, validation and test, with the columns text and label.
 
-    Args:
-        train_size: Number of training rows; more of them leave the other splits as they are.
-        validation_size: Number of validation rows.
-        test_size: Number of test rows.
-        seed: Seed of the sentences.
+    More training rows leave the other splits as they are.
 
     Raises:
         ValueError: A size is below 1, or the grammar does not make so many sentences.

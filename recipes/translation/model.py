@@ -15,15 +15,8 @@ def build_model(
     """Build the Transformer of Vaswani et al. (2017) as a MarianMTModel.
 
     Marian is that architecture: layer norm behind each residual sum, fixed sinusoidal positions, ReLU, one
-    matrix for both embeddings and the output layer, embeddings scaled by sqrt(d_model).
-
-    Args:
-        tokenizer: Gives the size of the vocabulary and the ids of its special tokens.
-        model_args: Sizes and dropout.
-        data_args: The longest sequences and the number of beams, which go into the generation configuration.
-
-    Returns:
-        The model, initialized from torch's global generator.
+    matrix for both embeddings and the output layer, embeddings scaled by sqrt(d_model). The longest sequences and the
+    number of beams go into the generation configuration.
     """
     config = MarianConfig(
         vocab_size=len(tokenizer),

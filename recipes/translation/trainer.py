@@ -1,8 +1,9 @@
-"""The Trainer of the recipe: translations in a known order, scored."""
+"""The Trainer of the recipe: translations, scored, and in the order of their split."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,68 +14,69 @@ from torch.nn import functional as F
 from transformers import PreTrainedTokenizerBase, Seq2SeqTrainer
 from transformers.trainer_utils import EvalPrediction
 
-from common.trainer import TextTrainer
-from translation.data import HeldOut
+from text.data import first
+from text.trainer import TextTrainer
+from translation.data import TARGET
 from translation.metric import SacreBleu
+
+ROW = "row"  # a pair's place in its split
 
 
 class TranslationTrainer(TextTrainer, Seq2SeqTrainer):
-    """A Seq2SeqTrainer for `HeldOut` splits."""
+    """A Seq2SeqTrainer for tokenized pairs that keep their texts and their places."""
 
-    def translate(self, held_out: HeldOut, prefix: str) -> tuple[list[str], dict[str, Any]]:
-        """Translate a split and score it.
-
-        Args:
-            held_out: The split.
-            prefix: Goes before each metric's name, with an underscore.
+    def score(self, rows: Dataset, prefix: str) -> dict[str, Any]:
+        """Translate pairs and score them.
 
         Returns:
-            The translations in the order of the split; the loss, the speed, BLEU and its parts.
+            The loss, the speed, BLEU and its parts. With the prefix "eval" eval_nll and train_nll too, the mean
+            negative log-likelihood of a target token, in these pairs and in as many from the start of the training
+            split; with "predict", the translations are written to predictions.txt.
         """
         each_epoch = self.args.predict_with_generate
         self.args.predict_with_generate = True
         try:
-            output = self.predict(held_out.encoded, metric_key_prefix=prefix)
+            output = self.predict(rows, metric_key_prefix=prefix)
         finally:
             self.args.predict_with_generate = each_epoch
         # Several processes pad the last round of batches with sentences from the start.
-        rows = output.predictions[: len(held_out.order)]
-        translations = held_out.restore(decode(self.processing_class, rows))
-        bleu = SacreBleu().compute(predictions=translations, references=held_out.references)
+        translations = decode(self.processing_class, output.predictions[: len(rows)])
+        bleu = SacreBleu().compute(predictions=translations, references=list(rows[TARGET]))
         bleu["bleu"] = bleu.pop("score")
         metrics = dict(output.metrics)
         for name, value in bleu.items():
             metrics[f"{prefix}_{name if name == 'bleu' else 'bleu_' + name}"] = value
-        return translations, metrics
+        if prefix == "eval":
+            metrics["eval_nll"] = mean_nll(self.log_likelihoods(rows))
+            metrics["train_nll"] = mean_nll(self.log_likelihoods(first(self.train_dataset, len(rows))))
+        if prefix == "predict" and self.is_world_process_zero():
+            ordered = [text for _, text in sorted(zip(rows[ROW], translations, strict=True))]
+            Path(self.args.output_dir, "predictions.txt").write_text("\n".join(ordered) + "\n", encoding="utf-8")
+        return metrics
 
     @torch.no_grad()
-    def log_likelihoods(self, encoded: Dataset) -> Tensor:
+    def log_likelihoods(self, rows: Dataset) -> Tensor:
         """Score the targets of tokenized pairs, without dropout and label smoothing.
 
         Returns:
             `[n, 2]`, a row a pair: the negative log-likelihood of its target in nats, and the tokens of its target.
         """
         self.model.eval()
-        rows = []
-        for batch in self.get_eval_dataloader(encoded):
+        scores = []
+        for batch in self.get_eval_dataloader(rows):
             inputs = self._prepare_inputs(batch)
             labels = inputs.pop("labels")
             logits = self.model(**inputs)["logits"]
             losses = F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), reduction="none").view_as(labels)
             scored = torch.stack([losses.sum(1), labels.ne(-100).sum(1)], dim=1)
-            rows.append(self.accelerator.gather_for_metrics(scored).cpu())
-        return torch.cat(rows).double()
-
-    def translate_as_of(self, checkpoint: str, held_out: HeldOut, prefix: str) -> tuple[list[str], dict[str, Any]]:
-        """Do what `translate` does with the weights of a checkpoint, and keep the model's own."""
-        with self.weights_of(checkpoint):
-            return self.translate(held_out, prefix)
+            scores.append(self.accelerator.gather_for_metrics(scored).cpu())
+        return torch.cat(scores).double()
 
 
-def mean_nll(scores: Tensor) -> float | None:
-    """Return the mean negative log-likelihood of a token from `log_likelihoods`' rows; None where there are none."""
+def mean_nll(scores: Tensor) -> float:
+    """Return the mean negative log-likelihood of a token from `log_likelihoods`' rows."""
     loss, tokens = scores.sum(0).tolist()
-    return loss / tokens if tokens else None
+    return loss / tokens
 
 
 def make_bleu(tokenizer: PreTrainedTokenizerBase, size: int) -> Callable[[EvalPrediction], dict[str, float]]:

@@ -34,7 +34,6 @@ RECIPE_OPTIONS = {
     "text_classification.py": text_classification.DATACLASSES,
 }
 CONFIGS = sorted((RECIPES / "configs" / "compare").glob("*.yaml"))
-PARSERS = {"translate.py": translation.parse_arguments, "image_classification.py": images.parse_arguments}
 
 
 @pytest.fixture
@@ -234,13 +233,8 @@ def test_an_arm_of_one_point_is_not_screened_and_a_run_of_both_stages_is_made_on
     toy.values["arms"] = {"a": {"options": {"lr": 0.1}}, "b": {"grid": {"lr": [0.1, 0.2]}}}
     toy.values["final"] = {"seeds": [0, 1], "options": {"epochs": 1}}
     toy.run()
-    assert [(line["stage"], line["arm"]) for line in toy.lines()] == [
-        ("screen", "b"),
-        ("screen", "b"),
-        ("final", "a"),
-        ("final", "a"),
-        ("final", "b"),
-    ]
+    stages = [("screen", "b"), ("screen", "b"), ("final", "a"), ("final", "a"), ("final", "b")]
+    assert [(line["stage"], line["arm"]) for line in toy.lines()] == stages
     assert toy.row("b")[3] == "2"
 
 
@@ -311,12 +305,16 @@ def test_a_missing_key_is_named(toy):
         toy.run()
 
 
+@pytest.mark.parametrize("recipe", RECIPE_OPTIONS)
+def test_every_recipe_can_be_asked_for_help(recipe, capsys):
+    with pytest.raises(SystemExit, match="0"):
+        parse(RECIPE_OPTIONS[recipe], ["--help"])
+    assert "--layer_types" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_declared_comparisons_parse_and_have_equal_grids(tmp_path, path):
-    rates = tmp_path / "human_label_noise.json"  # a file that nobody has to have
-    rates.touch()
-    named = "noise_rates" in path.read_text(encoding="utf-8")
-    comparison = load(path, {"noise_rates": str(rates)} if named else None)
+    comparison = load(path)
     runs = comparison.screen_runs()
     runs += comparison.final_runs({name: arm.points()[0] for name, arm in comparison.arms.items()})
     for run in runs:

@@ -6,8 +6,8 @@ from typing import get_args
 
 import pytest
 
-from translation import corpus
-from translation.corpus import grammar, words
+import corpus
+from corpus import grammar, words
 
 SPLITS = get_args(grammar.Split)
 # sha256 of generate("train", 200): a change of the grammar or of the drawing changes every published score.
@@ -110,9 +110,7 @@ def test_bad_arguments_name_the_fix():
 
 
 def test_too_many_sentences_are_refused(monkeypatch):
-    only = grammar.Sentence(
-        "One sentence is all there is.", "Ein Satz ist alles, was es gibt.", frozenset(), "sentence"
-    )
+    only = grammar.Sentence("One sentence is all.", "Ein Satz ist alles.", frozenset(), "sentence")
     monkeypatch.setattr(grammar.Grammar, "sentence", lambda self: only)
     with pytest.raises(ValueError, match="gave only 1 of 2 sentences; lower the size"):
         corpus.generate("train", 2)

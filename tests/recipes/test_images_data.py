@@ -1,8 +1,6 @@
-"""Noise, synthetic images, and the way from a dataset to tensors."""
+"""Synthetic images, the way from a dataset to tensors, and the options of the image recipe."""
 
 from __future__ import annotations
-
-import json
 
 import numpy as np
 import pytest
@@ -11,23 +9,9 @@ from datasets import ClassLabel, Dataset, Features, Image, Value
 from PIL import Image as PillowImage
 from torch.utils.data import DataLoader
 
-from hf_fngd.sharing import INDEX_COLUMN
-from images.arguments import DataArguments
+from images.arguments import DataArguments, parse_arguments
 from images.data import Columns, as_it_is, load
-from images.noise import corrupt, read_rates, uniform_rates
 from images.synthetic import CLASSES, generate
-
-RATES = [[0.5, 0.5, 0.0], [0.0, 1.0, 0.0], [0.25, 0.25, 0.501]]
-
-
-@pytest.fixture
-def rates_file(tmp_path):
-    def write(**values):
-        file = tmp_path / "rates.json"
-        file.write_text(json.dumps(values), encoding="utf-8")
-        return file
-
-    return write
 
 
 def write_images(folder, sizes=((32, 32),), splits=("train", "test"), column="image", label=None):
@@ -44,54 +28,6 @@ def write_images(folder, sizes=((32, 32),), splits=("train", "test"), column="im
     return str(folder)
 
 
-@pytest.mark.parametrize(("share", "wrong"), [(0.0, 0.0), (0.4, 0.36), (1.0, 0.9)])
-def test_uniform_noise_replaces_its_share_some_of_it_by_the_same_label(share, wrong):
-    labels = torch.arange(20_000) % 10
-    noisy = corrupt(labels, uniform_rates(10, share), seed=1)
-    assert (noisy != labels).double().mean().item() == pytest.approx(wrong, abs=0.01)
-    assert torch.equal(noisy, corrupt(labels, uniform_rates(10, share), seed=1))
-    if share:
-        assert not torch.equal(noisy, corrupt(labels, uniform_rates(10, share), seed=2))
-
-
-def test_noise_draws_from_the_row_of_the_true_class_and_from_no_other_generator(rates_file):
-    rates = read_rates(rates_file(kind=RATES, source="a paper"), "kind", None, 3)
-    torch.testing.assert_close(rates.sum(dim=1), torch.ones(3, dtype=torch.float64))
-    labels = torch.arange(30_000) % 3
-    torch.manual_seed(0)
-    noisy = corrupt(labels, rates, seed=0)
-    after = torch.rand(1)
-    torch.manual_seed(0)
-    assert torch.equal(torch.rand(1), after)
-    found = torch.stack([noisy[labels == c].bincount(minlength=3) / 10_000 for c in range(3)]).double()
-    torch.testing.assert_close(found, rates, atol=0.02, rtol=0)
-    assert torch.equal(found == 0, rates == 0)
-
-
-@pytest.mark.parametrize(
-    ("values", "names", "message"),
-    [
-        ({"worse": RATES, "random1": RATES}, None, "no matrix 'kind'; set --noise_kind to worse or random1"),
-        ({"kind": RATES, "classes": ["a", "c", "b"]}, ["a", "b", "c"], r"classes \['a', 'c', 'b'\], the dataset has"),
-        ({"kind": RATES[:2]}, None, r"shape \(2, 3\); the dataset has 3 classes"),
-        ({"kind": [[0.5, 0.5, 0.5]] * 3}, None, "add up to 1"),
-        ({"kind": [[1.5, -0.5, 0]] * 3}, None, "add up to 1"),
-        ({"kind": [[1.0], [1.0, 0.0]]}, None, "no matrix of numbers"),
-    ],
-)
-def test_bad_rates_name_the_fix(rates_file, values, names, message):
-    with pytest.raises(ValueError, match=message):
-        read_rates(rates_file(**values), "kind", names, 3)
-
-
-@pytest.mark.parametrize(("text", "message"), [("{", "is no JSON"), ("[]", "holds a list")])
-def test_a_file_of_something_else_is_told(tmp_path, text, message):
-    file = tmp_path / "rates.json"
-    file.write_text(text, encoding="utf-8")
-    with pytest.raises(ValueError, match=message):
-        read_rates(file, "kind", None, 3)
-
-
 def test_synthetic_images_share_patterns_between_seeds():
     pixels, labels = generate(400, 8, seed=0)
     assert pixels.shape == (400, 3, 8, 8)
@@ -104,17 +40,15 @@ def test_synthetic_images_share_patterns_between_seeds():
     assert (other_labels[near] == labels).double().mean() > 0.2
 
 
-def test_splits_are_standardized_and_noisy_where_they_should_be():
+def test_splits_are_standardized_by_the_training_images():
     splits = load(DataArguments(max_train_samples=600, validation_samples=200, max_test_samples=50, image_size=8), 3)
     train, validation, test = splits.train.columns, splits.validation.columns, splits.test.columns
     assert (len(splits.train), len(splits.validation), len(splits.test), splits.classes) == (400, 200, 50, 10)
-    assert set(train) == {"pixel_values", "labels", INDEX_COLUMN}
+    assert set(train) == {"pixel_values", "labels"}
     torch.testing.assert_close(train["pixel_values"].mean(dim=(0, 2, 3)), torch.zeros(3), atol=1e-4, rtol=0)
     torch.testing.assert_close(train["pixel_values"].std(dim=(0, 2, 3)), torch.ones(3), atol=1e-3, rtol=0)
     true = generate(600, 8, seed=0)[1]
-    assert torch.equal(splits.true_labels, true[:400])
-    assert 0.25 < (validation["labels"] != true[400:]).double().mean() < 0.47
-    assert 0.25 < splits.wrong.double().mean() < 0.47
+    assert torch.equal(torch.cat([train["labels"], validation["labels"]]), true)
     assert torch.equal(test["labels"], generate(50, 8, seed=1)[1])
 
 
@@ -130,14 +64,6 @@ def test_some_training_images_are_left_unscaled():
     torch.testing.assert_close(others[hit].diff(dim=3), 255 * pixels[hit].diff(dim=3), rtol=1e-3, atol=1e-2)
 
 
-def test_the_noise_has_a_seed_of_its_own():
-    sizes = {"max_train_samples": 300, "validation_samples": 100, "max_test_samples": 10, "image_size": 8}
-    given = [load(DataArguments(**sizes, noise_seed=5), seed).train.columns["labels"] for seed in (0, 1)]
-    assert torch.equal(*given)
-    by_seed = [load(DataArguments(**sizes), seed).train.columns["labels"] for seed in (0, 1)]
-    assert not torch.equal(*by_seed)
-
-
 def test_batches_are_fetched_whole():
     columns = Columns(labels=torch.arange(10), squares=torch.arange(10) ** 2)
     batches = list(DataLoader(columns, batch_size=4, collate_fn=as_it_is))
@@ -149,7 +75,7 @@ def test_batches_are_fetched_whole():
 @pytest.mark.parametrize(("column", "sizes"), [("img", [(32, 32)]), ("image", [(8, 8), (20, 11)])])
 def test_datasets_become_small_images(tmp_path, column, sizes):
     name = write_images(tmp_path / "data", sizes, column=column)
-    splits = load(DataArguments(dataset_name=name, validation_samples=4, image_size=8, label_noise=0), 0)
+    splits = load(DataArguments(dataset_name=name, validation_samples=4, image_size=8), 0)
     assert splits.classes == 3
     assert (len(splits.train), len(splits.validation), len(splits.test)) == (8, 4, 12)
     pixels, labels = splits.test.columns["pixel_values"], splits.test.columns["labels"]
@@ -181,11 +107,46 @@ def test_a_dataset_that_does_not_fit_is_told(tmp_path, changes, options, message
         load(arguments, 0)
 
 
-def test_labels_without_names_are_counted(tmp_path, rates_file):
+def test_labels_without_names_are_counted(tmp_path):
     name = write_images(tmp_path / "data", label=Value("int64"))
-    file = rates_file(kind=RATES, classes=["x", "y", "z"])
-    options = {"validation_samples": 4, "image_size": 8, "noise_rates": str(file), "noise_kind": "kind"}
-    splits = load(DataArguments(dataset_name=name, **options), 0)
-    assert splits.classes == 3
-    ones = splits.true_labels == 1
-    assert not splits.wrong[ones].any()  # class 1 is never taken for another
+    assert load(DataArguments(dataset_name=name, validation_samples=4, image_size=8), 0).classes == 3
+
+
+def parse(tmp_path, *argv):
+    return parse_arguments([f"--output_dir={tmp_path}", *argv])
+
+
+def test_defaults_fit_the_model(tmp_path):
+    data, model, outliers, optimizer, training = parse(tmp_path)
+    assert (data.dataset_name, data.max_train_samples, data.unscaled) == (None, 10_000, 0)
+    assert (model.model, model.hidden_size, model.num_layers, model.patch_size) == ("mlp", 512, 2, None)
+    assert (outliers.outliers, outliers.loss_bound, outliers.clip_outputs) == (0, None, False)
+    assert optimizer.optimizer == "fngd"
+    assert (training.num_train_epochs, training.lr_scheduler_type.value) == (30, "cosine")
+    assert not training.remove_unused_columns
+    vit = parse(tmp_path, "--model=vit", "--num_layers=2")[1]
+    assert (vit.hidden_size, vit.num_layers, vit.num_heads, vit.patch_size) == (96, 2, 4, 4)
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--unscaled=-0.1"], r"unscaled is -0.1; it must lie in \[0, 1\]"),
+        (["--max_train_samples=1000"], "leaves nothing to train on behind validation_samples=1000"),
+        (["--image_size=0"], "image_size is 0"),
+        (["--patch_size=4"], "mlp has no use for --num_heads and --patch_size"),
+        (["--model=vit", "--patch_size=5"], "patch_size=5 does not divide image_size=16"),
+        (["--model=vit", "--num_heads=5"], "num_heads=5 does not divide hidden_size=96"),
+        (["--num_layers=0"], "num_layers is 0"),
+        (["--dropout=1"], "dropout is 1.0"),
+        (["--outlier_scale=10"], "--outlier_scale needs --outliers"),
+        (["--outliers=-1"], "outliers is -1"),
+        (["--remove_unused_columns=true"], "Leave --remove_unused_columns off"),
+        (["--push_to_hub=true"], "no --push_to_hub"),
+        (["--optim=sgd"], "Set --optimizer instead of --optim sgd"),
+        (["--unscale=0.1"], "did you mean unscaled"),
+    ],
+)
+def test_bad_options_name_the_fix(tmp_path, argv, message):
+    with pytest.raises(ValueError, match=message):
+        parse(tmp_path, *argv)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 import math
 import statistics
 
@@ -13,14 +12,14 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, EvalPrediction
 from transformers.pytorch_utils import Conv1D
 
+import corpus
 import language_modeling
 from baselines.factory import baseline_layers
-from common.timer import StepTimer
-from common.tokenizer import EOS, train_tokenizer
 from hf_fngd import FNGD
 from language_modeling import ModelArguments, build_model, perplexity, token_losses
-from tests.recipes.translate_pairs import PAIRS, write_splits
-from translation import corpus
+from tests.recipes.running import have_equal_weights, in_parts, interrupt, read, short
+from tests.recipes.translate_pairs import PAIRS
+from text.tokenizer import EOS, train_tokenizer
 
 TINY = {"n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 32, "vocab_size": 300}
 TEXTS = [pair["en"] for pair in PAIRS]
@@ -29,16 +28,8 @@ TEXTS = [pair["en"] for pair in PAIRS]
 @pytest.fixture
 def options(tmp_path):
     """Return the command line of a run of four steps."""
-    return [
-        f"--dataset_name={write_splits(tmp_path / 'pairs')}",
-        f"--output_dir={tmp_path / 'out'}",
-        *(f"--{name}={value}" for name, value in TINY.items()),
-        "--per_device_train_batch_size=16",
-        "--num_train_epochs=1",
-        "--learning_rate=0.01",
-        "--save_strategy=no",
-        "--disable_tqdm=true",
-    ]
+    sizes = (f"--{name}={value}" for name, value in TINY.items())
+    return short(tmp_path, *sizes, "--num_train_epochs=1", "--save_strategy=no")
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +76,7 @@ def test_a_diverged_model_has_an_infinite_perplexity():
 def test_a_run_leaves_a_model_that_loads_and_a_true_report(tmp_path, options, optimizer):
     report = language_modeling.main([*options, f"--optimizer={optimizer}"])
     out = tmp_path / "out"
-    results = json.loads((out / "all_results.json").read_text(encoding="utf-8"))
+    results = read(out, "all_results.json")
     assert results["optimizer"] == {"fngd": "FNGD", "sgd": "SGD"}[optimizer]
     assert results["optimizer_arguments"]["lr"] == 0.01
     assert {"step_seconds_mean", "train_loss", "eval_loss", "seed"} <= set(results)
@@ -106,44 +97,27 @@ def test_the_loss_is_the_mean_over_the_tokens_of_a_whole_batch(tmp_path, options
     assert whole["train_loss"] == pytest.approx(loss_of_a_token(model, tokenizer, TEXTS), rel=1e-4)
 
     argv += ["--num_train_epochs=3", "--learning_rate=0.3"]
-    whole = language_modeling.main([*argv, f"--output_dir={tmp_path / 'whole'}"])
-    parts = language_modeling.main(
-        [
-            *argv,
-            "--per_device_train_batch_size=8",
-            "--gradient_accumulation_steps=8",
-            f"--output_dir={tmp_path / 'parts'}",
-        ]
-    )
+    whole, parts = in_parts(language_modeling.main, argv, tmp_path, size=8, parts=8)
     for name in ("train_loss", "eval_loss"):
         assert parts[name] == pytest.approx(whole[name], rel=1e-4)
-    whole, parts = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "parts"))
+    whole, parts = (load_file(tmp_path / name / "model.safetensors") for name in ("w", "p"))
     for name in whole:
         torch.testing.assert_close(parts[name], whole[name], rtol=1e-3, atol=1e-5)
 
 
-def test_an_interrupted_run_ends_like_one_that_was_not(tmp_path, options, monkeypatch):
+def test_an_interrupted_run_ends_like_one_that_was_not(tmp_path, options):
     argv = [*options, "--save_strategy=epoch", "--num_train_epochs=2", "--do_eval=false", "--do_predict=false"]
     language_modeling.main([*argv, f"--output_dir={tmp_path / 'whole'}"])
-
-    def interrupt(self, args, state, control, **kwargs):
-        if state.global_step == 6:
-            raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(StepTimer, "on_step_end", interrupt)
-        with pytest.raises(KeyboardInterrupt):
-            language_modeling.main(argv)
+    interrupt(language_modeling.main, argv)
     assert "train_loss" not in language_modeling.main(argv)
-    whole, resumed = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "out"))
-    assert all(torch.equal(resumed[key], whole[key]) for key in whole)
+    assert have_equal_weights(tmp_path / "whole", tmp_path / "out")
 
 
 def test_the_best_epoch_is_scored_beside_the_last(tmp_path, options):
     argv = [*options, "--num_train_epochs=2", "--metric_for_best_model=loss", "--save_total_limit=2"]
-    argv += ["--greater_is_better=true", "--save_strategy=epoch", "--sharing=index"]
+    argv += ["--greater_is_better=true", "--save_strategy=epoch"]
     report = language_modeling.main(argv)
-    state = json.loads((tmp_path / "out" / "trainer_state.json").read_text(encoding="utf-8"))
+    state = read(tmp_path / "out", "trainer_state.json")
     first, last = (event["eval_loss"] for event in state["log_history"] if "eval_loss" in event)
     assert last < first
     # Validation and test sentences are the same; the largest loss is the "best".
@@ -162,7 +136,7 @@ def test_the_embedded_corpus_is_the_default(tmp_path, options, monkeypatch):
 def test_fngd_and_the_baselines_take_the_layers_of_the_blocks(tokenizer):
     model = build_model(tokenizer, ModelArguments(**TINY))
     blocks = {name for name, module in model.named_modules() if isinstance(module, Conv1D)}
-    assert {layer.name for layer in baseline_layers(model)} == blocks
+    assert set(baseline_layers(model)) == blocks
     optimizer = FNGD(model)
     batch = tokenizer(TEXTS[:4], padding=True, return_tensors="pt")
     model(**batch, labels=batch["input_ids"]).loss.backward()

@@ -1,16 +1,26 @@
-"""The plot of the README, from the results that are kept beside the recipes."""
+"""The results that are kept beside the recipes: they can be read, and the plot of the README is drawn from them."""
 
 from __future__ import annotations
 
+import json
 import shutil
 
 import pytest
 from matplotlib.figure import Figure
 
 import summary
-from comparison.plan import RECIPES
+from comparison.plan import RECIPES, load, run_key
 
 RESULTS = RECIPES / "results"
+
+
+@pytest.mark.parametrize("path", sorted(RESULTS.glob("*.jsonl")), ids=lambda path: path.stem)
+def test_every_line_is_of_an_arm_that_is_declared(path):
+    comparison = load(RECIPES / "configs" / "compare" / f"{path.stem}.yaml")
+    for record in map(json.loads, path.read_text(encoding="utf-8").splitlines()):
+        assert record["arm"] in comparison.arms
+        assert record["key"] == run_key(comparison.recipe.name, record["arm"], record["options"])
+        assert record["options"].items() >= {**comparison.arms[record["arm"]].options, **record["point"]}.items()
 
 
 @pytest.mark.parametrize("panel", summary.PANELS, ids=[panel.name for panel in summary.PANELS])

@@ -1,9 +1,8 @@
-"""The classification recipe: its embedded data, labels, noise, loss, whole runs."""
+"""The classification recipe: its embedded data, labels, whole runs."""
 
 from __future__ import annotations
 
 import json
-from collections import Counter
 
 import pytest
 import torch
@@ -13,11 +12,12 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, GPT2
 
 import text_classification
 from baselines.factory import baseline_layers
-from common.tokenizer import EOS, train_tokenizer
 from hf_fngd import FNGD
+from tests.recipes.running import in_parts, read
 from tests.recipes.translate_pairs import PAIRS
 from text import subjects
-from text_classification import ModelArguments, build_model, corrupt, number_labels
+from text.tokenizer import EOS, train_tokenizer
+from text_classification import ModelArguments, build_model, number_labels
 
 TINY = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 300}
 # Who sings, from "A man sings here.": four classes, by name.
@@ -31,18 +31,9 @@ def options(tmp_path):
     folder.mkdir()
     for split, rows in {"train": ROWS, "validation": ROWS[::4], "test": ROWS[1::4]}.items():
         (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return [
-        f"--dataset_name={folder}",
-        "--text_column=sentence",
-        "--label_column=who",
-        f"--output_dir={tmp_path / 'out'}",
-        "--max_length=32",
-        "--per_device_train_batch_size=16",
-        "--num_train_epochs=1",
-        "--learning_rate=0.01",
-        "--save_strategy=no",
-        "--disable_tqdm=true",
-    ]
+    common = "--text_column=sentence --label_column=who --max_length=32 --per_device_train_batch_size=16"
+    common += " --num_train_epochs=1 --learning_rate=0.01 --save_strategy=no --disable_tqdm=true"
+    return [f"--dataset_name={folder}", f"--output_dir={tmp_path / 'out'}", *common.split()]
 
 
 NEW_MODEL = [f"--{name}={value}" for name, value in TINY.items()]
@@ -119,25 +110,14 @@ def test_labels_that_nobody_can_learn_are_errors(train, other, message):
         number_labels(splits(train, other))
 
 
-def test_noise_replaces_a_share_of_the_labels_by_its_own_seed():
-    labels = [n % 5 for n in range(5000)]
-    noisy = corrupt(labels, 5, 0.4, 0)
-    changed = sum(one != other for one, other in zip(labels, noisy, strict=True))
-    assert changed / 5000 == pytest.approx(0.4 * 4 / 5, abs=0.03)
-    assert min(Counter(noisy).values()) > 900
-    assert corrupt(labels, 5, 0.4, 0) == noisy != corrupt(labels, 5, 0.4, 1)
-    assert corrupt(labels, 5, 0, 0) == labels
-
-
 @pytest.mark.parametrize("optimizer", ["fngd", "eva"])
 def test_a_run_leaves_a_model_that_loads_and_a_true_report(tmp_path, options, optimizer):
     text_classification.main([*options, *NEW_MODEL, f"--optimizer={optimizer}"])
     out = tmp_path / "out"
-    results = json.loads((out / "all_results.json").read_text(encoding="utf-8"))
+    results = read(out, "all_results.json")
     assert results["optimizer"] == {"fngd": "FNGD", "eva": "Eva"}[optimizer]
     assert {"step_seconds_mean", "train_loss", "eval_loss", "eval_accuracy", "predict_loss"} <= set(results)
-    assert (results["num_labels"], results["wrong_labels"], results["train_samples"]) == (4, 0, 64)
-    assert "fitted_accuracy" not in results
+    assert (results["num_labels"], results["train_samples"]) == (4, 64)
     assert f"optimizer: **{results['optimizer']}**" in (out / "README.md").read_text(encoding="utf-8")
 
     model, tokenizer = AutoModelForSequenceClassification.from_pretrained(out), AutoTokenizer.from_pretrained(out)
@@ -147,26 +127,14 @@ def test_a_run_leaves_a_model_that_loads_and_a_true_report(tmp_path, options, op
     assert results["predict_accuracy"] == right / 16
 
 
-def test_training_classifies_and_noise_is_measured(options):
+def test_training_classifies(options):
     argv = [*options, *NEW_MODEL, "--hidden_size=32", "--dropout=0", "--optimizer=adamw", "--num_train_epochs=20"]
-    argv += ["--eval_strategy=no"]
-    assert text_classification.main(argv)["predict_accuracy"] == 1.0
-    noisy = text_classification.main([*argv, "--label_noise=0.5", "--overwrite_output_dir"])
-    assert 0.2 < noisy["wrong_labels"] < 0.6
-    assert noisy["fitted_accuracy"] < 1.0
+    assert text_classification.main([*argv, "--eval_strategy=no"])["predict_accuracy"] == 1.0
 
 
 def test_accumulation_does_not_change_the_training(tmp_path, options):
     argv = [*options, *NEW_MODEL, "--optimizer=sgd", "--dropout=0", "--max_steps=3", "--learning_rate=0.3"]
-    whole = text_classification.main(argv)
-    parts = text_classification.main(
-        [
-            *argv,
-            "--per_device_train_batch_size=4",
-            "--gradient_accumulation_steps=4",
-            f"--output_dir={tmp_path / 'parts'}",
-        ]
-    )
+    whole, parts = in_parts(text_classification.main, argv, tmp_path, size=4, parts=4)
     for name in ("train_loss", "eval_loss"):
         assert parts[name] == pytest.approx(whole[name], rel=1e-4)
 
@@ -190,7 +158,7 @@ def test_fngd_and_the_baselines_take_blocks_pooler_and_head():
     model = build_model(tokenizer, ModelArguments(**TINY), 32, ["a", "b", "c"])
     linear = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     assert {"classifier", "bert.pooler.dense"} <= linear
-    assert {layer.name for layer in baseline_layers(model)} == linear
+    assert set(baseline_layers(model)) == linear
     optimizer = FNGD(model)
     batch = tokenizer([row["sentence"] for row in ROWS[:4]], padding=True, return_tensors="pt")
     model(**batch, labels=torch.tensor([0, 1, 2, 0])).loss.backward()
@@ -202,7 +170,6 @@ def test_fngd_and_the_baselines_take_blocks_pooler_and_head():
     ("argv", "message"),
     [
         (["--label_column=stars"], "no column 'stars'; its columns are sentence, who.*--label_column"),
-        (["--label_noise=1.5"], "label_noise is 1.5"),
         (["--max_length=0"], "max_length is 0"),
         (["--num_attention_heads=3"], "num_attention_heads=3 does not divide hidden_size=16"),
         (["--num_hidden_layers=0"], "num_hidden_layers is 0"),

@@ -7,7 +7,8 @@ import torch
 from torch import nn
 from transformers import TrainerCallback, TrainingArguments
 
-from common.timer import PARTS, StepTimer, TimedTrainer, hardware
+from common.timer import PARTS, StepTimer, hardware
+from common.trainer import RecipeTrainer
 
 
 class Clock:
@@ -95,7 +96,7 @@ def test_parts_of_a_step_are_those_of_its_micro_batches(tmp_path, monkeypatch, a
         eval_steps=1,
     )
     optimizer = SlowSGD(net.parameters(), lr=0.1)
-    trainer = TimedTrainer(
+    trainer = RecipeTrainer(
         model=net,
         args=args,
         train_dataset=Rows(),

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
 
 import pytest
-import torch
-from safetensors.torch import load_file
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
 import translate
-from common.timer import StepTimer
-from tests.recipes.translate_pairs import PAIRS, TINY_MODEL, write_splits
+from tests.recipes.running import have_equal_weights, in_parts, interrupt, read, short
+from tests.recipes.translate_pairs import PAIRS, TINY_MODEL
 
 CLASSES = {"fngd": "FNGD", "ngd": "FNGD", "adamw": "AdamW", "sgd": "SGD", "kfac": "KFAC"}
 
@@ -21,15 +18,7 @@ CLASSES = {"fngd": "FNGD", "ngd": "FNGD", "adamw": "AdamW", "sgd": "SGD", "kfac"
 @pytest.fixture
 def options(tmp_path):
     """Return the command line of a run of eight steps."""
-    return [
-        f"--dataset_name={write_splits(tmp_path / 'pairs')}",
-        f"--output_dir={tmp_path / 'out'}",
-        *TINY_MODEL,
-        "--per_device_train_batch_size=16",
-        "--num_train_epochs=2",
-        "--learning_rate=0.01",
-        "--disable_tqdm=true",
-    ]
+    return short(tmp_path, *TINY_MODEL, "--num_train_epochs=2")
 
 
 def translate_again(folder):
@@ -44,20 +33,14 @@ def test_a_run_leaves_a_model_that_loads_and_a_true_report(tmp_path, options, op
     report = translate.main([*options, f"--optimizer={optimizer}", "--predict_with_generate=true"])
     out = tmp_path / "out"
 
-    results = json.loads((out / "all_results.json").read_text(encoding="utf-8"))
+    results = read(out, "all_results.json")
     assert results["optimizer"] == CLASSES[optimizer]
     assert results["optimizer_arguments"]["lr"] == 0.01
     assert results["predict_bleu"] == report["predict_bleu"]
     assert results["predict_bleu_signature"].startswith("nrefs:1|case:mixed")
     assert len(results["eval_bleu_counts"]) == 4
-    assert {
-        "eval_loss",
-        "predict_loss",
-        "train_loss",
-        "train_runtime",
-        "step_seconds_median",
-        "step_seconds_mean",
-    } <= set(results)
+    times = {"train_runtime", "step_seconds_median", "step_seconds_mean"}
+    assert {"eval_loss", "predict_loss", "train_loss", *times} <= set(results)
     assert (results["seed"], results["train_samples"]) == (42, 64)
 
     card = (out / "README.md").read_text(encoding="utf-8")
@@ -77,45 +60,29 @@ def test_training_translates(tmp_path, options):
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "fngd"])
-def test_an_interrupted_run_ends_like_one_that_was_not(tmp_path, options, optimizer, monkeypatch, capsys):
+def test_an_interrupted_run_ends_like_one_that_was_not(tmp_path, options, optimizer, capsys):
     argv = [*options, f"--optimizer={optimizer}", "--logging_strategy=steps", "--logging_steps=1"]
     translate.main([*argv, f"--output_dir={tmp_path / 'whole'}"])
-
-    on_step_end = StepTimer.on_step_end
-
-    def interrupt(self, args, state, control, **kwargs):
-        on_step_end(self)
-        if state.global_step == 6:
-            raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(StepTimer, "on_step_end", interrupt)
-        with pytest.raises(KeyboardInterrupt):
-            translate.main(argv)
+    interrupt(translate.main, argv)
     report = translate.main(argv)
-
     assert f"Resuming from {tmp_path / 'out' / 'checkpoint-4'}" in capsys.readouterr().out
     assert "train_loss" not in report  # Trainer's would be of the rest alone
-    losses = {}
-    for name in ("whole", "out"):
-        state = json.loads((tmp_path / name / "trainer_state.json").read_text(encoding="utf-8"))
-        losses[name] = [event["loss"] for event in state["log_history"] if "loss" in event]
-    assert len(losses["whole"]) == 8
-    assert losses["out"] == losses["whole"]
-    whole, resumed = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "out"))
-    assert all(torch.equal(resumed[key], whole[key]) for key in whole)
+    histories = [read(tmp_path / name, "trainer_state.json")["log_history"] for name in ("whole", "out")]
+    whole, resumed = ([event["loss"] for event in history if "loss" in event] for history in histories)
+    assert len(whole) == 8
+    assert resumed == whole
+    assert have_equal_weights(tmp_path / "whole", tmp_path / "out")
 
 
 def test_a_checkpoint_that_was_cut_off_is_passed_over(tmp_path, options, capsys):
     argv = [*options, "--optimizer=sgd", "--do_eval=false", "--do_predict=false", "--save_total_limit=2"]
     translate.main(argv)
-    whole = load_file(tmp_path / "out" / "model.safetensors")
+    (tmp_path / "out" / "model.safetensors").rename(tmp_path / "model.safetensors")
     state = tmp_path / "out" / "checkpoint-8" / "optimizer.pt"
     state.write_bytes(state.read_bytes()[:1000])
     translate.main(argv)
     assert f"Resuming from {tmp_path / 'out' / 'checkpoint-4'}" in capsys.readouterr().out
-    resumed = load_file(tmp_path / "out" / "model.safetensors")
-    assert all(torch.equal(resumed[key], whole[key]) for key in whole)
+    assert have_equal_weights(tmp_path, tmp_path / "out")
 
 
 def test_overwriting_deletes_checkpoints_and_starts_anew(tmp_path, options):
@@ -137,44 +104,27 @@ def test_resuming_from_nothing_is_an_error(options, named, message):
         translate.main([*options, f"--resume_from_checkpoint={named}"])
 
 
-def test_sharing_by_index_reaches_the_optimizer(options):
-    report = translate.main([*options, "--sharing=index", "--strict=true", "--do_eval=false", "--do_predict=false"])
-    assert report["optimizer_arguments"]["sharing"] == "index"
-
-
 def test_the_best_epoch_is_scored_beside_the_last(tmp_path, options):
     argv = [*options, "--optimizer=adamw", "--metric_for_best_model=loss", "--save_total_limit=2"]
-    argv += [
-        "--greater_is_better=true",
-        "--label_smoothing_factor=0",
-    ]  # the largest loss, so that the first epoch has it
+    # The largest loss is the "best", so that the first epoch has it.
+    argv += ["--greater_is_better=true", "--label_smoothing_factor=0"]
     report = translate.main(argv)
     out = tmp_path / "out"
-    state = json.loads((out / "trainer_state.json").read_text(encoding="utf-8"))
+    state = read(out, "trainer_state.json")
     losses = {event["step"]: event["eval_loss"] for event in state["log_history"] if "eval_loss" in event}
     best = max(losses, key=losses.get)
     assert best < max(losses)
     # Validation and test pairs are the same.
     assert report["best_predict_loss"] == pytest.approx(losses[best], rel=1e-5)
     assert report["predict_loss"] == pytest.approx(losses[max(losses)], rel=1e-5)
-    saved, last = (load_file(out / folder / "model.safetensors") for folder in (".", f"checkpoint-{max(losses)}"))
-    assert all(torch.equal(saved[key], last[key]) for key in last)
+    assert have_equal_weights(out, out / f"checkpoint-{max(losses)}")
 
 
 def test_accumulation_does_not_change_the_loss(tmp_path, options):
     argv = [*options, "--optimizer=sgd", "--dropout=0", "--max_steps=4", "--do_predict=false"]
-    whole = translate.main([*argv, "--label_smoothing_factor=0"])
-    parts = translate.main(
-        [
-            *argv,
-            "--label_smoothing_factor=0",
-            "--per_device_train_batch_size=4",
-            "--gradient_accumulation_steps=4",
-            f"--output_dir={tmp_path / 'parts'}",
-        ]
-    )
-    assert parts["train_loss"] == pytest.approx(whole["train_loss"], rel=1e-4)
-    assert parts["eval_loss"] == pytest.approx(whole["eval_loss"], rel=1e-4)
+    whole, parts = in_parts(translate.main, [*argv, "--label_smoothing_factor=0"], tmp_path, size=4, parts=4)
+    for name in ("train_loss", "eval_loss"):
+        assert parts[name] == pytest.approx(whole[name], rel=1e-4)
 
 
 def test_two_processes_share_the_work(tmp_path, options):
@@ -184,7 +134,7 @@ def test_two_processes_share_the_work(tmp_path, options):
     argv += ["--per_device_eval_batch_size=4"]  # 15 pairs in 4 batches: the last one is filled up, and cut again
     subprocess.run([*launch, translate.__file__, *argv], check=True, timeout=200, capture_output=True)
     out = tmp_path / "out"
-    state = json.loads((out / "trainer_state.json").read_text(encoding="utf-8"))
+    state = read(out, "trainer_state.json")
     assert (state["global_step"], state["epoch"]) == (4, 2.0)
-    assert "batches of 32 pairs (2 process(es)" in (out / "README.md").read_text(encoding="utf-8")
+    assert "batches of 32 rows (2 process(es)" in (out / "README.md").read_text(encoding="utf-8")
     assert (out / "predictions.txt").read_text(encoding="utf-8").split("\n")[:-1] == translate_again(out)[:15]

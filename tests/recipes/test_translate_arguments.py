@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from common.arguments import BASELINE_OPTIONS, NOT_IN_CONFIG, OptimizerArguments
+from common.arguments import OptimizerArguments
+from common.arguments import parse as parse_words
 from common.optimizers import fngd_config
 from hf_fngd import FNGDConfig
-from translation.arguments import parse_arguments
+from translation.arguments import DATACLASSES
 
 CONFIGS = Path(__file__).parents[2] / "recipes" / "configs"
 
@@ -19,7 +20,7 @@ def parse(tmp_path, text="", argv=()):
     """Parse the options of a YAML text and a command line into one dictionary."""
     file = tmp_path / "options.yaml"
     file.write_text(text, encoding="utf-8")
-    groups = parse_arguments(["--config", str(file), f"--output_dir={tmp_path}", *argv])
+    groups = parse_words(DATACLASSES, ["--config", str(file), f"--output_dir={tmp_path}", *argv])
     return {f.name: getattr(group, f.name) for group in groups for f in dataclasses.fields(group)}
 
 
@@ -39,7 +40,7 @@ def parse(tmp_path, text="", argv=()):
         ("target_modules: [fc1, fc2]", [], {"target_modules": ["fc1", "fc2"]}),
         ("target_modules: [fc1, fc2]", ["--target_modules", "q_proj"], {"target_modules": ["q_proj"]}),
         ("lr_scheduler_kwargs: {num_cycles: 2}", [], {"lr_scheduler_kwargs": {"num_cycles": 2}}),
-        ("damping: 1e-4\nsharing: last", ["--sharing", "never"], {"damping": 0.0001, "sharing": "never"}),
+        ("damping: 1e-4\nsharing: replay", ["--sharing", "never"], {"damping": 0.0001, "sharing": "never"}),
         ("strict: true", [], {"strict": True}),
         ("optimizer: sgd\nmomentum: 0.5", [], {"optimizer": "sgd", "momentum": 0.5}),
     ],
@@ -57,7 +58,7 @@ def test_command_line_wins_over_file_and_values_are_typed(tmp_path, text, argv, 
         ("d-model: 64", [], r"options\.yaml: d-model \(did you mean d_model"),
         ("dampng: 1\nzzz: 1", [], r"dampng \(did you mean damping.*zzz\. `--help`"),
         ("", ["--num_beam=3"], r"command line: --num_beam=3 \(did you mean num_beams"),  # no abbreviations
-        ("", ["--refesh", "3"], r"command line: --refesh \(did you mean refresh"),
+        ("", ["--dampign", "3"], r"command line: --dampign \(did you mean damping"),
         ("", ["stray"], r"command line: stray"),
         ("- d_model", [], "holds a list"),
         ("d_model: 30\nnum_heads: 4", [], "num_heads=4 does not divide d_model=30"),
@@ -68,10 +69,10 @@ def test_command_line_wins_over_file_and_values_are_typed(tmp_path, text, argv, 
         ("optimizer: adamw\ndamping: 0.1", [], "--optimizer adamw has no use for --damping"),
         ("optimizer: adamw", ["--momentum=0.5"], "--optimizer adamw has no use for --momentum"),
         ("optimizer: sgd", ["--fngd_config=paper"], "--optimizer sgd has no use for --fngd_config"),
-        ("optimizer: kfac", ["--sharing=last"], "kfac has no use for --sharing.*takes momentum, damping, kl_clip"),
+        ("optimizer: kfac", ["--sharing=replay"], "kfac has no use for --sharing.*takes momentum, damping, kl_clip"),
         ("optimizer: muon", ["--inverse_every=5"], "muon has no use for --inverse_every"),
         ("kl_clip: 0.1", [], "--optimizer fngd has no use for --kl_clip"),
-        ("optimizer: ngd", ["--sharing=last"], "ngd is fngd with --sharing never, not last"),
+        ("optimizer: ngd", ["--sharing=replay"], "ngd is fngd with --sharing never, not replay"),
         ("optim: sgd", [], "Set --optimizer instead of --optim sgd"),
         ("generation_num_beams: 4", [], "Set --num_beams instead of --generation_num_beams"),
         ("do_train: false", [], "always trains"),
@@ -90,21 +91,30 @@ def test_values_of_the_wrong_type_end_the_program(tmp_path, capsys, text):
 
 
 def test_every_key_of_the_optimizers_configuration_is_an_option():
-    options = {f.name for f in dataclasses.fields(OptimizerArguments)}
-    keys = {f.name for f in dataclasses.fields(FNGDConfig)}
-    others = {"optimizer", *NOT_IN_CONFIG, *BASELINE_OPTIONS}
-    assert options - others == keys - {"lr", "weight_decay"}  # those are TrainingArguments'
+    options = {f.name: f for f in dataclasses.fields(OptimizerArguments)}
+    others = {"optimizer", "fngd_config", "kl_clip", "statistics_every", "inverse_every"}
+    keys = {f.name: f for f in dataclasses.fields(FNGDConfig) if f.name not in ("lr", "weight_decay")}
+    assert options.keys() - others == keys.keys()  # learning rate and decay are TrainingArguments'
+    for name, key in keys.items():
+        assert key.metadata["help"] in options[name].metadata["help"]
+        assert options[name].default is None
 
 
 def test_a_list_of_one_is_a_name_or_an_expression(tmp_path):
     argv = [f"--output_dir={tmp_path}", "--target_modules", ".*fc1", "--exclude_modules", "a", "b", "--eps=1e-6"]
-    overrides = parse_arguments(argv)[2].overrides()
+    overrides = parse_words(DATACLASSES, argv)[2].overrides()
     assert overrides == {"target_modules": ".*fc1", "exclude_modules": ["a", "b"], "eps": 1e-6}
+
+
+@pytest.mark.parametrize("names", [["linear"], ["linear", "conv1d"]])
+def test_layer_types_are_a_list_of_any_length(tmp_path, names):
+    _, _, optimizer, training = parse_words(DATACLASSES, [f"--output_dir={tmp_path}", "--layer_types", *names])
+    assert list(fngd_config(optimizer, training).layer_types) == names
 
 
 @pytest.mark.parametrize("name", ["quickstart", "multi30k_small", "multi30k"])
 def test_configs_parse_and_build(name):
-    data, model, optimizer, training = parse_arguments(["--config", str(CONFIGS / f"{name}.yaml")])
+    data, model, optimizer, training = parse_words(DATACLASSES, ["--config", str(CONFIGS / f"{name}.yaml")])
     assert training.output_dir == f"outputs/{name}"
     assert data.dataset_name == (None if name == "quickstart" else "bentrevett/multi30k")
     assert (model.d_model, model.encoder_layers) == ((512, 6) if name == "multi30k" else (128, 2))

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
+from datasets import Dataset, DatasetDict
 from transformers import AutoTokenizer
 
-from common.sampler import ShuffledLengthGroups
-from common.tokenizer import train_tokenizer
 from tests.recipes.translate_pairs import PAIRS, write_splits
-from translation.arguments import DataArguments, ModelArguments
-from translation.data import encode, hold_out, load_pairs, make_collator, training_texts
-from translation.model import build_model
+from text.data import LENGTH, TEXT, encode, longest_first
+from text.sampler import ShuffledLengthGroups
+from text.tokenizer import train_tokenizer
+from translation.arguments import DataArguments
+from translation.data import load_pairs, tokenize, training_texts
 
 TEXTS = [pair[lang] for lang in ("en", "de") for pair in PAIRS]
 
@@ -33,14 +36,9 @@ def test_both_formats_and_all_split_names_give_the_same_pairs(tmp_path, nested, 
 
 
 def test_languages_swap_and_splits_shorten(tmp_path):
-    arguments = DataArguments(
-        dataset_name=str(write_splits(tmp_path / "pairs")),
-        source_lang="de",
-        target_lang="en",
-        max_train_samples=5,
-        max_eval_samples=3,
-        max_predict_samples=100,
-    )
+    limits = {"max_train_samples": 5, "max_eval_samples": 3, "max_predict_samples": 100}
+    folder = str(write_splits(tmp_path / "pairs"))
+    arguments = DataArguments(dataset_name=folder, source_lang="de", target_lang="en", **limits)
     pairs = load_pairs(arguments)
     assert pairs["train"]["source"] == [pair["de"] for pair in PAIRS[:5]]
     assert (len(pairs["validation"]), len(pairs["test"])) == (3, 16)
@@ -64,7 +62,7 @@ def test_an_empty_text_is_an_error(tmp_path):
     folder = write_splits(tmp_path / "pairs")
     with (folder / "train.jsonl").open("a", encoding="utf-8") as file:
         file.write('{"en": "Hello.", "de": "  "}\n')
-    with pytest.raises(ValueError, match=r"Row 64 of split train has no text in 'de'"):
+    with pytest.raises(ValueError, match=r"Row 64 of the train split has no text in 'de'"):
         load_pairs(DataArguments(dataset_name=str(folder)))
 
 
@@ -99,42 +97,29 @@ def test_vocabulary_needs_room_for_every_byte():
         train_tokenizer(TEXTS, 257)
 
 
-def test_held_out_split_is_sorted_and_restored(tmp_path, tokenizer):
-    arguments = DataArguments(dataset_name=str(write_splits(tmp_path / "pairs")))
-    pairs = load_pairs(arguments)["test"]
-    held_out = hold_out(pairs, tokenizer, arguments, "Tokenizing")
-    lengths = [len(ids) for ids in held_out.encoded["input_ids"]]
-    assert lengths == sorted(lengths, reverse=True)
-    assert held_out.order != list(range(16))
-    rows = tokenizer.batch_decode(list(held_out.encoded["labels"]), skip_special_tokens=True)
-    assert held_out.restore(rows) == held_out.references == pairs["target"]
+def test_splits_to_evaluate_on_are_sorted_and_keep_their_texts(tokenizer):
+    rows = Dataset.from_dict({TEXT: TEXTS})
+    encoded = encode(DatasetDict({"test": rows}), lambda batch: tokenizer(batch[TEXT]), None)["test"]
+    ordered = longest_first(encoded)
+    lengths = [len(ids) for ids in ordered["input_ids"]]
+    assert lengths == sorted(lengths, reverse=True) == ordered[LENGTH] != encoded[LENGTH]
+    assert tokenizer.batch_decode(list(ordered["input_ids"]), skip_special_tokens=True) == ordered[TEXT]
+
+
+def test_a_row_is_as_long_as_its_longer_side():
+    columns = {"input_ids": [[1], [1, 2]], "labels": [[1, 2, 3], [1]]}
+    rows = DatasetDict({"train": Dataset.from_dict({TEXT: ["a", "b"]})})
+    assert list(encode(rows, lambda batch: columns, None)["train"][LENGTH]) == [3, 2]
 
 
 def test_long_sentences_are_cut_and_end_in_eos(tmp_path, tokenizer):
-    arguments = DataArguments(
-        dataset_name=str(write_splits(tmp_path / "pairs")), max_source_length=4, max_target_length=5
-    )
-    encoded = encode(load_pairs(arguments)["train"], tokenizer, arguments, "Tokenizing")
+    folder = write_splits(tmp_path / "pairs")
+    arguments = DataArguments(dataset_name=str(folder), max_source_length=4, max_target_length=5)
+    encoded = encode(load_pairs(arguments), partial(tokenize, tokenizer, arguments), None)["train"]
     assert {len(ids) for ids in encoded["input_ids"]} == {4}
     assert {len(ids) for ids in encoded["labels"]} == {5}
     assert set(encoded["length"]) == {5}
     assert {ids[-1] for ids in encoded["labels"]} == {tokenizer.eos_token_id}
-
-
-def test_collator_pads_shifts_and_keeps_the_index_column(tokenizer):
-    model = build_model(tokenizer, ModelArguments(16, 1, 1, 32, 2), DataArguments())
-    rows = [
-        {"input_ids": [5, 6, 1], "attention_mask": [1, 1, 1], "labels": [7, 1], "length": 3, "fngd_index": 4},
-        {"input_ids": [5, 1], "attention_mask": [1, 1], "labels": [8, 9, 1], "length": 3, "fngd_index": 2},
-    ]
-    batch = make_collator(tokenizer, model)(rows)
-    assert {name: tensor.tolist() for name, tensor in batch.items()} == {
-        "input_ids": [[5, 6, 1], [5, 1, 0]],
-        "attention_mask": [[1, 1, 1], [1, 1, 0]],
-        "labels": [[7, 1, -100], [8, 9, 1]],
-        "decoder_input_ids": [[0, 7, 1], [0, 8, 9]],
-        "fngd_index": [4, 2],
-    }
 
 
 def test_sampler_shuffles_groups_of_like_length():

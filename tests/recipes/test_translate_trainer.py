@@ -1,25 +1,23 @@
-"""Model, loss, optimizers, plot of the translation recipe."""
+"""Model, scores, plot of the translation recipe."""
 
 from __future__ import annotations
 
-from types import SimpleNamespace
+import math
 
 import pytest
+import sacrebleu
 import torch
 from torch import nn
-from transformers.trainer_pt_utils import LabelSmoother
+from torch.nn import functional as F
 
-from baselines import BaselineFactory
-from common.arguments import OptimizerArguments
-from common.optimizers import describe, fngd_config, optimizer_cls_and_kwargs
-from common.outliers import OutlierArguments
-from common.tokenizer import train_tokenizer
-from common.trainer import make_loss
-from hf_fngd import FNGDFactory
-from tests.recipes.translate_pairs import PAIRS
-from translation.arguments import DataArguments, ModelArguments, TranslationTrainingArguments
+import translate
+from tests.recipes.translate_pairs import PAIRS, TINY_MODEL, write_splits
+from text.plot import plot_learning_curve
+from text.tokenizer import train_tokenizer
+from translation.arguments import DataArguments, ModelArguments
+from translation.metric import SacreBleu
 from translation.model import build_model
-from translation.plot import plot_learning_curve
+from translation.trainer import TranslationTrainer, mean_nll
 
 
 @pytest.fixture(scope="module")
@@ -59,91 +57,6 @@ def test_model_starts_at_unit_scale(model):
             assert module.bias.abs().sum() == 0, name
 
 
-@pytest.mark.parametrize("smoothing", [0.0, 0.1])
-def test_loss_is_trainers_label_smoothing_over_the_tokens_of_the_whole_batch(smoothing):
-    torch.manual_seed(0)
-    logits, labels = torch.randn(6, 5, 11), torch.randint(0, 11, (6, 5))
-    labels[0, 2:] = labels[3, 1:] = labels[5, 4:] = -100
-    loss = make_loss(smoothing)
-    whole = loss({"logits": logits}, labels)
-    torch.testing.assert_close(whole, LabelSmoother(epsilon=smoothing)({"logits": logits}, labels))
-    tokens = labels.ne(-100).sum()
-    parts = [loss({"logits": logits[i : i + 2]}, labels[i : i + 2], tokens) for i in (0, 2, 4)]
-    torch.testing.assert_close(sum(parts), whole)
-
-
-def test_outliers_count_many_times_in_training_alone():
-    torch.manual_seed(0)
-    logits, labels = torch.randn(6, 5, 11, requires_grad=True), torch.randint(0, 11, (6, 5))
-    labels[0, 2:] = -100
-    plain, loss = make_loss(0.1), make_loss(0.1, OutlierArguments(outliers=2, outlier_scale=100.0))
-    tokens = labels.ne(-100).sum()
-    alone = torch.stack([plain({"logits": logits[n : n + 1]}, labels[n : n + 1], tokens) for n in range(6)])
-    torch.manual_seed(1)
-    outliers = torch.randperm(6)[:2]
-    torch.manual_seed(1)
-    torch.testing.assert_close(loss({"logits": logits}, labels), alone.sum() + 99 * alone[outliers].sum())
-    with torch.no_grad():
-        torch.testing.assert_close(loss({"logits": logits}, labels), alone.sum())
-
-
-@pytest.mark.parametrize(
-    ("options", "expected"),
-    [
-        ({"optimizer": "adamw"}, None),
-        ({"optimizer": "sgd"}, (torch.optim.SGD, {"lr": 0.01, "momentum": 0.9})),
-        ({"optimizer": "sgd", "momentum": 0.0}, (torch.optim.SGD, {"lr": 0.01, "momentum": 0.0})),
-    ],
-)
-def test_baselines_are_torchs(tmp_path, options, expected):
-    training_args = TranslationTrainingArguments(output_dir=str(tmp_path), learning_rate=0.01)
-    arguments = OptimizerArguments(**options)
-    config = fngd_config(arguments, training_args)
-    assert config is None
-    assert optimizer_cls_and_kwargs(arguments, config, training_args) == expected
-
-
-def test_baselines_of_the_recipe_get_their_options(tmp_path):
-    training_args = TranslationTrainingArguments(output_dir=str(tmp_path), learning_rate=0.01, adam_beta2=0.9)
-    arguments = OptimizerArguments(optimizer="eva", damping=0.5)
-    expected = {"name": "eva", "lr": 0.01, "weight_decay": 0.0, "rest_betas": (0.9, 0.9), "rest_eps": 1e-8}
-    assert fngd_config(arguments, training_args) is None
-    assert optimizer_cls_and_kwargs(arguments, None, training_args) == (BaselineFactory, {**expected, "damping": 0.5})
-
-
-def test_ngd_is_fngd_without_sharing(tmp_path):
-    training_args = TranslationTrainingArguments(output_dir=str(tmp_path))
-    config = fngd_config(OptimizerArguments(optimizer="ngd", damping=0.5), training_args)
-    assert config == fngd_config(OptimizerArguments(sharing="never", damping=0.5), training_args)
-
-
-def test_fngd_takes_a_configuration_and_what_overrides_it(tmp_path):
-    training_args = TranslationTrainingArguments(output_dir=str(tmp_path), learning_rate=0.01, weight_decay=0.1)
-    arguments = OptimizerArguments(fngd_config="paper", damping=0.5, exclude_modules=["fc1"])
-    config = fngd_config(arguments, training_args)
-    assert (config.lr, config.weight_decay, config.damping) == (0.01, 0.1, 0.5)
-    assert (config.step_scale, config.fallback, config.exclude_modules) == ("ngd", "sgd", "fc1")
-    factory, kwargs = optimizer_cls_and_kwargs(arguments, config, training_args)
-    assert factory is FNGDFactory
-    assert kwargs == {"args": training_args, "config": config}
-
-
-@pytest.mark.parametrize("options", [{"sharing": "all"}, {"damping": -1.0}, {"update": "lion"}])
-def test_bad_values_of_fngd_are_told_by_its_configuration(tmp_path, options):
-    with pytest.raises(ValueError, match=next(iter(options))):
-        fngd_config(OptimizerArguments(**options), TranslationTrainingArguments(output_dir=str(tmp_path)))
-
-
-def test_description_is_of_the_optimizer_that_trained():
-    optimizer = torch.optim.Adam([nn.Parameter(torch.zeros(1))], lr=0.5, betas=(0.8, 0.9))
-    torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.0)
-    described = describe(SimpleNamespace(optimizer=optimizer), None)
-    assert described["optimizer"] == "Adam"
-    assert described["optimizer_arguments"]["lr"] == 0.5  # the peak, not the scheduler's last value
-    assert described["optimizer_arguments"]["betas"] == (0.8, 0.9)
-    assert "params" not in described["optimizer_arguments"]
-
-
 @pytest.mark.parametrize("bleu", [True, False])
 def test_learning_curve_is_a_png(tmp_path, bleu):
     history = [{"epoch": 1, "loss": 3.0}, {"epoch": 1, "eval_loss": 2.5}, {"epoch": 2, "loss": 2.0}]
@@ -152,3 +65,73 @@ def test_learning_curve_is_a_png(tmp_path, bleu):
     path = tmp_path / "learning_curve.png"
     plot_learning_curve(history, path, "a run")
     assert path.read_bytes().startswith(b"\x89PNG")
+
+
+def test_likelihoods_are_those_of_each_pair_by_itself(tmp_path, monkeypatch):
+    scored = []
+    log_likelihoods = TranslationTrainer.log_likelihoods
+
+    def spy(self, rows):
+        result = log_likelihoods(self, rows)
+        scored.append((self.model, rows, result))
+        return result
+
+    monkeypatch.setattr(TranslationTrainer, "log_likelihoods", spy)
+    argv = [f"--dataset_name={write_splits(tmp_path / 'pairs')}", f"--output_dir={tmp_path / 'out'}", *TINY_MODEL]
+    argv += ["--optimizer=adamw", "--max_steps=12", "--disable_tqdm=true", "--per_device_eval_batch_size=5"]
+    report = translate.main([*argv, "--dropout=0.5"])
+    (model, validation, _), (_, first, scores) = scored
+    assert (len(validation), len(first)) == (16, 16)
+    for row in (0, 15):  # no dropout, no smoothing, no padding
+        labels = torch.tensor([first[row]["labels"]])
+        shifted = torch.cat([torch.tensor([[0]]), labels[:, :-1]], dim=1)
+        with torch.no_grad():
+            logits = model(input_ids=torch.tensor([first[row]["input_ids"]]), decoder_input_ids=shifted).logits
+        assert scores[row, 0].item() == pytest.approx(F.cross_entropy(logits[0], labels[0], reduction="sum").item())
+        assert scores[row, 1] == labels.numel()
+    assert report["train_nll"] == pytest.approx((scores[:, 0].sum() / scores[:, 1].sum()).item())
+    assert report["eval_nll"] < report["eval_loss"]  # which has label smoothing
+
+
+def test_the_mean_is_over_tokens():
+    assert mean_nll(torch.tensor([[3.0, 1.0], [1.0, 3.0]])) == 1.0
+    assert math.isnan(mean_nll(torch.tensor([[math.nan, 1.0]])))
+
+
+REFERENCES = ["Zwei Männer warten draußen.", "Ein Hund läuft über die Wiese.", "Eine Frau schläft auf dem Sofa."]
+
+
+@pytest.mark.parametrize(
+    "predictions",
+    [
+        REFERENCES,
+        ["Zwei Männer warten hier.", "Ein Hund läuft über das Gras.", "Eine Frau sitzt auf dem Sofa."],
+        ["", "Ein Hund.", "x"],
+    ],
+    ids=["perfect", "close", "poor"],
+)
+def test_bleu_is_sacrebleus(predictions):
+    ours = SacreBleu().compute(predictions=predictions, references=REFERENCES)
+    theirs = sacrebleu.corpus_bleu(predictions, [REFERENCES])
+    assert {key: ours[key] for key in ours if key != "signature"} == {
+        "score": theirs.score,
+        "counts": theirs.counts,
+        "totals": theirs.totals,
+        "precisions": theirs.precisions,
+        "bp": theirs.bp,
+        "sys_len": theirs.sys_len,
+        "ref_len": theirs.ref_len,
+    }
+
+
+def test_signature_tells_tokenization_and_version():
+    signature = SacreBleu().compute(predictions=REFERENCES, references=REFERENCES)["signature"]
+    assert signature == f"nrefs:1|case:mixed|eff:no|tok:13a|smooth:exp|version:{sacrebleu.__version__}"
+
+
+def test_batches_add_up_to_the_corpus():
+    metric = SacreBleu()
+    predictions = [REFERENCES[0], REFERENCES[2], REFERENCES[1]]
+    for prediction, reference in zip(predictions, REFERENCES, strict=True):
+        metric.add(prediction=prediction, reference=reference)
+    assert metric.compute()["score"] == sacrebleu.corpus_bleu(predictions, [REFERENCES]).score

@@ -14,16 +14,8 @@ PAIRS = [
     for s, v, p in itertools.product(SUBJECTS, VERBS, PLACES)
 ]
 
-TINY_MODEL = [
-    "--d_model=16",
-    "--encoder_layers=1",
-    "--decoder_layers=1",
-    "--ffn_dim=32",
-    "--num_heads=2",
-    "--vocab_size=300",
-    "--max_source_length=32",
-    "--max_target_length=32",
-]
+TINY_MODEL = ["--d_model=16", "--encoder_layers=1", "--decoder_layers=1", "--ffn_dim=32", "--num_heads=2"]
+TINY_MODEL += ["--vocab_size=300", "--max_source_length=32", "--max_target_length=32"]
 
 
 def write_splits(folder: Path, *, nested: bool = False, splits: tuple[str, ...] = ("train", "val", "test")) -> Path:

@@ -8,17 +8,13 @@ from typing import Any
 from matplotlib.figure import Figure  # no pyplot: it would look for a display
 from matplotlib.ticker import MaxNLocator
 
+from text.card import SCORES
+
 _CURVES = (("loss", "train loss", "tab:blue"), ("eval_loss", "validation loss", "tab:orange"))
 
 
 def plot_learning_curve(log_history: list[dict[str, Any]], path: Path, title: str) -> None:
-    """Draw losses, and validation BLEU where it was measured, against epochs.
-
-    Args:
-        log_history: `trainer.state.log_history`: one dictionary an event, each with `epoch`.
-        path: The PNG file to write.
-        title: What the run was.
-    """
+    """Draw losses, and the validation score where one was measured, against epochs, from a Trainer's log."""
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.add_subplot()
     for key, label, color in _CURVES:
@@ -27,12 +23,13 @@ def plot_learning_curve(log_history: list[dict[str, Any]], path: Path, title: st
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(alpha=0.3)
     lines = axes.get_lines()
-    epochs, scores = _series(log_history, "eval_bleu")
-    if scores:
-        right = axes.twinx()
-        right.plot(epochs, scores, "s--", markersize=3, label="validation BLEU", color="tab:green")
-        right.set_ylabel("BLEU")
-        lines = [*lines, *right.get_lines()]
+    for metric, name in SCORES.items():
+        epochs, scores = _series(log_history, f"eval_{metric}")
+        if scores:
+            right = axes.twinx()
+            right.plot(epochs, scores, "s--", markersize=3, label=f"validation {name}", color="tab:green")
+            right.set_ylabel(name)
+            lines = [*lines, *right.get_lines()]
     axes.legend(lines, [line.get_label() for line in lines], loc="center right")
     figure.savefig(path, dpi=120)
 

@@ -2,8 +2,8 @@
 
 from dataclasses import dataclass
 
-from translation.corpus.inflection import DEFINITE, NOTHING, PRONOUNS, Noun, Phrase, Text, join
-from translation.corpus.words import PEOPLE, Verb
+from corpus.inflection import DEFINITE, NOTHING, PRONOUNS, Noun, Phrase, Text, join
+from corpus.words import PEOPLE, Verb
 
 
 @dataclass(frozen=True)

@@ -1,11 +1,15 @@
-"""A stress test: a few samples of each batch whose loss counts many times; and the simplest remedies, bounds."""
+"""The training loss; a stress test, a few samples whose loss counts many times; and the simplest remedies, bounds."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from common.arguments import option
 from hf_fngd import clip_samples
@@ -24,7 +28,8 @@ class OutlierArguments:
         None, "Bound of a sample's loss, in units of the median of its batch: what is above is scaled down to it."
     )
     clip_outputs: bool = option(
-        False, "Clip each sample's gradient at the logits, at the mean norm of its batch: one weight for all layers."
+        False,
+        "Clip each sample's gradient at the logits, at the mean norm of its batch: all layers share a sample weight.",
     )
 
     def __post_init__(self) -> None:
@@ -74,3 +79,28 @@ def bound(losses: Tensor, limit: float) -> Tensor:
     value = losses.detach()
     tiny = torch.finfo(value.dtype).tiny  # a cross entropy of 0 may be -0
     return losses * (limit * value.median() / value.clamp(min=tiny)).clamp(max=1)
+
+
+def make_loss(label_smoothing: float, outliers: OutlierArguments | None = None) -> Callable[..., Tensor]:
+    """Return the label-smoothed cross entropy for Trainer's `compute_loss_func`.
+
+    It is the mean over the labels of the whole batch (target tokens, or rows to classify), over all micro-batches
+    and processes. The model's own loss is not: Marian, or BERT's classifier, ignores `num_items_in_batch`, so that
+    Trainer would make its gradient larger by the number of accumulation steps. With smoothing it equals Trainer's
+    LabelSmoother, in less time and memory.
+
+    Args:
+        label_smoothing: The share of the target that is spread over all labels.
+        outliers: What is done to the losses of a training batch's samples.
+    """
+
+    def loss(outputs: Any, labels: Tensor, num_items_in_batch: Tensor | int | None = None) -> Tensor:
+        logits = outputs["logits"] if outliers is None else outliers.clipped(outputs["logits"])
+        losses = partial(F.cross_entropy, logits.flatten(0, -2), labels.flatten(), label_smoothing=label_smoothing)
+        if outliers is not None and outliers.of_samples and torch.is_grad_enabled():
+            total = outliers.distort(losses(reduction="none").view(len(labels), -1).sum(1)).sum()
+        else:
+            total = losses(reduction="sum")
+        return total / (labels.ne(-100).sum() if num_items_in_batch is None else num_items_in_batch)
+
+    return loss

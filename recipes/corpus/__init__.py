@@ -16,7 +16,7 @@ from typing import get_args
 
 import datasets
 
-from translation.corpus.grammar import Grammar, Sentence, Split
+from corpus.grammar import Grammar, Sentence, Split
 
 
 def sentences(
@@ -58,39 +58,14 @@ def sentences(
 
 
 def generate(split: Split, size: int, seed: int = 0) -> list[dict[str, str]]:
-    """Generate distinct English-German pairs of one split.
-
-    Args:
-        split: "train", "validation" or "test". The three share no sentence and no (subject noun, verb) pair.
-        size: Number of pairs, at least 1. A smaller size gives the first pairs of a larger one.
-        seed: Seed of the choices; the same arguments give the same pairs everywhere.
-
-    Returns:
-        One {"en": ..., "de": ...} per pair, sentences of 5 to 20 words.
-
-    Raises:
-        ValueError: Unknown split, size below 1, or more pairs than the split is found to hold.
-    """
+    """Return what `sentences` draws as pairs {"en": ..., "de": ...}, sentences of 5 to 20 words."""
     return [{"en": sentence.en, "de": sentence.de} for sentence in sentences(split, size, seed)]
 
 
 def load(
     train_size: int = 10_000, validation_size: int = 500, test_size: int = 500, seed: int = 0
 ) -> datasets.DatasetDict:
-    """Return the corpus as a dataset with the splits "train", "validation" and "test".
-
-    Args:
-        train_size: Number of training pairs.
-        validation_size: Number of validation pairs.
-        test_size: Number of test pairs.
-        seed: Seed of all splits.
-
-    Returns:
-        A `DatasetDict` with the string columns "en" and "de".
-
-    Raises:
-        ValueError: As `generate`.
-    """
+    """Return the corpus as a dataset with the splits train, validation and test, and the columns en and de."""
     sizes: dict[Split, int] = {"train": train_size, "validation": validation_size, "test": test_size}
     return datasets.DatasetDict(
         {split: datasets.Dataset.from_list(generate(split, size, seed)) for split, size in sizes.items()}

@@ -5,7 +5,7 @@ import zlib
 from dataclasses import replace
 from typing import Literal, NamedTuple
 
-from translation.corpus.clauses import (
+from corpus.clauses import (
     Predicate,
     Subject,
     because_clause,
@@ -14,7 +14,7 @@ from translation.corpus.clauses import (
     relative_clause,
     subordinate_clause,
 )
-from translation.corpus.inflection import (
+from corpus.inflection import (
     BARE,
     COUNTS,
     NOTHING,
@@ -28,7 +28,7 @@ from translation.corpus.inflection import (
     Text,
     join,
 )
-from translation.corpus.words import (
+from corpus.words import (
     BETWEEN,
     DOG,
     HAIR,

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from translation.corpus.inflection import NOTHING, Adjective, Case, Noun, Preposition, Text
+from corpus.inflection import NOTHING, Adjective, Case, Noun, Preposition, Text
 
 Kind = Literal["posture", "calm", "attribute", "active"]  # of a verb, see Verb
 

@@ -1,0 +1,69 @@
+"""What the recipes on texts train with: a Trainer with their samplers and scores, and a true model card."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset
+from torch.utils.data import Sampler, SequentialSampler
+
+from common.trainer import RecipeTrainer
+from text.data import LENGTH
+from text.sampler import ShuffledLengthGroups
+
+
+class TextTrainer(RecipeTrainer):
+    """A Trainer for rows with a column `length`, of which those to evaluate on are sorted already.
+
+    Args:
+        optimizer_cls_and_kwargs: As Trainer's, which its subclasses do not all pass on.
+        render_card: Returns the text of README.md. Trainer's own card states the optimizer of `--optim`,
+            whatever the optimizer was, and is written again at every push to the Hub.
+        **kwargs: Trainer's.
+    """
+
+    def __init__(
+        self,
+        *,
+        optimizer_cls_and_kwargs: tuple[Any, dict[str, Any]] | None,
+        render_card: Callable[[], str],
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        self.optimizer_cls_and_kwargs = optimizer_cls_and_kwargs
+        self.render_card = render_card
+
+    def score(self, rows: Dataset, prefix: str) -> dict[str, Any]:
+        """Return what is measured on tokenized rows, with the prefix and an underscore before each name."""
+        return self.predict(rows, metric_key_prefix=prefix).metrics
+
+    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler[int] | None:
+        # Trainer has taken `length` out of the dataset that it hands over: the model has no use for it.
+        if self.args.train_sampling_strategy != "group_by_length":
+            return super()._get_train_sampler(self.train_dataset)
+        step = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        return ShuffledLengthGroups(self.train_dataset[LENGTH], step, seed)
+
+    def _get_eval_sampler(self, eval_dataset: Dataset) -> SequentialSampler:
+        # Trainer shuffles the evaluation too where training batches are grouped by length, and so loses track
+        # of which prediction belongs to which row.
+        return SequentialSampler(eval_dataset)
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """Write README.md, by `render_card` alone."""
+        if self.is_world_process_zero():
+            Path(self.args.output_dir, "README.md").write_text(self.render_card(), encoding="utf-8")
+
+    @contextmanager
+    def weights_of(self, checkpoint: str) -> Iterator[None]:
+        """Give the model the weights of a checkpoint for a while."""
+        last = {name: tensor.clone() for name, tensor in self.model.state_dict().items()}
+        self.model.load_state_dict(type(self.model).from_pretrained(checkpoint).state_dict())
+        try:
+            yield
+        finally:
+            self.model.load_state_dict(last)

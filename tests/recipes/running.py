@@ -1,0 +1,50 @@
+"""What tests of whole runs share."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from common.timer import StepTimer
+from tests.recipes.translate_pairs import write_splits
+
+
+def read(folder, name):
+    """Return what a JSON file holds."""
+    return json.loads((folder / name).read_text(encoding="utf-8"))
+
+
+def short(folder, *options):
+    """Return the command line of a run on the sentence pairs, in batches of 16."""
+    common = ["--per_device_train_batch_size=16", "--learning_rate=0.01", "--disable_tqdm=true"]
+    return [f"--dataset_name={write_splits(folder / 'pairs')}", f"--output_dir={folder / 'out'}", *options, *common]
+
+
+def interrupt(main, argv, step=6):
+    """Start a run that is interrupted at the end of a step."""
+    on_step_end = StepTimer.on_step_end
+
+    def stop(self, args, state, control, **kwargs):
+        on_step_end(self)
+        if state.global_step == step:
+            raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(StepTimer, "on_step_end", stop)
+        with pytest.raises(KeyboardInterrupt):
+            main(argv)
+
+
+def have_equal_weights(*folders):
+    """Return whether the models in two folders are the same, bit for bit."""
+    one, other = (load_file(folder / "model.safetensors") for folder in folders)
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def in_parts(main, argv, folder, size, parts):
+    """Return the reports of a run and of the same one in micro-batches."""
+    accumulated = [f"--per_device_train_batch_size={size}", f"--gradient_accumulation_steps={parts}"]
+    return [main([*argv, *more, f"--output_dir={folder / name}"]) for name, more in [("w", []), ("p", accumulated)]]

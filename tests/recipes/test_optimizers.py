@@ -1,0 +1,72 @@
+"""The optimizers of the recipes: what Trainer is handed, and what is reported of it."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+
+from baselines import BaselineFactory
+from common.arguments import OptimizerArguments
+from common.optimizers import describe, fngd_config, optimizer_cls_and_kwargs
+from hf_fngd import FNGDFactory
+from translation.arguments import TranslationTrainingArguments
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"optimizer": "adamw"}, None),
+        ({"optimizer": "sgd"}, (torch.optim.SGD, {"lr": 0.01, "momentum": 0.9})),
+        ({"optimizer": "sgd", "momentum": 0.0}, (torch.optim.SGD, {"lr": 0.01, "momentum": 0.0})),
+    ],
+)
+def test_baselines_are_torchs(tmp_path, options, expected):
+    training_args = TranslationTrainingArguments(output_dir=str(tmp_path), learning_rate=0.01)
+    arguments = OptimizerArguments(**options)
+    config = fngd_config(arguments, training_args)
+    assert config is None
+    assert optimizer_cls_and_kwargs(arguments, config, training_args) == expected
+
+
+def test_baselines_of_the_recipe_get_their_options(tmp_path):
+    training_args = TranslationTrainingArguments(output_dir=str(tmp_path), learning_rate=0.01, adam_beta2=0.9)
+    arguments = OptimizerArguments(optimizer="eva", damping=0.5)
+    expected = {"name": "eva", "lr": 0.01, "weight_decay": 0.0, "rest_betas": (0.9, 0.9), "rest_eps": 1e-8}
+    assert fngd_config(arguments, training_args) is None
+    assert optimizer_cls_and_kwargs(arguments, None, training_args) == (BaselineFactory, {**expected, "damping": 0.5})
+
+
+def test_ngd_is_fngd_without_sharing(tmp_path):
+    training_args = TranslationTrainingArguments(output_dir=str(tmp_path))
+    config = fngd_config(OptimizerArguments(optimizer="ngd", damping=0.5), training_args)
+    assert config == fngd_config(OptimizerArguments(sharing="never", damping=0.5), training_args)
+
+
+def test_fngd_takes_a_configuration_and_what_overrides_it(tmp_path):
+    training_args = TranslationTrainingArguments(output_dir=str(tmp_path), learning_rate=0.01, weight_decay=0.1)
+    arguments = OptimizerArguments(fngd_config="paper", damping=0.5, exclude_modules=["fc1"])
+    config = fngd_config(arguments, training_args)
+    assert (config.lr, config.weight_decay, config.damping) == (0.01, 0.1, 0.5)
+    assert (config.sharing, config.fallback, config.exclude_modules) == ("replay", "sgd", "fc1")
+    factory, kwargs = optimizer_cls_and_kwargs(arguments, config, training_args)
+    assert factory is FNGDFactory
+    assert kwargs == {"args": training_args, "config": config}
+
+
+@pytest.mark.parametrize("options", [{"sharing": "all"}, {"damping": -1.0}, {"update": "lion"}])
+def test_bad_values_of_fngd_are_told_by_its_configuration(tmp_path, options):
+    with pytest.raises(ValueError, match=next(iter(options))):
+        fngd_config(OptimizerArguments(**options), TranslationTrainingArguments(output_dir=str(tmp_path)))
+
+
+def test_description_is_of_the_optimizer_that_trained():
+    optimizer = torch.optim.Adam([nn.Parameter(torch.zeros(1))], lr=0.5, betas=(0.8, 0.9))
+    torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.0)
+    described = describe(SimpleNamespace(optimizer=optimizer), None)
+    assert described["optimizer"] == "Adam"
+    assert described["optimizer_arguments"]["lr"] == 0.5  # the peak, not the scheduler's last value
+    assert described["optimizer_arguments"]["betas"] == (0.8, 0.9)
+    assert "params" not in described["optimizer_arguments"]
