@@ -30,7 +30,10 @@ def shown(value: object) -> str:
         return f"<an integer of {value.bit_length()} bits>"  # Python refuses to write the very long ones
     short = reprlib.Repr()
     short.maxstring = short.maxother = 80
-    return short.repr(value)
+    try:
+        return short.repr(value)
+    except ValueError:  # such an integer within it
+        return f"<a {type(value).__name__}>"
 
 
 def guess(name: object, names: Collection[str], text: str = "; did you mean {}?") -> str:

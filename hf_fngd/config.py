@@ -18,7 +18,7 @@ from hf_fngd.checks import guess
 from hf_fngd.engine.state import GONE
 from hf_fngd.hub import HUB_OPTIONS, HubMixin
 from hf_fngd.settings import Settings, setting_names
-from hf_fngd.weights.base import policy_class, policy_names
+from hf_fngd.weights.base import SharingPolicy, policy_class, policy_names
 
 CONFIG_VERSION = "2.0"
 """MAJOR.MINOR of the file format: MAJOR changes where an older reader would misunderstand a file."""
@@ -53,7 +53,7 @@ class FNGDConfig(Settings, HubMixin):
     """
 
     def __post_init__(self) -> None:
-        if not isinstance(self.sharing, str):
+        if isinstance(self.sharing, SharingPolicy):
             raise TypeError(
                 f"sharing must be a policy's name in a config, got a {type(self.sharing).__name__}: register the "
                 "policy and give its name, or hand the object to FNGD itself"

@@ -141,7 +141,7 @@ class Settings:
         None,
         _layer_types,
         "Types of layers whose samples are weighed: a list of some of 'linear', 'conv1d', 'embedding', 'convolution' "
-        "and 'norm'; None: all of them.",
+        "and 'norm'; None: all of them but 'norm'.",
         engine=True,
     )
     strict: bool = _setting(

@@ -92,7 +92,7 @@ def _(x: Tensor | None, g: Tensor, batch: Tensor, engine: int, place: int, has_b
     return g.new_empty(g.shape[0])
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class LayerCall:
     """What the engine offers a kernel for one call of its layer (`hf_fngd.layers.base.Call`).
 
@@ -121,7 +121,8 @@ class LayerCall:
         memory = _Memory(self.layer, self.batch)
 
         def weighed(g: Tensor) -> Tensor | None:
-            w = memory.weights(like, g, False)
+            with torch.no_grad():
+                w = memory.weights(like, g, False)
             return None if w is None else scaled(g, w)
 
         if y.requires_grad:
@@ -136,7 +137,6 @@ class _Memory:
         self._call: tuple[Layer, MicroBatch] | None = (layer, batch)
         self._weights: Tensor | None = None
 
-    @torch.no_grad()
     def weights(self, x: Tensor | None, g: Tensor, has_bias: bool) -> Tensor | None:
         if self._call is not None:
             layer, batch = self._call

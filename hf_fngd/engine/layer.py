@@ -60,10 +60,8 @@ class Layer:
     repeated: bool = False
     seen: MicroBatch | None = None
 
-    @property
-    def kernel(self) -> LayerKernel:
-        """The layer's arithmetic."""
-        return self.selected.kernel
+    def __post_init__(self) -> None:
+        self.kernel: LayerKernel = self.selected.kernel
 
     @property
     def reasons(self) -> list[str]:
@@ -133,7 +131,7 @@ def attached_layers(selected: Sequence[Selected], solves: bool) -> list[Layer]:
     return layers
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class _Samples:
     """`hf_fngd.weights.Samples` of one call."""
 

@@ -130,13 +130,15 @@ class GramKernel(ExplicitKernel):
 
 MakeKernel = Callable[[nn.Module], LayerKernel | None]
 _LAYER_TYPES: dict[str, MakeKernel] = {}
+_DEFAULT: set[str] = set()
 
 
-def register_layer_type(name: str) -> Callable[[MakeKernel], MakeKernel]:
+def register_layer_type(name: str, *, default: bool = True) -> Callable[[MakeKernel], MakeKernel]:
     """Function decorator: make the engine weigh the samples of a family of modules.
 
     Args:
         name: what the argument ``layer_types`` calls the family.
+        default: whether it is weighed where ``layer_types`` is None.
 
     Raises:
         ValueError: the name is taken.
@@ -146,14 +148,15 @@ def register_layer_type(name: str) -> Callable[[MakeKernel], MakeKernel]:
         if name in _LAYER_TYPES:
             raise ValueError(f"there is already a layer type named {name!r}")
         _LAYER_TYPES[name] = make
+        _DEFAULT.update([name] if default else [])
         return make
 
     return register
 
 
-def layer_type_names() -> tuple[str, ...]:
-    """The registered names, in their order."""
-    return tuple(_LAYER_TYPES)
+def layer_type_names(default: bool = False) -> tuple[str, ...]:
+    """The registered names in their order, all of them or those that are weighed by default."""
+    return tuple(name for name in _LAYER_TYPES if name in _DEFAULT or not default)
 
 
 def find_kernel(module: nn.Module) -> tuple[str | None, LayerKernel | None]:

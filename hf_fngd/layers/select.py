@@ -70,7 +70,7 @@ def select_layers(
         target_modules: ``"all-linear"``, a regular expression that has to match the whole module name, or a list of
             names or dotted suffixes of names, as in PEFT. It selects among Linear and Conv1D alone.
         exclude_modules: a regular expression or a list, or None. It excludes layers of any type.
-        layer_types: names of layer types, which alone are attached; None for all.
+        layer_types: names of layer types, which alone are attached; None for those that are by default.
         solves: whether the sharing policy takes Gram matrices: only preconditioned layers are attached then.
 
     Raises:
@@ -82,7 +82,7 @@ def select_layers(
         for parameter in module.parameters(recurse=False)
         if parameter.requires_grad
     )
-    wanted = set(layer_type_names() if layer_types is None else layer_types)
+    wanted = set(layer_type_names(default=True) if layer_types is None else layer_types)
     matrices: list[Selected] = []
     others: list[Selected] = []
     plain: dict[str, str] = {}
