@@ -140,8 +140,8 @@ class Settings:
     layer_types: list[str] | None = _setting(  # noqa: RUF009
         None,
         _layer_types,
-        "Types of layers whose samples are weighed: a list of some of 'linear', 'conv1d', 'embedding', 'convolution' "
-        "and 'norm'; None: all of them but 'norm'.",
+        "Types of layers whose samples are weighed: a list of some of 'linear', 'conv1d', 'embedding', 'convolution', "
+        "'norm' and 'table'; None: all of them but 'norm'.",
         engine=True,
     )
     strict: bool = _setting(

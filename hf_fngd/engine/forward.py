@@ -17,6 +17,7 @@ from hf_fngd.engine.graph import uses_in_graph
 from hf_fngd.engine.inputs import find_sample
 from hf_fngd.engine.layer import ON_TOP_OF_ANOTHER, USED_ELSEWHERE, Layer
 from hf_fngd.engine.window import MicroBatch, Window, in_backward
+from hf_fngd.layers.base import weight_of
 from hf_fngd.layers.embedding import EmbeddingKernel
 
 
@@ -77,10 +78,9 @@ class Forwards:
     def _layer_forward(
         self, layer: Layer, module: nn.Module, own: Callable[..., Any], *args: Any, **kwargs: Any
     ) -> Any:
-        weight, x = module.weight, (*args, *kwargs.values())
-        assert isinstance(weight, Tensor)
-        trains = module.training and torch.is_grad_enabled() and weight.requires_grad
-        if not trains or len(x) != 1 or not layer.kernel.takes(x[0]):
+        weight, x = weight_of(module), (*args, *kwargs.values())
+        trains = module.training and torch.is_grad_enabled() and weight is not None and weight.requires_grad
+        if not trains or not x or not layer.kernel.takes(*x):
             return own(*args, **kwargs)
         compiling = torch.compiler.is_compiling()
         recomputes = not compiling and in_backward()
@@ -88,14 +88,16 @@ class Forwards:
         if not compiling and not (layer.selected.matrix or self._inside or recomputes):
             layer.shared.reasons.add(USED_ELSEWHERE)  # which batch the call belongs to is not known
         if batch is None or (not compiling and USED_ELSEWHERE in layer.shared.reasons):
-            return own(*x)
+            return own(*args, **kwargs)
+        own = partial(own, *args, **kwargs)
         if isinstance(batch, Tensor):
             call = LayerCall(layer.kernel, layer.place, batch, self._engine.number, None)
             return layer.kernel.run(module, own, x[0], call)
+        assert weight is not None
         refuse_split_weight(weight)
         if recomputes and not batch.recomputed and self._window.mixed_up(layer.place):
             layer.shared.reasons.add(ON_TOP_OF_ANOTHER)
-            return own(*x)
+            return own()
         # What checkpointing recomputes is no call of its own, unless it recomputes the forward pass of the whole model.
         batch.calls[layer.place] += self._inside or not recomputes
         return layer.kernel.run(

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from hf_fngd.engine.window import MicroBatch
-from hf_fngd.layers.base import AMBIGUOUS, GramKernel, LayerKernel
+from hf_fngd.layers.base import AMBIGUOUS, GramKernel, LayerKernel, weight_of
 from hf_fngd.layers.embedding import EmbeddingKernel
 from hf_fngd.layers.select import Selected
 
@@ -66,7 +66,8 @@ class Layer:
     @property
     def reasons(self) -> list[str]:
         """Why the gradient of its weight was plain, sorted; nothing where it always was weighed."""
-        return sorted({*self.shared.reasons, *([AMBIGUOUS] if self.shared.ambiguous else [])})
+        own = [AMBIGUOUS] if self.shared.ambiguous else []
+        return sorted({*self.shared.reasons, *own, *([self.kernel.fault] if self.kernel.fault else [])})
 
     def weights(self, x: Tensor | None, g: Tensor, has_bias: bool, batch: MicroBatch) -> Tensor | None:
         """The sample weights ``[N]`` of one call in a backward pass; None for ones.
@@ -125,7 +126,7 @@ class Layer:
 def attached_layers(selected: Sequence[Selected], solves: bool) -> list[Layer]:
     """The layers of a selection, in its order."""
     shared: dict[int, Shared] = defaultdict(Shared)
-    layers = [Layer(place, one, shared[id(one.module.weight)], solves) for place, one in enumerate(selected)]
+    layers = [Layer(place, one, shared[id(weight_of(one.module))], solves) for place, one in enumerate(selected)]
     for layer in layers:
         layer.shared.layers += 1
     return layers

@@ -12,6 +12,7 @@ how its weighted gradient is formed. There are two ways to form it:
 
 from __future__ import annotations
 
+import functools
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
@@ -28,7 +29,7 @@ AMBIGUOUS = (
     "(another batch size or sequence length does)"
 )
 
-Forward = Callable[..., Any]
+Forward = functools.partial[Any]
 Layout = tuple[bool | None, str | None]
 
 
@@ -55,15 +56,20 @@ class LayerKernel(ABC):
     """The arithmetic of one layer. ``x`` is its input ``[N, ..., i]``, ``g`` its output gradient ``[N, ..., o]``.
 
     Behind `Call.weigh`, g is the gradient of the tensor that was weighed, and x what was given as ``like``, or None.
+
+    Attributes:
+        fault: why the samples of no call can be weighed, where a call has told so.
     """
 
-    def takes(self, x: Any) -> bool:
-        """Whether the samples of an input can be weighed at all; otherwise the module's own forward runs."""
-        return isinstance(x, Tensor) and x.dim() > 1
+    fault: str | None = None
+
+    def takes(self, x: Any, *others: Any) -> bool:
+        """Whether the samples of a call's arguments can be weighed at all; otherwise the module's own forward runs."""
+        return isinstance(x, Tensor) and x.dim() > 1 and not others
 
     @abstractmethod
     def run(self, module: nn.Module, own: Forward, x: Tensor, call: Call) -> Any:
-        """Run a module in a training forward pass; ``own(x)`` is its own forward."""
+        """Run a module in a training forward pass; ``own()`` is its own forward, with all arguments of the call."""
 
     def layout(self, known: bool | None, x: Tensor | None, g: Tensor, samples: int) -> Layout:
         """Whether the first dimension is the batch, and the reason for which the samples can not be weighed.
@@ -174,6 +180,24 @@ def plain_class(module: nn.Module) -> type[nn.Module]:
         cls = cls.__mro__[cls.__mro__.index(FSDPModule) + 1]
     # FSDP2's class may have been made of the subclass of a preconditioner that is gone.
     return getattr(cls, "_fngd_plain_class", cls)
+
+
+class With:
+    """A module as its own forward sees it, with other parameters."""
+
+    def __init__(self, module: nn.Module, **parameters: Tensor) -> None:
+        self.__dict__ |= {"_module": module, **parameters}
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._module, name)
+
+
+def weight_of(module: nn.Module) -> Tensor | None:
+    """The parameter that stands for all of a layer's: ``weight``, or the first one that is trained."""
+    weight = getattr(module, "weight", None)
+    if isinstance(weight, Tensor):
+        return weight
+    return next((p for p in module.parameters(recurse=False) if p.requires_grad), None)
 
 
 def operands(module: nn.Module, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:

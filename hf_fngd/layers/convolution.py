@@ -45,9 +45,9 @@ class ConvolutionKernel(ExplicitKernel):
     pad: tuple[int, ...]
     mode: str
 
-    def takes(self, x: Any) -> bool:
+    def takes(self, x: Any, *others: Any) -> bool:
         """See `LayerKernel.takes`. An input without a batch has a dimension less."""
-        return isinstance(x, Tensor) and x.dim() == self.dims + 2
+        return isinstance(x, Tensor) and x.dim() == self.dims + 2 and not others
 
     def run(self, module: nn.Module, own: Forward, x: Tensor, call: Call) -> Tensor:
         # Padded first, as torch does: autocast pads in float32.

@@ -29,11 +29,11 @@ class EmbeddingKernel(LayerKernel):
         self.expands = False
         self.output: Any = None
 
-    def takes(self, x: Any) -> bool:
-        return isinstance(x, Tensor)
+    def takes(self, x: Any, *others: Any) -> bool:
+        return isinstance(x, Tensor) and not others
 
     def run(self, module: nn.Module, own: Forward, x: Tensor, call: Call) -> Any:
-        y = own(x)
+        y = own()
         if not isinstance(y, Tensor):
             return y
         if call.samples is not None and call.samples > 1 and y.dim() == 3 and len(y) == 1:

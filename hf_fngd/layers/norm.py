@@ -20,6 +20,7 @@ from hf_fngd.layers.base import (
     Forward,
     LayerKernel,
     Saved,
+    With,
     parameters,
     plain_class,
     register_layer_type,
@@ -37,8 +38,8 @@ class LayerNormKernel(ExplicitKernel):
     shape: tuple[int, ...]
     eps: float
 
-    def takes(self, x: Any) -> bool:
-        return isinstance(x, Tensor) and x.dim() > len(self.shape)
+    def takes(self, x: Any, *others: Any) -> bool:
+        return isinstance(x, Tensor) and x.dim() > len(self.shape) and not others
 
     def run(self, module: nn.Module, own: Forward, x: Tensor, call: Call) -> Tensor:
         if x.device.type != "cpu" and torch.is_autocast_enabled(x.device.type):
@@ -69,7 +70,7 @@ class VectorKernel(LayerKernel):
     """A norm that multiplies by a vector ``W`` of the size of the last dimension, by its own forward."""
 
     def run(self, module: nn.Module, own: Forward, x: Tensor, call: Call) -> Any:
-        return plain_class(module).forward(_With(module, _expanded(module, x, call)), x)
+        return plain_class(module).forward(With(module, weight=_expanded(module, x, call)), x)
 
 
 class RMSNormKernel(LayerKernel):
@@ -87,16 +88,6 @@ def _expanded(module: nn.Module, x: Tensor, call: Call) -> Tensor:
     """The vector in one row a sample, ``[N, 1, ..., d]``, whose gradient is weighed."""
     weight, _ = parameters(module)
     return call.weigh(weight.expand(x.shape[0], *[1] * (x.dim() - 2), *weight.shape), like=x)
-
-
-class _With:
-    """A module as its own forward sees it, with another weight."""
-
-    def __init__(self, module: nn.Module, weight: Tensor) -> None:
-        self._module, self.weight = module, weight
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._module, name)
 
 
 @register_layer_type("norm", default=False)  # it changed no result by more than seeds do, and costs time
@@ -127,7 +118,7 @@ def _multiplies(module: nn.Module, size: int, dtype: torch.dtype) -> bool:
     forward = plain_class(module).forward
     try:
         with torch.no_grad():
-            found = forward(_With(module, rows), x)
-            return all(torch.equal(found[n], forward(_With(module, rows[n, 0]), x)[n]) for n in range(2))
+            found = forward(With(module, weight=rows), x)
+            return all(torch.equal(found[n], forward(With(module, weight=rows[n, 0]), x)[n]) for n in range(2))
     except Exception:  # whatever a model's own class does with a weight of another shape
         return False

@@ -9,8 +9,9 @@ from dataclasses import dataclass, replace
 import regex
 from torch import nn
 
-from hf_fngd.layers.base import GramKernel, LayerKernel, find_kernel, layer_type_names
+from hf_fngd.layers.base import GramKernel, LayerKernel, find_kernel, layer_type_names, weight_of
 from hf_fngd.layers.linear import LinearKernel
+from hf_fngd.layers.table import TableKernel
 
 ALL_LINEAR = "all-linear"
 Modules = str | Sequence[str] | None
@@ -111,17 +112,19 @@ def select_layers(
             f"subclasses do not count) that target_modules={target_modules!r}, exclude_modules={exclude_modules!r} and "
             f"layer_types={layer_types!r} select"
         )
-    among = Counter(id(layer.module.weight) for layer in others)
-    others = [layer for layer in others if among[id(layer.module.weight)] == uses[id(layer.module.weight)]]
+    among = Counter(id(weight_of(layer.module)) for layer in others)
+    others = [layer for layer in others if among[id(weight_of(layer.module))] == uses[id(weight_of(layer.module))]]
     return Selection(matrices if solves else matrices + others, plain)
 
 
 def _trains_alone(module: nn.Module, kernel: LayerKernel) -> bool:
     """Whether a layer that is no matrix has a trained weight, and a bias at most that is trained beside it."""
-    if isinstance(kernel, GramKernel) or "forward" in module.__dict__ or not isinstance(module.weight, nn.Parameter):
+    if isinstance(kernel, GramKernel) or "forward" in module.__dict__:
         return False
+    if isinstance(kernel, TableKernel):
+        return True
     trained = {name for name, parameter in module.named_parameters() if parameter.requires_grad}
-    return {"weight"} <= trained <= {"weight", "bias"}
+    return isinstance(module.weight, nn.Parameter) and {"weight"} <= trained <= {"weight", "bias"}
 
 
 def _reason(
