@@ -24,7 +24,6 @@ from hf_fngd.layers.base import (
     register_layer_type,
 )
 
-
 NOT_ON_ROWS = "its forward does not compute the same on one row a sample of its parameters"
 
 
