@@ -5,12 +5,13 @@ BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup translate test lint clean
+.PHONY: help setup translate test lint package clean
 
 help:
 	@echo "make translate   train a small English-German Transformer with FNGD on the embedded corpus (CPU, minutes)"
 	@echo "make test        run the tests"
 	@echo "make lint        formatter, linter, type checker"
+	@echo "make package     build the sdist and the wheel, and try both in an environment of their own"
 	@echo "make setup       create $(VENV) with the pinned versions of constraints.txt"
 	@echo "make clean       remove what the targets above made"
 
@@ -37,6 +38,9 @@ lint: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+package: setup
+	PYTHON=$(PYTHON) .ci/package
 
 clean:
 	rm -rf $(VENV) outputs build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -54,8 +54,8 @@ trainer = Trainer(model=model, args=args, train_dataset=train_set, optimizers=(o
 trainer.train()
 predictions = trainer.predict(test_set)
 
-# Trainer has printed its log above. `grad_norm` is the norm of what FNGD steps along: the gradient of most
-# layers is a weighted sum over the samples by the time that backward returns.
+# Trainer has printed its log above. `grad_norm` is the norm of the weighted gradient: by the time that backward
+# returns, the gradient is a weighted sum over the samples.
 labels = torch.tensor([sentence["labels"] for sentence in test_set])
 accuracy = (torch.from_numpy(predictions.predictions).argmax(dim=1) == labels).float().mean()
 losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]

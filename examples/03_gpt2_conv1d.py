@@ -1,4 +1,4 @@
-"""A language model: GPT-2, whose Conv1D layers are preconditioned like Linear ones, with FNGD's values in the log.
+"""A language model: GPT-2, whose Conv1D layers are weighed like Linear ones, with FNGD's values in the log.
 
 A tiny GPT-2 with random weights learns sentences of a toy grammar and then writes some. Run it with
 
@@ -57,7 +57,7 @@ args = TrainingArguments(
     disable_tqdm=True,
     use_cpu=True,
 )
-optimizer = FNGD(model, lr=5e-3, sharing="ranked")  # weights of the Fisher matrix; the default goes by norms alone
+optimizer = FNGD(model, lr=5e-3)
 
 # The callback adds the fngd_ values to Trainer's log, and so to TensorBoard and the like. FNGD trains the same
 # without it.
@@ -67,17 +67,17 @@ trainer = Trainer(
 trainer.remove_callback(PrinterCallback)  # the log is printed below, as a table
 trainer.train()
 
-# Phase 0 is the first epoch, in which every step computes coefficients; phase 1 shares them. An epoch has 16
-# steps here, and its last one ends the phase.
-print("step  epoch   loss  fngd_phase  fngd_weight_spread")
+# The spread says how far the sample weights are apart (0 is plain averaging), skipped how many steps were left out
+# because a gradient was not finite.
+print("step  epoch   loss  fngd_weight_spread  fngd_skipped")
 for entry in trainer.state.log_history:
     if "loss" in entry:
         print(
-            f"{entry['step']:4d} {entry['epoch']:6.2f} {entry['loss']:6.3f} {entry['fngd_phase']:11.0f}"
-            f" {entry['fngd_weight_spread']:19.3f}"
+            f"{entry['step']:4d} {entry['epoch']:6.2f} {entry['loss']:6.3f} {entry['fngd_weight_spread']:19.3f}"
+            f" {entry['fngd_skipped']:13.0f}"
         )
 
-# The output head shares its weight with the embedding: not preconditioned, its samples have the mean of their weights.
+# The output head shares its weight with the embedding: the report names both.
 print(f"\n{optimizer.coverage()}")
 
 # detach() gives back the plain model. Needed only to train on with another optimizer: evaluation, generation and

@@ -27,9 +27,10 @@ def train(make_optimizer, damping, inputs, targets):
     optimizer = make_optimizer(model.parameters())
     preconditioner = None
     if damping is not None:
-        preconditioner = FNGDPreconditioner(model, damping=damping, sharing="ranked")
-        # The weights of the samples belong to a step, so the engine has to hear of each. follow() registers a hook
-        # that calls preconditioner.step() after every optimizer.step(): the loop below stays as it was.
+        # The weights of the Fisher matrix, solved for anew in every step; by default they go by norms alone.
+        preconditioner = FNGDPreconditioner(model, sharing="never", damping=damping)
+        # Sample weights belong to an optimizer step, so the engine has to hear of each. follow() registers a hook that
+        # calls preconditioner.step() after every optimizer.step(): the loop below stays as it was.
         preconditioner.follow(optimizer)
 
     losses = []
@@ -41,8 +42,6 @@ def train(make_optimizer, damping, inputs, targets):
             loss.backward()
             optimizer.step()
             total += loss.item() * len(batch) / POINTS
-        if preconditioner is not None:
-            preconditioner.end_epoch()
         losses.append(total)
     return losses
 
@@ -54,7 +53,7 @@ targets = torch.sin(2 * inputs[:, :1]) * torch.cos(inputs[:, 1:]) + 0.05 * torch
 print(f"the variance of the targets, which is the error of a constant: {targets.var():.4f}\n")
 print("optimizer          damping  first loss  last loss")
 for name, make_optimizer in OPTIMIZERS.items():
-    # The smaller the damping, the further the weights are from plain averaging, which is what None does.
+    # The smaller the damping, the further the sample weights are from plain averaging, which is what None does.
     for damping in (None, 0.1):
         losses = train(make_optimizer, damping, inputs, targets)
         print(f"{name:18} {damping!s:7} {losses[0]:11.4f} {losses[-1]:10.4f}")

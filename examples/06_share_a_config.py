@@ -13,7 +13,7 @@ from torch import nn
 from hf_fngd import FNGD, FNGDConfig
 
 # Start from a preset and say what differs. A wrong name or value is refused here, not in the middle of a run.
-config = FNGDConfig.preset("robust", lr=1e-2, weight_decay=0.01, exclude_modules=["classifier"])
+config = FNGDConfig.preset("default", lr=1e-2, weight_decay=0.01, exclude_modules=["classifier"])
 
 # Only fngd_config.json is written, so a config can lie beside a model in the same folder.
 folder = Path("outputs/example_06")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import math
 import numbers
+import re
 import reprlib
 from collections.abc import Callable, Collection
 from typing import Any
@@ -20,6 +21,8 @@ MAX_INTEGER = 2**63 - 1
 # A config may come from anyone: these are far above any model's needs and keep a hostile one cheap to refuse.
 MAX_CHARACTERS = 10_000
 MAX_NAMES = 10_000
+# Repetitions are unrolled when a pattern is compiled: beyond this, in characters, that takes seconds and gigabytes.
+MAX_UNROLLED = 10**6
 
 Check = Callable[[str, Any], Any]
 
@@ -121,7 +124,12 @@ def modules(accepted: str, fewest: int) -> Check:
                 raise ValueError(f"{key} must hold {fewest} to {MAX_NAMES} module names, got {len(value)}")
             return [_text(f"{key}[{index}]", name, "a module's name") for index, name in enumerate(value)]
         try:
-            regex.compile(_text(key, value, accepted))
+            counts = [
+                re.findall(r"[0-9]+", braces) for braces in re.findall(r"\{[0-9, ]+\}", _text(key, value, accepted))
+            ]
+            if len(value) * math.prod(max(1, *map(int, of)) for of in counts if of) > MAX_UNROLLED:
+                raise ValueError("it repeats its parts too often")
+            regex.compile(value)
         except (regex.error, ValueError, OverflowError, RecursionError) as error:
             raise ValueError(
                 f"{key} must be {accepted}, got {shown(value)}; this regular expression does not compile: {error}"

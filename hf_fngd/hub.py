@@ -224,8 +224,11 @@ def _fetch(repo_id: str, filename: str, options: dict[str, Any]) -> Path:
 
 def _read(file: Path) -> dict[str, Any]:
     """Read a JSON object from a file that may come from anyone; OSError where it is none, or too large."""
-    with file.open("rb") as stream:
-        data = stream.read(MAX_BYTES + 1)
+    try:
+        with file.open("rb") as stream:
+            data = stream.read(MAX_BYTES + 1)
+    except OSError as error:
+        raise OSError(f"{file} cannot be read: {error}") from error
     if len(data) > MAX_BYTES:
         raise OSError(f"{file} is larger than {MAX_BYTES} bytes: this is no {CONFIG_NAME}")
     try:

@@ -8,8 +8,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from hf_fngd import FNGD, FNGDPreconditioner
-from hf_fngd.sharing import INDEX_COLUMN
+from hf_fngd import FNGD
+from hf_fngd.layers.base import layer_type_names
+from hf_fngd.updates import UPDATES
+from hf_fngd.weights.base import MicroBatchWeights, policy_class, policy_names
+from hf_fngd.weights.never import NeverSharing
 from tests.reference import Dense, per_sample_gradients
 
 FEATURES, CLASSES = 5, 4
@@ -92,7 +95,7 @@ def train(model: nn.Module, optimizer: FNGD, steps: int, first: int = 0, scale: 
     for step in range(first, first + steps):
         x, y = data(6, 3, seed=step, dtype=trained(model)[0].dtype)
         optimizer.zero_grad()
-        (scale * F.cross_entropy(model(x, **{INDEX_COLUMN: torch.arange(6) + step}), y)).backward()
+        (scale * loss(model, x, y)).backward()
         optimizer.step()
 
 
@@ -106,11 +109,34 @@ def dense(model: nn.Module, x: Tensor, y: Tensor, damping: float) -> dict[str, D
     return {name: Dense(per_sample_gradients(model, of, alone, len(x)), damping) for name, of in layers.items()}
 
 
-def fresh_weights(preconditioner: FNGDPreconditioner) -> Tensor:
-    """The weights of the coefficient step under way, ``[L, N]``, in the order that the policy keeps."""
-    (batch,) = preconditioner._window._batches
-    assert batch.fresh is not None
-    return batch.fresh
+EVERY_TYPE = list(layer_type_names())
+"""Of layers, those that are weighed by default and the others."""
+
+
+def settings_of(sharing: str, **values: Any) -> dict[str, Any]:
+    """Arguments of FNGD: the policy's name, every layer type, and of ``values`` those that the policy reads."""
+    read = {name: value for name, value in values.items() if name in policy_class(sharing).reads}
+    return {"sharing": sharing, "layer_types": EVERY_TYPE} | read
+
+
+UPDATES_OF = {
+    name: [update for update in UPDATES if update != "momentum" or policy_class(name).solves] for name in policy_names()
+}
+"""The update rules that go with each policy."""
+
+
+class Watched(NeverSharing):
+    """``never``, for a test that looks at a micro-batch's sample weights ``[L, N]`` before the step."""
+
+    batch: Any = None
+
+    def begin(self, size: int, offset: int) -> MicroBatchWeights:
+        self.batch = super().begin(size, offset)
+        return self.batch
+
+    @property
+    def w(self) -> Tensor:
+        return self.batch.w
 
 
 def graph_nodes(output: Tensor) -> Iterator[str]:

@@ -4,16 +4,43 @@ Symbols as in the paper (arXiv 2403.03473): U [P, N] holds the per-sample gradie
 layer, F = U U^T / N is the Fisher matrix, K = U^T U / N the Gram matrix, g the mean of U's columns.
 """
 
+import contextlib
 import copy
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
-import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
+from torch.overrides import TorchFunctionMode
+from transformers.pytorch_utils import Conv1D
 
 SampleLoss = Callable[[nn.Module, int], Tensor]
+
+
+class _Float64(TorchFunctionMode):
+    """Asks for float64 wherever a model asks for float32, as RMS norms, softmaxes and losses do."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.Tensor.float:
+            func = torch.Tensor.double
+        args = [torch.float64 if arg is torch.float32 else arg for arg in args]
+        kwargs = {key: torch.float64 if value is torch.float32 else value for key, value in (kwargs or {}).items()}
+        return func(*args, **kwargs)
+
+
+@contextlib.contextmanager
+def float64() -> Iterator[None]:
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        with _Float64():
+            yield
+    finally:
+        torch.set_default_dtype(default)
 
 
 def per_sample_gradients(model: nn.Module, parameters: Sequence[Tensor], loss: SampleLoss, samples: int) -> Tensor:
@@ -77,6 +104,142 @@ def gram_from_layer(a: Tensor, g: Tensor, bias: bool) -> Tensor:
     return torch.tensor([[samples * float(x @ y) for y in rows] for x in rows], dtype=torch.float64)
 
 
+# Sample clipping -----------------------------------------------------------------------------------------
+
+
+@dataclass
+class Use:
+    """One call of a module in the forward pass of one sample.
+
+    Attributes:
+        norm: of the sample's gradient, by the bound of the module's type.
+        gradients: its part of each parameter's gradient, flat, by the parameter's name.
+    """
+
+    norm: float
+    gradients: dict[str, Tensor]
+
+
+def norm_of(module: nn.Module, a: Tensor, g: Tensor, gradients: Sequence[Tensor], ones: bool, tied: bool) -> float:
+    """The bound of the norm of a sample's gradient.
+
+    Args:
+        module: the module.
+        a: its input.
+        g: its output gradient.
+        gradients: those of its parameters.
+        ones: whether it has a trained bias, for which a linear layer's input has one more feature.
+        tied: whether it shares its weight.
+    """
+    if isinstance(module, nn.Embedding | nn.LayerNorm) or (tied and isinstance(module, nn.Linear)):
+        return float(g.norm())
+    if isinstance(module, nn.Linear | Conv1D):
+        return math.sqrt(float(a.double().square().sum()) + ones * a[..., 0].numel()) * float(g.norm())
+    if isinstance(module, _ConvNd):
+        if module.padding_mode != "zeros":
+            a = F.pad(a, module._reversed_padding_repeated_twice, mode=module.padding_mode)
+        return float(a.norm() * g.norm())
+    return float(gradients[0].norm())  # a norm that multiplies by one vector
+
+
+def uses_of(
+    model: nn.Module, modules: Iterable[str], alone: SampleLoss, n: int, trained: Collection[str]
+) -> dict[tuple[str, int], Use]:
+    """The calls of modules in the forward pass of sample n, by name and number.
+
+    Args:
+        model: a plain module.
+        modules: names of modules.
+        alone: the loss of a sample that runs through the model alone.
+        n: the sample.
+        trained: names of the parameters that are trained.
+    """
+    names = {id(p): name for name, p in model.named_parameters() if name in trained}
+    tables = [name for name in modules if not hasattr(model.get_submodule(name), "weight")]
+    owners = [id(p) for module in model.modules() for p in module.parameters(recurse=False)]
+    caught: list[tuple[str, nn.Module, Tensor, Tensor]] = []
+    handles = [
+        model.get_submodule(name).register_forward_hook(
+            lambda module, args, kwargs, output, name=name: caught.append(
+                (name, module, (*args, *kwargs.values())[0].detach(), output)
+            ),
+            with_kwargs=True,
+        )
+        for name in modules
+        if name not in tables
+    ]
+    value = alone(model, n)
+    for handle in handles:
+        handle.remove()
+    grads = torch.autograd.grad(value, [output for *_, output in caught], allow_unused=True, retain_graph=True)
+    found: dict[tuple[str, int], Use] = {}
+    for name in tables:  # of parameters, each of which is clipped by itself
+        for p in model.get_submodule(name).parameters(recurse=False):
+            (g,) = torch.autograd.grad(value, p, retain_graph=True)
+            found[names[id(p)], 0] = Use(float(g.norm()), {names[id(p)]: g.flatten()})
+    for (name, module, a, _), g in zip(caught, grads, strict=True):
+        if g is None:
+            continue
+        own = [p for p in module.parameters(recurse=False) if id(p) in names]
+        gradients = torch.autograd.grad(module(a), own, g)
+        ones = any(p is getattr(module, "bias", None) for p in own)
+        norm = norm_of(module, a, g, gradients, ones, owners.count(id(module.weight)) > 1)
+        call = sum(other == name for other, _ in found)
+        parts = zip(own, gradients, strict=True)
+        found[name, call] = Use(norm, {names[id(p)]: gradient.flatten() for p, gradient in parts})
+    return found
+
+
+@dataclass
+class Clipping:
+    """What ``sharing="clipped"`` knows of a step's other micro-batches: those of the last step.
+
+    Attributes:
+        parts: how many micro-batches a step has.
+        means: mean norms of the last step that had as many, by module; of those alone that are called once.
+        shorter: whether the last step had fewer; a second one counts.
+    """
+
+    parts: int = 1
+    means: dict[str, float] = field(default_factory=dict)
+    shorter: bool = False
+
+    def gradients(
+        self, samples: Sequence[Mapping[tuple[str, int], Use]], factor: float = 1.0
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """The clipped gradients of a micro-batch, flat, by parameter; and its norms by module.
+
+        Args:
+            samples: the calls of each sample.
+            factor: by which their losses are multiplied in the micro-batch's.
+        """
+        found: dict[str, Tensor] = {}
+        norms: dict[str, Tensor] = {}
+        for module, call in samples[0]:
+            uses = [sample[module, call] for sample in samples]
+            of_call = factor * torch.tensor([use.norm for use in uses], dtype=torch.float64)
+            norms[module] = of_call if call == 0 else torch.zeros_like(of_call)
+            bound = float(of_call.sum() / max(1, int(of_call.count_nonzero())))
+            if self.means.get(module):
+                bound = (bound + (self.parts - 1) * self.means[module]) / self.parts
+            w = torch.where(of_call > 0, bound / of_call, 1).clamp(max=1)
+            for name in uses[0].gradients:
+                own = factor * torch.stack([use.gradients[name].double() for use in uses], dim=1) @ w
+                found[name] = found[name] + own if name in found else own
+        return found, norms
+
+    def close(self, norms: Sequence[Mapping[str, Tensor]]) -> None:
+        """A step is over: its micro-batches' norms."""
+        if len(norms) < self.parts and not self.shorter:
+            self.shorter = True
+            return
+        self.parts, self.shorter = len(norms), False
+        for module in {module for batch in norms for module in batch}:
+            own = torch.cat([batch[module] for batch in norms if module in batch])
+            if own.any():
+                self.means[module] = float(own.sum() / own.count_nonzero())
+
+
 # A whole run ---------------------------------------------------------------------------------------------
 
 
@@ -91,61 +254,27 @@ def replay_fit(w: Tensor, size: int) -> Tensor:
     return mean_one(torch.tensor([float(w[n % len(w)]) for n in range(size)], dtype=torch.float64))
 
 
-def ranked_fit(w: Tensor, size: int) -> Tensor:
-    """Weights in rank order for another number of ranks, linear between the mid-quantiles, constant beyond."""
-    places = (np.arange(size) + 0.5) / size
-    return mean_one(torch.from_numpy(np.interp(places, (np.arange(len(w)) + 0.5) / len(w), w.numpy())))
-
-
 class ReplayStore:
     """The first epoch's weights, batch after batch, again in every later epoch."""
 
     def __init__(self) -> None:
         self.rows: dict[int, Tensor] = {}
 
-    def put(self, place: int, w: Tensor, norms: Tensor) -> None:
+    def put(self, place: int, w: Tensor) -> None:
         self.rows[place] = w
 
-    def get(self, place: int, norms: Tensor) -> Tensor:
-        return replay_fit(self.rows[place % len(self.rows)], len(norms))
-
-
-class RankedStore:
-    """The latest weights; the k-th smallest of a batch's norms takes the weight of the k-th smallest before.
-
-    Batches of less than half the first one's size do not count.
-    """
-
-    def __init__(self) -> None:
-        self.ranks: Tensor | None = None
-
-    def put(self, place: int, w: Tensor, norms: Tensor) -> None:
-        ranked = torch.tensor([float(w[n]) for n in norms.argsort()], dtype=torch.float64)
-        if self.ranks is None:
-            self.ranks = ranked
-        elif 2 * len(ranked) >= len(self.ranks):
-            self.ranks = ranked_fit(ranked, len(self.ranks))
-
-    def get(self, place: int, norms: Tensor) -> Tensor:
-        ranked = ranked_fit(self.ranks, len(norms))
-        w = torch.empty_like(ranked)
-        for rank, n in enumerate(norms.argsort()):
-            w[n] = ranked[rank]
-        return w
-
-
-STORES = {"replay": ReplayStore, "ranked": RankedStore}
+    def get(self, place: int, size: int) -> Tensor:
+        return replay_fit(self.rows[place % len(self.rows)], size)
 
 
 @dataclass
 class SlowLayer:
     """What a run keeps of one preconditioned layer."""
 
-    module: nn.Module
-    store: ReplayStore | RankedStore
+    parameters: list[nn.Parameter]
+    store: ReplayStore = field(default_factory=ReplayStore)
     log_rho: float = math.nan
     log_spread: float = math.nan
-    squared_norm: float = math.nan
 
 
 def newest(average: float, value: float) -> float:
@@ -165,11 +294,10 @@ def run(
     damping: float,
     weight_decay: float,
     sharing: str,
-    refresh: int,
-    step_scale: str,
+    coefficient_steps: int | None = None,
     fallback_lr: float,
 ) -> list[list[Tensor]]:
-    """FNGD(update="momentum", fallback="sgd") on a copy of the model.
+    """FNGD(update="momentum", fallback="sgd") on a copy of the model, with sharing "never" or "replay".
 
     Args:
         model: a plain module.
@@ -183,43 +311,39 @@ def run(
         The parameters after each step.
     """
     model = copy.deepcopy(model)
-    state = [SlowLayer(model.get_submodule(name), STORES[sharing]()) for name in layers]
+    state = [SlowLayer(list(model.get_submodule(name).parameters())) for name in layers]
     buffers = {p: torch.zeros_like(p) for p in model.parameters()}
-    owners = {p: layer for layer in state for p in layer.module.parameters()}
+    owners = {p: layer for layer in state for p in layer.parameters}
+    first = min(epoch, coefficient_steps or epoch)
     trajectory = []
     for step, (x, y) in enumerate(batches):
-        since = step - epoch
-        computes = since < 0 or (refresh > 0 and since % refresh == refresh - 1)
-        gradients, u, norms = _measure(model, state, x, y, loss)
+        # Places count from the beginning of the epoch, or of the shared steps.
+        place = (step - first if first <= step < epoch else step) % epoch
+
+        def alone(model: nn.Module, n: int, x: Tensor = x, y: Tensor = y) -> Tensor:
+            return loss(model, x[n : n + 1], y[n : n + 1])
+
+        parameters = list(model.parameters())
+        gradients = dict(zip(parameters, torch.autograd.grad(loss(model, x, y), parameters), strict=True))
         scales = {}
         for layer in state:
-            exact = Dense(u[id(layer)], damping)
-            samples = len(x)
-            if computes:
-                w, rho, spread = exact.w, exact.rho, float(exact.w.square().mean())
-                layer.store.put(step % epoch, w, norms[id(layer)])
+            exact = Dense(per_sample_gradients(model, layer.parameters, alone, len(x)), damping)
+            if sharing == "never" or step < first:
+                w, rho, spread = exact.w, float(exact.rho), float(exact.w.square().mean())
+                layer.store.put(place, w)
                 # Later steps use running geometric means, which the newest enter with 0.2.
-                layer.log_rho = newest(layer.log_rho, float(rho.log()))
+                layer.log_rho = newest(layer.log_rho, math.log(rho))
                 layer.log_spread = newest(layer.log_spread, math.log(spread))
             else:
-                w = layer.store.get(step % epoch, norms[id(layer)])
+                w = layer.store.get(place, len(x))
                 rho, spread = math.exp(layer.log_rho), math.exp(layer.log_spread)
-            p = u[id(layer)] @ w / samples
+            p = exact.u @ w / len(x)
             squared = float(p.square().sum())
-            offset = 0
-            for parameter in layer.module.parameters():
-                gradients[parameter] = p[offset : offset + parameter.numel()].view_as(parameter)
-                offset += parameter.numel()
-            if step_scale == "ngd":
-                # lambda' in any step: ||p||^2 + lambda mean(w^2), with lambda = alpha rho ||p||^2.
-                lam = damping * rho * squared
-                natural = 1 / (squared + lam * spread)
-                scale = min(natural, math.sqrt(len(p) / squared))
-            else:
-                before = squared if math.isnan(layer.squared_norm) else layer.squared_norm
-                layer.squared_norm = 0.95 * before + 0.05 * squared
-                scale = math.sqrt(len(p)) / math.sqrt(rho * layer.squared_norm)
-            scales[id(layer)] = float(scale)
+            for parameter, part in zip(layer.parameters, p.split([p.numel() for p in layer.parameters]), strict=True):
+                gradients[parameter] = part.view_as(parameter)
+            # lambda' in any step: ||p||^2 + lambda mean(w^2), with lambda = alpha rho ||p||^2.
+            natural = 1 / (squared + damping * rho * squared * spread)
+            scales[id(layer)] = min(natural, math.sqrt(len(p) / squared))
         with torch.no_grad():
             for parameter, buffer in buffers.items():
                 owner = owners.get(parameter)
@@ -230,35 +354,3 @@ def run(
                 parameter.sub_(rate * decay * parameter).sub_(rate * buffer)
         trajectory.append([p.detach().clone() for p in model.parameters()])
     return trajectory
-
-
-def _measure(
-    model: nn.Module,
-    state: Sequence[SlowLayer],
-    x: Tensor,
-    y: Tensor,
-    loss: Callable[[nn.Module, Tensor, Tensor], Tensor],
-) -> tuple[dict[Tensor, Tensor], dict[int, Tensor], dict[int, Tensor]]:
-    """The batch gradients, and for every layer (by id) U and ``||a_n|| ||g_n||``, a bias being one more input of 1."""
-    parameters = list(model.parameters())
-    gradients = dict(zip(parameters, torch.autograd.grad(loss(model, x, y), parameters), strict=True))
-    u, norms = {}, {}
-    for layer in state:
-        caught: list[tuple[Tensor, Tensor]] = []
-        handle = layer.module.register_forward_hook(
-            lambda _, args, output, caught=caught: caught.append((args[0], output))
-        )
-        columns, products = [], []
-        for n in range(len(x)):
-            caught.clear()
-            alone = loss(model, x[n : n + 1], y[n : n + 1])
-            a, output = caught[0]
-            *of_parameters, g = torch.autograd.grad(alone, [*layer.module.parameters(), output])
-            columns.append(torch.cat([gradient.flatten() for gradient in of_parameters]))
-            if len(of_parameters) == 2:
-                a = torch.cat([a, torch.ones_like(a[..., :1])], dim=-1)
-            products.append(float(torch.linalg.vector_norm(a.detach()) * torch.linalg.vector_norm(g)))
-        handle.remove()
-        u[id(layer)] = torch.stack(columns, dim=1)
-        norms[id(layer)] = torch.tensor(products, dtype=torch.float64)
-    return gradients, u, norms

@@ -115,7 +115,7 @@ def test_a_hook_on_the_head_of_a_model_that_computes_its_loss_is_the_same() -> N
 
 def test_it_reaches_what_fngd_leaves_plain() -> None:
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(4, 8), nn.LayerNorm(8), nn.Linear(8, 3)).double()
+    model = nn.Sequential(nn.Linear(4, 8), nn.GroupNorm(2, 8), nn.Linear(8, 3)).double()
     x, y = torch.randn(16, 4, dtype=torch.float64), torch.randint(3, (16,))
     factors = torch.ones(16, dtype=torch.float64)
     factors[5] = 1e6

@@ -6,13 +6,13 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hf_fngd import FNGD, FNGDPreconditioner
-from hf_fngd.coverage import NEVER_CALLED
-from hf_fngd.sharing import INDEX_COLUMN, IndexSharing, SharingPolicy, policy_names
-from tests.nets import LAYER_NAMES, Net, data, dense, fresh_weights, gradient, loss, net, relative_error
+from hf_fngd import FNGD, FNGDPreconditioner, policy_names
+from hf_fngd.distributed.exchange import Measurement
+from hf_fngd.engine.coverage import NEVER_CALLED
+from hf_fngd.weights.replay import ReplaySharing
+from tests.nets import LAYER_NAMES, Watched, data, dense, gradient, loss, net, relative_error
 
 # Steps and phases ------------------------------------------------------------------------------------------
 
@@ -30,15 +30,15 @@ def test_accumulation_sums_the_preconditioned_gradients(micro_batches: int) -> N
         total = sum(exact[name].natural_gradient() for exact in expected) / micro_batches
         assert relative_error(gradient(model.get_submodule(name)), total) < 1e-9
         rho = torch.stack([exact[name].rho for exact in expected]).mean()
-        torch.testing.assert_close(preconditioner.rho[place], rho)
-    assert preconditioner.policy.recorded == micro_batches
-    assert preconditioner.phase.steps == 1
+        torch.testing.assert_close(preconditioner.policy.rho[place], rho)
+    state = preconditioner.state_dict()["policy"]
+    assert (len(state["rows"]), state["steps"]) == (micro_batches, 1)
 
 
 def test_each_backward_uses_the_batch_of_its_own_forward() -> None:
     model, batches = net(), [data(7, seed=1), data(5, 3, seed=2)]
     expected = [dense(model, x, y, 0.01) for x, y in batches]
-    FNGDPreconditioner(model, sharing="ranked", damping=0.01)
+    FNGDPreconditioner(model, sharing="never", damping=0.01)
     losses = [loss(model, x, y) for x, y in batches]
     for each in losses:
         each.backward()
@@ -57,11 +57,11 @@ def with_weights(model: nn.Module, x: Tensor, y: Tensor, w: Tensor) -> dict[str,
 def test_a_shared_step_applies_the_stored_weights_whatever_its_batch_size(size: int) -> None:
     model, (x, y) = net(), data(size, 3, seed=4)
     plain = copy.deepcopy(model)
-    preconditioner = FNGDPreconditioner(model, damping=0.01, sharing="last", refresh=0, coefficient_steps=1)
+    preconditioner = FNGDPreconditioner(model, damping=0.01, sharing="replay", coefficient_steps=1)
     loss(model, *data(7, 3)).backward()
     preconditioner.step()
     model.zero_grad()
-    stored = preconditioner.policy.row
+    (stored,) = preconditioner.state_dict()["policy"]["rows"]
     loss(model, x, y).backward()
     w = stored[:, torch.arange(size) % 7]
     mean = w.mean(dim=1, keepdim=True)
@@ -75,12 +75,10 @@ def test_a_shared_step_applies_the_stored_weights_whatever_its_batch_size(size: 
 @pytest.mark.parametrize("sharing", policy_names())
 def test_a_last_batch_of_another_size_trains(sharing: str) -> None:
     model = net()
-    optimizer = FNGD(model, sharing=sharing, refresh=3)
+    optimizer = FNGD(model, sharing=sharing)
     for step, size in enumerate([8, 8, 3] * 3):
-        x, y = data(size, 3, seed=step)
-        index = {INDEX_COLUMN: torch.arange(size) + step} if sharing == "index" else {}
         optimizer.zero_grad()
-        F.cross_entropy(model(x, **index), y).backward()
+        loss(model, *data(size, 3, seed=step)).backward()
         optimizer.step()
         if step % 3 == 2:
             optimizer.end_epoch()
@@ -88,50 +86,50 @@ def test_a_last_batch_of_another_size_trains(sharing: str) -> None:
     assert optimizer.coverage().missed == {}
 
 
-class Weights(SharingPolicy):
+class Places(ReplaySharing):
     """Remembers the places that it was asked for."""
-
-    name = "weights"
 
     def __init__(self) -> None:
         self.looked_up: list[int] = []
-        self.committed: list[int] = []
+        self.stored: list[int] = []
 
-    def lookup(self, batch: Any) -> None:
-        self.looked_up.append(batch.place)
+    def lookup(self, size: int, place: int) -> Tensor | None:
+        self.looked_up.append(place)
+        return super().lookup(size, place)
 
-    def commit(self, w: Tensor, valid: Tensor, batch: Any) -> None:
-        self.committed.append(batch.place)
+    def store(self, measurement: Measurement) -> None:
+        self.stored.append(measurement.place)
+        super().store(measurement)
 
 
-def test_places_count_micro_batches_since_the_epoch_or_the_phase_began() -> None:
-    model, policy = net(), Weights()
-    preconditioner = FNGDPreconditioner(model, sharing=policy, refresh=3, coefficient_steps=5)
+def test_places_count_micro_batches_since_the_epoch_or_the_shared_steps_began() -> None:
+    model, policy = net(), Places()
+    preconditioner = FNGDPreconditioner(model, sharing=policy, coefficient_steps=5)
     for step in range(10):
         for _ in range(2):
             loss(model, *data(4)).backward()
         preconditioner.step()
         if step == 8:
             preconditioner.end_epoch()
-    assert preconditioner.phase.shared_since == 5
-    assert policy.committed == [*range(10), 4, 5]  # steps 0 to 4, and the refresh in step 7
-    assert policy.looked_up == [0, 1, 2, 3, 6, 7, 0, 1]
+    assert policy.shared_since == 5
+    assert policy.stored == [*range(10)]
+    assert policy.looked_up == [*range(8), 0, 1]
 
 
 def test_forwards_without_a_backward_count_for_nothing() -> None:
-    model, policy = net(), Weights()
-    preconditioner = FNGDPreconditioner(model, sharing=policy, coefficient_steps=100)
+    model, policy = net(), Places()
+    preconditioner = FNGDPreconditioner(model, sharing=policy)
     for _ in range(3):
         model(data(4)[0])
         loss(model, *data(4)).backward()
         preconditioner.step()
     preconditioner.step()
-    assert policy.committed == [0, 1, 2]
-    assert preconditioner.phase.steps == 3
+    assert policy.stored == [0, 1, 2]
+    assert policy.steps == 3
 
 
 def test_a_forgotten_step_is_an_error_and_unused_forwards_are_not(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("hf_fngd.window._LIMIT", 5)
+    monkeypatch.setattr("hf_fngd.engine.window._LIMIT", 5)
     model, (x, y) = net(), data(4)
     FNGDPreconditioner(model)
     for _ in range(20):
@@ -145,17 +143,17 @@ def test_a_forgotten_step_is_an_error_and_unused_forwards_are_not(monkeypatch: p
 def test_following_an_optimizer_closes_its_steps() -> None:
     model = net()
     optimizer = torch.optim.AdamW(model.parameters())
-    preconditioner = FNGDPreconditioner(model, sharing="ranked", coefficient_steps=2)
+    preconditioner = FNGDPreconditioner(model, sharing="replay", coefficient_steps=2)
+    policy = preconditioner.policy
     preconditioner.follow(optimizer)
     for _ in range(3):
         loss(model, *data(4)).backward()
         optimizer.step()
-    assert preconditioner.phase.steps == 3
-    assert preconditioner.phase.sharing
+    assert (policy.steps, policy.shared_since) == (3, 2)
     loss(model, *data(4)).backward()
     preconditioner.detach()
     optimizer.step()
-    assert preconditioner.phase.steps == 3
+    assert policy.steps == 3
     assert not optimizer._optimizer_step_post_hooks
 
 
@@ -164,7 +162,7 @@ def test_a_step_that_a_loss_scaler_skipped_does_not_count(fused: bool) -> None:
     # A fused optimizer's own step is called even then.
     model = net().float()
     optimizer = torch.optim.AdamW(model.parameters(), fused=fused)
-    preconditioner = FNGDPreconditioner(model, sharing="replay", coefficient_steps=9)
+    preconditioner = FNGDPreconditioner(model, sharing="replay")
     preconditioner.follow(optimizer)
     scaler, counted = torch.amp.GradScaler("cpu", init_scale=4.0), []
     for factor in (1.0, float("inf"), float("inf"), 1.0):
@@ -173,55 +171,49 @@ def test_a_step_that_a_loss_scaler_skipped_does_not_count(fused: bool) -> None:
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad()
-        counted.append((preconditioner.phase.steps, preconditioner.state_dict()["place"]))
+        counted.append((preconditioner.policy.steps, preconditioner.policy.place))
     assert counted == [(1, 1), (1, 1), (1, 1), (2, 2)]
 
 
 def test_shared_steps_use_a_running_geometric_mean_of_the_ratio() -> None:
     model = net()
-    preconditioner = FNGDPreconditioner(model, sharing="ranked", refresh=2, coefficient_steps=2)
+    preconditioner = FNGDPreconditioner(model, sharing="replay", coefficient_steps=3)
     fresh, mean = [], torch.zeros(2, dtype=torch.float64)
-    for step in range(6):
-        computes = preconditioner.phase.computes
+    for step in range(5):
         loss(model, *data(7, seed=step)).backward()
         preconditioner.step()
-        if computes:
-            fresh.append(preconditioner.rho.log())
+        if step < 3:
+            fresh.append(preconditioner.policy.rho.log())
             mean = fresh[0] if len(fresh) == 1 else 0.8 * mean + 0.2 * fresh[-1]
         else:
-            torch.testing.assert_close(preconditioner.rho.log(), mean)
-    assert len(fresh) == 4
+            torch.testing.assert_close(preconditioner.policy.rho.log(), mean)
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 @pytest.mark.parametrize("sharing", policy_names())
 def test_a_batch_that_is_not_finite_leaves_store_and_ratio_alone(sharing: str, value: float) -> None:
     model, (x, y) = net(), data(7, 3)
-    index = {INDEX_COLUMN: torch.arange(7)} if sharing == "index" else {}
-    preconditioner = FNGDPreconditioner(model, sharing=sharing, coefficient_steps=100)
-    F.cross_entropy(model(x, **index), y).backward()
+    preconditioner = FNGDPreconditioner(model, sharing=sharing)
+    loss(model, x, y).backward()
     preconditioner.step()
-    before, rho = copy.deepcopy(preconditioner.state_dict()), preconditioner.rho.clone()
+    before = copy.deepcopy(preconditioner.state_dict()["policy"])
+    rho = preconditioner.policy.rho.clone() if preconditioner.policy.solves else None
     spoilt = x.clone()
     spoilt[2] = value
-    F.cross_entropy(model(spoilt, **index), y).backward()
+    loss(model, spoilt, y).backward()
     preconditioner.step()
-    after = preconditioner.state_dict()
-    assert torch.equal(preconditioner.rho, rho)
-    assert torch.equal(after["averages"], before["averages"])
-    rows = before["policy"].get("rows")
-    if rows is not None:  # replay: the spoilt batch has a row of its own
-        assert torch.equal(after["policy"]["rows"], torch.cat([rows, torch.ones_like(rows)]))
-    else:
-        assert after["policy"].keys() == before["policy"].keys()
-        for key, stored in before["policy"].items():
-            assert torch.equal(torch.as_tensor(after["policy"][key]), torch.as_tensor(stored))
+    after = preconditioner.state_dict()["policy"]
+    assert rho is None or torch.equal(preconditioner.policy.rho, rho)
+    if "rows" in before:  # the spoilt batch has a row of its own
+        before["rows"] = torch.cat([before["rows"], torch.ones_like(before["rows"])])
+    for key in before.keys() - {"place", "steps"}:
+        assert str(after[key]) == str(before[key]), key
 
 
 def test_diagnostics_say_what_a_user_wants_to_see() -> None:
     model, (x, y) = net(), data(7, 3)
     exact = dense(model, x, y, 0.01)
-    preconditioner = FNGDPreconditioner(model, sharing="ranked", damping=0.01, coefficient_steps=2)
+    preconditioner = FNGDPreconditioner(model, sharing="replay", damping=0.01, coefficient_steps=2)
     assert preconditioner.diagnostics() == {"phase": 0.0, "weight_spread": 0.0}
     loss(model, x, y).backward()
     preconditioner.step()
@@ -234,53 +226,12 @@ def test_diagnostics_say_what_a_user_wants_to_see() -> None:
     loss(model, x, y).backward()
     preconditioner.step()
     assert preconditioner.diagnostics()["phase"] == 1.0
-
-
-def test_a_loaded_state_is_told_of_at_once() -> None:
-    models = [net(), net()]
-    old, new = (FNGDPreconditioner(model, sharing="ranked", coefficient_steps=1) for model in models)
-    for seed in (1, 2):
-        loss(models[0], *data(7, 3, seed=seed)).backward()
-        old.step()
-    new.load_state_dict(old.state_dict())
-    assert new.diagnostics() == old.diagnostics()
-    assert new.diagnostics()["weight_spread"] > 0
+    names = {"clipped": {"weight_spread"}, "uniform": set(), "never": {"weight_spread"}}
+    for sharing, expected in names.items():
+        assert set(FNGDPreconditioner(net(), sharing=sharing).diagnostics()) == expected
 
 
 # Which samples a batch holds -------------------------------------------------------------------------------
-
-
-def test_the_index_column_never_reaches_the_model() -> None:
-    model, (x, y) = net(), data(4)
-    preconditioner = FNGDPreconditioner(model, sharing="ranked")
-    F.cross_entropy(model(x, **{INDEX_COLUMN: torch.arange(4)}), y).backward()
-    model.eval()(x, **{INDEX_COLUMN: torch.arange(4)})
-    preconditioner.detach()
-    with pytest.raises(TypeError, match=INDEX_COLUMN):
-        model(x, **{INDEX_COLUMN: torch.arange(4)})
-
-
-def test_index_sharing_without_the_column_is_an_error_that_names_it() -> None:
-    model, (x, _) = net(), data(4)
-    FNGDPreconditioner(model, sharing="index")
-    with pytest.raises(ValueError, match=r"'fngd_index' in every training batch: train on hf_fngd.add_index"):
-        model(x)
-    model.eval()(x)
-
-
-def test_index_sharing_follows_the_samples() -> None:
-    model, (x, y) = net(), data(7, 3)
-    plain = copy.deepcopy(model)
-    preconditioner = FNGDPreconditioner(model, sharing=IndexSharing(7), refresh=0, coefficient_steps=1, damping=0.01)
-    F.cross_entropy(model(x, **{INDEX_COLUMN: torch.arange(7)}), y).backward()
-    w = fresh_weights(preconditioner)
-    preconditioner.step()
-    model.zero_grad()
-    order = torch.tensor([3, 1, 6, 0, 2, 5, 4])
-    F.cross_entropy(model(x[order], **{INDEX_COLUMN: order}), y[order]).backward()
-    expected = with_weights(plain, x[order], y[order], w[:, order])
-    for name in LAYER_NAMES:
-        assert relative_error(gradient(model.get_submodule(name)), expected[name]) < 1e-9
 
 
 class ByKey(nn.Module):
@@ -307,10 +258,10 @@ INPUTS = {
 
 @pytest.mark.parametrize(("args", "kwargs"), INPUTS.values(), ids=INPUTS)
 def test_the_batch_is_found_among_the_inputs(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    model = ByKey()
-    preconditioner = FNGDPreconditioner(model)
+    model, policy = ByKey(), Watched()
+    preconditioner = FNGDPreconditioner(model, sharing=policy)
     model(*args, **kwargs).square().sum().backward()
-    assert preconditioner._window._batches[0].info.size == 6
+    assert policy.batch.size == 6
     preconditioner.step()
     assert preconditioner.coverage().missed == {}
 
@@ -325,29 +276,6 @@ def test_a_model_without_tensor_inputs_gets_plain_gradients() -> None:
 
 
 # Construction ----------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("arguments", "error", "message"),
-    [
-        ({"damping": 0}, ValueError, "damping must be"),
-        ({"damping": "0.1"}, TypeError, "damping must be"),
-        ({"sharing": "sometimes"}, ValueError, "sharing must be one of 'clipped', 'index'"),
-        ({"refresh": -1}, ValueError, "refresh must be"),
-        ({"coefficient_steps": 0}, ValueError, "coefficient_steps must be"),
-        ({"memory_budget": 0}, ValueError, "memory_budget must be"),
-        ({"target_modules": ["fc3"]}, ValueError, "'fc3', which is no module"),
-        ({"strict": 1}, TypeError, "strict must be"),
-    ],
-)
-def test_bad_arguments_are_refused_and_leave_the_model_alone(
-    arguments: dict[str, Any], error: type[Exception], message: str
-) -> None:
-    model = net()
-    with pytest.raises(error, match=message):
-        FNGDPreconditioner(model, **arguments)
-    assert type(model) is Net
-    assert type(model.fc1) is nn.Linear
 
 
 @pytest.mark.parametrize("model", [[torch.ones(2)], None, "model"])

@@ -68,7 +68,7 @@ class Coverage:
         missed: dict[str, str] = {}
         plain = dict(self._selection.plain)
         for layer in self._layers:
-            names, matrix, reasons = _parameters(layer), layer.selected.matrix, layer.reasons
+            names, matrix, reasons = layer.selected.parameters, layer.selected.matrix, layer.reasons
             if self._told and not reasons and not layer.weighed and (matrix or not layer.shared.reached):
                 reasons = [NEVER_CALLED]
             if reasons:
@@ -108,10 +108,3 @@ class Coverage:
         grads = (w.grad for w in weights if isinstance(w, Tensor) and w.is_leaf)
         if not self._told and any(isinstance(grad, Tensor) and bool(grad.any()) for grad in grads):
             self.tell(0)
-
-
-def _parameters(layer: Layer) -> list[str]:
-    """The names of a layer's own trained parameters."""
-    prefix = f"{layer.selected.name}." if layer.selected.name else ""
-    parameters = layer.selected.module.named_parameters(recurse=False)
-    return [f"{prefix}{leaf}" for leaf, parameter in parameters if parameter.requires_grad]

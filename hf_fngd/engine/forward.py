@@ -111,7 +111,7 @@ class Forwards:
         tables = [kernel for kernel in kernels if isinstance(kernel, EmbeddingKernel) and kernel.output is not None]
         uses = uses_in_graph(output, {table.output for table in tables})
         for table in tables:
-            table.inspect(uses.consumers[table.output])
+            table.inspect(uses.consumers[table.output], batch.size)
         keys = [[id(parameter) for parameter in layer.selected.module.parameters(False)] for layer in self._layers]
         calls = Counter[int]()
         for layer, own in zip(self._layers, keys, strict=True):

@@ -16,11 +16,12 @@ class Uses:
 
     Attributes:
         leaves: how many operations read each leaf, by ``id`` of the leaf.
-        consumers: the names of the operations that read the output of each node that was asked for.
+        consumers: the operations that read the output of each node that was asked for, by name, and the first
+            dimension of what they make.
     """
 
     leaves: Counter[int] = field(default_factory=Counter)
-    consumers: dict[Any, list[str]] = field(default_factory=lambda: defaultdict(list))
+    consumers: dict[Any, list[tuple[str, int]]] = field(default_factory=lambda: defaultdict(list))
 
 
 def uses_in_graph(output: Any, nodes: Collection[Any] = ()) -> Uses:
@@ -38,7 +39,8 @@ def uses_in_graph(output: Any, nodes: Collection[Any] = ()) -> Uses:
             if node is None:
                 continue
             if node in nodes:
-                uses.consumers[node].append(current.name())
+                shape = current._input_metadata[0].shape  # of the gradient that it is given
+                uses.consumers[node].append((current.name(), shape[0] if shape else 0))
             if hasattr(node, "variable"):
                 uses.leaves[id(node.variable)] += 1
             elif node not in seen:

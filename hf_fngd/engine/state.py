@@ -12,6 +12,8 @@ from hf_fngd.weights.base import State
 
 # Policies of version 0.1.0 that later versions do not have.
 GONE = ("index", "last", "ranked", "sketched")
+# What kept a layer of version 0.1.0 plain and no longer does: a convolution behind other layers.
+_NO_REASON = {"", "its input needs a gradient, which weights would change"}
 
 
 def check_state(state: Mapping[str, Any], sharing: str, layers: Sequence[str]) -> State:
@@ -57,7 +59,7 @@ def _of_0_1_0(state: Mapping[str, Any], layers: Sequence[str]) -> State:
     check_keys(state, ("phase", "place"))
     known = {name: [batch_first, [], repeated, False] for name, (batch_first, repeated) in state["layers"].items()}
     for name, (batch_first, reasons) in state.get("rest", {}).items():
-        known[name] = [batch_first, list(filter(None, reasons.split("; "))), False, False]
+        known[name] = [batch_first, sorted(set(reasons.split("; ")) - _NO_REASON), False, False]
     # A preconditioned layer that the checkpoint has and this model has not is left in, and refused.
     names = [*layers, *(name for name in state["layers"] if name not in layers)]
     policy = dict(state["policy"])

@@ -43,9 +43,12 @@ class EmbeddingKernel(LayerKernel):
                 self.output = y.grad_fn
         return call.weigh(y)
 
-    def inspect(self, consumers: Sequence[str]) -> None:
-        """Told which operations of the first graph read `output`, by name: before a sum it may be expanded."""
-        self.output, self.expands = None, bool(consumers) and all(name == "AddBackward0" for name in consumers)
+    def inspect(self, consumers: Sequence[tuple[str, int]], samples: int) -> None:
+        """Told which operations of the first graph read `output`: before a sum with the batch it may be expanded.
+
+        Not where the other summand has more rows than there are samples, as where choices are folded into the batch.
+        """
+        self.output, self.expands = None, bool(consumers) and set(consumers) == {("AddBackward0", samples)}
 
     def layout(self, known: bool | None, x: Tensor | None, g: Tensor, samples: int) -> Layout:
         if g.dim() == 2 or (len(g) == 1 and samples > 1):

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections import Counter
+import itertools
+from collections import Counter, defaultdict
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 
 import regex
 from torch import nn
 
+from hf_fngd.checks import shown
 from hf_fngd.layers.base import GramKernel, LayerKernel, find_kernel, layer_type_names, weight_of
 from hf_fngd.layers.linear import LinearKernel
 from hf_fngd.layers.table import TableKernel
@@ -25,13 +27,15 @@ class Selected:
     """A layer to attach: its name in the model, its module and its arithmetic.
 
     ``matrix`` tells whether it is a Linear or Conv1D with a weight of its own, which is preconditioned: it gets the
-    update rule, and the other layers get the fallback rule.
+    update rule, and the other layers get the fallback rule. ``parameters`` are all names in the model of those that it
+    trains itself.
     """
 
     name: str
     module: nn.Module
     kernel: LayerKernel
     matrix: bool
+    parameters: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -83,6 +87,9 @@ def select_layers(
         for parameter in module.parameters(recurse=False)
         if parameter.requires_grad
     )
+    known: dict[int, list[str]] = defaultdict(list)
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        known[id(parameter)].append(name)
     wanted = set(layer_type_names(default=True) if layer_types is None else layer_types)
     matrices: list[Selected] = []
     others: list[Selected] = []
@@ -97,20 +104,22 @@ def select_layers(
         excluded = _matches(name, exclude_modules)
         named = target_modules == ALL_LINEAR or _matches(name, target_modules)
         reason = _reason(module, kernel, uses, named, excluded)
+        trained = [parameter for parameter in module.parameters(recurse=False) if parameter.requires_grad]
+        parameters = tuple(itertools.chain.from_iterable(known[id(parameter)] for parameter in trained))
         if reason is None and kernel is not None:
-            matrices.append(Selected(name, module, kernel, matrix=True))
+            matrices.append(Selected(name, module, kernel, True, parameters))
             continue
         if kernel is not None and not excluded and (_trains_alone(module, kernel) or reason == TIED):
             own = replace(kernel, tied=True) if isinstance(kernel, LinearKernel) else kernel
-            others.append(Selected(name, module, own, matrix=False))
+            others.append(Selected(name, module, own, False, parameters))
         for leaf, parameter in module.named_parameters(recurse=False):
             if parameter.requires_grad:
                 plain.setdefault(f"{name}.{leaf}" if name else leaf, reason or "")
     if not matrices:
         raise ValueError(
             "nothing to precondition: the model has no trainable torch.nn.Linear or transformers Conv1D (their "
-            f"subclasses do not count) that target_modules={target_modules!r}, exclude_modules={exclude_modules!r} and "
-            f"layer_types={layer_types!r} select"
+            f"subclasses do not count) that target_modules={shown(target_modules)}, "
+            f"exclude_modules={shown(exclude_modules)} and layer_types={layer_types!r} select"
         )
     among = Counter(id(weight_of(layer.module)) for layer in others)
     others = [layer for layer in others if among[id(weight_of(layer.module))] == uses[id(weight_of(layer.module))]]

@@ -53,7 +53,8 @@ def _expanded(module: nn.Module, samples: int) -> dict[str, Tensor]:
 
 
 def _on_rows(module: nn.Module, own: Forward, rows: dict[str, Tensor]) -> Any:
-    return plain_class(module).forward(With(module, **rows), *own.args[1:], **own.keywords)
+    args = own.args[1:] if own.args and own.args[0] is module else own.args  # the compiler's has no module in it
+    return plain_class(module).forward(With(module, **rows), *args, **own.keywords)
 
 
 def _same(module: nn.Module, own: Forward, x: Tensor) -> bool:

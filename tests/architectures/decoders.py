@@ -6,8 +6,9 @@ import peft
 import transformers as hf
 from torch import nn
 
-from hf_fngd.backward import CALLED_AGAIN, NOT_THE_BATCH
-from hf_fngd.coverage import NEVER_CALLED
+from hf_fngd.engine.coverage import NEVER_CALLED
+from hf_fngd.engine.layer import CALLED_AGAIN
+from hf_fngd.layers.base import NOT_THE_BATCH
 from tests.architectures.registry import (
     EMBEDDING,
     HEADS,

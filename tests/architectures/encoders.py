@@ -4,7 +4,8 @@ import torch
 import transformers as hf
 from torch import nn
 
-from hf_fngd.backward import CALLED_AGAIN, NOT_THE_BATCH
+from hf_fngd.engine.layer import CALLED_AGAIN
+from hf_fngd.layers.base import NOT_THE_BATCH
 from tests.architectures.registry import (
     CLASSES,
     EMBEDDING,

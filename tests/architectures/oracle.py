@@ -1,4 +1,7 @@
-"""Every gradient of a family's model against the dense oracle, in float64, and what the coverage report says of it."""
+"""Every gradient of a family's model against the oracle, in float64, and what the coverage report says of it.
+
+The sample weights are those of "never", and of "clipped" with every type of layer weighed.
+"""
 
 import contextlib
 import copy
@@ -10,12 +13,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 from transformers.pytorch_utils import Conv1D
 
 from hf_fngd import CoverageReport, FNGDPreconditioner
-from tests.architectures.registry import PRECONDITIONED, Batch, Family
-from tests.reference import Dense
+from hf_fngd.layers.base import find_kernel
+from tests.architectures.registry import PRECONDITIONED, WEIGHED, Batch, Family
+from tests.nets import settings_of
+from tests.reference import Clipping, Dense, Use, float64, norm_of, uses_of
 
 DAMPING = 0.03
 # Where the weighted gradient is compared with the oracle, and the plain one with that of the plain model.
@@ -25,34 +29,12 @@ Size = tuple[int, int]
 Gradients = dict[str, Tensor]
 
 
-class _Float64(TorchFunctionMode):
-    """Asks for float64 wherever a model asks for float32, as RMS norms, softmaxes and losses do."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.Tensor.float:
-            func = torch.Tensor.double
-        args = [torch.float64 if arg is torch.float32 else arg for arg in args]
-        kwargs = {key: torch.float64 if value is torch.float32 else value for key, value in (kwargs or {}).items()}
-        return func(*args, **kwargs)
-
-
-@contextlib.contextmanager
-def float64() -> Iterator[None]:
-    default = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float64)
-    try:
-        with _Float64():
-            yield
-    finally:
-        torch.set_default_dtype(default)
-
-
 @dataclass
 class Verdict:
     """What became of one trainable parameter.
 
     Attributes:
-        outcome: `PRECONDITIONED`, or the reason that the report gives.
+        outcome: `PRECONDITIONED`, `WEIGHED`, or the reason that the report gives.
         error: relative distance of ``p.grad`` from what the outcome promises.
         bound: largest error that is right.
         shift: relative distance of the weighted gradient from the plain one, where the outcome promises the former.
@@ -70,10 +52,11 @@ class Verdict:
 
 def outcomes(report: CoverageReport) -> dict[str, str]:
     """All that the report says, by the name of the parameter."""
-    return dict.fromkeys(report.preconditioned, PRECONDITIONED) | report.plain | report.missed
+    taken = dict.fromkeys(report.preconditioned, PRECONDITIONED) | dict.fromkeys(report.weighed, WEIGHED)
+    return taken | report.plain | report.missed
 
 
-def verdicts(family: Family, *sizes: Size) -> dict[str, Verdict]:
+def verdicts(family: Family, *sizes: Size, sharing: str = "never") -> dict[str, Verdict]:
     """Run batches of these sizes, ``(samples, positions)``, and judge the last one's gradients.
 
     Raises:
@@ -81,15 +64,20 @@ def verdicts(family: Family, *sizes: Size) -> dict[str, Verdict]:
     """
     plain = family.model()
     model = copy.deepcopy(plain)
-    engine = FNGDPreconditioner(model, damping=DAMPING, sharing="never")
-    for place, size in enumerate(sizes):
+    engine = FNGDPreconditioner(model, **settings_of(sharing, damping=DAMPING))
+    for size in sizes:
         model.zero_grad()
-        if place + 1 == len(sizes):
-            expected = oracle(family, plain, engine, family.batch(*size))
         backward(model, family.batch(*size))
         with silent():
             engine.step()
     found = outcomes(engine.coverage())
+    if sharing == "never":
+        expected = oracle(family, plain, [layer.name for layer in engine.layers], family.batch(*sizes[-1]))
+    else:
+        owners = dict.fromkeys(name.rpartition(".")[0] for name in found if found[name] in (PRECONDITIONED, WEIGHED))
+        # One parameter may have a name in another module that only hands it on.
+        modules = [name for name in owners if find_kernel(plain.get_submodule(name))[1] is not None]
+        expected = clipping_oracle(family, plain, modules, family.batch(*sizes[-1]))
     return {
         name: judge(name, found.get(name, "in no list of the report"), parameter.grad, *expected)
         for name, parameter in model.named_parameters()
@@ -98,7 +86,7 @@ def verdicts(family: Family, *sizes: Size) -> dict[str, Verdict]:
 
 
 def judge(name: str, outcome: str, grad: Tensor | None, plain: Gradients, weighted: Gradients) -> Verdict:
-    if outcome != PRECONDITIONED:
+    if outcome not in (PRECONDITIONED, WEIGHED):
         return Verdict(outcome, distance(name, grad, plain), PLAIN_TOLERANCE)
     if name not in weighted:
         return Verdict(outcome, math.inf, TOLERANCE)
@@ -118,21 +106,21 @@ def distance(name: str, found: Tensor | None, expected: Gradients) -> float:
 # The oracle ----------------------------------------------------------------------------------------------
 
 
-def oracle(family: Family, model: nn.Module, engine: FNGDPreconditioner, batch: Batch) -> tuple[Gradients, Gradients]:
-    """The plain gradients of all trainable parameters, and the weighted ones of the engine's layers.
+def oracle(family: Family, model: nn.Module, layers: Sequence[str], batch: Batch) -> tuple[Gradients, Gradients]:
+    """The plain gradients of all trainable parameters, and the weighted ones of the preconditioned layers.
 
     Where the samples are captured in a layer whose input does not begin with them, it has no weighted gradients.
     """
     samples = sample_count(batch)
     plain = gradients(model, batch)
-    layers = {layer.name: own_parameters(layer.name, layer.module) for layer in engine.layers}
     if family.oracle == "alone":
         columns = [gradients(model, sample(batch, n)) for n in range(samples)]
         u = {name: torch.stack([column[name].flatten() for column in columns], dim=1) for name in plain}
     else:
-        u = captured(model, batch, list(layers), samples)
+        u = captured(model, batch, layers)
     weighted: Gradients = {}
-    for names in layers.values():
+    for layer in layers:
+        names = own_parameters(layer, model.get_submodule(layer))
         if not all(name in u for name in names):
             continue
         check_mean(names, u, plain)
@@ -143,40 +131,85 @@ def oracle(family: Family, model: nn.Module, engine: FNGDPreconditioner, batch: 
     return plain, weighted
 
 
+def clipping_oracle(
+    family: Family, model: nn.Module, modules: Sequence[str], batch: Batch
+) -> tuple[Gradients, Gradients]:
+    """The plain gradients, and those that ``sharing="clipped"`` has in some modules."""
+    plain, samples = gradients(model, batch), sample_count(batch)
+    if not modules:
+        return plain, {}
+
+    def alone(model: nn.Module, n: int) -> Tensor:
+        return model(**sample(batch, n)).loss / samples
+
+    with float64():
+        if family.oracle == "alone":
+            uses = [uses_of(model, modules, alone, n, plain) for n in range(samples)]
+        else:
+            uses = captured_uses(model, batch, modules)
+    weighted, _ = Clipping().gradients(uses)
+    return plain, {name: g.view_as(plain[name]) for name, g in weighted.items()}
+
+
 def check_mean(names: Sequence[str], u: Gradients, plain: Gradients) -> None:
     for name in names:
         mean = u[name].mean(dim=1).view_as(plain[name])
         assert distance(name, mean, plain) < PLAIN_TOLERANCE, f"the mean of the oracle's U is no gradient: {name}"
 
 
-def captured(model: nn.Module, batch: Batch, layers: Sequence[str], samples: int) -> Gradients:
-    """U of the layers that see ``[samples, ..., features]``, once, from their inputs and output gradients."""
-    calls: dict[str, list[tuple[Tensor, Tensor]]] = {name: [] for name in layers}
-    handles = [
-        model.get_submodule(name).register_forward_hook(
-            lambda _, args, output, calls=calls[name]: calls.append((args[0].detach(), output))
-        )
-        for name in layers
-    ]
+def calls_in(model: nn.Module, batch: Batch, modules: Sequence[str]) -> dict[str, tuple[Tensor, Tensor]]:
+    """Input and output gradient of the modules that see ``[samples, ...]``, once, in the batch as a whole."""
+    calls: dict[str, list[tuple[Tensor, Tensor]]] = {name: [] for name in modules}
+    samples = sample_count(batch)
+
+    def hook(name: str) -> Any:
+        def catch(module: nn.Module, args: Any, output: Tensor) -> Tensor | None:
+            a, expanded = args[0].detach(), None
+            if isinstance(module, nn.Embedding) and len(output) == 1:  # a table of positions
+                a, expanded = a.expand(samples, -1), output.expand(samples, -1, -1)
+            calls[name].append((a, output if expanded is None else expanded))
+            return expanded
+
+        return catch
+
+    handles = [model.get_submodule(name).register_forward_hook(hook(name)) for name in modules]
     with float64():
         loss = model(**batch).loss
     for handle in handles:
         handle.remove()
     seen = {name: call[0] for name, call in calls.items() if len(call) == 1 and len(call[0][0]) == samples}
     grads = torch.autograd.grad(loss, [output for _, output in seen.values()])
+    return {name: (a, g) for (name, (a, _)), g in zip(seen.items(), grads, strict=True)}
+
+
+def captured(model: nn.Module, batch: Batch, layers: Sequence[str]) -> Gradients:
+    """U of the layers that see ``[samples, ..., features]``."""
     u: Gradients = {}
-    for (name, (a, _)), g in zip(seen.items(), grads, strict=True):
+    for name, (a, g) in calls_in(model, batch, layers).items():
         module = model.get_submodule(name)
         shares = []
         for a_n, g_n in zip(a.unbind(), g.unbind(), strict=True):
             a_n, g_n = a_n.reshape(-1, a.shape[-1]), g_n.reshape(-1, g.shape[-1])
             h = g_n.t() @ a_n
             own = {"weight": h.t() if isinstance(module, Conv1D) else h, "bias": g_n.sum(dim=0)}
-            shares.append({key: samples * value.flatten() for key, value in own.items()})
+            shares.append({key: len(a) * value.flatten() for key, value in own.items()})
         for full in own_parameters(name, module):
             leaf = full.rpartition(".")[2]
             u[full] = torch.stack([share[leaf] for share in shares], dim=1)
     return u
+
+
+def captured_uses(model: nn.Module, batch: Batch, modules: Sequence[str]) -> list[dict[tuple[str, int], Use]]:
+    """`tests.reference.uses_of` of every sample, from the batch as a whole."""
+    found: list[dict[tuple[str, int], Use]] = [{} for _ in range(sample_count(batch))]
+    for name, (a, g) in calls_in(model, batch, modules).items():
+        module, names = model.get_submodule(name), own_parameters(name, model.get_submodule(name))
+        own = [model.get_parameter(full) for full in names]
+        for n, uses in enumerate(found):
+            parts = torch.autograd.grad(module(a[n : n + 1]), own, g[n : n + 1])
+            norm = norm_of(module, a[n : n + 1], g[n : n + 1], parts, len(own) > 1, tied=False)
+            uses[name, 0] = Use(norm, {full: part.flatten() for full, part in zip(names, parts, strict=True)})
+    return found
 
 
 # Pieces --------------------------------------------------------------------------------------------------

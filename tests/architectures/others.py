@@ -7,7 +7,7 @@ import torch.nn.functional as F
 import transformers as hf
 from torch import Tensor, nn
 
-from hf_fngd.backward import NOT_THE_BATCH
+from hf_fngd.layers.base import NOT_THE_BATCH
 from tests.architectures.registry import (
     CLASSES,
     EMBEDDING,

@@ -8,8 +8,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from hf_fngd.backward import AMBIGUOUS, CALLED_AGAIN, NOT_THE_BATCH, USED_ELSEWHERE
-from hf_fngd.coverage import NEVER_CALLED
+from hf_fngd.engine.coverage import NEVER_CALLED
+from hf_fngd.engine.layer import CALLED_AGAIN, USED_ELSEWHERE
+from hf_fngd.layers.base import AMBIGUOUS, NOT_THE_BATCH
 
 Batch = dict[str, Any]
 Oracle = Literal["alone", "captured"]
@@ -17,8 +18,9 @@ Oracle = Literal["alone", "captured"]
 VOCABULARY, WIDTH, HEADS, INNER, CLASSES, PAD = 40, 16, 2, 24, 3, 1
 POSITIONS = 7
 
-# Outcomes of a parameter: preconditioned, plain for the reasons of `hf_fngd.selection`, or missed.
+# Outcomes of a parameter: preconditioned, plain for the reasons of `hf_fngd.layers.select`, or missed.
 PRECONDITIONED = "preconditioned"
+WEIGHED = "weighed"  # outside of the preconditioned layers
 TIED = "the weight is tied to another module"
 MISSED = (NOT_THE_BATCH, AMBIGUOUS, CALLED_AGAIN, USED_ELSEWHERE, NEVER_CALLED)
 

@@ -13,10 +13,10 @@ import transformers
 
 from tests.architectures.families import FAMILIES, Family
 from tests.architectures.oracle import Verdict, verdicts
-from tests.architectures.registry import MISSED, POSITIONS, PRECONDITIONED, TIED, kind
+from tests.architectures.registry import MISSED, POSITIONS, PRECONDITIONED, TIED, WEIGHED, kind
 
 TABLE = Path(__file__).parents[2] / "recipes" / "results" / "architectures.md"
-FIRST, SMALLER = (5, POSITIONS), (3, POSITIONS)
+FIRST, SMALLER, LONGER = (5, POSITIONS), (3, POSITIONS), (5, POSITIONS + 1)
 COLUMNS = (
     "family",
     "model class",
@@ -26,6 +26,8 @@ COLUMNS = (
     "missed",
     "oracle",
     "error",
+    "clipped",
+    "error, clipped",
     "N = T, first / later",
     "remark",
 )
@@ -42,6 +44,7 @@ class Totals:
     wrong: int = 0
     unexpected: int = 0
     preconditioned_error: float = 0.0
+    clipped_error: float = 0.0
     plain_error: float = 0.0
 
 
@@ -52,6 +55,11 @@ def tally(outcomes: Mapping[str, str]) -> tuple[int, int, int]:
     return preconditioned, len(outcomes) - preconditioned - missed, missed
 
 
+def clipped(found: Mapping[str, Verdict]) -> list[Verdict]:
+    """Those of the parameters whose samples are clipped."""
+    return [verdict for verdict in found.values() if verdict.outcome in (PRECONDITIONED, WEIGHED)]
+
+
 def row(family: Family, totals: Totals) -> list[str]:
     model = family.build()
     tensors = sum(parameter.requires_grad for parameter in model.parameters())
@@ -59,22 +67,27 @@ def row(family: Family, totals: Totals) -> list[str]:
     totals.counts["tensors"] += tensors
     try:
         first, smaller = verdicts(family, FIRST), verdicts(family, FIRST, SMALLER)
+        by_norms = verdicts(family, FIRST, LONGER, sharing="clipped")
         square = (family.square, family.square)
         ambiguous = [wrong(verdicts(family, *sizes)) for sizes in ((square,), (FIRST, square))]
     except RuntimeError as error:
         totals.raising.append(family.name)
         totals.counts["unknown"] += tensors
-        return [*head, "-", "-", "-", "-", "-", "-", f"training raises: {str(error).split('. ')[0]}"]
+        return [*head, *["-"] * (len(COLUMNS) - len(head) - 1), f"training raises: {str(error).split('. ')[0]}"]
     outcomes = {name: verdict.outcome for name, verdict in first.items()}
     preconditioned, plain, missed = tally(outcomes)
     totals.counts.update(preconditioned=preconditioned, plain=plain, missed=missed)
     totals.unexpected += sum(outcome != family.expected(name) for name, outcome in outcomes.items())
-    totals.wrong += wrong(first) + wrong(smaller)
+    totals.wrong += wrong(first) + wrong(smaller) + wrong(by_norms)
     if any(ambiguous):
         totals.deceived.append(f"{family.name} ({max(ambiguous)} tensors)")
     found = [*first.values(), *smaller.values()]
     weighted = [verdict.error for verdict in found if verdict.outcome == PRECONDITIONED]
     rest = [verdict.error for verdict in found if verdict.outcome != PRECONDITIONED]
+    rest += [verdict.error for verdict in by_norms.values() if verdict.outcome not in (PRECONDITIONED, WEIGHED)]
+    norms = [verdict.error for verdict in clipped(by_norms)]
+    totals.counts.update(clipped=len(norms))
+    totals.clipped_error = max(totals.clipped_error, *norms, 0.0)
     totals.preconditioned_error = max(totals.preconditioned_error, *weighted, 0.0)
     totals.plain_error = max(totals.plain_error, *rest, 0.0)
     return [
@@ -84,6 +97,8 @@ def row(family: Family, totals: Totals) -> list[str]:
         reasons(missed, outcomes, exclude=set(outcomes.values()) - set(MISSED)),
         family.oracle,
         f"{max(weighted):.0e}" if weighted else "-",
+        str(len(norms)),
+        f"{max(norms):.0e}" if norms else "-",
         " / ".join(f"{count} wrong" if count else "right" for count in ambiguous),
         family.remark,
     ]
@@ -123,7 +138,7 @@ def render() -> str:
         "",
         f"Written by `python -m tests.architectures.table` (torch {torch.__version__.split('+')[0]}, transformers "
         f"{transformers.__version__}, CPU, float64): tiny models with random parameters, no dropout, damping 0.03, "
-        "every step a coefficient step.",
+        "every step a coefficient step but for those of the columns on clipping.",
         "",
         "- **tensors**: trainable parameter tensors, each counted once; **plain**: those that get the plain gradient "
         "by their kind, with the types of their modules; **missed**: those of Linear and Conv1D layers that get it "
@@ -133,6 +148,9 @@ def render() -> str:
         "plain model.",
         "- **error**: largest relative distance of a preconditioned parameter's gradient from the dense computation, "
         "for a batch of 5 samples and for a smaller one, of 3, after it.",
+        '- **clipped**: how many tensors\' samples are weighed with sharing="clipped" and every layer type (norms, '
+        "embeddings, tables, convolutions), and the largest distance of their gradients from the clipped sums of the "
+        "per-sample gradients.",
         "- **N = T**: whether all gradients are what the report says when a batch has as many samples as a layer has "
         "positions, if it is the first batch / if it comes after one where the two differ.",
         "",
@@ -142,8 +160,9 @@ def render() -> str:
         "",
         f"Total: {len(rows)} families, {counts['tensors']} trainable tensors; {counts['preconditioned']} "
         f"preconditioned, {counts['plain']} plain, {counts['missed']} missed, {counts['unknown']} in families that do "
-        f"not train. Largest error of a preconditioned gradient {totals.preconditioned_error:.0e}, of a plain or "
-        f"missed one {totals.plain_error:.0e} against the plain model's.",
+        f"not train; {counts['clipped']} clipped. Largest error of a preconditioned gradient "
+        f"{totals.preconditioned_error:.0e}, of a clipped one {totals.clipped_error:.0e}, of a plain or missed one "
+        f"{totals.plain_error:.0e} against the plain model's.",
         "",
         "Surprises:",
         "",

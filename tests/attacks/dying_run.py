@@ -16,20 +16,12 @@ import transformers.modeling_utils
 import transformers.trainer_utils
 from safetensors.torch import save
 from torch import nn
-from transformers import (
-    BertConfig,
-    BertForSequenceClassification,
-    GPT2Config,
-    GPT2LMHeadModel,
-    PreTrainedModel,
-    Trainer,
-    TrainerCallback,
-    TrainerState,
-    TrainingArguments,
-)
+from transformers import Trainer, TrainerCallback, TrainerState
 
 from hf_fngd import FNGD, FNGDCallback
-from hf_fngd.sharing import INDEX_COLUMN
+from hf_fngd.weights.replay import ReplaySharing
+from tests.modes.harness import arguments
+from tests.modes.nets import bert, gpt2
 
 SAVED_FILES = ("model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json")
 LENGTH = 6
@@ -59,6 +51,7 @@ class Events(TrainerCallback):
         self.optimizer, self.death = optimizer, death
         self.seen: list[tuple[str, int, int]] = []
         self.step, self.micro = 1, 0
+        self.switched = False
 
     def happens(self, kind: str, step: int, micro: int = 0) -> bool:
         """Note an event; whether it is the one to die in."""
@@ -77,19 +70,21 @@ class Events(TrainerCallback):
 
     def in_backward(self, _: torch.Tensor) -> None:
         """Some layers have their gradients, others do not yet."""
-        phase = self.optimizer.preconditioner.phase
         self.die_if(self.happens("backward", self.step, self.micro))
-        if phase.sharing and phase.computes:
-            self.die_if(self.happens("refresh", self.step, self.micro))
+
+    @property
+    def shared(self) -> bool:
+        """Whether the next step is a shared one."""
+        policy = self.optimizer.preconditioner.policy
+        return isinstance(policy, ReplaySharing) and not policy.computes
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        phase = self.optimizer.preconditioner.phase
-        if phase.shared_since == phase.steps:
+        if self.shared and not self.switched:
+            self.switched = True
             self.die_if(self.happens("switch", state.global_step + 1))
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        shared = self.optimizer.preconditioner.phase.sharing
-        self.die_if(self.happens("later" if shared else "first-epoch", state.global_step))
+        self.die_if(self.happens("later" if self.shared else "first-epoch", state.global_step))
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.die_if(self.happens("saved", state.global_step))
@@ -144,47 +139,17 @@ class Events(TrainerCallback):
         Path(file).write_bytes(data)
 
 
-def build_model(kind: str, dropout: float) -> PreTrainedModel:
-    torch.manual_seed(0)
+def build_model(kind: str, dropout: float) -> nn.Module:
     if kind == "bert":
-        return BertForSequenceClassification(
-            BertConfig(
-                vocab_size=24,
-                hidden_size=8,
-                num_hidden_layers=1,
-                num_attention_heads=2,
-                intermediate_size=12,
-                max_position_embeddings=LENGTH,
-                hidden_dropout_prob=dropout,
-                attention_probs_dropout_prob=dropout,
-            )
-        )
-    return GPT2LMHeadModel(
-        GPT2Config(
-            vocab_size=24,
-            n_positions=LENGTH,
-            n_embd=8,
-            n_layer=1,
-            n_head=2,
-            bos_token_id=0,
-            eos_token_id=1,
-            pad_token_id=1,
-            resid_pdrop=dropout,
-            embd_pdrop=dropout,
-            attn_pdrop=dropout,
-        )
-    )
+        changes = dict.fromkeys(("hidden_dropout_prob", "attention_probs_dropout_prob"), dropout)
+        return bert(num_hidden_layers=1, num_labels=2, **changes)
+    return gpt2(n_layer=1, **dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), dropout))
 
 
 def rows(settings: dict[str, Any]) -> list[dict[str, Any]]:
     generator = torch.Generator().manual_seed(1)
     ids = torch.randint(2, 24, (settings["samples"], LENGTH), generator=generator).tolist()
-    made = []
-    for place, row in enumerate(ids):
-        made.append({"input_ids": row, "labels": row if settings["model"] == "gpt2" else int(row[0] > 12)})
-        if settings["fngd"]["sharing"] == "index":
-            made[-1][INDEX_COLUMN] = place
-    return made
+    return [{"input_ids": row, "labels": row if settings["model"] == "gpt2" else int(row[0] > 12)} for row in ids]
 
 
 def train(settings: dict[str, Any], folder: Path, resume: str | None, death: Death | None) -> dict[str, Any]:
@@ -200,8 +165,8 @@ def train(settings: dict[str, Any], folder: Path, resume: str | None, death: Dea
     layers = [module for module in model.modules() if isinstance(module, nn.LayerNorm)]
     layers[len(layers) // 2].weight.register_post_accumulate_grad_hook(events.in_backward)
     events.watch_files()
-    args = TrainingArguments(
-        output_dir=str(folder),
+    args = arguments(
+        folder,
         num_train_epochs=settings["epochs"],
         per_device_train_batch_size=settings["batch"],
         gradient_accumulation_steps=settings["accumulation"],
@@ -210,12 +175,8 @@ def train(settings: dict[str, Any], folder: Path, resume: str | None, death: Dea
         save_total_limit=settings["save_total_limit"],
         lr_scheduler_type=settings["scheduler"],
         max_grad_norm=settings["max_grad_norm"],
+        logging_strategy="steps",
         logging_steps=1,
-        remove_unused_columns=False,
-        report_to=[],
-        disable_tqdm=True,
-        use_cpu=True,
-        dataloader_pin_memory=False,
         seed=settings["trainer_seed"],
     )
     callbacks: list[TrainerCallback] = [events, *([FNGDCallback()] if settings["callback"] else [])]
@@ -234,15 +195,13 @@ def train(settings: dict[str, Any], folder: Path, resume: str | None, death: Dea
 Spoil = Callable[[Path], None]
 
 
-def _without(*keys: str) -> Spoil:
-    """Set a value of FNGD's state to that of a new optimizer."""
+def _without(key: str, **parts: Any) -> Spoil:
+    """Set parts of the policy's state to those of a new optimizer."""
 
     def spoil(checkpoint: Path) -> None:
         state = torch.load(checkpoint / "optimizer.pt", weights_only=True)
-        place = state["param_groups"][0]["fngd"]
-        for key in keys[:-1]:
-            place = place[key]
-        place[keys[-1]] = {"policy": {}, "phase": {"steps": 0, "shared_since": None}, "place": 0}.get(keys[-1])
+        policy = state["param_groups"][0]["fngd"]["engine"]["policy"]
+        policy.update({name: value for name, value in ({key: None} | parts).items() if name in policy})
         torch.save(state, checkpoint / "optimizer.pt")
 
     return spoil
@@ -259,10 +218,9 @@ def _without_rng(checkpoint: Path) -> None:
 
 
 SPOILS: dict[str, Spoil] = {
-    "policy": _without("engine", "policy"),
-    "phase": _without("engine", "phase"),
-    "place": _without("engine", "place"),
-    "norms": _without("norms"),
+    "rows": _without("rows"),
+    "first epoch": _without("shared_since", steps=0),
+    "place": _without("averages", place=0),
     "moments": _without_moments,
     "rng": _without_rng,
 }

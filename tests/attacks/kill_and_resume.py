@@ -30,10 +30,12 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 import torch
 
 from hf_fngd import last_complete_checkpoint
-from hf_fngd.arguments import FALLBACKS, SHARING, STEP_SCALES, UPDATES
+from hf_fngd.updates import FALLBACK_RULES
+from hf_fngd.weights.base import policy_names
 from tests.attacks.dying_run import SAVED_FILES, SPOILS, Death, train
+from tests.nets import UPDATES_OF, settings_of
 
-KINDS = (*SAVED_FILES, "first-epoch", "switch", "later", "refresh", "backward", "saved", "deleting", "time")
+KINDS = (*SAVED_FILES, "first-epoch", "switch", "later", "backward", "saved", "deleting", "time")
 TIME_LIMIT = 120.0
 
 
@@ -56,18 +58,20 @@ def draw_settings(seed: int, run: int) -> dict[str, Any]:
         "max_grad_norm": of.choice([0.0, 1.0]),
         "callback": of.random() < 0.5,
         "trainer_seed": of.randint(0, 10**6),
-        "fngd": {
-            "lr": 10 ** of.uniform(-3, -1.5),
-            "damping": 10 ** of.uniform(-3, 0),
-            "momentum": of.choice([0.0, 0.9]),
-            "weight_decay": of.choice([0.0, 0.1]),
-            "sharing": of.choice(SHARING),
-            "refresh": of.choice([1, 2, 3] if kind == "refresh" else [0, 0, 1, 2, 3]),
-            "coefficient_steps": of.choice([1, 2, 100] if kind == "refresh" else [1, 2, 4, 100]),
-            "step_scale": of.choice(STEP_SCALES),
-            "update": of.choice(UPDATES),
-            "fallback": of.choice(FALLBACKS),
-        },
+        "fngd": draw_arguments(of, kind),
+    }
+
+
+def draw_arguments(of: random.Random, kind: str) -> dict[str, Any]:
+    """The optimizer's; at a switch there has to be one."""
+    sharing = of.choice(("replay",) if kind in ("switch", "later") else policy_names())
+    return {
+        "lr": 10 ** of.uniform(-3, -1.5),
+        "momentum": of.choice([0.0, 0.9]),
+        "weight_decay": of.choice([0.0, 0.1]),
+        "update": of.choice(UPDATES_OF[sharing]),
+        "fallback": of.choice(list(FALLBACK_RULES)),
+        **settings_of(sharing, damping=10 ** of.uniform(-3, 0), coefficient_steps=of.choice([1, 2, 4, None])),
     }
 
 

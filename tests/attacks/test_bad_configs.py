@@ -11,7 +11,9 @@ from typing import Any
 
 import pytest
 
-from hf_fngd import FNGDConfig, arguments, hub
+from hf_fngd import FNGD, FNGDConfig, checks, hub
+from hf_fngd.layers import select
+from hf_fngd.settings import Settings
 from tests.attacks import bad_configs
 from tests.attacks.bad_values import Payload
 
@@ -20,9 +22,9 @@ def test_every_bad_config_gets_a_clear_error() -> None:
     assert bad_configs.attack(count=120, seed=7) == []
 
 
-def accept_any_damping(patch: pytest.MonkeyPatch) -> None:
-    checks = {**arguments._CHECKS, "damping": lambda key, value: None}
-    patch.setattr(arguments, "_CHECKS", MappingProxyType(checks))
+def accept_any_rate(patch: pytest.MonkeyPatch) -> None:
+    field = Settings.__dataclass_fields__["lr"]
+    patch.setattr(field, "metadata", MappingProxyType({**field.metadata, "check": lambda key, value: value}))
 
 
 def take_the_last_of_equal_keys(patch: pytest.MonkeyPatch) -> None:
@@ -33,16 +35,9 @@ def read_files_of_any_size(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(hub, "MAX_BYTES", 2**27)
 
 
-def compile_any_pattern(patch: pytest.MonkeyPatch) -> None:
-    def fault(pattern: str) -> str | None:
-        try:
-            re.compile(pattern)
-        except (re.error, OverflowError, RecursionError) as error:
-            return f"does not compile: {error}"
-        return None
-
-    patch.setattr(arguments, "_fault_of_pattern", fault)
-    patch.setattr(bad_configs, "GIVE_UP", 0.7)
+def match_without_a_limit(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(select, "_PATTERN_TIMEOUT", 100.0)
+    patch.setattr(bad_configs, "GIVE_UP", 2.0)
 
 
 def unpickle(patch: pytest.MonkeyPatch) -> None:
@@ -58,15 +53,15 @@ def unpickle(patch: pytest.MonkeyPatch) -> None:
 
 
 def name_no_key(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(arguments, "_wrong_value", lambda key, value, accepted: ValueError(f"must be {accepted}"))
+    patch.setattr(checks, "wrong_value", lambda key, value, accepted: ValueError(f"must be {accepted}"))
 
 
 def raise_another_error(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(arguments, "_wrong_type", lambda key, value, accepted: KeyError(f"{key} must be {accepted}"))
+    patch.setattr(checks, "wrong_type", lambda key, value, accepted: KeyError(f"{key} must be {accepted}"))
 
 
 def show_the_whole_value(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(arguments, "_shown", repr)
+    patch.setattr(checks, "shown", repr)
 
 
 def write_a_log(patch: pytest.MonkeyPatch) -> None:
@@ -98,18 +93,25 @@ def version(place: bad_configs.Place) -> bad_configs.Case:
     return bad_configs.Case("version", lambda: FNGDConfig.from_dict({"config_version": 3}), ("config_version",))
 
 
+def pattern(place: bad_configs.Place) -> bad_configs.Case:
+    def run() -> None:
+        FNGD(bad_configs.model(), target_modules=r"(a|aa)+b")
+
+    return bad_configs.Case("pattern", run, ("regular expression",), seconds=4.0)
+
+
 @pytest.mark.parametrize(
     ("mutate", "case", "noticed"),
     [
-        (accept_any_damping, value("damping", -1), "only one of config and optimizer raised"),
+        (accept_any_rate, value("lr", -1), "only one of config and optimizer raised"),
         (take_the_last_of_equal_keys, content(lambda _: b'{"lr": 1, "lr": 2}'), "^accepted"),
         (read_files_of_any_size, content(lambda _: b"[" + b" " * 2**26), "MiB$"),
-        (compile_any_pattern, value("target_modules", r"(\w+)+\."), "no answer"),
+        (match_without_a_limit, pattern, "no answer"),
         (unpickle, content(lambda target: pickle.dumps(Payload(target))), "a command was executed"),
         (unpickle, content(lambda target: pickle.dumps(print)), "side effects: .*pickle.find_class"),
         (name_no_key, value("lr", -1), "does not name lr"),
-        (raise_another_error, value("refresh", "1"), "^KeyError"),
-        (show_the_whole_value, value("refresh", "1" * 5000), "a message of"),
+        (raise_another_error, value("coefficient_steps", "1"), "^KeyError"),
+        (show_the_whole_value, value("coefficient_steps", "1" * 5000), "a message of"),
         (write_a_log, version, "side effects: .*open"),
     ],
     ids=lambda value: getattr(value, "__name__", ""),

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+from hf_fngd import policy_names
 from tests.attacks.kill_and_resume import KINDS, differences, draw_death, draw_settings, main
 
 ROOT = Path(__file__).parents[2]
@@ -20,6 +21,7 @@ ROOT = Path(__file__).parents[2]
 # The starts that are told by the arguments, one after the other: importing takes longer than a run.
 SCRIPT = """
 import json, sys
+from hf_fngd import policy_names
 from tests.attacks.kill_and_resume import main
 print(json.dumps([main(json.loads(arguments)) for arguments in sys.argv[1:]]))
 """
@@ -40,19 +42,19 @@ def read(output: Path) -> list[dict[str, Any]]:
 def test_resumed_runs_equal_those_that_nobody_killed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, subtests: pytest.Subtests
 ) -> None:
-    # Short ones. They die in a file, in backward, in a refresh, at the switch, while an old checkpoint is deleted.
-    runs = {"optimizer.pt": 326, "backward": 1920, "refresh": 60, "switch": 630, "deleting": 1792}
-    # A run whose later steps depend on each of these parts: replayed coefficients, dropout.
-    parts = ["policy", "rng"]
+    # Short ones. They die in a file, in backward, in a shared step, at the switch, while an old checkpoint is deleted.
+    runs = {"optimizer.pt": 1417, "backward": 608, "later": 1795, "switch": 1218, "deleting": 1402}
+    # A run whose later steps depend on each of these parts: replayed sample weights, dropout.
+    parts = ["rows", "rng"]
     kills, spoilt = tmp_path / "kills.jsonl", tmp_path / "spoilt.jsonl"
     start = [f"--output={kills}", "--runs", *map(str, runs.values())]
-    codes = attack(start, [f"--output={spoilt}", "--runs", str(runs["refresh"]), "--spoil", *parts])
+    codes = attack(start, [f"--output={spoilt}", "--runs", str(runs["later"]), "--spoil", *parts])
     lines = read(kills)
     with subtests.test("equal"):
         assert [line["kind"] for line in lines] == list(runs)
         assert [line["differences"] for line in lines] == [[]] * len(runs)
         assert codes[0] == 0
-        assert {line["fngd"]["sharing"] for line in lines} == {"clipped", "index", "last", "ranked", "replay"}
+        assert {line["fngd"]["sharing"] for line in lines} == set(policy_names())
         assert {line["model"] for line in lines} == {"bert", "gpt2"}
         for line in lines:
             assert line["kind"] in [death["kind"] for death in line["deaths"]]
@@ -105,7 +107,6 @@ def test_draws_depend_on_seed_and_run_alone() -> None:
 
 
 def test_a_death_comes_after_what_was_done() -> None:
-
     events = [("saved", 2, 0), ("backward", 3, 0), ("saved", 4, 0)]
     for seed in range(20):
         death = draw_death(random.Random(seed), "saved", events, 2)

@@ -24,7 +24,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer
 
 from hf_fngd import FNGD, FNGDCallback
 from tests.distributed.harness import (
@@ -41,7 +41,8 @@ from tests.distributed.harness import (
     run,
 )
 from tests.nets import data, loss, net
-from tests.trainer.test_trainer import bert, text
+from tests.modes.harness import arguments
+from tests.modes.nets import LINEAR
 
 
 def against_accumulation(prepare: Callable[..., tuple[nn.Module, nn.Module, FNGD, bool]]) -> dict[str, Any]:
@@ -50,12 +51,12 @@ def against_accumulation(prepare: Callable[..., tuple[nn.Module, nn.Module, FNGD
     found = {}
     for (name, settings), conv1d in product(SETTINGS.items(), (False, True)):
         model, called, fngd, active = prepare(conv1d, settings)
-        run(called, fngd, [rank], world)
+        run(called, fngd, [rank])
         mine, state = flat(model), engine_state(fngd)
         same = agree(mine, state)
         with alone():
             reference, slow = make(conv1d, **settings)
-            run(reference, slow, list(range(world)), world)
+            run(reference, slow, list(range(world)))
             accumulated = engine_state(slow)
         found[f"{name}, {'Conv1D' if conv1d else 'Linear'}"] = {
             "active": active,
@@ -147,10 +148,10 @@ def uniform_gradients() -> dict[str, Any]:
 
 def collectives() -> dict[str, Any]:
     """FNGD's own collectives in each step: DistributedDataParallel's are not made from Python."""
-    return {sharing: _collectives(sharing) for sharing in ("ranked", "clipped")}
+    return {sharing: _collectives(sharing) for sharing in ("replay", "clipped", "uniform")}
 
 
-def _collectives(sharing: str) -> dict[str, Any]:
+def _collectives(sharing: str) -> list[int]:
     counts = [0]
 
     def counting(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -160,22 +161,19 @@ def _collectives(sharing: str) -> dict[str, Any]:
 
         return counted
 
-    rank, world = dist.get_rank(), dist.get_world_size()
-    changes = {"refresh": 4} if sharing == "ranked" else {"refresh": None, "coefficient_steps": None}
-    model, fngd = make(sharing=sharing, **changes)
+    rank = dist.get_rank()
+    model, fngd = make(sharing=sharing)
     called = DistributedDataParallel(model)
     originals = {name: getattr(dist, name) for name in ("all_gather", "all_reduce", "all_gather_object", "broadcast")}
     for name, function in originals.items():
         setattr(dist, name, counting(function))
-    computed = []
     for step in range(STEPS):
-        computed.append(fngd.preconditioner.phase.computes)
-        run(called, fngd, [rank], world, range(step, step + 1))
+        run(called, fngd, [rank], range(step, step + 1))
         fngd.state_dict()
         counts.append(0)
     for name, function in originals.items():
         setattr(dist, name, function)
-    return {"coefficient steps": computed, "collectives": counts[:-1]}
+    return counts[:-1]
 
 
 def uneven_ranks() -> dict[str, Any]:
@@ -199,13 +197,12 @@ def empty_ranks() -> dict[str, Any]:
     """A rank whose batch is all padding, one whose loss reaches no layer, and one whose loss is not finite."""
     rank, world = dist.get_rank(), dist.get_world_size()
     found = {}
-    for case in ("padding", "unreached", "nan"):
-        model, fngd = make(sharing="replay", refresh=2)
+    for sharing, case in product(("replay", "clipped"), ("padding", "unreached", "nan")):
+        model, fngd = make(sharing=sharing)
         called = DistributedDataParallel(model, find_unused_parameters=case == "unreached")
         for step in range(STEPS):
-            x, y, _ = batch(step, rank, world, "replay")
             odd = rank == world - 1 and step in (1, 5, 6, 7, 8)
-            value = nn.functional.cross_entropy(called(x), y)
+            value = loss(called, *batch(step, rank))
             if odd and case == "padding":
                 value = value * 0.0
             elif odd and case == "nan":
@@ -215,11 +212,11 @@ def empty_ranks() -> dict[str, Any]:
             value.backward()
             fngd.step()
             fngd.zero_grad()
-        found[case] = {
+        found[f"{sharing}, {case}"] = {
             "agree": agree(flat(model), engine_state(fngd)),
             "finite": bool(flat(model).isfinite().all()),
             "skipped": fngd.skipped,
-            "steps": fngd.preconditioner.phase.steps,
+            "steps": getattr(fngd.preconditioner.policy, "steps", None),
         }
     return found
 
@@ -230,20 +227,20 @@ def resume() -> dict[str, Any]:
     found = {}
     for name, settings in SETTINGS.items():
         model, fngd = make(**settings)
-        run(DistributedDataParallel(model), fngd, [rank], world, range(8))
+        run(DistributedDataParallel(model), fngd, [rank], range(8))
         state = copy.deepcopy({"model": model.state_dict(), "optimizer": fngd.state_dict()})
         saved: list[Any] = [state if rank == 0 else None]
         dist.broadcast_object_list(saved)
-        run(DistributedDataParallel(model), fngd, [rank], world, range(8, STEPS))
+        run(DistributedDataParallel(model), fngd, [rank], range(8, STEPS))
         again, second = make(**settings)
         again.load_state_dict(saved[0]["model"])
         second.load_state_dict(copy.deepcopy(saved[0]["optimizer"]))
-        run(DistributedDataParallel(again), second, [rank], world, range(8, STEPS))
+        run(DistributedDataParallel(again), second, [rank], range(8, STEPS))
         with alone():
             one, single = make(**settings)
             one.load_state_dict(saved[0]["model"])
             single.load_state_dict(copy.deepcopy(saved[0]["optimizer"]))
-            run(one, single, list(range(world)), world, range(8, STEPS))
+            run(one, single, list(range(world)), range(8, STEPS))
         found[name] = {
             "all ranks": bool(torch.equal(flat(again), flat(model))),
             "one process": float((flat(one) - flat(model)).abs().max()),
@@ -259,7 +256,7 @@ def distributed_checkpoint() -> dict[str, Any]:
         model = net(width=9)
         _shard(model)
         fngd = optimizer(model, **settings)
-        run(model, fngd, [rank], world, range(8))
+        run(model, fngd, [rank], range(8))
         weights = {key: value.clone() for key, value in model.state_dict().items()}
         state = copy.deepcopy(get_optimizer_state_dict(model, fngd))
         again = net(width=9)
@@ -268,10 +265,15 @@ def distributed_checkpoint() -> dict[str, Any]:
         again.load_state_dict(weights)
         set_optimizer_state_dict(again, second, state)
         loaded = digest(engine_state(second)) == digest(engine_state(fngd))
-        run(model, fngd, [rank], world, range(8, STEPS))
-        run(again, second, [rank], world, range(8, STEPS))
+        run(model, fngd, [rank], range(8, STEPS))
+        run(again, second, [rank], range(8, STEPS))
         found[name] = loaded and bool(torch.equal(flat(again), flat(model)))
     return found
+
+
+def stored_rows(fngd: FNGD) -> int:
+    """Of how many micro-batches replay keeps the sample weights."""
+    return len(fngd.preconditioner.state_dict()["policy"]["rows"])
 
 
 def fsdp2_accumulation() -> dict[str, Any]:
@@ -293,7 +295,7 @@ def fsdp2_accumulation() -> dict[str, Any]:
                     nn.functional.cross_entropy(model(x).float(), y).backward()
                 fngd.step()
                 fngd.zero_grad()
-            found[f"reshard_after_forward={reshard}, {dtype}"] = fngd.preconditioner.policy.recorded
+            found[f"reshard_after_forward={reshard}, {dtype}"] = stored_rows(fngd)
     return found
 
 
@@ -319,29 +321,18 @@ def tensor_parallel() -> dict[str, Any]:
 def trainer() -> dict[str, Any]:
     """Trainer's own DDP run; accumulates in one process what it spreads over several."""
     world = dist.get_world_size()
-    model = bert()
-    fngd = FNGD(model, lr=1e-3, sharing="replay", refresh=0, damping=0.01)
-    arguments = TrainingArguments(
-        output_dir=tempfile.mkdtemp(),
-        use_cpu=True,
-        ddp_backend="gloo",
-        num_train_epochs=2,
-        per_device_train_batch_size=4,
-        gradient_accumulation_steps=2 // world,
-        dataloader_pin_memory=False,
-        report_to=[],
-        save_strategy="no",
-        disable_tqdm=True,
-    )
-    runner = Trainer(model, arguments, train_dataset=text(model), optimizers=(fngd, None), callbacks=[FNGDCallback()])
+    model = LINEAR.make()
+    fngd = FNGD(model, lr=1e-3, sharing="replay", damping=0.01)
+    args = arguments(Path(tempfile.mkdtemp()), ddp_backend="gloo", gradient_accumulation_steps=2 // world)
+    runner = Trainer(model, args, train_dataset=LINEAR.data(24), optimizers=(fngd, None), callbacks=[FNGDCallback()])
     runner.train()
     wrapped = isinstance(runner.model_wrapped, DistributedDataParallel)
     return {
-        "active": wrapped and arguments.world_size == world,
+        "active": wrapped and args.world_size == world,
         "agree": agree(flat(model), engine_state(fngd)),
         "parameters": flat(model)[::97].tolist(),
-        "rows": fngd.preconditioner.policy.recorded,
-        "shared since": fngd.preconditioner.phase.shared_since,
+        "rows": stored_rows(fngd),
+        "shared since": fngd.preconditioner.policy.shared_since,
     }
 
 

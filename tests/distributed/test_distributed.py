@@ -29,17 +29,18 @@ def test_two_processes(subtests: pytest.Subtests, tmp_path: Path) -> None:
     with subtests.test("uniform weights give the gradient of the whole batch"):
         assert max(found["uniform_gradients"].values()) < 1e-6
     with subtests.test("one collective in a coefficient step, none in a shared one"):
-        ranked, clipped = (found["collectives"][sharing] for sharing in ("ranked", "clipped"))
-        expected = [int(computes) for computes in ranked["coefficient steps"]]
-        assert 0 < sum(expected) < len(expected)
-        expected[0] += 1  # in which the processes learn how large their batches are
-        assert ranked["collectives"] == expected
-        assert clipped["collectives"] == [1] * len(expected)  # of the mean norms
+        assert found["collectives"] == {
+            "replay": [1] * 4 + [0] * 8,
+            "clipped": [1] * 12,  # of the mean norms
+            "uniform": [0] * 12,
+        }
     with subtests.test("a rank without a gradient neither hangs nor parts from the others"):
         cases = found["empty_ranks"]
         assert all(outcome["agree"] and outcome["finite"] for outcome in cases.values())
         counts = {case: (outcome["skipped"], outcome["steps"]) for case, outcome in cases.items()}
-        assert counts == {"padding": (0, 12), "unreached": (0, 12), "nan": (5, 7)}
+        ends = {"padding": (0, 12), "unreached": (0, 12), "nan": (5, 7)}
+        expected = {f"replay, {case}": end for case, end in ends.items()}
+        assert counts == expected | {f"clipped, {case}": (skipped, None) for case, (skipped, _) in ends.items()}
     with subtests.test("ranks that accumulate differently keep the same norms"):
         assert found["uneven_ranks"] == {"agree": True, "parts": 3, "skipped": 0}
     with subtests.test("a checkpoint resumes on all ranks, and on one process that accumulates"):

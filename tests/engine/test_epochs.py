@@ -1,4 +1,4 @@
-"""The schedule of coefficient steps, and the end of an epoch as Accelerate shows it."""
+"""The end of an epoch as Accelerate shows it."""
 
 import sys
 from collections.abc import Iterator
@@ -11,73 +11,8 @@ from accelerate.state import AcceleratorState, GradientState
 from torch.utils.data import DataLoader, TensorDataset
 
 from hf_fngd import FNGD
-from hf_fngd.phase import EpochEdge, Phase
+from hf_fngd.engine.epochs import EpochEdge
 from tests.nets import data, loss, net
-
-
-def schedule(phase: Phase, steps: int, epoch: int | None = None) -> list[int]:
-    """The coefficient steps among the next ones."""
-    computed = []
-    for step in range(steps):
-        if phase.computes:
-            computed.append(step)
-        phase.advance()
-        if epoch and (step + 1) % epoch == 0:
-            phase.end_epoch()
-    return computed
-
-
-@pytest.mark.parametrize(
-    ("cap", "refresh", "epoch", "expected"),
-    [
-        (100, 0, 4, [0, 1, 2, 3]),
-        (3, 0, 4, [0, 1, 2]),
-        (4, 0, 4, [0, 1, 2, 3]),
-        (1, 0, None, [0]),
-        (100, 3, 4, [0, 1, 2, 3, 6, 9, 12, 15, 18]),
-        (2, 5, None, [0, 1, 6, 11, 16]),
-        (2, 1, 4, list(range(20))),
-        (100, 7, None, list(range(20))),
-        (5, 30, None, [0, 1, 2, 3, 4]),
-    ],
-)
-def test_coefficient_steps_of_a_run(cap: int, refresh: int, epoch: int | None, expected: list[int]) -> None:
-    assert schedule(Phase(cap, refresh), 20, epoch) == expected
-
-
-@pytest.mark.parametrize("refresh", [0, 4])
-def test_always_means_every_step(refresh: int) -> None:
-    assert schedule(Phase(2, refresh, always=True), 20, 3) == list(range(20))
-
-
-def test_the_first_phase_ends_once() -> None:
-    phase = Phase(100, 5)
-    schedule(phase, 3)
-    assert not phase.sharing
-    phase.end_epoch()
-    assert phase.sharing
-    assert phase.shared_since == 3
-    schedule(phase, 2)
-    phase.end_epoch()
-    assert phase.shared_since == 3
-
-
-def test_an_epoch_without_a_step_ends_nothing() -> None:
-    phase = Phase(100, 0)
-    phase.end_epoch()
-    assert not phase.sharing
-
-
-@pytest.mark.parametrize("steps", [0, 2, 3, 5])
-def test_a_restored_phase_goes_on_as_it_would_have(steps: int) -> None:
-    phase, resumed = Phase(3, 2), Phase(3, 2)
-    schedule(phase, steps)
-    resumed.load_state_dict(phase.state_dict())
-    assert resumed == phase
-    assert schedule(resumed, 9) == schedule(phase, 9)
-
-
-# Epochs under Accelerate ---------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -194,16 +129,16 @@ def test_the_phase_ends_with_the_first_epoch_without_being_told(
     model = net()
     batches = DataLoader(TensorDataset(*data(samples)), batch_size=3)
     accelerator.gradient_accumulation_steps = accumulation
-    prepared, optimizer, batches = accelerator.prepare(model, FNGD(model, sharing="ranked"), batches)
-    phase = optimizer.optimizer.preconditioner.phase
+    prepared, optimizer, batches = accelerator.prepare(model, FNGD(model, sharing="replay"), batches)
+    policy = optimizer.optimizer.preconditioner.policy
     for _ in range(epochs):
         for x, y in batches:
             with accelerator.accumulate(prepared):
                 optimizer.zero_grad()
                 accelerator.backward(loss(prepared, x, y))
                 optimizer.step()
-    assert phase.shared_since == expected
-    assert phase.steps == expected * epochs
+    assert policy.shared_since == expected
+    assert policy.steps == expected * epochs
 
 
 def test_accelerate_is_neither_needed_nor_set_up(monkeypatch: pytest.MonkeyPatch) -> None:

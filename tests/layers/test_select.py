@@ -1,14 +1,17 @@
 """Which layers are preconditioned: by type, by training, by ownership and by name."""
 
+import time
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
 from torch.nn.utils import prune
 
 from hf_fngd import FNGD
-from hf_fngd.layers import kernel_for
-from hf_fngd.selection import Modules, select_layers
-from tests.nets import data, loss, net
+from hf_fngd.layers.base import find_kernel
+from hf_fngd.layers.select import Modules, select_layers
+from tests.nets import EVERY_TYPE, data, loss, net
 
 
 class Block(nn.Module):
@@ -26,6 +29,11 @@ class Model(nn.Module):
         self.myfc1 = nn.Linear(3, 3)
         self.head = nn.Linear(3, 7, bias=False)
         self.scale = nn.Parameter(torch.ones(()))
+
+
+def names(model: nn.Module, targets: Modules = "all-linear", excluded: Modules = None) -> list[str]:
+    """Those of the preconditioned layers."""
+    return [layer.name for layer in select_layers(model, targets, excluded).matrices]
 
 
 ALL = ["layers.0.fc1", "layers.0.fc2", "layers.1.fc1", "layers.1.fc2", "myfc1", "head"]
@@ -48,20 +56,40 @@ ALL = ["layers.0.fc1", "layers.0.fc2", "layers.1.fc1", "layers.1.fc2", "myfc1", 
     ],
 )
 def test_names_choose_as_in_peft(targets: Modules, excluded: Modules, expected: list[str]) -> None:
-    assert [layer.name for layer in select_layers(Model(), targets, excluded).layers] == expected
+    assert names(Model(), targets, excluded) == expected
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({}, ["embedding"]),
+        ({"layer_types": EVERY_TYPE}, ["embedding", "norm"]),
+        ({"layer_types": EVERY_TYPE, "target_modules": "head"}, ["embedding", "norm"]),
+        ({"layer_types": EVERY_TYPE, "exclude_modules": ["norm", "fc1"]}, ["embedding"]),
+        ({"layer_types": ["linear", "norm"]}, ["norm"]),
+        ({"layer_types": ["linear"]}, []),
+        ({"solves": True}, []),
+    ],
+)
+def test_layers_of_other_types_come_after_the_matrices(settings: dict[str, Any], expected: list[str]) -> None:
+    selection = select_layers(Model(), **({"target_modules": "all-linear", "exclude_modules": None} | settings))
+    count = len(selection.matrices)
+    assert [layer.name for layer in selection.layers[count:]] == expected
+    assert [layer.matrix for layer in selection.layers] == [True] * count + [False] * len(expected)
+    assert "embedding.weight" in selection.plain
 
 
 def test_layers_come_with_their_module_and_kernel_in_the_models_order() -> None:
     model = Model()
-    for layer in select_layers(model, "all-linear", None).layers:
+    for layer in select_layers(model, "all-linear", None).matrices:
         assert layer.module is model.get_submodule(layer.name)
-        assert layer.kernel is kernel_for(layer.module)
+        assert type(layer.kernel) is type(find_kernel(layer.module)[1])
 
 
 def test_every_trainable_parameter_is_accounted_for() -> None:
     model = Model()
     selection = select_layers(model, "all-linear", "head")
-    taken = {f"{layer.name}.{leaf}" for layer in selection.layers for leaf, _ in layer.module.named_parameters()}
+    taken = {f"{layer.name}.{leaf}" for layer in selection.matrices for leaf, _ in layer.module.named_parameters()}
     assert taken.isdisjoint(selection.plain)
     assert taken | set(selection.plain) == {name for name, _ in model.named_parameters()}
 
@@ -84,15 +112,14 @@ def test_a_tied_head_stays_plain() -> None:
     model = Model()
     model.head.weight = model.embedding.weight
     selection = select_layers(model, "all-linear", None)
-    assert [layer.name for layer in selection.layers] == ALL[:-1]
+    assert [layer.name for layer in selection.layers] == [*ALL[:-1], "embedding", "head"]
     assert selection.plain["head.weight"] == "the weight is tied to another module"
 
 
 def test_layers_that_share_a_bias_stay_plain() -> None:
     model = Model()
     model.layers[0].fc1.bias = model.layers[1].fc1.bias
-    names = [layer.name for layer in select_layers(model, "all-linear", None).layers]
-    assert names == ["layers.0.fc2", "layers.1.fc2", "myfc1", "head"]
+    assert names(model) == ["layers.0.fc2", "layers.1.fc2", "myfc1", "head"]
 
 
 def test_frozen_weights_are_left_out_and_their_trained_biases_stay_plain() -> None:
@@ -100,7 +127,7 @@ def test_frozen_weights_are_left_out_and_their_trained_biases_stay_plain() -> No
     model.myfc1.weight.requires_grad_(False)
     model.layers[0].requires_grad_(False)
     selection = select_layers(model, "all-linear", None)
-    assert [layer.name for layer in selection.layers] == ["layers.1.fc1", "layers.1.fc2", "head"]
+    assert [layer.name for layer in selection.matrices] == ["layers.1.fc1", "layers.1.fc2", "head"]
     assert selection.plain["myfc1.bias"] == "the layer's weight is frozen"
     assert not any(name.startswith("layers.0") for name in selection.plain)
 
@@ -108,23 +135,23 @@ def test_frozen_weights_are_left_out_and_their_trained_biases_stay_plain() -> No
 def test_a_frozen_bias_does_not_keep_the_weight_out() -> None:
     model = Model()
     model.myfc1.bias.requires_grad_(False)
-    assert "myfc1" in [layer.name for layer in select_layers(model, "all-linear", None).layers]
+    assert "myfc1" in names(model)
 
 
 def test_subclasses_are_not_preconditioned() -> None:
     attention = nn.MultiheadAttention(4, 2)  # its out_proj is a subclass of Linear that is never called
-    with pytest.raises(ValueError, match="no trainable layer of exactly the types Conv1D, Linear"):
+    with pytest.raises(ValueError, match="no trainable torch.nn.Linear or transformers Conv1D"):
         select_layers(attention, "all-linear", None)
 
 
 def test_a_model_that_is_a_layer_is_selected() -> None:
-    assert [layer.name for layer in select_layers(nn.Linear(2, 2), "all-linear", None).layers] == [""]
+    assert names(nn.Linear(2, 2)) == [""]
 
 
 def test_a_shared_module_counts_once() -> None:
     model = net()
     model.again = model.fc1
-    assert [layer.name for layer in select_layers(model, "all-linear", None).layers] == ["fc1", "fc2"]
+    assert names(model) == ["fc1", "fc2"]
 
 
 @pytest.mark.parametrize(
@@ -133,7 +160,7 @@ def test_a_shared_module_counts_once() -> None:
         (["fc1", "fc9"], None, "target_modules lists 'fc9', which is no module of the model; .*'layers.0.fc1'"),
         (["c1"], None, "target_modules lists 'c1'"),
         ("all-linear", ["fc9"], "exclude_modules lists 'fc9'"),
-        ("fc1", None, "target_modules='fc1' and exclude_modules=None select"),
+        ("fc1", None, "target_modules='fc1', exclude_modules=None and layer_types=None select"),
         ("all-linear", ".*", "nothing to precondition"),
         (["norm"], None, "nothing to precondition"),
     ],
@@ -147,6 +174,13 @@ def test_what_selects_nothing_is_an_error_that_says_so(targets: Modules, exclude
 def test_a_model_without_layers_is_an_error(model: nn.Module) -> None:
     with pytest.raises(ValueError, match="nothing to precondition"):
         select_layers(model, "all-linear", None)
+
+
+def test_a_pattern_that_takes_too_long_is_an_error_that_names_it_and_the_module() -> None:
+    model, start = nn.ModuleDict({"a" * 60: nn.Linear(2, 2)}), time.process_time()
+    with pytest.raises(ValueError, match=r"'\(a\|aa\)\+b' took longer than 1 s to match the module name 'a{60}'"):
+        select_layers(model, r"(a|aa)+b", None)
+    assert time.process_time() - start < 5
 
 
 def test_a_weight_that_was_pruned_before_is_plain_and_reported() -> None:
@@ -167,5 +201,5 @@ def test_a_weight_that_is_pruned_meanwhile_stays_preconditioned() -> None:
     for seed in (1, 2):
         loss(model, *data(6, 4, seed=seed)).backward()
     optimizer.step()
-    assert optimizer.preconditioner.policy.recorded == 2
+    assert len(optimizer.preconditioner.state_dict()["policy"]["rows"]) == 2
     assert not optimizer.coverage().missed

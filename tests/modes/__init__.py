@@ -1,6 +1,1 @@
-"""Every mode of the Trainer; the modules that are imported here hold the rows of the table, in this order."""
-
-from tests.modes import arithmetic, batches, models, processes
-from tests.modes.registry import MODES
-
-__all__ = ["MODES", "arithmetic", "batches", "models", "processes"]
+"""Every mode of the Trainer, checked against the dense oracle."""

@@ -195,7 +195,7 @@ def out_of_memory(kind: Kind, sharing: str, folder: Path, step: int) -> float:
     record = run(trainer, [failure])
     assert failure.raised
     assert sizes(record) == [[BATCH]] * step + [[3]] * 8  # Accelerate takes nine tenths of the batch size
-    return checked(kind, sharing, record)
+    return checked(kind, sharing, record, inspected=step == 0)
 
 
 @mode("auto_find_batch_size, out of memory in the first backward")

@@ -19,6 +19,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from hf_fngd import FNGD
 from tests.modes.nets import Inputs, Kind
+from tests.nets import settings_of
 
 SAMPLES, BATCH = 12, 4
 PER_EPOCH = SAMPLES // BATCH
@@ -75,7 +76,7 @@ class Record:
         parameters = dict(self.model.named_parameters())
         self.steps.append(
             Step(
-                self.optimizer.preconditioner.phase.computes,
+                getattr(self.optimizer.preconditioner.policy, "computes", False),
                 self.pending,
                 {name: p.detach().clone() for name, p in parameters.items()},
                 {name: p.grad.detach().clone() for name, p in parameters.items() if p.grad is not None},
@@ -138,8 +139,8 @@ def arguments(folder: Path, cls: type[TrainingArguments] = TrainingArguments, **
 
 
 def optimizer_arguments(sharing: str, **changes: Any) -> dict[str, Any]:
-    """FNGD's: all coefficients come from the first epoch, and updates are large enough to move the model."""
-    return {"lr": 1e-2, "damping": DAMPING, "sharing": sharing, "refresh": 0, "update": "adam"} | changes
+    """FNGD's, whose updates are large enough to move the model; of ``changes`` those that the policy reads."""
+    return {"lr": 1e-2, "update": "adam"} | settings_of(sharing, damping=DAMPING, **changes)
 
 
 def train(

@@ -20,6 +20,7 @@ from transformers import (
 )
 
 VOCABULARY, LENGTH, PADDING = 24, 8, 1
+POSITIONS = 16  # of the models
 # Wide enough for gradients above Trainer's clipping threshold, and weights far from 1.
 INITIAL = 0.3
 
@@ -35,7 +36,7 @@ def bert(**changes: Any) -> BertForSequenceClassification:
         "num_hidden_layers": 2,
         "num_attention_heads": 2,
         "intermediate_size": 12,
-        "max_position_embeddings": 16,
+        "max_position_embeddings": POSITIONS,
         "hidden_dropout_prob": 0.0,
         "attention_probs_dropout_prob": 0.0,
         "initializer_range": INITIAL,
@@ -49,7 +50,7 @@ def gpt2(**changes: Any) -> GPT2LMHeadModel:
     torch.manual_seed(0)
     config = {
         "vocab_size": VOCABULARY,
-        "n_positions": 16,
+        "n_positions": POSITIONS,
         "n_embd": 8,
         "n_layer": 2,
         "n_head": 2,
@@ -76,7 +77,7 @@ def llama() -> LlamaForCausalLM:
         num_hidden_layers=2,
         num_attention_heads=2,
         num_key_value_heads=2,
-        max_position_embeddings=16,
+        max_position_embeddings=POSITIONS,
         initializer_range=INITIAL,
         tie_word_embeddings=True,
         bos_token_id=0,

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 import transformers
 
-from tests.modes import MODES
+from tests.modes.rows import MODES
 from tests.modes.harness import DAMPING
 from tests.modes.nets import KINDS, Kind
 from tests.modes.registry import SHARINGS, Mode
@@ -57,9 +57,10 @@ def write(modes: Iterable[Mode], path: Path) -> None:
         "float64 oracle (`tests/reference.py`: per-sample gradients of a float64 copy of the model, weights by a",
         "dense solve): the largest relative error of any layer in any step of three runs, one that computes",
         'coefficients in every step (`sharing="never"`), one that replays those of the first epoch',
-        f'(`sharing="replay"`), at damping {DAMPING}, and one of the default (`sharing="clipped"`).',
+        f'(`sharing="replay"`), at damping {DAMPING}, and one of `sharing="clipped"` with every type of layer weighed,',
+        "norms, embeddings and tables of positions included.",
         "The rows of several processes: float64 parameters after 12 steps, against those of one process that",
-        "accumulates the micro-batches of all (the same training, `hf_fngd/exchange.py`); all processes agree bit for",
+        "accumulates the micro-batches of all (the same training, `hf_fngd/distributed/exchange.py`); all processes agree bit for",
         "bit.",
         "Linear: a BERT classifier (a Llama under TRL). Conv1D: a GPT-2 language model. Made by",
         f"`python -m tests.modes.table` with torch {torch.__version__.split('+')[0]} and transformers "

@@ -12,7 +12,8 @@ from transformers import Trainer
 from transformers.trainer_utils import get_last_checkpoint
 
 from hf_fngd import FNGD, last_complete_checkpoint
-from tests.trainer.test_trainer import arguments, bert, text
+from tests.modes.harness import arguments
+from tests.modes.nets import LINEAR
 
 ARCHIVES = ["optimizer.pt", "scheduler.pt", "rng_state.pth", "training_args.bin"]
 CUT = [*ARCHIVES, "model.safetensors", "trainer_state.json"]
@@ -21,9 +22,9 @@ CUT = [*ARCHIVES, "model.safetensors", "trainer_state.json"]
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The output folder of a run of four steps: checkpoint-2 and checkpoint-4."""
-    folder, model = tmp_path_factory.mktemp("run"), bert()
+    folder, model = tmp_path_factory.mktemp("run"), LINEAR.make()
     args = arguments(folder, max_steps=4, save_strategy="steps", save_steps=2)
-    Trainer(model=model, args=args, train_dataset=text(model), optimizers=(FNGD(model), None)).train()
+    Trainer(model=model, args=args, train_dataset=LINEAR.data(12), optimizers=(FNGD(model), None)).train()
     return folder
 
 

@@ -6,7 +6,7 @@ what Accelerate's data loaders show; where they show nothing, the cap ends the f
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,48 +15,30 @@ from unittest import mock
 import pytest
 import torch
 from accelerate.state import GradientState
-from torch import Tensor, nn
-from torch.utils.data import DataLoader, IterableDataset
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from torch import nn
+from torch.utils.data import DataLoader
+from transformers import Trainer, TrainerCallback
 
 from hf_fngd import FNGD, FNGDCallback
-from hf_fngd.coefficients import Coefficients
-from hf_fngd.sharing.replay import ReplaySharing
-from tests.modes.batches import OutOfMemory
+from hf_fngd.weights.base import MicroBatchWeights
+from hf_fngd.weights.replay import ReplaySharing
+from tests.modes.batches import OutOfMemory, Stream
+from tests.modes.harness import arguments
 from tests.modes.nets import bert, classification_data
 
 BATCH = 4
-FAR = 100
 
 
 class Watched(ReplaySharing):
-    """Notes in which of its optimizer's steps coefficients are computed."""
+    """Notes in which optimizer steps coefficients are computed."""
 
     def __init__(self) -> None:
-        super().__init__()
-        self.optimizer: FNGD | None = None
-        self.steps: list[int] = []
+        self.noted: list[int] = []
 
-    def solve(self, k: Tensor, damping: float) -> Coefficients:
-        assert self.optimizer is not None
-        step = self.optimizer.preconditioner.phase.steps
-        if step not in self.steps:
-            self.steps.append(step)
-        return super().solve(k, damping)
-
-
-class Stream(IterableDataset[dict[str, Any]]):
-    def __init__(self, samples: int) -> None:
-        self.rows = list(classification_data(samples))
-
-    def __iter__(self) -> Iterator[dict[str, Any]]:
-        yield from self.rows
-
-
-def watched(model: nn.Module, cap: int) -> tuple[FNGD, Watched]:
-    policy = Watched()
-    policy.optimizer = FNGD(model, lr=1e-3, sharing=policy, refresh=0, coefficient_steps=cap, update="adam")
-    return policy.optimizer, policy
+    def begin(self, size: int, offset: int) -> MicroBatchWeights:
+        if self.computes and self.steps not in self.noted:
+            self.noted.append(self.steps)
+        return super().begin(size, offset)
 
 
 @dataclass
@@ -71,7 +53,7 @@ class Run:
 
     folder: Path
     told: bool
-    cap: int = FAR
+    cap: int | None = None
     model: nn.Module = field(init=False)
     optimizer: FNGD = field(init=False)
     policy: Watched = field(init=False)
@@ -82,24 +64,14 @@ class Run:
 
     def renew(self) -> None:
         """A new model and its optimizer."""
-        self.model = bert(num_hidden_layers=1)
-        self.optimizer, self.policy = watched(self.model, self.cap)
+        self.model, self.policy = bert(num_hidden_layers=1), Watched()
+        arguments = {"coefficient_steps": self.cap, "update": "adam"}
+        self.optimizer = FNGD(self.model, lr=1e-3, sharing=self.policy, **arguments)
 
     def trainer(self, samples: int = 16, data: Any = None, callbacks: Any = (), **changes: Any) -> Trainer:
-        values = {
-            "output_dir": str(self.folder),
-            "per_device_train_batch_size": BATCH,
-            "num_train_epochs": 3,
-            "logging_strategy": "no",
-            "save_strategy": "no",
-            "report_to": [],
-            "disable_tqdm": True,
-            "use_cpu": True,
-            "dataloader_pin_memory": False,
-        }
         return Trainer(
             model=self.model,
-            args=TrainingArguments(**(values | changes)),
+            args=arguments(self.folder, **({"num_train_epochs": 3} | changes)),
             train_dataset=classification_data(samples) if data is None else data,
             eval_dataset=classification_data(6),
             optimizers=(self.optimizer, None),
@@ -263,10 +235,10 @@ class Row:
     drive: Drive
     alone: list[int]
     told: list[int] | None = None
-    cap: int = FAR
+    cap: int | None = None
 
 
-STREAM = {"max_steps": 9, "data": Stream(16)}
+STREAM = {"max_steps": 9, "data": Stream(list(classification_data(16)))}
 ROWS = {
     "three epochs": Row(trains(), first(4)),
     "three epochs, a lower cap": Row(trains(), first(3), cap=3),
@@ -281,15 +253,22 @@ ROWS = {
     "evaluation at the end of an epoch": Row(trains(eval_strategy="epoch"), first(4)),
     "evaluation first": Row(trains(eval_strategy="epoch", eval_on_start=True), first(4)),
     "iterable dataset": Row(trains(**STREAM), first(4)),
-    "iterable dataset, a last batch of another size": Row(trains(max_steps=9, data=Stream(18)), first(5)),
+    "iterable dataset, a last batch of another size": Row(
+        trains(max_steps=9, data=Stream(list(classification_data(18)))), first(5)
+    ),
     "iterable dataset with accumulation": Row(trains(gradient_accumulation_steps=2, **STREAM), first(2)),
     # Trainer takes no step with the fifth micro-batch, the last of the epoch: nobody sees the flag that comes with it.
     # Told of the end of the epoch, FNGD has computed the coefficients of that micro-batch all the same.
     "iterable dataset with accumulation and a remainder": Row(
-        trains(max_steps=9, data=Stream(20), gradient_accumulation_steps=2), first(9), first(3)
+        trains(max_steps=9, data=Stream(list(classification_data(20))), gradient_accumulation_steps=2),
+        first(9),
+        first(3),
     ),
     "iterable dataset with accumulation and a remainder, a cap": Row(
-        trains(max_steps=9, data=Stream(20), gradient_accumulation_steps=2), first(6), first(3), cap=6
+        trains(max_steps=9, data=Stream(list(classification_data(20))), gradient_accumulation_steps=2),
+        first(6),
+        first(3),
+        cap=6,
     ),
     "resumed in mid-epoch": Row(resumes(2), [2, 3]),
     "resumed after all but one step of an epoch": Row(resumes(3), [3]),
@@ -328,4 +307,4 @@ def test_coefficients_are_computed_in_these_steps(row: Row, told: bool, tmp_path
     run = Run(tmp_path, told, row.cap)
     row.drive(run)
     expected = row.told if told and row.told is not None else row.alone
-    assert run.policy.steps == expected
+    assert run.policy.noted == expected

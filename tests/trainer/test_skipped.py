@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer
 
 from hf_fngd import FNGD, FNGDCallback
+from tests.modes.harness import arguments
 from tests.modes.nets import bert, classification_data
 
 
@@ -28,21 +29,10 @@ class Spoilt(Trainer):
 def spoilt(folder: Path, batches: tuple[int, ...], callback: bool, **changes: Any) -> tuple[Spoilt, FNGD]:
     """Two epochs of three batches."""
     model = bert()
-    optimizer = FNGD(model, sharing="replay", refresh=0)
-    values = {
-        "output_dir": str(folder),
-        "per_device_train_batch_size": 4,
-        "num_train_epochs": 2,
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "report_to": [],
-        "disable_tqdm": True,
-        "use_cpu": True,
-        "dataloader_pin_memory": False,
-    }
+    optimizer = FNGD(model, sharing="replay")
     trainer = Spoilt(
         model=model,
-        args=TrainingArguments(**(values | changes)),
+        args=arguments(folder, logging_strategy="steps", logging_steps=1, **changes),
         train_dataset=classification_data(12),
         optimizers=(optimizer, None),
         callbacks=[FNGDCallback()] if callback else [],
@@ -58,13 +48,13 @@ def test_the_callback_logs_how_many_steps_were_skipped(max_grad_norm: float, tmp
     trainer, optimizer = spoilt(tmp_path, (2, 5), callback=True, max_grad_norm=max_grad_norm)
     logged = [entry["fngd_skipped"] for entry in trainer.state.log_history if "loss" in entry]
     assert logged == [0, 1, 1, 1, 2, 2]
-    assert optimizer.preconditioner.phase.steps == 4
-    assert optimizer.preconditioner.phase.shared_since == 2
+    assert optimizer.preconditioner.policy.steps == 4
+    assert optimizer.preconditioner.policy.shared_since == 2
 
 
 @pytest.mark.parametrize("callback", [False, True])
 def test_an_epoch_ends_with_its_last_step_even_if_that_is_skipped(callback: bool, tmp_path: Path) -> None:
     _, optimizer = spoilt(tmp_path, (3,), callback)
     assert int(optimizer.skipped) == 1
-    assert optimizer.preconditioner.phase.steps == 5
-    assert optimizer.preconditioner.phase.shared_since == 2
+    assert optimizer.preconditioner.policy.steps == 5
+    assert optimizer.preconditioner.policy.shared_since == 2

@@ -1,7 +1,6 @@
 """Parameter groups: who is decayed (Trainer's own rule), and who is updated by which rule."""
 
 from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
@@ -19,8 +18,7 @@ from transformers import (
     Trainer,
 )
 
-from hf_fngd.groups import decays, parameter_groups
-from hf_fngd.selection import select_layers
+from hf_fngd import FNGD
 from tests.nets import net, trained
 
 TINY: dict[str, Callable[[], PreTrainedModel]] = {
@@ -72,40 +70,26 @@ MODELS: dict[str, Callable[[], nn.Module]] = {**TINY, "names": WithNorm, "net": 
 
 
 @pytest.mark.parametrize("make", MODELS.values(), ids=MODELS)
-def test_decay_follows_trainers_rule(make: Callable[[], nn.Module]) -> None:
+def test_every_trainable_parameter_is_in_one_group_and_decay_follows_trainers_rule(
+    make: Callable[[], nn.Module],
+) -> None:
     model = make()
-    assert decays(model) == set(Trainer.get_decay_parameter_names(None, model))
-
-
-def groups_of(model: nn.Module, **kwargs: Any) -> list[dict[str, Any]]:
-    layers = select_layers(model, kwargs.pop("target_modules", "all-linear"), None).layers
-    settings = {"lr": 0.1, "weight_decay": 0.01, "update": "momentum", "fallback": "adam", "fallback_lr": 0.2}
-    return parameter_groups(model, layers, **(settings | kwargs))
-
-
-@pytest.mark.parametrize("make", MODELS.values(), ids=MODELS)
-def test_every_trainable_parameter_is_in_one_group(make: Callable[[], nn.Module]) -> None:
-    model = make()
-    held = [id(p) for group in groups_of(model) for _, p in group["params"]]
+    groups = FNGD(model, weight_decay=0.1).param_groups
+    held = [id(p) for group in groups for p in group["params"]]
     assert len(held) == len(set(held))
     assert set(held) == {id(p) for p in trained(model)}
-
-
-@pytest.mark.parametrize("make", MODELS.values(), ids=MODELS)
-def test_the_decayed_groups_hold_what_is_decayed(make: Callable[[], nn.Module]) -> None:
-    model = make()
-    decayed = decays(model)
+    decayed = set(Trainer.get_decay_parameter_names(None, model))
     expected = {id(p) for name, p in model.named_parameters() if name in decayed and p.requires_grad}
-    held = {id(p) for group in groups_of(model) if group["weight_decay"] for _, p in group["params"]}
-    assert held == expected
+    assert {id(p) for group in groups if group["weight_decay"] for p in group["params"]} == expected
 
 
 @pytest.mark.parametrize(("update", "of_biases"), [("momentum", "momentum"), ("adam", "adam"), ("muon", "adam")])
 def test_the_groups_of_a_small_network(update: str, of_biases: str) -> None:
     model = net()
-    found = groups_of(model, update=update)
+    settings = {"lr": 0.1, "weight_decay": 0.01, "fallback_lr": 0.2, "sharing": "never"}
+    groups = FNGD(model, update=update, **settings).param_groups
     fields = ["name", "rule", "lr", "weight_decay", "layers"]
-    assert [[group[key] for key in fields] for group in found] == [
+    assert [[group[key] for key in fields] for group in groups] == [
         ["preconditioned", update, 0.1, 0.01, [0, 1]],
         ["preconditioned_no_decay", of_biases, 0.1, 0.0, [0, 1]],
         ["plain_no_decay", "adam", 0.2, 0.0, []],
@@ -115,14 +99,14 @@ def test_the_groups_of_a_small_network(update: str, of_biases: str) -> None:
         [model.fc1.bias, model.fc2.bias],
         [model.norm.weight, model.norm.bias],
     ]
-    for group, parameters in zip(found, expected, strict=True):
-        assert all(p is q for (_, p), q in zip(group["params"], parameters, strict=True))
+    for group, parameters in zip(groups, expected, strict=True):
+        assert all(p is q for p, q in zip(group["params"], parameters, strict=True))
 
 
 def test_layers_that_are_not_selected_get_the_fallback() -> None:
     model = net()
-    names = {group["name"]: group for group in groups_of(model, target_modules=["fc2"])}
-    assert names["plain"]["params"] == [("fc1.weight", model.fc1.weight)]
+    names = {group["name"]: group for group in FNGD(model, target_modules=["fc2"], weight_decay=0.01).param_groups}
+    assert names["plain"]["params"] == [model.fc1.weight]
     assert names["plain"]["rule"] == "adam"
     assert names["plain"]["weight_decay"] == 0.01
     assert names["preconditioned"]["layers"] == [0]
@@ -132,5 +116,5 @@ def test_frozen_parameters_are_in_no_group() -> None:
     model = net()
     model.fc1.requires_grad_(False)
     model.norm.requires_grad_(False)
-    held = {id(p) for group in groups_of(model) for _, p in group["params"]}
+    held = {id(p) for group in FNGD(model).param_groups for p in group["params"]}
     assert held == {id(model.fc2.weight), id(model.fc2.bias)}

@@ -1,4 +1,4 @@
-"""The update rules against torch's own optimizers, and Muon against a statement by singular values."""
+"""The suite that every update rule inherits; the rules against torch's own, and Muon by singular values."""
 
 from collections.abc import Callable
 from typing import Any
@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from hf_fngd import rules
-from hf_fngd.rules import FALLBACK_RULES, RULES, Settings, orthogonalize
+from hf_fngd.updates import FALLBACK_RULES, RULES, UPDATES, Update, muon, register_rule
+from hf_fngd.updates.muon import orthogonalize
 
 SHAPES = [(4, 6), (6, 4), (5,), (4, 6), (3, 3)]
 MATRICES = [(4, 6), (6, 4), (4, 6), (3, 3), (1, 5)]
@@ -26,12 +26,17 @@ def gradients(shapes: list[tuple[int, ...]], step: int) -> list[Tensor]:
     return [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes]
 
 
+def apply(rule: str, params: list[Tensor], grads: list[Tensor], steps: list[int], *state: list[Tensor], **changes: Any):
+    """Update in place; returns the state, new where none is given."""
+    kept = state or tuple([torch.zeros_like(p) for p in params] for _ in RULES[rule].state)
+    RULES[rule].update(Update(params, grads, kept, steps, params, SETTINGS | changes))
+    return kept
+
+
 def ours(rule: str, shapes: list[tuple[int, ...]], **changes: Any) -> list[Tensor]:
-    params = start(shapes)
-    state = [[torch.zeros_like(p) for p in params] for _ in RULES[rule].state]
+    params, state = start(shapes), ()
     for step in range(STEPS):
-        counts = [step + 1] * len(params)
-        RULES[rule].update(params, gradients(shapes, step), state, counts, Settings(**(SETTINGS | changes)), params)
+        state = apply(rule, params, gradients(shapes, step), [step + 1] * len(params), *state, **changes)
     return params
 
 
@@ -68,21 +73,69 @@ def test_adam_is_adamw(momentum: float, weight_decay: float) -> None:
 def test_adam_counts_the_steps_of_each_parameter() -> None:
     apart = []
     for count in (1, 7):
-        params, state = start([(5,)]), [[torch.zeros(5, dtype=torch.float64)] for _ in range(2)]
-        RULES["adam"].update(params, gradients([(5,)], 0), state, [count], Settings(**SETTINGS), params)
+        params = start([(5,)])
+        apply("adam", params, gradients([(5,)], 0), [count])
         apart += params
-    params, state = start([(5,)]) * 2, [[torch.zeros(5, dtype=torch.float64) for _ in range(2)] for _ in range(2)]
-    params = [p.clone() for p in params]
-    RULES["adam"].update(params, gradients([(5,)], 0) * 2, state, [1, 7], Settings(**SETTINGS), params)
+    params = [p.clone() for p in start([(5,)]) * 2]
+    apply("adam", params, gradients([(5,)], 0) * 2, [1, 7])
     assert_equal(params, apart)
+
+
+# Every rule ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("rule", RULES)
 def test_weight_decay_is_decoupled(rule: str) -> None:
     params = start([(4, 6)])
-    state = [[torch.zeros_like(params[0])] for _ in RULES[rule].state]
-    RULES[rule].update(params, [torch.zeros(4, 6, dtype=torch.float64)], state, [1], Settings(**SETTINGS), params)
+    apply(rule, params, [torch.zeros(4, 6, dtype=torch.float64)], [1])
     assert_equal(params, [start([(4, 6)])[0] * (1 - 0.05 * 0.1)])
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_a_rule_works_in_place_and_leaves_the_gradient_alone(rule: str) -> None:
+    params, g = start([(4, 6)]), gradients([(4, 6)], 0)
+    before = params[0].clone()
+    state = [[torch.zeros_like(params[0])] for _ in RULES[rule].state]
+    tensors = [params[0], *(of[0] for of in state)]
+    pointers = [x.data_ptr() for x in tensors]
+    apply(rule, params, g, [1], *state)
+    assert pointers == [x.data_ptr() for x in tensors]
+    assert not torch.equal(params[0], before)
+    assert all(of[0].any() for of in state)
+    assert torch.equal(g[0], gradients([(4, 6)], 0)[0])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("rule", RULES)
+def test_a_rule_takes_any_precision(rule: str, dtype: torch.dtype) -> None:
+    exact, params = start([(4, 6), (6, 4)]), [p.to(dtype) for p in start([(4, 6), (6, 4)])]
+    grads = gradients([(4, 6), (6, 4)], 0)
+    apply(rule, exact, grads, [1, 1])
+    apply(rule, params, [g.to(dtype) for g in grads], [1, 1], eps=1e-4)
+    for p, q in zip(params, exact, strict=True):
+        assert p.dtype == dtype
+        torch.testing.assert_close(p.double(), q, rtol=0, atol=0.03)
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_nothing_to_update_is_fine_and_zero_gradients_move_nothing(rule: str) -> None:
+    params = start([(4, 6)])
+    apply(rule, params, [torch.zeros(4, 6, dtype=torch.float64)], [1], weight_decay=0.0)
+    assert_equal(params, start([(4, 6)]), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_a_name_cannot_be_registered_twice(rule: str) -> None:
+    with pytest.raises(ValueError, match=f"already an update rule named '{rule}'"):
+        register_rule(rule)(lambda update: None)
+
+
+def test_the_arguments_name_rules() -> None:
+    assert set(FALLBACK_RULES.values()) <= set(RULES)
+    assert set(UPDATES) <= set(RULES)
+
+
+# Muon ------------------------------------------------------------------------------------------------------
 
 
 def polynomial(matrix: Tensor) -> Tensor:
@@ -146,8 +199,8 @@ def test_muon_takes_as_many_matrices_together_as_the_memory_allows(monkeypatch: 
         return orthogonalize(matrices)
 
     expected = ours("muon", [(4, 6)] * 5)
-    monkeypatch.setattr(rules, "orthogonalize", count)
-    monkeypatch.setattr(rules, "_MUON_BYTES", 2 * 4 * 6 * 8)
+    monkeypatch.setattr(muon, "orthogonalize", count)
+    monkeypatch.setattr(muon, "_MUON_BYTES", 2 * 4 * 6 * 8)
     for p, q in zip(ours("muon", [(4, 6)] * 5), expected, strict=True):
         torch.testing.assert_close(p, q)
     assert together == [2, 2, 1] * STEPS
@@ -164,22 +217,6 @@ def test_muon_is_torchs_muon_up_to_its_bfloat16() -> None:
 
 @pytest.mark.parametrize("shape", [(32, 32), (32, 256), (256, 32)])
 def test_the_root_mean_square_of_muons_update_is_a_fifth_of_lr(shape: tuple[int, int]) -> None:
-    params, state = [torch.zeros(shape, dtype=torch.float64)], [[torch.zeros(shape, dtype=torch.float64)]]
-    settings = Settings(**(SETTINGS | {"weight_decay": 0.0}))
-    RULES["muon"].update(params, gradients([shape], 0), state, [1], settings, params)
+    params = [torch.zeros(shape, dtype=torch.float64)]
+    apply("muon", params, gradients([shape], 0), [1], weight_decay=0.0)
     assert float(params[0].square().mean().sqrt()) == pytest.approx(0.2 * 0.05, rel=0.25)
-
-
-@pytest.mark.parametrize("rule", RULES)
-def test_rules_work_in_place(rule: str) -> None:
-    params = start([(4, 6)])
-    state = [[torch.zeros_like(params[0])] for _ in RULES[rule].state]
-    pointers = [x.data_ptr() for x in (*params, *(tensors[0] for tensors in state))]
-    g = gradients([(4, 6)], 0)
-    RULES[rule].update(params, g, state, [1], Settings(**SETTINGS), params)
-    assert pointers == [x.data_ptr() for x in (*params, *(tensors[0] for tensors in state))]
-    assert torch.equal(g[0], gradients([(4, 6)], 0)[0])
-
-
-def test_fallbacks_name_rules() -> None:
-    assert set(FALLBACK_RULES.values()) <= set(RULES)

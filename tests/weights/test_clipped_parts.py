@@ -8,59 +8,58 @@ import torch
 from torch import Tensor, nn
 
 from hf_fngd import FNGD, FNGDPreconditioner
-from hf_fngd.sharing import SharingPolicy
 from tests.nets import LAYER_NAMES, data, dense, gradient, loss, net, relative_error
-from tests.sharing.engine import prepared
+from tests.weights.harness import of_norms, prepared, step
 
-
-def remember(policy: SharingPolicy, *norms: list[list[float]]) -> None:
-    """A step whose micro-batches had these norms, place by place."""
-    sums = torch.tensor([[sum(place) for place in batch] for batch in norms], dtype=torch.float64).sum(dim=0)
-    counts = torch.tensor([[sum(n != 0 for n in place) for place in batch] for batch in norms]).sum(dim=0)
-    policy.remember(sums, counts, len(norms))
+ONES = 3 * [[1.0]]
 
 
 def test_the_bound_is_the_mean_of_own_and_remembered_norms() -> None:
     policy = prepared("clipped")
-    norms = torch.tensor([1.0, 2.0, 9.0, 0.0], dtype=torch.float64)
-    alone = policy.weigh(norms, 1)
-    torch.testing.assert_close(alone, torch.tensor([1, 1, 4 / 9, 1], dtype=torch.float64))
-    remember(policy, [[1.0], [2.0], []], [[3.0, 0.0], [0.5], []], [[5.0, 7.0], [], []])
-    for place, known in ((0, 4.0), (1, 1.25), (2, 4.0)):  # at the last there is none but its own
+    norms = [1.0, 2.0, 9.0, 0.0]
+    (alone,) = step(policy, of_norms(*3 * [norms]))
+    torch.testing.assert_close(alone, torch.tensor([1, 1, 4 / 9, 1], dtype=torch.float64).expand(3, 4))
+    # Two layers of three micro-batches; the third has none but its own.
+    first, second, third = of_norms([1.0], [2.0], []), of_norms([3.0, 0.0], [0.5, 0.0], []), of_norms([5, 7], [], [])
+    step(policy, first, second, third)
+    found, *_ = step(policy, of_norms(*3 * [norms]), second, third)
+    norms = torch.tensor(norms, dtype=torch.float64)
+    for place, known in enumerate((4.0, 1.25, 4.0)):
         bound = (4 + 2 * known) / 3
-        torch.testing.assert_close(policy.weigh(norms, place), torch.where(norms > 0, bound / norms, 1).clamp(max=1))
+        torch.testing.assert_close(found[place], torch.where(norms > 0, bound / norms, 1).clamp(max=1))
 
 
-def test_a_place_without_norms_keeps_its_last_ones() -> None:
+def test_a_layer_without_norms_keeps_its_last_ones() -> None:
     policy = prepared("clipped")
-    remember(policy, [[], [1.0], [4.0]], [[], [3.0], [math.inf]])
+    step(policy, of_norms([], [1.0], [4.0]), of_norms([], [3.0], [math.inf]))
     torch.testing.assert_close(policy.means.double(), torch.tensor([0.0, 2.0, 0.0]).double())
-    remember(policy, [[5.0], [], []], [[7.0], [], [2.0]])
+    step(policy, of_norms([5.0], [], []), of_norms([7.0], [], [2.0]))
     torch.testing.assert_close(policy.means.double(), torch.tensor([6.0, 2.0, 2.0]).double())
 
 
 def test_a_micro_batch_without_gradients_is_clipped_by_nothing() -> None:
     policy = prepared("clipped")
-    remember(policy, *2 * [[[1.0], [1.0], [1.0]]])
-    assert torch.equal(policy.weigh(torch.zeros(3), 0), torch.ones(3))
+    step(policy, of_norms(*ONES), of_norms(*ONES))
+    found, _ = step(policy, of_norms(*3 * [[0.0, 0.0]]), of_norms(*ONES))
+    assert torch.equal(found, torch.ones(3, 2, dtype=torch.float64))
 
 
-def test_a_norm_that_overflows_is_not_hidden_by_what_is_remembered() -> None:
+@pytest.mark.parametrize("bad", [math.inf, math.nan])
+def test_a_norm_that_overflows_is_not_hidden_by_what_is_remembered(bad: float) -> None:
     policy = prepared("clipped")
-    remember(policy, *2 * [[[1.0], [1.0], [1.0]]])
-    for bad in (math.inf, math.nan):
-        norms = torch.tensor([1.0, bad])
-        assert not (norms * policy.weigh(norms, 0)).isfinite().all()
+    step(policy, of_norms(*ONES), of_norms(*ONES))
+    found, _ = step(policy, of_norms(*3 * [[1.0, bad]]), of_norms(*ONES))
+    assert not (torch.tensor([1.0, bad]) * found[0]).isfinite().all()
 
 
 def test_one_shorter_step_is_not_remembered_and_the_second_is() -> None:
     policy = prepared("clipped")
-    full, short = 4 * [[[1.0], [1.0], [1.0]]], 2 * [[[8.0], [8.0], [8.0]]]
+    full, short = 4 * [of_norms(*ONES)], 2 * [of_norms(*3 * [[8.0]])]
     for steps, parts, mean in (((full,), 4, 1.0), ((short,), 4, 1.0), ((full, short), 4, 1.0), ((short,), 2, 8.0)):
-        for step in steps:
-            remember(policy, *step)
+        for batches in steps:
+            step(policy, *batches)
         assert (policy.parts, float(policy.means[0])) == (parts, mean)
-    remember(policy, *full)
+    step(policy, *full)
     assert (policy.parts, float(policy.means[0])) == (4, 1.0)
 
 
@@ -69,18 +68,18 @@ def test_gradients_are_the_oracles(sizes: tuple[int, ...]) -> None:
     model = net()
     preconditioner = FNGDPreconditioner(model)
     known: dict[str, float] = {}
-    for step in range(3):
+    for number in range(3):
         model.zero_grad()
         expected = dict.fromkeys(LAYER_NAMES, 0.0)
         means: dict[str, list[float]] = {name: [] for name in LAYER_NAMES}
         for place, size in enumerate(sizes):
-            x, y = data(size, seed=10 * step + place)
-            if step == 2 and place == 0:
+            x, y = data(size, seed=10 * number + place)
+            if number == 2 and place == 0:
                 x[0] *= 1e3
             for name, oracle in dense(net(), x, y, 1.0).items():
                 norms = oracle.u.norm(dim=0) / size  # of the gradients of the micro-batch's mean loss
                 bound = mean = float(norms.mean())
-                if step > 0:
+                if number > 0:
                     bound = (mean + (len(sizes) - 1) * known[name]) / len(sizes)
                 means[name] += norms.tolist()
                 expected[name] = expected[name] + oracle.u @ (bound / norms).clamp(max=1) / size
@@ -102,23 +101,31 @@ def micro_batches_of_one(optimizer: FNGD, model: nn.Module, factor: float) -> Te
 def test_an_outlier_that_is_alone_in_its_micro_batch_is_clipped() -> None:
     model = net()
     optimizer = FNGD(model, lr=0.0)
-    clean = micro_batches_of_one(optimizer, model, 1.0)  # nothing is known yet, all weights are 1
+    clean = micro_batches_of_one(optimizer, model, 1.0)  # nothing is known yet, all sample weights are 1
     assert relative_error(micro_batches_of_one(optimizer, model, 1e4), clean) > 100
     optimizer.step()
     assert relative_error(micro_batches_of_one(optimizer, model, 1e4), clean) > 100  # the outlier was among the last
+    assert optimizer.diagnostics()["weight_spread"] == 0
     optimizer = FNGD(model := net(), lr=0.0)
     micro_batches_of_one(optimizer, model, 1.0)
     optimizer.step()
     bounded = micro_batches_of_one(optimizer, model, 1.0)
     with_outlier = micro_batches_of_one(optimizer, model, 16.0)
     assert relative_error(with_outlier, bounded) < 0.5
+    optimizer.step()
+    assert optimizer.diagnostics()["weight_spread"] > 0.1  # over all micro-batches, each of which has one sample
 
 
 def test_a_resumed_run_goes_on_with_the_same_bounds() -> None:
     model = net()
     optimizer = FNGD(model, lr=1e-2)
+    fresh = optimizer.preconditioner.policy.state_dict()
     micro_batches_of_one(optimizer, model, 3.0)
     optimizer.step()
+    # A sharded checkpoint is loaded into the state of an optimizer that has done nothing yet.
+    later = optimizer.preconditioner.policy.state_dict()
+    assert fresh.keys() == later.keys()
+    assert fresh["means"].shape == later["means"].shape
     resumed_model = net()
     resumed = FNGD(resumed_model, lr=1e-2)
     resumed_model.load_state_dict(model.state_dict())
@@ -178,36 +185,15 @@ def test_of_a_module_that_is_called_twice_no_norms_are_remembered() -> None:
     assert table == 0
 
 
-def test_a_state_has_the_same_keys_and_shapes_from_the_start() -> None:
-    """A sharded checkpoint is loaded into the state of an optimizer that has done nothing yet."""
-    model = net()
-    optimizer = FNGD(model)
-    fresh = optimizer.preconditioner.policy.state_dict()
-    micro_batches_of_one(optimizer, model, 1.0)
-    optimizer.step()
-    later = optimizer.preconditioner.policy.state_dict()
-    assert fresh.keys() == later.keys()
-    assert fresh["means"].shape == later["means"].shape
-
-
 @pytest.mark.parametrize(("saved", "loaded", "factor"), [(1, 1, 1.0), (4, 4, 1.0), (2, 1, 0.5), (1, 4, 4.0)])
 def test_norms_are_those_of_as_many_processes_as_go_on(
     monkeypatch: pytest.MonkeyPatch, saved: int, loaded: int, factor: float
 ) -> None:
     policy = prepared("clipped")
-    remember(policy, *4 * [[[3.0], [1.0], [0.5]]])
-    monkeypatch.setattr("hf_fngd.sharing.clipped.rank_and_world", lambda: (0, saved))
+    step(policy, *4 * [of_norms([3.0], [1.0], [0.5])])
+    monkeypatch.setattr("hf_fngd.weights.clipped.rank_and_world", lambda: (0, saved))
     state = policy.state_dict()
-    monkeypatch.setattr("hf_fngd.sharing.clipped.rank_and_world", lambda: (0, loaded))
+    monkeypatch.setattr("hf_fngd.weights.clipped.rank_and_world", lambda: (0, loaded))
     resumed = prepared("clipped")
     resumed.load_state_dict(state)
     assert torch.equal(resumed.means, factor * policy.means)
-
-
-def test_the_spread_in_the_log_is_that_of_all_micro_batches() -> None:
-    model = net()
-    optimizer = FNGD(model, lr=0.0)
-    for _ in range(2):
-        micro_batches_of_one(optimizer, model, 100.0)
-        optimizer.step()
-    assert optimizer.diagnostics()["weight_spread"] > 0.1
