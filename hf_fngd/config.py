@@ -172,7 +172,7 @@ def _of_version_1(values: Mapping[str, Any]) -> dict[str, Any]:
         gone = f"sharing={sharing!r}" if sharing in GONE else gone
         raise ValueError(
             f"the config was written for hf-fngd 0.1.0 and has {gone}, which this version does not have: use version "
-            "0.1.0 (pip install hf-fngd==0.1.0), or another setting"
+            "0.1.0 (commit 2cdc4ef), or another setting"
         )
     if rest is False:
         found["layer_types"] = ["linear", "conv1d"]

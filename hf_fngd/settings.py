@@ -15,7 +15,7 @@ from typing import Any, Self, TypeVar
 from hf_fngd.checks import Check, choice, flag, guess, integer, modules, real, shown, wrong_type
 from hf_fngd.layers.base import layer_type_names
 from hf_fngd.layers.select import ALL_LINEAR
-from hf_fngd.updates import FALLBACK_RULES, UPDATES
+from hf_fngd.updates import FALLBACK_RULES, RULES
 from hf_fngd.weights.base import SharingPolicy, policy_class, policy_names
 
 Class = TypeVar("Class", bound=type)
@@ -92,7 +92,7 @@ class Settings:
     )
     update: str = _setting(
         "muon",
-        choice(lambda: UPDATES),
+        choice(lambda: tuple(RULES)),
         "Update rule of the preconditioned layers, Linear and Conv1D: 'muon', 'adam', or 'momentum', the paper's step "
         "of 1/lambda' within a trust region, for sharing 'never' and 'replay'.",
     )
@@ -226,10 +226,10 @@ def with_settings(*, engine: bool) -> Callable[[Class], Class]:
         added = [inspect.Parameter(f.name, inspect.Parameter.KEYWORD_ONLY, default=f.default) for f in fields]
         init.__signature__ = signature.replace(parameters=[*kept, *added])
         lines = [
-            textwrap.fill(f"{f.name}: {f.metadata['help']}", 120, initial_indent=" " * 8, subsequent_indent=" " * 12)
+            textwrap.fill(f"{f.name}: {f.metadata['help']}", 116, initial_indent=" " * 4, subsequent_indent=" " * 8)
             for f in fields
         ]
-        cls.__doc__ = (cls.__doc__ or "").replace("        **settings: see `Settings`.", "\n".join(lines))
+        cls.__doc__ = inspect.cleandoc(cls.__doc__ or "").replace("    **settings: see `Settings`.", "\n".join(lines))
         return cls
 
     return decorate

@@ -165,15 +165,15 @@ class WeighedLayer(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of x, weight and bias."""
-        kernel = ctx.kernel
-        if ctx.memory is None:
-            x, weight, batch, *others = ctx.saved_tensors
+        kernel, traced = ctx.kernel, ctx.memory is None
+        x, weight, *others = ctx.saved_tensors
+        saved = Saved(x, weight, tuple(others[int(traced) :]))
+        grad_x = kernel.input_gradient(saved, g) if ctx.needs_input_grad[0] else None
+        if traced:
+            batch = others[0]
             w = sample_weights(x, kernel.with_samples(x, g), batch, ctx.engine, ctx.place, ctx.has_bias)
         else:
-            x, weight, *others = ctx.saved_tensors
             w = ctx.memory.weights(x, kernel.with_samples(x, g), ctx.has_bias) if x.numel() else None
-        saved = Saved(x, weight, tuple(others))
-        grad_x = kernel.input_gradient(saved, g) if ctx.needs_input_grad[0] else None
         of_weight, of_bias = kernel.weighted_gradient(saved, g, w, ctx.has_bias)
         return grad_x, of_weight, of_bias, None, None, None, None, None
 

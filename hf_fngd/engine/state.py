@@ -49,8 +49,8 @@ def check_state(state: Mapping[str, Any], sharing: str, layers: Sequence[str]) -
 def gone(settings: str) -> ValueError:
     """The error for a checkpoint of settings that version 0.1.0 was the last to have."""
     return ValueError(
-        f"the checkpoint was made with {settings}, which this version of hf_fngd does not have: version 0.1.0 is the "
-        "last one that reads it (pip install hf-fngd==0.1.0)"
+        f"the checkpoint was made with {settings}, which this version of hf_fngd does not have: version 0.1.0 (commit "
+        "2cdc4ef) is the last one that reads it"
     )
 
 

@@ -140,6 +140,8 @@ def _reason(
     module: nn.Module, kernel: LayerKernel | None, uses: Counter[int], named: bool, excluded: bool
 ) -> str | None:
     """Why a module is not preconditioned; None where it is."""
+    if excluded and kernel is not None:
+        return "among exclude_modules"
     if not isinstance(kernel, GramKernel):
         return f"{type(module).__name__} is not a preconditioned layer type"
     weight = module.weight
@@ -149,9 +151,7 @@ def _reason(
         return "the layer's weight is frozen"
     if any(uses[id(parameter)] > 1 for parameter in module.parameters(recurse=False)):
         return TIED
-    if not named:
-        return "not among target_modules"
-    return "among exclude_modules" if excluded else None
+    return None if named else "not among target_modules"
 
 
 def _matches(name: str, modules: Modules) -> bool:

@@ -3,10 +3,7 @@
 from hf_fngd.updates import adam, momentum, muon
 from hf_fngd.updates.base import RULES, Update, register_rule
 
-UPDATES = ("muon", "adam", "momentum")
-"""The rules that the argument ``update`` takes."""
-
 FALLBACK_RULES = {"adamw": "adam", "sgd": "momentum"}
 """The names that the argument ``fallback`` gives to two of them."""
 
-__all__ = ["FALLBACK_RULES", "RULES", "UPDATES", "Update", "adam", "momentum", "muon", "register_rule"]
+__all__ = ["FALLBACK_RULES", "RULES", "Update", "adam", "momentum", "muon", "register_rule"]
