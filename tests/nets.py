@@ -1,16 +1,19 @@
 """Small networks, their data, their training and their oracle, shared by several tests."""
 
+import hashlib
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.utils.checkpoint import checkpoint
 from transformers.pytorch_utils import Conv1D
 
 from hf_fngd import FNGD
 from hf_fngd.layers.base import layer_type_names
-from hf_fngd.updates import UPDATES
+from hf_fngd.updates import RULES
 from hf_fngd.weights.base import MicroBatchWeights, policy_class, policy_names
 from hf_fngd.weights.never import NeverSharing
 from tests.reference import Dense, per_sample_gradients
@@ -19,13 +22,7 @@ FEATURES, CLASSES = 5, 4
 LAYER_NAMES = ("fc1", "fc2")
 
 # Layer type and what becomes of its bias; a Conv1D always has one.
-LAYERS = [
-    ("Linear", "trained"),
-    ("Linear", "frozen"),
-    ("Linear", "none"),
-    ("Conv1D", "trained"),
-    ("Conv1D", "frozen"),
-]
+LAYERS = [("Linear", "trained"), ("Linear", "frozen"), ("Linear", "none"), ("Conv1D", "trained"), ("Conv1D", "frozen")]
 
 
 def layer(layer_type: str, bias: str, i: int, o: int) -> nn.Module:
@@ -50,13 +47,49 @@ class Net(nn.Module):
         self.fc2 = layer(layer_type, bias, width, CLASSES)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.fc2(torch.tanh(self.norm(self.fc1(x))))
+        return self.head(self.hidden(x))
+
+    def hidden(self, x: Tensor) -> Tensor:
+        return torch.tanh(self.norm(self.fc1(x)))
+
+    def head(self, hidden: Tensor) -> Tensor:
+        y = self.fc2(hidden)
         return y if y.dim() == 2 else y.flatten(1, -2).mean(1)
 
 
-def net(seed: int = 0, dtype: torch.dtype = torch.float64, **kwargs: Any) -> Net:
+class Checkpointed(Net):
+    """Recomputes its layers in the backward pass."""
+
+    reentrant = False
+
+    def hidden(self, x: Tensor) -> Tensor:
+        return checkpoint(super().hidden, x, use_reentrant=self.reentrant)
+
+    def head(self, hidden: Tensor) -> Tensor:
+        return checkpoint(super().head, hidden, use_reentrant=self.reentrant)
+
+
+class Twice(Net):
+    """Calls a layer twice."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.again = nn.Linear(7, 7)
+
+    def hidden(self, x: Tensor) -> Tensor:
+        return self.again(torch.tanh(self.again(super().hidden(x))))
+
+
+class Elsewhere(Net):
+    """Uses a layer's weight outside of its forward as well."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + self.fc2.weight.sum(1)
+
+
+def net(seed: int = 0, dtype: torch.dtype = torch.float64, cls: type[Net] = Net, **kwargs: Any) -> Net:
     torch.manual_seed(seed)
-    return Net(**kwargs).to(dtype)
+    return cls(**kwargs).to(dtype)
 
 
 def data(samples: int, *between: int, seed: int = 1, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
@@ -119,6 +152,7 @@ def settings_of(sharing: str, **values: Any) -> dict[str, Any]:
     return {"sharing": sharing, "layer_types": EVERY_TYPE} | read
 
 
+UPDATES = sorted(RULES, key=lambda name: name == "momentum")
 UPDATES_OF = {
     name: [update for update in UPDATES if update != "momentum" or policy_class(name).solves] for name in policy_names()
 }
@@ -148,6 +182,21 @@ def graph_nodes(output: Tensor) -> Iterator[str]:
             seen.add(node)
             yield type(node).__name__
             stack += [following for following, _ in node.next_functions]
+
+
+def digest(value: Any) -> str:
+    """Of tensors, numbers, lists and dictionaries, bit for bit."""
+    if isinstance(value, dict):
+        return hashlib.sha256(
+            "".join(f"{k}:{digest(v)}" for k, v in sorted(value.items(), key=str)).encode()
+        ).hexdigest()
+    if isinstance(value, list | tuple):
+        return digest(dict(enumerate(value)) | {"type": "list"}) if value else "[]"
+    if isinstance(value, DTensor):
+        value = value.full_tensor()
+    if isinstance(value, Tensor):
+        return hashlib.sha256(value.contiguous().numpy().tobytes()).hexdigest() + str(value.dtype)
+    return repr(value)
 
 
 def relative_error(found: Tensor, expected: Tensor) -> float:

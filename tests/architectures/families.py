@@ -1,6 +1,530 @@
-"""The registry with all families in it."""
+"""Tiny models of many families, and what is expected of their parameters."""
 
-from tests.architectures import decoders, encoders, others
-from tests.architectures.registry import FAMILIES, Family
+import warnings
+from collections.abc import Callable
+from types import SimpleNamespace
 
-__all__ = ["FAMILIES", "Family", "decoders", "encoders", "others"]
+import peft
+import torch
+import torch.nn.functional as F
+import transformers as hf
+from torch import Tensor, nn
+
+from hf_fngd.engine.coverage import NEVER_CALLED
+from hf_fngd.engine.layer import CALLED_AGAIN
+from hf_fngd.layers.base import NOT_THE_BATCH
+from tests.architectures.registry import (
+    CLASSES,
+    FAMILIES,
+    HEADS,
+    INNER,
+    PAD,
+    VOCABULARY,
+    WIDTH,
+    Batch,
+    Family,
+    classification,
+    family,
+    images,
+    labels,
+    language,
+    padded,
+    signal,
+    sized,
+    token_classification,
+    token_labels,
+    tokens,
+)
+
+__all__ = ["FAMILIES", "Family"]
+
+# Encoders of text ------------------------------------------------------------------------------------------
+
+
+def bert_linears(prefix: str) -> str:
+    layer = f"{prefix}.encoder.layer.*"
+    return f"""
+        {layer}.attention.self.(query|key|value) {layer}.attention.output.dense
+        {layer}.intermediate.dense {layer}.output.dense
+    """
+
+
+family(
+    "BERT (masked language model)",
+    sized(hf.BertForMaskedLM),
+    language,
+    f"{bert_linears('bert')} cls.predictions.transform.dense",
+    tied="cls.predictions.decoder",  # its weight is the word embedding, its bias that of the prediction head
+)
+
+family(
+    "BERT (token classification)",
+    sized(hf.BertForTokenClassification, num_labels=CLASSES),
+    token_classification,
+    f"{bert_linears('bert')} classifier",
+)
+
+
+def choices(n: int, t: int) -> Batch:
+    """Questions with three answers each."""
+    return {"input_ids": tokens(n * CLASSES, t)["input_ids"].view(n, CLASSES, t), "labels": labels(n)}
+
+
+family(
+    "BERT (multiple choice)",
+    sized(hf.BertForMultipleChoice),
+    choices,
+    "",
+    {NOT_THE_BATCH: f"{bert_linears('bert')} bert.pooler.dense classifier"},
+    remark="the choices are folded into the batch: nothing is preconditioned",
+)
+
+family(
+    "RoBERTa",
+    sized(hf.RobertaForSequenceClassification, num_labels=CLASSES),
+    classification,
+    f"{bert_linears('roberta')} classifier.(dense|out_proj)",
+)
+
+family(
+    "DistilBERT",
+    sized(hf.DistilBertForSequenceClassification, num_labels=CLASSES),
+    classification,
+    """
+        distilbert.transformer.layer.*.attention.(q|k|v|out)_lin distilbert.transformer.layer.*.ffn.lin(1|2)
+        pre_classifier classifier
+    """,
+)
+
+
+DEBERTA_SIZES = {
+    **{"type_vocab_size": 0, "relative_attention": True, "position_buckets": 4, "pos_att_type": ["c2p", "p2c"]},
+    **{"norm_rel_ebd": "layer_norm", "position_biased_input": False, "num_labels": CLASSES},
+}
+DEBERTA = "deberta.encoder.layer.*"
+DEBERTA_REST = f"""
+    {DEBERTA}.attention.self.value_proj {DEBERTA}.attention.output.dense
+    {DEBERTA}.intermediate.dense {DEBERTA}.output.dense pooler.dense classifier
+"""
+
+family(
+    "DeBERTa-v2",
+    sized(hf.DebertaV2ForSequenceClassification, **DEBERTA_SIZES, share_att_key=False),
+    classification,
+    f"{DEBERTA}.attention.self.(query|key)_proj {DEBERTA_REST}",
+    # They project the table of relative positions, [1, 2 * span, features], which has no batch.
+    {NOT_THE_BATCH: f"{DEBERTA}.attention.self.pos_(query|key)_proj"},
+    remark="the projections of the table of relative positions have no batch",
+)
+
+family(
+    "DeBERTa-v2 (shared keys, as in v3)",
+    sized(hf.DebertaV2ForSequenceClassification, **DEBERTA_SIZES, share_att_key=True),
+    classification,
+    DEBERTA_REST,
+    # They project the tokens, and once more the table of relative positions.
+    {CALLED_AGAIN: f"{DEBERTA}.attention.self.(query|key)_proj"},
+    remark="queries and keys serve tokens and relative positions",
+)
+
+
+ALBERT_LAYER = "albert.encoder.albert_layer_groups.*.albert_layers.*"
+
+family(
+    "ALBERT",
+    sized(hf.AlbertForSequenceClassification, embedding_size=8, inner_group_num=1, num_labels=CLASSES),
+    classification,
+    "albert.encoder.embedding_hidden_mapping_in albert.pooler classifier",
+    # One layer's weights serve all layers.
+    {CALLED_AGAIN: f"{ALBERT_LAYER}.attention.(query|key|value|dense) {ALBERT_LAYER}.(ffn|ffn_output)"},
+    remark="its layers share their weights",
+)
+
+
+def replaced_tokens(n: int, t: int) -> Batch:
+    """Every position has a label; no padding, or samples would have different numbers of them."""
+    batch = tokens(n, t)
+    return batch | {"labels": batch["input_ids"] % 2}
+
+
+family(
+    "ELECTRA",
+    sized(hf.ElectraForPreTraining, embedding_size=8),
+    replaced_tokens,
+    f"""
+        electra.embeddings_project {bert_linears("electra")}
+        discriminator_predictions.(dense|dense_prediction)
+    """,
+)
+
+
+LONGFORMER = "longformer.encoder.layer.*"
+
+family(
+    "Longformer",
+    sized(hf.LongformerForSequenceClassification, attention_window=4, num_labels=CLASSES),
+    classification,
+    f"""
+        {LONGFORMER}.attention.output.dense {LONGFORMER}.intermediate.dense {LONGFORMER}.output.dense
+        classifier.(dense|out_proj)
+    """,
+    # Attention runs on [positions, samples, features], the global queries on [global tokens, samples, features].
+    {NOT_THE_BATCH: f"{LONGFORMER}.attention.self.(query|key|value|query_global|key_global|value_global)"},
+    remark="attention has positions first",
+)
+
+
+def segments(n: int, t: int) -> Batch:
+    segment = (torch.arange(t) >= t // 2).long().expand(n, t)
+    return classification(n, t) | {"token_type_ids": segment}
+
+
+family(
+    "XLNet",
+    sized(hf.XLNetForSequenceClassification, num_labels=CLASSES),
+    segments,
+    "sequence_summary.summary logits_proj",
+    # [positions, samples, features] throughout the Transformer.
+    {NOT_THE_BATCH: "transformer.layer.*.ff.layer_(1|2)"},
+    remark="the Transformer has positions first, and attention has no Linear",
+)
+
+
+# Encoder-decoders. BART's descendants share its names; their heads are tied to the shared embedding. ------------
+
+BART_LINEARS = """
+    model.(en|de)coder.layers.*.(self_attn|encoder_attn).(q|k|v|out)_proj model.(en|de)coder.layers.*.fc(1|2)
+"""
+family(
+    "Marian",
+    sized(hf.MarianMTModel, forced_eos_token_id=None),
+    language,
+    BART_LINEARS,
+    tied="lm_head",
+    remark="sinusoidal positions are not trained",
+)
+
+family("BART", sized(hf.BartForConditionalGeneration, forced_eos_token_id=None), language, BART_LINEARS, tied="lm_head")
+
+family(
+    "Pegasus",
+    sized(hf.PegasusForConditionalGeneration, forced_eos_token_id=None),
+    language,
+    BART_LINEARS,
+    tied="lm_head",
+    remark="sinusoidal positions are not trained",
+)
+
+family(
+    "M2M100",
+    sized(hf.M2M100ForConditionalGeneration, forced_eos_token_id=None),
+    language,
+    BART_LINEARS,
+    tied="lm_head",
+    remark="sinusoidal positions are a buffer",
+)
+
+family(
+    "T5",
+    sized(hf.T5ForConditionalGeneration, d_kv=8, decoder_start_token_id=PAD),
+    language,
+    """
+        (en|de)coder.block.*.layer.*.(SelfAttention|EncDecAttention).(q|k|v|o)
+        (en|de)coder.block.*.layer.*.DenseReluDense.w(i|o)
+    """,
+    tied="lm_head",
+)
+
+
+# Decoders ------------------------------------------------------------------------------------------------
+
+family(
+    "GPT-2",
+    sized(hf.GPT2LMHeadModel),
+    language,
+    "transformer.h.*.attn.(c_attn|c_proj) transformer.h.*.mlp.(c_fc|c_proj)",
+    tied="lm_head",
+    remark="Conv1D layers",
+)
+
+
+GROUPED_QUERIES = {"num_key_value_heads": 1, "head_dim": 8}
+EXPERTS = {"num_local_experts": 3, "num_experts_per_tok": 2, "output_router_logits": True, "router_aux_loss_coef": 0.5}
+LLAMA = sized(hf.LlamaForCausalLM, **GROUPED_QUERIES)
+ATTENTION = "model.layers.*.self_attn.(q|k|v|o)_proj"
+GATED = "model.layers.*.mlp.(gate|up|down)_proj"
+
+family(
+    "GPT-NeoX",
+    sized(hf.GPTNeoXForCausalLM),
+    language,
+    """
+        gpt_neox.layers.*.attention.(query_key_value|dense) gpt_neox.layers.*.mlp.(dense_h_to_4h|dense_4h_to_h)
+        lm_head
+    """,
+)
+
+family(
+    "OPT",
+    sized(hf.OPTForCausalLM, word_embed_proj_dim=WIDTH),
+    language,
+    "model.decoder.layers.*.self_attn.(q|k|v|out)_proj",
+    {NOT_THE_BATCH: "model.decoder.layers.*.fc(1|2)"},
+    tied="lm_head",
+    remark="fc1 and fc2 run on samples and positions folded together",
+)
+
+family("Llama", LLAMA, language, f"{ATTENTION} {GATED} lm_head")
+
+family("Qwen3", sized(hf.Qwen3ForCausalLM, **GROUPED_QUERIES), language, f"{ATTENTION} {GATED} lm_head")
+
+family("Gemma", sized(hf.GemmaForCausalLM, **GROUPED_QUERIES), language, f"{ATTENTION} {GATED}", tied="lm_head")
+
+family(
+    "Mixtral",
+    sized(hf.MixtralForCausalLM, **GROUPED_QUERIES, **EXPERTS),
+    language,
+    f"{ATTENTION} lm_head",
+    oracle="captured",
+    remark="experts and router are no Linear; the balancing loss couples the samples",
+)
+
+family(
+    "Mamba",
+    sized(hf.MambaForCausalLM, "intermediate_size", state_size=4, time_step_rank=3),
+    language,
+    "backbone.layers.*.mixer.(in|x|out)_proj",
+    {NEVER_CALLED: "backbone.layers.*.mixer.dt_proj"},
+    tied="lm_head",
+    remark="no attention; dt_proj is used past its forward; a fused kernel would pass more layers by",
+)
+
+
+# PEFT ----------------------------------------------------------------------------------------------------
+
+
+ADAPTERS = "base_model.model.model.layers.*.self_attn.(q|v)_proj.lora_(A|B).default"
+
+
+def adapted(**options: bool) -> Callable[[], nn.Module]:
+    def build() -> nn.Module:
+        targets = ["q_proj", "v_proj"]
+        config = peft.LoraConfig(r=3, target_modules=targets, lora_dropout=0.0, task_type="CAUSAL_LM", **options)
+        with warnings.catch_warnings():
+            # peft asks for an attribute that transformers is about to rename.
+            warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+            return peft.get_peft_model(LLAMA(), config)
+
+    return build
+
+
+family("PEFT LoRA on Llama", adapted(), language, ADAPTERS, remark="the base weights are frozen")
+
+family(
+    "PEFT DoRA on Llama",
+    adapted(use_dora=True),
+    language,
+    "",
+    {CALLED_AGAIN: ADAPTERS},  # once more for the norm of the adapted weight, on an identity matrix
+    remark="the adapters are called twice: nothing is preconditioned",
+)
+
+
+# Images --------------------------------------------------------------------------------------------------
+
+family(
+    "ViT",
+    sized(hf.ViTForImageClassification, image_size=(8, 16), patch_size=4, num_labels=CLASSES),
+    images(8, 16),
+    "vit.layers.*.attention.(q|k|v|o)_proj vit.layers.*.mlp.fc(1|2) classifier",
+    square=9,
+)
+
+
+def swin() -> nn.Module:
+    config = hf.SwinConfig(
+        image_size=16,
+        patch_size=2,
+        embed_dim=8,
+        depths=[2, 1],
+        num_heads=[1, 2],
+        window_size=4,
+        mlp_ratio=2.0,
+        drop_path_rate=0.0,
+        num_labels=CLASSES,
+    )
+    return hf.SwinForImageClassification(config)
+
+
+family(
+    "Swin",
+    swin,
+    images(16, 16),
+    # The second stage has a single window, so that its attention sees whole samples.
+    """
+        swin.encoder.layers.*.blocks.*.mlp.fc(1|2) swin.encoder.layers.0.downsample.reduction
+        swin.encoder.layers.1.blocks.*.attention.(q|k|v|o)_proj classifier
+    """,
+    # Attention runs on [samples * windows, positions of a window, features]: four windows.
+    {NOT_THE_BATCH: "swin.encoder.layers.0.blocks.*.attention.(q|k|v|o)_proj"},
+    square=16,
+    remark="attention folds the windows into the batch, where a stage has several",
+)
+
+
+def resnet() -> nn.Module:
+    config = hf.ResNetConfig(
+        embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic", num_labels=CLASSES
+    )
+    return hf.ResNetForImageClassification(config)
+
+
+family(
+    "ResNet",
+    resnet,
+    images(16, 16),
+    "classifier.1",
+    oracle="captured",
+    remark="convolutions are not preconditioned; the batch statistics couple the samples",
+)
+
+
+def captions(n: int, t: int) -> Batch:
+    return padded(n, t) | {"pixel_values": signal(n, 3, 12, 12), "return_loss": True}
+
+
+def clip() -> nn.Module:
+    tower = {"hidden_size": WIDTH, "intermediate_size": INNER, "num_hidden_layers": 1, "num_attention_heads": HEADS}
+    tower |= {"projection_dim": 8}
+    text = tower | {"vocab_size": VOCABULARY, "max_position_embeddings": 32, "pad_token_id": PAD}
+    text |= {"bos_token_id": 0, "eos_token_id": 2}
+    vision = tower | {"image_size": 12, "patch_size": 4}
+    return hf.CLIPModel(hf.CLIPConfig(text_config=text, vision_config=vision, projection_dim=8))
+
+
+family(
+    "CLIP",
+    clip,
+    captions,
+    """
+        (text|vision)_model.encoder.layers.*.self_attn.(q|k|v|out)_proj
+        (text|vision)_model.encoder.layers.*.mlp.fc(1|2) (text|visual)_projection
+    """,
+    oracle="captured",
+    square=10,
+    remark="the contrastive loss couples the samples",
+)
+
+
+# Sound ---------------------------------------------------------------------------------------------------
+
+
+WHISPER_SIZES = {
+    **{"num_mel_bins": 6, "max_source_positions": 8, "max_target_positions": 32},
+    **{"suppress_tokens": None, "begin_suppress_tokens": None},
+}
+WAV2VEC2_SIZES = {
+    **{"conv_dim": (8, 8), "conv_kernel": (4, 4), "conv_stride": (4, 4), "num_feat_extract_layers": 2},
+    **{"num_conv_pos_embeddings": 4, "num_conv_pos_embedding_groups": 2},
+    **{"apply_spec_augment": False, "mask_time_prob": 0.0, "ctc_loss_reduction": "mean"},
+}
+
+
+def speech(n: int, t: int) -> Batch:
+    return {"input_features": signal(n, 6, 16), "labels": token_labels(n, t)}
+
+
+family(
+    "Whisper",
+    sized(hf.WhisperForConditionalGeneration, **WHISPER_SIZES),
+    speech,
+    """
+        model.(en|de)coder.layers.*.(self_attn|encoder_attn).(q|k|v|out)_proj model.(en|de)coder.layers.*.fc(1|2)
+    """,
+    tied="proj_out",
+    remark="sinusoidal positions of the encoder are frozen",
+)
+
+
+def recordings(n: int, t: int) -> Batch:
+    # Sixteen values a position; three labels a recording, none of them the blank.
+    return {"input_values": signal(n, 16 * t), "labels": token_labels(n, 6)[:, 1:4].abs() % (VOCABULARY - 2) + 2}
+
+
+family(
+    "Wav2Vec2 (CTC)",
+    sized(hf.Wav2Vec2ForCTC, **WAV2VEC2_SIZES),
+    recordings,
+    """
+        wav2vec2.feature_projection.projection wav2vec2.encoder.layers.*.attention.(q|k|v|out)_proj
+        wav2vec2.encoder.layers.*.feed_forward.(intermediate|output)_dense lm_head
+    """,
+)
+
+
+# Plain torch ---------------------------------------------------------------------------------------------
+
+
+class Encoder(nn.Module):
+    """A classifier of series around nn.TransformerEncoder."""
+
+    def __init__(self, batch_first: bool) -> None:
+        super().__init__()
+        layer = nn.TransformerEncoderLayer(WIDTH, HEADS, INNER, dropout=0.0, batch_first=batch_first)
+        self.batch_first = batch_first
+        self.project = nn.Linear(4, WIDTH)
+        self.encoder = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+        self.classify = nn.Linear(WIDTH, CLASSES)
+
+    def forward(self, x: Tensor, labels: Tensor) -> SimpleNamespace:
+        y = self.project(x)
+        y = self.encoder(y) if self.batch_first else self.encoder(y.transpose(0, 1)).transpose(0, 1)
+        return SimpleNamespace(loss=F.cross_entropy(self.classify(y.mean(1)), labels))
+
+
+def series(n: int, t: int) -> Batch:
+    return {"x": signal(n, t, 4), "labels": labels(n)}
+
+
+family(
+    "nn.TransformerEncoder",
+    lambda: Encoder(batch_first=True),
+    series,
+    "project encoder.layers.*.linear(1|2) classify",
+    remark="nn.MultiheadAttention multiplies by its weights itself",
+)
+
+family(
+    "nn.TransformerEncoder (batch_first=False)",
+    lambda: Encoder(batch_first=False),
+    series,
+    "project classify",
+    {NOT_THE_BATCH: "encoder.layers.*.linear(1|2)"},
+    remark="the encoder has positions first",
+)
+
+
+class Table(nn.Module):
+    """Adds a projection of its own positions, [eight, features], to the series."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.positions = nn.Embedding(8, WIDTH)
+        self.project = nn.Linear(WIDTH, WIDTH)
+        self.embed = nn.Linear(4, WIDTH)
+        self.classify = nn.Linear(WIDTH, CLASSES)
+
+    def forward(self, x: Tensor, labels: Tensor) -> SimpleNamespace:
+        positions = self.project(self.positions.weight)
+        y = torch.tanh(self.embed(x) + positions[: x.shape[1]])
+        return SimpleNamespace(loss=F.cross_entropy(self.classify(y.mean(1)), labels))
+
+
+family(
+    "projected table",
+    Table,
+    series,
+    "embed classify",
+    {NOT_THE_BATCH: "project"},
+    remark="as many rows in the table as samples look like samples",
+)

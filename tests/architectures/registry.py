@@ -1,5 +1,6 @@
 """What the suite has to know of a family, the registry, and the batches that the families share."""
 
+import functools
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -30,10 +31,7 @@ def kind(layer_type: str) -> str:
     return f"{layer_type} is not a preconditioned layer type"
 
 
-EMBEDDING, NORM = kind("Embedding"), kind("LayerNorm")
-
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Family:
     """A tiny model, its batches, and what is expected of every trainable parameter.
 
@@ -43,7 +41,7 @@ class Family:
         batch: ``(samples, positions)`` to the keyword arguments of the model, labels included.
         outcomes: outcome (`PRECONDITIONED` or a reason) to patterns, separated by spaces. In a pattern ``*`` stands
             for one part of a dotted name or a piece of it, ``**`` for several, ``(a|b)`` for either; a final
-            ``.weight`` or ``.bias`` may be left out.
+            ``.weight`` or ``.bias`` may be left out. What no pattern matches is plain by the type of its module.
         oracle: "alone": each sample runs through the model by itself. "captured": the samples interact, and their
             shares of the gradient come from the inputs and output gradients of the layers of the plain model.
         square: a number of samples that is also the number of positions of some layer (of the text, where the model
@@ -76,19 +74,29 @@ class Family:
         """The outcome that is expected of a trainable parameter.
 
         Raises:
-            LookupError: no pattern matches the name, or several outcomes do.
+            LookupError: several outcomes have patterns that match the name.
         """
         found = [
             outcome
             for outcome, patterns in self.outcomes.items()
             if any(matches(pattern, name) for pattern in patterns.split())
         ]
-        if len(found) != 1:
-            raise LookupError(f"{self.name}: {name} is expected to be {found or 'nothing'}")
-        return found[0]
+        if len(found) > 1:
+            raise LookupError(f"{self.name}: {name} is expected to be {found}")
+        return found[0] if found else kind(owners(self)[name])
 
     def patterns(self) -> list[str]:
         return " ".join(self.outcomes.values()).split()
+
+
+@functools.cache
+def owners(family: Family) -> dict[str, str]:
+    """The type of the module that has a parameter, by the parameter's name."""
+    return {
+        f"{name}.{leaf}" if name else leaf: type(module).__name__
+        for name, module in family.build().named_modules(remove_duplicate=False)
+        for leaf, _ in module.named_parameters(recurse=False)
+    }
 
 
 def matches(pattern: str, name: str) -> bool:
@@ -101,21 +109,49 @@ FAMILIES: dict[str, Family] = {}
 
 def family(
     name: str,
+    build: Callable[[], nn.Module],
     batch: Callable[[int, int], Batch],
-    outcomes: Mapping[str, str],
+    preconditioned: str,
+    others: Mapping[str, str] | None = None,
     *,
+    tied: str = "",
     oracle: Oracle = "alone",
     square: int = 8,
     remark: str = "",
-) -> Callable[[Callable[[], nn.Module]], Callable[[], nn.Module]]:
-    """Register the decorated builder; the arguments are those of `Family`."""
+) -> None:
+    """Register a family: the patterns of what is preconditioned, of those that share a weight, and other outcomes."""
+    assert name not in FAMILIES
+    outcomes = {PRECONDITIONED: preconditioned, TIED: tied} | (others or {})
+    FAMILIES[name] = Family(name, build, batch, outcomes, oracle, square, remark)
 
-    def register(build: Callable[[], nn.Module]) -> Callable[[], nn.Module]:
-        assert name not in FAMILIES
-        FAMILIES[name] = Family(name, build, batch, outcomes, oracle, square, remark)
-        return build
 
-    return register
+# Sizes of all models that have a size of this name.
+SIZES = {
+    **dict.fromkeys(("hidden_size", "d_model", "dim", "n_embd"), WIDTH),
+    **dict.fromkeys(
+        ("intermediate_size", "encoder_ffn_dim", "decoder_ffn_dim", "ffn_dim", "d_ff", "hidden_dim"), INNER
+    ),
+    **dict.fromkeys(("num_attention_heads", "encoder_attention_heads", "decoder_attention_heads"), HEADS),
+    **dict.fromkeys(("n_heads", "n_head", "num_heads"), HEADS),
+    **dict.fromkeys(("num_hidden_layers", "n_layers", "n_layer"), 2),
+    **dict.fromkeys(("encoder_layers", "decoder_layers", "num_layers", "num_decoder_layers"), 1),
+    **dict.fromkeys(("max_position_embeddings", "n_positions"), 32),
+    **{"vocab_size": VOCABULARY, "type_vocab_size": 2, "d_inner": INNER},
+    **{"pad_token_id": PAD, "bos_token_id": 0, "eos_token_id": 2, "decoder_start_token_id": PAD},
+}
+
+
+def sized(cls: Any, *without: str, **changes: Any) -> Callable[[], nn.Module]:
+    """A builder of a model of transformers: tiny, without dropout, and with some changes or sizes left as they are."""
+
+    def build() -> nn.Module:
+        known = cls.config_class().to_dict()
+        sizes = {key: value for key, value in SIZES.items() if key in known and key not in without}
+        dropout = {key: 0.0 for key, value in known.items() if "drop" in key and isinstance(value, float)}
+        made: nn.Module = cls(cls.config_class(**(sizes | dropout | changes)))
+        return made
+
+    return build
 
 
 # Batches: the same number of labels for every sample, so that the batch loss is the mean of the samples' losses ----

@@ -120,7 +120,7 @@ def reasons(count: int, outcomes: Mapping[str, str], exclude: object) -> str:
 
 
 def tied(family: Family) -> str:
-    return f"; tied to these: {family.outcomes[TIED]}" if TIED in family.outcomes else ""
+    return f"; tied to these: {family.outcomes[TIED]}" if family.outcomes[TIED] else ""
 
 
 def parse(text: str) -> dict[str, dict[str, str]]:

@@ -27,7 +27,7 @@ from tests.architectures.oracle import (
     silent,
     verdicts,
 )
-from tests.architectures.registry import MISSED, POSITIONS, PRECONDITIONED, WEIGHED, matches
+from tests.architectures.registry import MISSED, POSITIONS, PRECONDITIONED, WEIGHED, kind, matches
 from tests.architectures.table import FIRST, LONGER, TABLE, clipped, parse, tally
 from tests.nets import EVERY_TYPE
 
@@ -216,10 +216,11 @@ def test_a_wrong_gradient_is_found(outcome: str) -> None:
     assert not judge("layer.bias", outcome, expected["layer.bias"] + 1e-5, *pair).right
 
 
-def test_an_expectation_is_missing_or_ambiguous() -> None:
+def test_an_expectation_is_by_pattern_or_by_type_and_not_ambiguous() -> None:
     family = dataclasses.replace(FAMILIES["Llama"], outcomes={PRECONDITIONED: "a.* b.(x|y)", MISSED[0]: "**.x"})
     assert family.expected("a.layer.weight") == family.expected("b.y") == PRECONDITIONED
     assert family.expected("c.d.x.bias") == MISSED[0]
-    for name in ("a.layer.scale", "b.x", "b.z", "x"):
+    assert family.expected("model.norm.weight") == kind("LlamaRMSNorm")
+    for name in ("b.x", "x"):
         with pytest.raises(LookupError):
             family.expected(name)

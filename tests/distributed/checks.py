@@ -33,16 +33,15 @@ from tests.distributed.harness import (
     agree,
     alone,
     batch,
-    digest,
     engine_state,
     flat,
     make,
     optimizer,
     run,
 )
-from tests.nets import data, loss, net
 from tests.modes.harness import arguments
 from tests.modes.nets import LINEAR
+from tests.nets import data, digest, loss, net
 
 
 def against_accumulation(prepare: Callable[..., tuple[nn.Module, nn.Module, FNGD, bool]]) -> dict[str, Any]:
@@ -250,7 +249,7 @@ def resume() -> dict[str, Any]:
 
 def distributed_checkpoint() -> dict[str, Any]:
     """torch.distributed.checkpoint's state dict of a sharded model, into a fresh one, goes on as the first."""
-    rank, world = dist.get_rank(), dist.get_world_size()
+    rank = dist.get_rank()
     found = {}
     for name, settings in SETTINGS.items():
         model = net(width=9)

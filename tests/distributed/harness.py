@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -13,7 +12,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from hf_fngd import FNGD
-from tests.nets import data, loss, net, settings_of
+from tests.nets import data, digest, loss, net, settings_of
 
 STEPS, EPOCH = 12, 6
 
@@ -71,21 +70,6 @@ def alone() -> Iterator[None]:
 def flat(model: nn.Module) -> Tensor:
     parts = [p.full_tensor() if isinstance(p, DTensor) else p for p in model.parameters()]
     return torch.cat([p.detach().flatten() for p in parts])
-
-
-def digest(value: Any) -> str:
-    """Of tensors, numbers, lists and dictionaries, bit for bit."""
-    if isinstance(value, dict):
-        return hashlib.sha256(
-            "".join(f"{k}:{digest(v)}" for k, v in sorted(value.items(), key=str)).encode()
-        ).hexdigest()
-    if isinstance(value, list | tuple):
-        return digest(dict(enumerate(value)) | {"type": "list"}) if value else "[]"
-    if isinstance(value, DTensor):
-        value = value.full_tensor()
-    if isinstance(value, Tensor):
-        return hashlib.sha256(value.contiguous().numpy().tobytes()).hexdigest() + str(value.dtype)
-    return repr(value)
 
 
 def agree(*values: Any) -> bool:

@@ -11,10 +11,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
-from transformers import BertConfig, BertForSequenceClassification, GPT2Config, GPT2LMHeadModel, PreTrainedModel
 
 from hf_fngd import FNGD, FNGDPreconditioner, detach
-from tests.nets import Net, data, gradient, graph_nodes, loss, net, parameters, train
+from tests.modes.nets import bert, gpt2
+from tests.nets import Net, assert_equal, data, gradient, graph_nodes, loss, net, parameters, train
 
 
 def snapshot(model: nn.Module) -> list[tuple[str, type, dict[str, object]]]:
@@ -25,45 +25,24 @@ def snapshot(model: nn.Module) -> list[tuple[str, type, dict[str, object]]]:
     ]
 
 
-def test_a_detached_model_is_what_it_was() -> None:
-    model = net()
+def test_a_detached_model_is_what_it_was_and_can_be_attached_again() -> None:
+    model, untouched = net(), net()
     before, keys = snapshot(model), [set(vars(module)) for module in model.modules()]
-    values = parameters(model)
-    preconditioner = FNGDPreconditioner(model)
-    assert type(model.fc1) is not nn.Linear
-    loss(model, *data(6)).backward()
-    preconditioner.step()
-    preconditioner.detach()
-    assert snapshot(model) == before
-    assert [set(vars(module)) for module in model.modules()] == keys
-    assert all(torch.equal(p, value) for p, value in zip(model.parameters(), values, strict=True))
+    detach(model)  # leaves a plain model alone
+    for _ in range(2):
+        optimizer = FNGD(model, lr=0.0)
+        assert type(model.fc1) is not nn.Linear
+        train(model, optimizer, 1)
+        assert set(optimizer.coverage().preconditioned) == {"fc1.weight", "fc1.bias", "fc2.weight", "fc2.bias"}
+        for _ in range(2):
+            optimizer.detach()
+            assert snapshot(model) == before
+            assert [set(vars(module)) for module in model.modules()] == keys
+    assert_equal(model, untouched)
     model.zero_grad()
-    untouched = net()
     for each in (model, untouched):
         loss(each, *data(6)).backward()
-    for p, q in zip(model.parameters(), untouched.parameters(), strict=True):
-        assert torch.equal(p.grad, q.grad)
-
-
-def test_detach_is_idempotent_and_leaves_plain_models_alone() -> None:
-    model = net()
-    before = snapshot(model)
-    detach(model)
-    assert snapshot(model) == before
-    preconditioner = FNGDPreconditioner(model)
-    for _ in range(2):
-        preconditioner.detach()
-        assert snapshot(model) == before
-
-
-def test_a_model_can_be_attached_again_after_detaching() -> None:
-    model = net()
-    FNGD(model).detach()
-    assert type(model.fc1) is nn.Linear
-    optimizer = FNGD(model)
-    train(model, optimizer, 1)
-    assert set(optimizer.coverage().preconditioned) == {"fc1.weight", "fc1.bias", "fc2.weight", "fc2.bias"}
-    assert set(optimizer.coverage().plain) == {"norm.weight", "norm.bias"}
+    assert torch.equal(gradient(model), gradient(untouched))
 
 
 def test_a_model_that_is_itself_a_layer_can_be_attached() -> None:
@@ -87,20 +66,13 @@ def test_nothing_shows_on_the_outside() -> None:
     assert [name for name, _ in attached.named_parameters()] == [name for name, _ in plain.named_parameters()]
     assert isinstance(attached, Net)
     assert isinstance(attached.fc1, nn.Linear)
+    assert type(plain.fc1) is nn.Linear  # another instance
     for attached_type, plain_type in ((type(attached), Net), (type(attached.fc1), nn.Linear)):
         assert (attached_type.__name__, attached_type.__module__) == (plain_type.__name__, plain_type.__module__)
         assert attached_type.__qualname__ == plain_type.__qualname__
         assert attached_type.__doc__ == plain_type.__doc__
         assert inspect.signature(attached_type.forward) == inspect.signature(plain_type.forward)
         assert attached_type.forward.__doc__ == plain_type.forward.__doc__
-
-
-def test_only_this_instance_is_attached() -> None:
-    first, second = net(), net()
-    FNGDPreconditioner(first)
-    assert type(second.fc1) is nn.Linear
-    FNGDPreconditioner(second)
-    assert type(second.fc1) is type(first.fc1)
 
 
 def through_pickle(model: nn.Module) -> nn.Module:
@@ -131,29 +103,15 @@ def test_copies_are_plain_models_that_train_on_their_own(clone: Callable[[nn.Mod
     assert b"hf_fngd" not in pickle.dumps(model)
     assert not any(key.startswith("_fngd") for module in copied.modules() for key in vars(module))
     state = pickle.dumps(optimizer.preconditioner.state_dict())
-    x, y = data(6, seed=5)
     plain = net()
     plain.load_state_dict(copied.state_dict())
-    sgd, reference = (torch.optim.SGD(each.parameters(), lr=0.1) for each in (copied, plain))
-    for each, optim in ((copied, sgd), (plain, reference)):
-        for _ in range(2):
-            optim.zero_grad()
-            loss(each, x, y).backward()
-            optim.step()
-    assert all(torch.equal(p, q) for p, q in zip(copied.parameters(), plain.parameters(), strict=True))
+    for make in (lambda model: torch.optim.SGD(model.parameters(), lr=0.1), FNGD):
+        for each, of in ((copied, make(copied)), (plain, make(plain))):
+            train(each, of, 2)
+        assert_equal(copied, plain)
     assert all(torch.equal(p, value) for p, value in zip(model.parameters(), values, strict=True))
     assert all(p.grad is None for p in model.parameters())
     assert pickle.dumps(optimizer.preconditioner.state_dict()) == state
-
-
-def test_a_copy_can_have_an_optimizer_of_its_own() -> None:
-    model = net()
-    FNGD(model)
-    copied = copy.deepcopy(model)
-    optimizer = FNGD(copied)
-    loss(copied, *data(6)).backward()
-    optimizer.step()
-    assert optimizer.coverage().preconditioned
 
 
 TRAINED_NORMALLY = {
@@ -172,12 +130,6 @@ def test_outside_of_training_the_layers_own_forward_runs(call: Callable[[nn.Modu
     found, own = call(model, x), call(plain, x)
     assert torch.equal(found, own)
     assert list(graph_nodes(found)) == list(graph_nodes(own))
-
-
-def test_a_training_forward_is_the_plain_one_bit_for_bit() -> None:
-    model, plain, (x, _) = net(), net(), data(6, 3)
-    FNGDPreconditioner(model)
-    assert torch.equal(model(x), plain(x))
 
 
 @pytest.mark.parametrize("base", [FSDPModule, object])
@@ -264,19 +216,6 @@ def test_detaching_a_second_time_leaves_another_preconditioner_alone() -> None:
 # transformers --------------------------------------------------------------------------------------------
 
 
-def bert() -> PreTrainedModel:
-    torch.manual_seed(0)
-    config = BertConfig(
-        vocab_size=20,
-        hidden_size=8,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        intermediate_size=12,
-        max_position_embeddings=16,
-    )
-    return BertForSequenceClassification(config)
-
-
 def test_save_pretrained_writes_what_the_plain_model_would(tmp_path) -> None:
     plain, attached = bert(), bert()
     FNGDPreconditioner(attached)
@@ -286,24 +225,17 @@ def test_save_pretrained_writes_what_the_plain_model_would(tmp_path) -> None:
     assert names == sorted(path.name for path in (tmp_path / "attached").iterdir())
     for name in names:
         assert (tmp_path / "attached" / name).read_bytes() == (tmp_path / "plain" / name).read_bytes()
-    loaded = BertForSequenceClassification.from_pretrained(tmp_path / "attached")
-    assert type(loaded) is BertForSequenceClassification
-    for p, q in zip(loaded.parameters(), plain.parameters(), strict=True):
-        assert torch.equal(p, q)
+    loaded = type(plain).from_pretrained(tmp_path / "attached")
+    assert type(loaded) is type(plain)
+    assert_equal(loaded, plain)
 
 
 def test_a_transformer_trains_and_generates() -> None:
-    torch.manual_seed(0)
-    config = GPT2Config(
-        vocab_size=20, n_positions=16, n_embd=8, n_layer=1, n_head=2, bos_token_id=0, eos_token_id=1, pad_token_id=1
-    )
-    model = GPT2LMHeadModel(config)
-    tokens = torch.randint(2, 20, (3, 6))
+    model, tokens = gpt2(num_hidden_layers=1), torch.arange(2, 20).view(3, 6)
     plain = model.eval().generate(tokens, max_new_tokens=4, do_sample=False)
     optimizer = FNGD(model, lr=0.0)
     model.train()
     model(input_ids=tokens, labels=tokens).loss.backward()
     optimizer.step()
-    assert len(optimizer.preconditioner.layers) == 4
     assert optimizer.coverage().missed == {}
     assert torch.equal(model.eval().generate(tokens, max_new_tokens=4, do_sample=False), plain)

@@ -2,19 +2,17 @@
 
 import copy
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
-from typing import Any
+from typing import NamedTuple
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
-from torch.utils.checkpoint import checkpoint
 
 from hf_fngd import FNGD, FNGDPreconditioner
 from hf_fngd.weights.base import policy_names
-from tests.nets import LAYERS, Net, assert_equal, data, net, settings_of
+from tests.nets import LAYERS, Checkpointed, Elsewhere, Net, Twice, assert_equal, data, net, settings_of
 
 # Raised and ignored by the compiler itself.
 pytestmark = [
@@ -22,7 +20,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning"),
 ]
 
-STEPS = 9
+Called = Callable[[Tensor], Tensor]
 
 
 @pytest.fixture(autouse=True)
@@ -32,75 +30,159 @@ def fresh_compiler() -> Iterator[None]:
     torch._dynamo.reset()
 
 
-class Checkpointed(Net):
-    def forward(self, x: Tensor) -> Tensor:
-        hidden = checkpoint(lambda y: torch.tanh(self.norm(self.fc1(y))), x, use_reentrant=False)
-        return self.fc2(hidden).flatten(1, -2).mean(1)
+# Models ----------------------------------------------------------------------------------------------------
 
 
-class Twice(Net):
-    """Calls a layer twice."""
+class InPlace(Net):
+    """Changes the outputs of its layers in place."""
 
-    def __init__(self, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        self.again = nn.Linear(7, 7)
+    def hidden(self, x: Tensor) -> Tensor:
+        return torch.relu_(self.norm(self.fc1(x).mul_(2)))
 
-    def forward(self, x: Tensor) -> Tensor:
-        hidden = self.again(torch.tanh(self.again(self.norm(self.fc1(x)))))
-        return self.fc2(hidden).flatten(1, -2).mean(1)
+    def head(self, hidden: Tensor) -> Tensor:
+        return self.fc2(hidden).mul_(2).mean(1)
 
 
-def train(
-    model: nn.Module,
-    compiled: bool,
-    *,
-    sizes: tuple[int, ...] = (6,),
-    accumulate: int = 1,
-    bf16: bool = False,
-    sharing: str = "clipped",
-) -> tuple[nn.Module, FNGD, CompileCounterWithBackend]:
-    """Coefficient steps, the switch and shared steps, where the policy has them."""
-    counter = CompileCounterWithBackend("aot_eager")
-    optimizer = FNGD(model, lr=1e-2, **settings_of(sharing, damping=0.01, coefficient_steps=3))
-    # Breaks would raise.
-    called: Callable[..., Tensor] = torch.compile(model, backend=counter, fullgraph=True) if compiled else model
-    for step in range(STEPS):
-        for part in range(accumulate):
-            x, y = data(sizes[step % len(sizes)], 4, seed=10 * step + part, dtype=next(model.parameters()).dtype)
-            with torch.autocast("cpu", torch.bfloat16) if bf16 else nullcontext():
-                F.cross_entropy(called(x).float() if bf16 else called(x), y).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    return model, optimizer, counter
+class Broken(Net):
+    """A print, say, between two layers."""
+
+    def hidden(self, x: Tensor) -> Tensor:
+        y = super().hidden(x)
+        torch._dynamo.graph_break()
+        return y
 
 
-def compare(model: nn.Module, graphs: int = 1, **options: Any) -> FNGD:
-    """The compiled run equals the eager one bit for bit, and took that many graphs.
+class Uncompiled(Net):
+    """One layer runs where the compiler does not go."""
+
+    def hidden(self, x: Tensor) -> Tensor:
+        return torch.tanh(self.norm(torch.compiler.disable(self.fc1)(x)))
+
+
+# Steps -----------------------------------------------------------------------------------------------------
+
+
+def once(called: Called, x: Tensor, y: Tensor) -> None:
+    F.cross_entropy(called(x), y).backward()
+
+
+def in_parts(called: Called, x: Tensor, y: Tensor) -> None:
+    for part in range(3):
+        once(called, x + part, y)
+
+
+def in_bfloat16(called: Called, x: Tensor, y: Tensor) -> None:
+    with torch.autocast("cpu", torch.bfloat16):
+        F.cross_entropy(called(x.float()).float(), y).backward()
+
+
+def two_at_once(called: Called, x: Tensor, y: Tensor) -> None:
+    """Two forward passes before their backward passes."""
+    first, second = F.cross_entropy(called(x), y), F.cross_entropy(called(x + 1), y)
+    second.backward()
+    first.backward()
+
+
+def retained(called: Called, x: Tensor, y: Tensor) -> None:
+    """Two losses of one forward pass, a backward pass for each."""
+    output = called(x)
+    F.cross_entropy(output, y).backward(retain_graph=True)
+    output.square().mean().backward()
+
+
+def and_nothing(called: Called, x: Tensor, y: Tensor) -> None:
+    """The part of a batch that another process got is all of it."""
+    once(called, x, y)
+    called(x[:0]).sum().backward()
+
+
+def one_layer(model: nn.Module) -> Called:
+    """As libraries compile the repeated blocks of a large model, and leave the rest."""
+    model.fc1.compile(backend="aot_eager")
+    return model
+
+
+class Case(NamedTuple):
+    cls: type[Net] = Net
+    step: Callable[[Called, Tensor, Tensor], None] = once
+    graphs: int | None = 1  # None: not one graph
+    sizes: tuple[int, ...] = (6,)
+    compiled: Callable[[nn.Module], Called] | None = None
+    dtype: torch.dtype = torch.float64
+
+
+CASES = {
+    "all phases": Case(),
+    "micro-batches": Case(step=in_parts),
+    "another batch size costs one graph of any size": Case(sizes=(6, 5, 7, 3), graphs=2),
+    "autocast": Case(step=in_bfloat16, dtype=torch.float32),
+    "activation checkpointing": Case(Checkpointed),
+    "outputs changed in place": Case(InPlace),
+    "two forward passes at once": Case(step=two_at_once),
+    "a graph break in the model": Case(Broken, graphs=None),
+    "only a part of the model is compiled": Case(graphs=None, compiled=one_layer),
+    "a layer outside of the graphs": Case(Uncompiled, graphs=None),
+    "a retained graph": Case(step=retained, graphs=None),
+    "an empty batch": Case(step=and_nothing, graphs=None),
+}
+
+
+def compare(model: nn.Module, case: Case, sharing: str) -> None:
+    """The compiled run has the eager one's numbers, bit for bit where it is one graph, and took that many graphs.
 
     With sharing "uniform" to rounding: a graph multiplies by its sample weights of 1.
     """
-    eager, slow, _ = train(copy.deepcopy(model), compiled=False, **options)
-    fast, optimizer, counter = train(model, compiled=True, **options)
-    assert counter.frame_count == graphs
-    if options.get("sharing") == "uniform":
-        torch.testing.assert_close([*fast.parameters()], [*eager.parameters()], rtol=1e-12, atol=1e-14)
+    counter, models, found = CompileCounterWithBackend("aot_eager"), [model, copy.deepcopy(model)], []
+    make = case.compiled or (lambda model: torch.compile(model, backend=counter, fullgraph=case.graphs is not None))
+    for each, called in zip(models, (model, make(models[1])), strict=True):
+        optimizer = FNGD(each, lr=1e-2, **settings_of(sharing, damping=0.01, coefficient_steps=3))
+        for step in range(9):  # coefficient steps, the switch and shared steps, where the policy has them
+            case.step(called, *data(case.sizes[step % len(case.sizes)], 4, seed=step, dtype=case.dtype))
+            optimizer.step()
+            optimizer.zero_grad()
+        found.append((optimizer.coverage(), str(optimizer.preconditioner.state_dict())))
+    assert found[0][0] == found[1][0]
+    assert not found[0][0].missed
+    if case.graphs is None or sharing == "uniform":
+        tolerance = 1e-5 if case.dtype == torch.float32 else 1e-9
+        torch.testing.assert_close([*models[0].parameters()], [*models[1].parameters()], rtol=tolerance, atol=tolerance)
     else:
-        assert_equal(fast, eager)
-    assert optimizer.coverage() == slow.coverage()
-    assert not optimizer.coverage().missed
-    assert str(optimizer.preconditioner.state_dict()) == str(slow.preconditioner.state_dict())
-    return optimizer
+        assert_equal(*models)
+        assert found[0] == found[1]
+        assert counter.frame_count == case.graphs
 
 
-@pytest.mark.parametrize("accumulate", [1, 3])
 @pytest.mark.parametrize("sharing", policy_names())
-def test_one_graph_through_all_phases(sharing: str, accumulate: int) -> None:
-    compare(net(), sharing=sharing, accumulate=accumulate)
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_a_compiled_model_trains_as_the_eager_one_does(case: Case, sharing: str) -> None:
+    compare(net(cls=case.cls, dtype=case.dtype), case, sharing)
 
 
 @pytest.mark.parametrize(("layer_type", "bias"), LAYERS)
 def test_every_kind_of_layer_with_a_gram_matrix(layer_type: str, bias: str) -> None:
-    compare(net(layer_type=layer_type, bias=bias), sharing="replay")
+    compare(net(layer_type=layer_type, bias=bias), Case(), "replay")
+
+
+def test_a_layer_that_is_called_twice_is_clipped_call_by_call() -> None:
+    compare(net(cls=Twice), Case(), "clipped")
+
+
+def of_one_graph(model: nn.Module) -> Called:
+    return torch.compile(model, backend="aot_eager", fullgraph=True)
+
+
+def test_it_is_plain_where_there_is_a_gram_matrix_from_the_second_step_on_and_reported() -> None:
+    plain, model, (x, y) = net(cls=Twice), net(cls=Twice), data(6, 4)
+    preconditioner = FNGDPreconditioner(model, damping=0.01, sharing="never")
+    called = of_one_graph(model)
+    for _ in range(2):
+        model.zero_grad()
+        once(called, x, y)
+        preconditioner.step()
+    once(plain, x, y)
+    torch.testing.assert_close(model.again.weight.grad, plain.again.weight.grad)
+    assert not torch.allclose(model.fc1.weight.grad, plain.fc1.weight.grad, rtol=1e-2)
+    assert set(preconditioner.coverage().missed) == {"again.weight", "again.bias"}
 
 
 def test_the_operators_stay_out_of_cuda_graphs() -> None:
@@ -108,206 +190,32 @@ def test_the_operators_stay_out_of_cuda_graphs() -> None:
         assert torch.Tag.cudagraph_unsafe in operator.default.tags
 
 
-@pytest.mark.parametrize("sharing", ["clipped", "replay"])
-def test_another_batch_size_costs_one_graph_of_any_size(sharing: str) -> None:
-    compare(net(), graphs=2, sizes=(6, 5, 7, 3), sharing=sharing)
-
-
-@pytest.mark.parametrize("sharing", ["clipped", "replay"])
-def test_autocast(sharing: str) -> None:
-    compare(net(dtype=torch.float32), bf16=True, sharing=sharing)
-
-
-@pytest.mark.parametrize("sharing", ["clipped", "replay"])
-def test_activation_checkpointing(sharing: str) -> None:
-    torch.manual_seed(0)
-    compare(Checkpointed().double(), sharing=sharing)
-
-
-def test_a_layer_that_is_called_twice_is_plain_from_the_second_step_on_and_reported() -> None:
-    torch.manual_seed(0)
-    plain = Twice().double()
-    model = copy.deepcopy(plain)
-    preconditioner = FNGDPreconditioner(model, damping=0.01, sharing="never")
-    called = torch.compile(model, backend="aot_eager", fullgraph=True)
-    x, y = data(6, 4)
-    for _ in range(2):
-        model.zero_grad()
-        F.cross_entropy(called(x), y).backward()
-        preconditioner.step()
-    F.cross_entropy(plain(x), y).backward()
-    torch.testing.assert_close(model.again.weight.grad, plain.again.weight.grad)
-    assert not torch.allclose(model.fc1.weight.grad, plain.fc1.weight.grad, rtol=1e-2)
-    assert set(preconditioner.coverage().missed) == {"again.weight", "again.bias"}
-
-
-def test_a_layer_that_is_called_twice_is_clipped_call_by_call() -> None:
-    torch.manual_seed(0)
-    compare(Twice().double())
-
-
-class InPlace(Net):
-    """Changes the outputs of its layers in place."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(torch.relu_(self.norm(self.fc1(x).mul_(2)))).mul_(2).flatten(1, -2).mean(1)
-
-
-def test_the_output_of_a_layer_can_be_changed_in_place() -> None:
-    torch.manual_seed(0)
-    compare(InPlace().double())
-
-
-def test_backward_after_the_step_is_plain() -> None:
-    model = net()
-    plain = copy.deepcopy(model)
-    preconditioner = FNGDPreconditioner(model)
-    called = torch.compile(model, backend="aot_eager", fullgraph=True)
-    x, y = data(6, 4)
+def test_backward_is_plain_after_the_step_and_after_detaching() -> None:
+    model, (x, y) = net(), data(6, 4)
+    plain, optimizer = copy.deepcopy(model), FNGD(model)
+    once(plain, x, y)
+    called = of_one_graph(model)
     late = F.cross_entropy(called(x), y)
-    F.cross_entropy(called(x), y).backward()
-    preconditioner.step()
-    model.zero_grad()
-    late.backward()
-    F.cross_entropy(plain(x), y).backward()
-    for p, q in zip(model.parameters(), plain.parameters(), strict=True):
-        torch.testing.assert_close(p.grad, q.grad)
-
-
-def test_two_forward_passes_before_their_backward_passes_keep_apart() -> None:
-    def gradients(compiled: bool) -> list[Tensor]:
-        model = net()
-        FNGD(model, damping=0.01, sharing="never")
-        called = torch.compile(model, backend="aot_eager", fullgraph=True) if compiled else model
-        losses = [F.cross_entropy(called(x), y) for x, y in (data(6, 4), data(6, 4, seed=2))]
-        losses[1].backward()
-        losses[0].backward()
-        return [p.grad for p in model.parameters()]
-
-    assert all(torch.equal(p, q) for p, q in zip(gradients(True), gradients(False), strict=True))
-
-
-def test_a_model_that_is_detached_compiles_anew() -> None:
-    model = net()
-    optimizer = FNGD(model)
-    called = torch.compile(model, backend="aot_eager", fullgraph=True)
-    x, y = data(6, 4)
-    F.cross_entropy(called(x), y).backward()
-    optimizer.detach()
-    model.zero_grad()
-    F.cross_entropy(called(x), y).backward()
-    found = [p.grad.clone() for p in model.parameters()]
-    model.zero_grad()
-    F.cross_entropy(model(x), y).backward()
-    for p, q in zip(model.parameters(), found, strict=True):
-        torch.testing.assert_close(p.grad, q)
-
-
-# Not one graph, or one that is used in unusual ways ------------------------------------------------------
-
-Call = Callable[[Callable[[Tensor], Tensor], Tensor, Tensor], None]
-
-
-def whole(model: nn.Module) -> Callable[[Tensor], Tensor]:
-    return torch.compile(model, backend="aot_eager")
-
-
-def once(called: Callable[[Tensor], Tensor], x: Tensor, y: Tensor) -> None:
-    F.cross_entropy(called(x), y).backward()
-
-
-def same_as_eager(
-    plain: nn.Module,
-    sharing: str,
-    compiled: Callable[[nn.Module], Callable[[Tensor], Tensor]] = whole,
-    call: Call = once,
-) -> None:
-    """Train a model and its compiled copy, and expect the same parameters, with every layer preconditioned."""
-    models = plain, copy.deepcopy(plain)
-    for model, called in zip(models, (models[0], compiled(models[1])), strict=True):
-        optimizer = FNGD(model, lr=1e-2, **settings_of(sharing, damping=0.01, coefficient_steps=2))
-        for step in range(4):
-            call(called, *data(6, 4, seed=step))
-            optimizer.step()
-            optimizer.zero_grad()
-        assert not optimizer.coverage().missed
-    for p, q in zip(models[0].parameters(), models[1].parameters(), strict=True):
-        torch.testing.assert_close(p, q)
-
-
-class Broken(Net):
-    """A print, say, between two layers."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        hidden = torch.tanh(self.norm(self.fc1(x)))
-        torch._dynamo.graph_break()
-        return self.fc2(hidden).flatten(1, -2).mean(1)
-
-
-class Uncompiled(Net):
-    """One layer runs where the compiler does not go."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        hidden = torch.tanh(self.norm(self.outside(x)))
-        return self.fc2(hidden).flatten(1, -2).mean(1)
-
-    @torch.compiler.disable
-    def outside(self, x: Tensor) -> Tensor:
-        return self.fc1(x)
-
-
-def blocks(model: nn.Module) -> nn.Module:
-    """As libraries compile the repeated blocks of a large model, and leave the rest."""
-    model.fc1.compile(backend="aot_eager")
-    return model
-
-
-def twice(called: Callable[[Tensor], Tensor], x: Tensor, y: Tensor) -> None:
-    """Two losses of one forward pass, a backward pass for each."""
-    output = called(x)
-    F.cross_entropy(output, y).backward(retain_graph=True)
-    output.square().mean().backward()
-
-
-def and_nothing(called: Callable[[Tensor], Tensor], x: Tensor, y: Tensor) -> None:
-    """The part of a batch that another process got is all of it."""
     once(called, x, y)
-    called(x[:0]).sum().backward()
-
-
-UNUSUAL: dict[str, tuple[type[Net], dict[str, Any]]] = {
-    "a graph break in the model": (Broken, {}),
-    "only a part of the model is compiled": (Net, {"compiled": blocks}),
-    "a layer outside of the graphs": (Uncompiled, {}),
-    "a retained graph": (Net, {"call": twice}),
-    "an empty batch": (Net, {"call": and_nothing}),
-}
-
-
-@pytest.mark.parametrize("sharing", ["clipped", "replay"])
-@pytest.mark.parametrize(("cls", "options"), UNUSUAL.values(), ids=UNUSUAL)
-def test_unusual_graphs_train_as_the_eager_model_does(cls: type[Net], options: dict[str, Any], sharing: str) -> None:
-    torch.manual_seed(0)
-    same_as_eager(cls().double(), sharing, **options)
-
-
-class Elsewhere(Net):
-    """Uses a layer's weight outside of its forward as well."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x) + self.fc2.weight.sum(1)
+    optimizer.preconditioner.step()
+    for is_attached in (True, False):
+        model.zero_grad()
+        if is_attached:
+            late.backward()
+        else:
+            optimizer.detach()  # the model compiles anew
+            once(called, x, y)
+        for p, q in zip(model.parameters(), plain.parameters(), strict=True):
+            torch.testing.assert_close(p.grad, q.grad)
 
 
 def test_a_weight_that_is_used_elsewhere_is_found_unless_compiled() -> None:
     """A limit, which hf_fngd/engine/backward.py states: the second use is inside of the graph."""
-    torch.manual_seed(0)
-    x, y = data(6, 4)
     missed = []
-    for compiled in (False, True):
-        model = Elsewhere().double()
+    for make in (lambda model: model, of_one_graph):
+        model = net(cls=Elsewhere)
         optimizer = FNGD(model)
-        called = torch.compile(model, backend="aot_eager") if compiled else model
-        F.cross_entropy(called(x), y).backward()
+        once(make(model), *data(6, 4))
         optimizer.step()
         missed.append(set(optimizer.coverage().missed))
     assert missed == [{"fc2.weight", "fc2.bias"}, set()]

@@ -1,4 +1,4 @@
-"""The end of an epoch as Accelerate shows it."""
+"""The end of an epoch as Accelerate shows it; under Trainer, see tests/trainer/test_phases.py."""
 
 import sys
 from collections.abc import Iterator
@@ -6,7 +6,6 @@ from collections.abc import Iterator
 import pytest
 import torch
 from accelerate import Accelerator
-from accelerate.data_loader import skip_first_batches
 from accelerate.state import AcceleratorState, GradientState
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -54,49 +53,10 @@ def edges(batches: DataLoader, edge: EpochEdge, epochs: int, accumulation: int =
     ],
 )
 def test_the_edge_comes_with_the_last_step_of_each_epoch(
-    accelerator: Accelerator,
-    samples: int,
-    batch_size: int,
-    drop_last: bool,
-    accumulation: int,
-    expected: list[int],
+    accelerator: Accelerator, samples: int, batch_size: int, drop_last: bool, accumulation: int, expected: list[int]
 ) -> None:
     batches = loader(accelerator, samples, batch_size, drop_last=drop_last)
     assert edges(batches, EpochEdge(), 3, accumulation) == expected
-
-
-def test_an_evaluation_in_mid_epoch_is_no_end(accelerator: Accelerator) -> None:
-    batches, held_out, edge = loader(accelerator), loader(accelerator, 4), EpochEdge()
-    found = []
-    for step, _batch in enumerate(batches, start=1):
-        if edge.passed():
-            found.append(step)
-        for _other in held_out:
-            pass
-    assert found == [4]
-
-
-def test_a_resumed_epoch_ends_where_it_would_have(accelerator: Accelerator) -> None:
-    batches = skip_first_batches(loader(accelerator), 3)
-    assert edges(batches, EpochEdge(), 1) == [1]
-
-
-def test_another_loader_left_open_masks_nothing(accelerator: Accelerator) -> None:
-    batches, edge = loader(accelerator), EpochEdge()
-    other = iter(loader(accelerator))
-    next(other)
-    assert edges(batches, edge, 1) == [4]
-
-
-def test_a_flag_left_up_by_an_earlier_run_is_no_edge(accelerator: Accelerator) -> None:
-    batches = loader(accelerator)
-    for _ in batches:
-        last_of_earlier_run = GradientState().end_of_dataloader
-        edge = EpochEdge()
-    assert last_of_earlier_run
-    assert not edge.passed()
-    assert not edge.passed()
-    assert edges(batches, edge, 1) == [4]
 
 
 def test_a_flag_left_up_does_not_hide_the_end_of_another_loader(accelerator: Accelerator) -> None:
@@ -105,18 +65,6 @@ def test_a_flag_left_up_does_not_hide_the_end_of_another_loader(accelerator: Acc
     next(stopped)  # the last batch, whose end nobody asks for
     assert GradientState().end_of_dataloader
     assert edges(loader(accelerator), EpochEdge(), 2) == [4, 8]
-
-
-def test_an_iterable_dataset_ends_with_its_last_batch(accelerator: Accelerator) -> None:
-    class Stream(torch.utils.data.IterableDataset):
-        def __iter__(self) -> Iterator[torch.Tensor]:
-            yield from torch.arange(6)
-
-    batches, edge, found = accelerator.prepare(DataLoader(Stream(), batch_size=2)), EpochEdge(), []
-    for step, _batch in enumerate(batches, start=1):
-        if edge.passed():
-            found.append(step)
-    assert found == [3]
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -13,7 +14,19 @@ from torch import Tensor, nn
 
 from hf_fngd import FNGD, FNGDPreconditioner, policy_names
 from hf_fngd.updates import FALLBACK_RULES
-from tests.nets import EVERY_TYPE, UPDATES_OF, Net, assert_equal, data, loss, net, settings_of, train, trained
+from tests.nets import (
+    EVERY_TYPE,
+    UPDATES_OF,
+    Net,
+    assert_equal,
+    data,
+    loss,
+    net,
+    parameters,
+    settings_of,
+    train,
+    trained,
+)
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}
 
@@ -69,31 +82,6 @@ def test_a_resumed_run_goes_on_as_it_would_have(update: str, fallback: str, shar
     assert_equal(model, other)
     assert resumed.diagnostics() == optimizer.diagnostics()
     assert resumed.coverage() == optimizer.coverage()
-
-
-@pytest.mark.parametrize("steps", [0, 1, 4])
-@pytest.mark.parametrize("sharing", policy_names())
-def test_a_resumed_preconditioner_goes_on_as_it_would_have(sharing: str, steps: int) -> None:
-    arguments = settings_of(sharing, coefficient_steps=3)
-    (model, preconditioner), (other, resumed) = (
-        (model, FNGDPreconditioner(model, **arguments)) for model in (net(), net())
-    )
-
-    def gradients(model: Net, preconditioner: FNGDPreconditioner, step: int) -> list[Tensor]:
-        model.zero_grad()
-        for part in range(2):
-            loss(model, *data(6, 3, seed=10 * step + part)).backward()
-        preconditioner.step()
-        return [p.grad.clone() for p in trained(model)]
-
-    for step in range(steps):
-        gradients(model, preconditioner, step)
-    resumed.load_state_dict(saved(preconditioner.state_dict()))
-    for step in range(steps, steps + 4):
-        expected = gradients(model, preconditioner, step)
-        found = gradients(other, resumed, step)
-        assert all(torch.equal(p, q) for p, q in zip(found, expected, strict=True))
-        assert resumed.diagnostics() == preconditioner.diagnostics()
 
 
 def test_a_loaded_state_is_told_of_at_once() -> None:
@@ -156,36 +144,23 @@ def test_a_state_dict_is_plain() -> None:
 @pytest.mark.parametrize("loaded", DTYPES)
 def test_a_state_goes_on_in_another_dtype(sharing: str, saved: str, loaded: str) -> None:
     """Through shared and coefficient steps; sample weights, norms and rho stay in float32 or better."""
-    arguments = {"lr": 0.03, "update": UPDATES_OF[sharing][-1]}
+    arguments = {"lr": 1e-2, "update": UPDATES_OF[sharing][-1]}
     model, optimizer = made(sharing, dtype=DTYPES[saved], **arguments)
     train(model, optimizer, 1)
     other, resumed = made(sharing, seed=1, dtype=DTYPES[loaded], **arguments)
     other.load_state_dict(model.state_dict())
-    resumed.load_state_dict(optimizer.state_dict())
+    resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
     for name, value in own_state(resumed).items():
         assert torch.equal(value, own_state(optimizer)[name].to(value.dtype)), name
-    before = [p.detach().clone() for p in trained(other)]
-    train(other, resumed, 4, first=1)
-    assert {value.dtype for value in own_state(resumed).values()} <= {torch.float32, torch.float64}
-    assert {value.dtype for value in tensors(resumed.state_dict()["state"]).values()} == {DTYPES[loaded]}
-    for p, q in zip(trained(other), before, strict=True):
-        assert torch.isfinite(p).all()
-        assert not torch.equal(p, q)
-
-
-@pytest.mark.parametrize("sharing", policy_names())
-def test_a_state_in_float64_equals_one_in_float32_up_to_rounding(sharing: str) -> None:
-    """A float32 state in a float64 model: the same training as before, in better arithmetic."""
-    arguments = {"lr": 1e-3, "update": UPDATES_OF[sharing][-1]}
-    model, optimizer = made(sharing, dtype=torch.float32, **arguments)
-    train(model, optimizer, 1)
-    other, resumed = made(sharing, **arguments)
-    other.load_state_dict(model.state_dict())
-    resumed.load_state_dict(optimizer.state_dict())
+    before = parameters(other)
     for each, of in ((model, optimizer), (other, resumed)):
         train(each, of, 4, first=1)
-    for p, q in zip(trained(other), trained(model), strict=True):
-        torch.testing.assert_close(p.float(), q, rtol=1e-4, atol=1e-5)
+    assert {value.dtype for value in own_state(resumed).values()} <= {torch.float32, torch.float64}
+    assert {value.dtype for value in tensors(resumed.state_dict()["state"]).values()} == {DTYPES[loaded]}
+    coarse = torch.bfloat16 in (DTYPES[saved], DTYPES[loaded])
+    for p, q, first in zip(trained(other), trained(model), before, strict=True):
+        assert not torch.equal(p, first)
+        torch.testing.assert_close(p.double(), q.double(), rtol=0, atol=0.3 if coarse else 1e-4)
 
 
 # Another model or optimizer ------------------------------------------------------------------------------
@@ -198,8 +173,8 @@ class Deep(Net):
         super().__init__()
         self.middle = nn.Linear(7, 7)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(torch.tanh(self.norm(self.middle(self.fc1(x))))).flatten(1, -2).mean(1)
+    def hidden(self, x: Tensor) -> Tensor:
+        return self.middle(super().hidden(x))
 
 
 class Turned(Net):
@@ -218,40 +193,30 @@ class Longer(Net):
         super().__init__()
         self.extra = nn.LayerNorm(7)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(torch.tanh(self.extra(self.norm(self.fc1(x))))).flatten(1, -2).mean(1)
-
-
-def of(cls: type[Net], **kwargs: Any) -> Callable[[], nn.Module]:
-    def build() -> nn.Module:
-        torch.manual_seed(0)
-        return cls(**kwargs).double()
-
-    return build
+    def hidden(self, x: Tensor) -> Tensor:
+        return self.extra(super().hidden(x))
 
 
 OTHERS = [
     *(
-        pytest.param(of(Deep), {"sharing": name}, {"sharing": name}, "layers|parameter", id=f"layers-{name}")
+        pytest.param(Deep, {"sharing": name}, {"sharing": name}, "layers|parameter", id=f"layers-{name}")
         for name in policy_names()
     ),
-    pytest.param(of(Longer), {}, {}, "parameter", id="plain-parameters"),
+    pytest.param(Longer, {}, {}, "parameter", id="plain-parameters"),
+    pytest.param(Net, {"layer_types": ["linear"]}, {}, "differ in norm: build the optimizer with", id="layer-types"),
     pytest.param(
-        of(Net), {"layer_types": ["linear"]}, {}, "differ in norm: build the optimizer with", id="layer-types"
-    ),
-    pytest.param(
-        of(Net),
+        Net,
         {"sharing": "never"},
         {"sharing": "replay"},
         "made with sharing='never', this optimizer has sharing='replay'",
         id="policy",
     ),
     pytest.param(
-        of(Net), {"update": "adam"}, {}, r"\['adam', 'adam', 'adam'\], this optimizer's are \['muon'", id="update"
+        Net, {"update": "adam"}, {}, r"\['adam', 'adam', 'adam'\], this optimizer's are \['muon'", id="update"
     ),
-    pytest.param(of(Net), {"fallback": "sgd"}, {}, "update rules are", id="fallback"),
-    pytest.param(of(Net, width=9), {}, {}, "shape", id="shapes"),
-    pytest.param(of(Turned), {}, {}, "shape|order", id="order"),
+    pytest.param(Net, {"fallback": "sgd"}, {}, "update rules are", id="fallback"),
+    pytest.param(partial(Net, width=9), {}, {}, "shape", id="shapes"),
+    pytest.param(Turned, {}, {}, "shape|order", id="order"),
 ]
 
 
@@ -264,9 +229,9 @@ def assert_unchanged(found: FNGD, expected: FNGD) -> None:
 
 @pytest.mark.parametrize(("build", "saved", "own", "message"), OTHERS)
 def test_a_state_of_another_kind_is_refused_and_changes_nothing(
-    build: Callable[[], nn.Module], saved: dict[str, Any], own: dict[str, Any], message: str
+    build: Callable[[], Net], saved: dict[str, Any], own: dict[str, Any], message: str
 ) -> None:
-    foreign_model = build()
+    foreign_model = net(cls=build)
     foreign = FNGD(foreign_model, lr=0.7, **({"layer_types": EVERY_TYPE} | saved))
     train(foreign_model, foreign, 3)
     twins = [made(seed=1, **own) for _ in range(2)]
@@ -281,12 +246,6 @@ def test_a_state_of_another_kind_is_refused_and_changes_nothing(
     for model, optimizer in twins:
         train(model, optimizer, 4, first=3)
     assert_equal(twins[0][0], twins[1][0])
-
-
-def test_the_state_of_another_policy_is_refused() -> None:
-    state = FNGDPreconditioner(net(), sharing="never").state_dict()
-    with pytest.raises(ValueError, match="made with sharing='never', this optimizer has sharing='clipped'"):
-        FNGDPreconditioner(net()).load_state_dict(state)
 
 
 def test_the_state_of_another_optimizer_is_refused() -> None:

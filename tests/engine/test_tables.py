@@ -1,11 +1,14 @@
-"""Embeddings, tied heads and tables of positions: when their samples are weighed, and when they stay plain."""
+"""Embeddings, tied heads and tables of positions: when their samples are weighed, and when they stay plain.
+
+All in one language model with one outlier a batch; its gradients by the oracle.
+"""
 
 from __future__ import annotations
 
 import copy
 import gc
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, ClassVar
 
 import pytest
@@ -14,30 +17,73 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from hf_fngd import FNGD, detach
+from hf_fngd import FNGD, FNGDPreconditioner, detach
 from hf_fngd.engine.layer import ON_TOP_OF_ANOTHER, USED_ELSEWHERE
-from hf_fngd.layers.base import AMBIGUOUS, NOT_THE_BATCH
+from hf_fngd.layers.base import NOT_THE_BATCH
 from hf_fngd.layers.embedding import A_TABLE
 from hf_fngd.weights.clipped import ClippedSharing, ClippedWeights
 from tests.engine.language import (
-    LEFT_OUT,
     LENGTH,
+    OUTLIER,
     POSITIONS,
     TABLE,
     VOCABULARY,
     WIDTH,
     LanguageModel,
-    after_a_step,
-    attach,
     batch,
-    check,
-    clipped,
-    gradients,
     losses,
     model,
-    plain,
-    reasons,
 )
+from tests.nets import EVERY_TYPE, assert_equal
+from tests.reference import Clipping, uses_of
+
+
+def gradients(net: nn.Module) -> dict[str, Tensor]:
+    return {name: p.grad.clone() for name, p in net.named_parameters() if p.grad is not None}
+
+
+def plain(net: nn.Module, x: Tensor) -> dict[str, Tensor]:
+    """By autograd alone."""
+    own = copy.deepcopy(net)
+    own.zero_grad()
+    losses(own, x).sum().backward()
+    return gradients(own)
+
+
+def clipped(net: nn.Module, x: Tensor, *modules: str) -> dict[str, Tensor]:
+    """With the samples clipped in these modules, by the oracle."""
+    own, labels = copy.deepcopy(net), x.roll(1, 0)
+    own.checkpointing = None
+
+    def alone(model: nn.Module, n: int) -> Tensor:
+        return losses(model, x[n : n + 1], labels[n : n + 1]).sum() / (OUTLIER if n else 1.0)
+
+    trained = {name for name, _ in own.named_parameters()}
+    found, norms = Clipping().gradients([uses_of(own, modules, alone, n, trained) for n in range(len(x))])
+    assert all(of.max() > 2 * of.mean() or not of.any() for of in norms.values())
+    return {name: g.view_as(own.get_parameter(name)) for name, g in found.items()}
+
+
+def check(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], *names: str) -> None:
+    for name in names or expected:
+        torch.testing.assert_close(found[name], expected[name], rtol=1e-10, atol=1e-12)
+
+
+def attach(net: nn.Module, **settings: Any) -> FNGDPreconditioner:
+    return FNGDPreconditioner(net, **({"exclude_modules": ["left_out"], "layer_types": EVERY_TYPE} | settings))
+
+
+def step(net: Callable[..., Tensor], preconditioner: FNGDPreconditioner, x: Tensor) -> dict[str, Tensor]:
+    """The gradients of one."""
+    for p in preconditioner.model.parameters():
+        p.grad = None
+    losses(net, x).sum().backward()
+    preconditioner.step()
+    return gradients(preconditioner.model)
+
+
+def reasons(preconditioner: FNGDPreconditioner, name: str = TABLE) -> str:
+    return preconditioner.coverage().plain[name]
 
 
 @pytest.fixture(autouse=True)
@@ -47,39 +93,14 @@ def fresh_compiler() -> Iterator[None]:
     torch._dynamo.reset()
 
 
-# Weighted sums ------------------------------------------------------------------------------------------------
+# What is weighed, and what stays plain ---------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("tied", [True, False])
-def test_tables_and_heads_are_clipped_by_their_own_norms(tied: bool) -> None:
-    net = model(tied=tied)
-    preconditioner = after_a_step(net)
-    for samples in (6, 4):
-        x = batch(samples, seed=samples)
-        net.zero_grad()
-        losses(net, x).sum().backward()
-        found = gradients(net)
-        check(found, clipped(net, x, "fc", "norm", "tokens", "positions", "head"))
-        check(found, plain(net, x), *LEFT_OUT)
-        assert float(found[TABLE].norm() / plain(net, x)[TABLE].norm()) < 0.5  # the outlier is small there too
-        preconditioner.step()
-    weighed = {TABLE, POSITIONS, "norm.weight", "norm.bias"} | ({"head.weight"} if tied else set())
-    assert set(preconditioner.coverage().weighed) == weighed
+class Again(LanguageModel):
+    """A table that is called twice."""
 
-
-def test_a_table_of_positions_is_expanded_from_the_second_forward_pass_on() -> None:
-    net = model()
-    preconditioner = attach(net)
-    for number in range(3):
-        x = batch(6, seed=number)
-        net.zero_grad()
-        losses(net, x).sum().backward()
-        check(gradients(net), clipped(net, x, "positions") if number else plain(net, x), POSITIONS)
-        assert POSITIONS in preconditioner.coverage().weighed
-        preconditioner.step()
-    losses(net, batch(1)).sum().backward()  # a single sample is all of its batch
-    preconditioner.step()
-    assert POSITIONS in preconditioner.coverage().weighed
+    def embed(self, x: Tensor) -> Tensor:
+        return super().embed(x) + self.tokens(x.flip(1)) / 10
 
 
 class Flat(LanguageModel):
@@ -104,53 +125,6 @@ class Both(LanguageModel):
         return self.tokens(x) + positions + torch.tanh(positions)
 
 
-@pytest.mark.parametrize("cls", [Flat, Scaling, Both])
-def test_a_table_that_is_not_added_to_the_batch_stays_plain(cls: type[LanguageModel]) -> None:
-    net = model(cls=cls)
-    preconditioner = attach(net)
-    for seed in range(2):
-        x = batch(6, seed)
-        net.zero_grad()
-        losses(net, x).sum().backward()
-        check(gradients(net), plain(net, x), POSITIONS)
-        preconditioner.step()
-    assert reasons(preconditioner, POSITIONS) == A_TABLE
-
-
-@pytest.mark.parametrize("sharing", ["never", "replay"])
-def test_without_a_gram_matrix_they_stay_plain(sharing: str) -> None:
-    net = model()
-    preconditioner = after_a_step(net, sharing=sharing)
-    preconditioner.end_epoch()
-    x = batch(6, seed=2)
-    losses(net, x).sum().backward()
-    check(gradients(net), plain(net, x), TABLE, POSITIONS, "norm.weight", "norm.bias")
-    assert preconditioner.coverage().weighed == ()
-    assert TABLE in preconditioner.coverage().plain
-
-
-def test_equal_weights_change_nothing() -> None:
-    found = []
-    for layer_types in (None, ["linear"]):
-        net = model()
-        after_a_step(net, sharing="uniform", layer_types=layer_types)
-        losses(net, batch(6, seed=2)).sum().backward()
-        found.append(gradients(net))
-    check(*found)
-
-
-# What stays plain ---------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("excluded", [["tokens"], ["head"]])
-def test_an_excluded_module_takes_those_that_share_its_weight_along(excluded: list[str]) -> None:
-    net, x = model(), batch(6, seed=2)
-    preconditioner = after_a_step(net, exclude_modules=["left_out", *excluded])
-    losses(net, x).sum().backward()
-    check(gradients(net), plain(net, x), TABLE)
-    assert set(preconditioner.coverage().weighed) == {POSITIONS, "norm.weight", "norm.bias"}
-
-
 class UsesTheTable(LanguageModel):
     def logits(self, y: Tensor) -> Tensor:
         return F.linear(y, self.tokens.weight)
@@ -158,39 +132,12 @@ class UsesTheTable(LanguageModel):
 
 class CallsTheHeadOnSomeTokens(LanguageModel):
     def logits(self, y: Tensor) -> Tensor:
-        return self.head(y[:, 1:].flatten(0, 1)).view(len(y), LENGTH - 1, -1)[:, [0, 0, 1]]
+        return self.head(y[:, 1:].flatten(0, 1)).view(len(y), LENGTH - 1, VOCABULARY)[:, [0, 0, 1]]
 
 
 class TimeFirst(LanguageModel):
     def embed(self, x: Tensor) -> Tensor:
         return super().embed(x) + self.tokens(x.t()).transpose(0, 1)
-
-
-@pytest.mark.parametrize(
-    ("cls", "reason"),
-    [(UsesTheTable, USED_ELSEWHERE), (CallsTheHeadOnSomeTokens, NOT_THE_BATCH), (TimeFirst, NOT_THE_BATCH)],
-)
-def test_a_weight_is_plain_in_all_of_its_uses_or_in_none(cls: type[LanguageModel], reason: str) -> None:
-    net = model(cls=cls)
-    preconditioner = after_a_step(net)
-    assert reasons(preconditioner) == reason
-    for samples in (6, 4, LENGTH):  # as many samples as positions, too
-        net.zero_grad()
-        x = batch(samples, seed=2)
-        losses(net, x).sum().backward()
-        check(gradients(net), plain(net, x), TABLE)
-
-
-def test_a_table_that_is_called_twice_is_clipped_call_by_call() -> None:
-    class Again(LanguageModel):
-        def embed(self, x: Tensor) -> Tensor:
-            return super().embed(x) + self.tokens(x.flip(1)) / 10
-
-    net = model(cls=Again)
-    after_a_step(net)
-    x = batch(6, seed=2)
-    losses(net, x).sum().backward()
-    check(gradients(net), clipped(net, x, "tokens", "head"))
 
 
 class Relative(LanguageModel):
@@ -205,68 +152,18 @@ class Relative(LanguageModel):
         return super().embed(x) + self.pairs((place[:, None] - place).abs()).sum(1)
 
 
-def test_a_table_of_pairs_is_none_of_samples() -> None:
-    net = model(cls=Relative)
-    preconditioner = attach(net)
-    for samples, reason in ((LENGTH, AMBIGUOUS), (LENGTH, AMBIGUOUS), (5, NOT_THE_BATCH)):
-        net.zero_grad()
-        x = batch(samples, seed=2)
-        losses(net, x).sum().backward()
-        check(gradients(net), plain(net, x), "pairs.weight")
-        assert reasons(preconditioner, "pairs.weight") == reason
-        preconditioner.step()
+class Other(LanguageModel):
+    """Another embedding for the tokens."""
 
+    table: ClassVar[type[nn.Embedding]]
 
-class Twice(LanguageModel):
-    """Another table of the same weight is called with another length."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.sources = nn.Embedding(VOCABULARY, WIDTH)
-        self.sources.weight = self.tokens.weight
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(tied=False)
+        self.tokens = self.table(VOCABULARY, WIDTH)
 
     def embed(self, x: Tensor) -> Tensor:
-        return super().embed(x) + self.sources(torch.cat([x, x], dim=1)).mean(1, keepdim=True)
-
-
-@pytest.mark.parametrize("cls", [LanguageModel, Twice])
-def test_a_batch_with_as_many_positions_as_samples_waits_for_one_that_tells_of_every_use(
-    cls: type[LanguageModel],
-) -> None:
-    net, told = model(cls=cls), False
-    preconditioner = attach(net)
-    for samples in (LENGTH, LENGTH, 4, LENGTH):
-        told = told or samples != LENGTH
-        net.zero_grad()
-        x = batch(samples, seed=2)
-        losses(net, x).sum().backward()
-        assert (TABLE in preconditioner.coverage().weighed) == told
-        assert torch.allclose(gradients(net)[TABLE], plain(net, x)[TABLE]) != told
-        resumed = attach(model(cls=cls))
-        resumed.load_state_dict(preconditioner.state_dict())
-        assert resumed.state_dict()["layers"] == preconditioner.state_dict()["layers"]
-        assert resumed.coverage() == preconditioner.coverage()
-        preconditioner.step()
-
-
-def test_a_batch_without_samples_tells_nothing() -> None:
-    net = model()
-    preconditioner = attach(net)
-    for samples in (4, 0, 5):
-        net(batch(samples)).sum().backward()
-        preconditioner.step()
-    assert TABLE in preconditioner.coverage().weighed
-
-
-def test_outside_of_the_models_forward_the_samples_are_not_known() -> None:
-    net = model()
-    preconditioner = after_a_step(net)
-    x = batch(6, seed=2)
-    (losses(net, x).sum() + 0 * net.tokens(x).sum()).backward()
-    net.zero_grad()
-    losses(net, x).sum().backward()
-    check(gradients(net), plain(net, x), TABLE)
-    assert reasons(preconditioner) == USED_ELSEWHERE
+        found = self.tokens(places=x) if self.table is Keyword else self.tokens(x)
+        return (found[0] if isinstance(found, tuple) else found) + self.positions(torch.arange(LENGTH)[None])
 
 
 class Keyword(nn.Embedding):
@@ -290,27 +187,107 @@ class Double(nn.Embedding):
         return super().forward(ids), None
 
 
-class OtherTable(LanguageModel):
-    table: ClassVar[type[nn.Embedding]]
+class WithKeyword(Other):
+    table = Keyword
+
+
+class WithNormed(Other):
+    table = Normed
+
+
+class WithDouble(Other):
+    table = Double
+
+
+EXCLUDED, NO_TYPE = "among exclude_modules", "Embedding is not a preconditioned layer type"
+EVERYTHING = ("fc", "norm", "tokens", "positions", "head")
+NOT_TABLE, NOT_POSITIONS = ("fc", "norm", "positions"), ("fc", "norm", "tokens", "head")
+Case = tuple[type[LanguageModel], dict[str, Any], tuple[str, ...], dict[str, str]]
+CASES: dict[str, Case] = {
+    "tied": (LanguageModel, {}, EVERYTHING, {}),
+    "not tied": (LanguageModel, {"tied": False}, EVERYTHING, {}),
+    "checkpointing": (LanguageModel, {"checkpointing": False}, EVERYTHING, {}),
+    "reentrant checkpointing": (LanguageModel, {"checkpointing": True}, EVERYTHING, {}),
+    "called twice": (Again, {}, EVERYTHING, {}),
+    "positions without a batch dimension": (Flat, {}, NOT_POSITIONS, {POSITIONS: A_TABLE}),
+    "positions that are not added": (Scaling, {}, NOT_POSITIONS, {POSITIONS: A_TABLE}),
+    "positions that something else reads, too": (Both, {}, NOT_POSITIONS, {POSITIONS: A_TABLE}),
+    "a table of pairs": (Relative, {}, EVERYTHING, {"pairs.weight": NOT_THE_BATCH}),
+    # A weight is plain in all of its uses or in none.
+    "a table that is used": (UsesTheTable, {}, NOT_TABLE, {TABLE: USED_ELSEWHERE}),
+    "a head that is called on some tokens": (CallsTheHeadOnSomeTokens, {}, NOT_TABLE, {TABLE: NOT_THE_BATCH}),
+    "time first": (TimeFirst, {}, NOT_TABLE, {TABLE: NOT_THE_BATCH}),
+    "an excluded table": (LanguageModel, {"exclude_modules": ["left_out", "tokens"]}, NOT_TABLE, {TABLE: EXCLUDED}),
+    "an excluded head": (LanguageModel, {"exclude_modules": ["left_out", "head"]}, NOT_TABLE, {}),
+    "an embedding of one's own": (WithKeyword, {}, EVERYTHING, {}),
+    "an embedding that does more": (WithNormed, {}, ("fc", "norm", "positions", "head"), {}),
+    "an embedding that returns more": (WithDouble, {}, ("fc", "norm", "positions", "head"), {}),
+    "without a layer type": (LanguageModel, {"layer_types": ["linear"]}, ("fc",), {TABLE: NO_TYPE, POSITIONS: NO_TYPE}),
+    "with a Gram matrix": (LanguageModel, {"sharing": "never"}, (), {TABLE: NO_TYPE, POSITIONS: NO_TYPE}),
+}
+
+
+@pytest.mark.parametrize(("cls", "options", "weighed", "plainly"), CASES.values(), ids=CASES)
+def test_what_is_weighed_and_what_stays_plain(
+    cls: type[LanguageModel], options: dict[str, Any], weighed: tuple[str, ...], plainly: dict[str, str]
+) -> None:
+    of_model = {key: options[key] for key in ("tied", "checkpointing") if key in options}
+    net, own = model(cls, **of_model), model(cls, **of_model)
+    preconditioner = attach(net, **{key: value for key, value in options.items() if key not in of_model})
+    # An empty batch tells nothing; a single sample is all of its batch; as many samples as positions, once it is known.
+    for number, samples in enumerate((6, 0, 1, 6, 4, LENGTH)):
+        x = batch(samples, seed=number)
+        output, expected = net(x), plain(own, x)
+        assert torch.equal(output, own(x))
+        found = step(lambda _, output=output: output, preconditioner, x)
+        # A use elsewhere is known, and a table of positions is expanded, from the second forward pass on.
+        check(found, expected, "left_out.weight", "left_out.bias", *(plainly if number else [POSITIONS]))
+        if number and samples > 1 and weighed:
+            check(found, clipped(own, x, *weighed))
+    report = preconditioner.coverage()
+    assert {name: report.plain[name] for name in plainly} == plainly
+    assert {f"{module}.weight" for module in weighed} <= {*report.weighed, *report.preconditioned}
+    assert report.missed == {}
+
+
+class Twice(LanguageModel):
+    """Another table of the same weight is called with another length."""
 
     def __init__(self) -> None:
-        super().__init__(tied=False)
-        self.tokens = self.table(VOCABULARY, WIDTH)
+        super().__init__()
+        self.sources = nn.Embedding(VOCABULARY, WIDTH)
+        self.sources.weight = self.tokens.weight
 
     def embed(self, x: Tensor) -> Tensor:
-        found = self.tokens(places=x) if self.table is Keyword else self.tokens(x)
-        return found[0] if isinstance(found, tuple) else found
+        return super().embed(x) + self.sources(torch.cat([x, x], dim=1)).mean(1, keepdim=True)
 
 
-@pytest.mark.parametrize(("table", "weighed"), [(Keyword, True), (Normed, False), (Double, False)])
-def test_embeddings_of_other_kinds(table: type[nn.Embedding], weighed: bool) -> None:
-    net = model(cls=type("With" + table.__name__, (OtherTable,), {"table": table}))
+@pytest.mark.parametrize("cls", [LanguageModel, Twice])
+def test_a_batch_with_as_many_positions_as_samples_waits_for_one_that_tells_of_every_use(
+    cls: type[LanguageModel],
+) -> None:
+    net, told = model(cls), False
+    preconditioner = attach(net)
+    for samples in (LENGTH, LENGTH, 4, LENGTH):
+        told = told or samples != LENGTH
+        x = batch(samples, seed=2)
+        found = step(net, preconditioner, x)
+        assert (TABLE in preconditioner.coverage().weighed) == told
+        assert torch.allclose(found[TABLE], plain(net, x)[TABLE]) != told
+        resumed = attach(model(cls))
+        resumed.load_state_dict(preconditioner.state_dict())
+        assert resumed.state_dict()["layers"] == preconditioner.state_dict()["layers"]
+        assert resumed.coverage() == preconditioner.coverage()
+
+
+def test_outside_of_the_models_forward_the_samples_are_not_known() -> None:
+    net = model()
+    preconditioner = attach(net)
     x = batch(6, seed=2)
-    own = copy.deepcopy(net)(x)
-    after_a_step(net)
-    assert torch.equal(net(x), own)
-    losses(net, x).sum().backward()
-    check(gradients(net), clipped(net, x, "tokens") if weighed else plain(net, x), TABLE)
+    (losses(net, x).sum() + 0 * net.tokens(x).sum()).backward()
+    preconditioner.step()
+    check(step(net, preconditioner, x), plain(net, x), TABLE)
+    assert reasons(preconditioner) == USED_ELSEWHERE
 
 
 def test_a_forward_on_the_instance_is_left_alone() -> None:
@@ -318,6 +295,25 @@ def test_a_forward_on_the_instance_is_left_alone() -> None:
     own = net.tokens.forward
     net.tokens.forward = lambda ids: own(ids)
     assert TABLE not in attach(net).coverage().weighed
+
+
+@pytest.mark.parametrize("way", ["uniform", "evaluation", "detached"])
+def test_where_nothing_is_weighed_every_gradient_is_plain(way: str) -> None:
+    net, x = model(), batch(6, seed=2)
+    preconditioner = attach(net, **({"sharing": "uniform"} if way == "uniform" else {}))
+    step(net, preconditioner, batch(6))
+    if way == "evaluation":
+        net.eval()
+        with torch.no_grad():
+            assert net(x).grad_fn is None
+    elif way == "detached":
+        assert type(copy.deepcopy(net.tokens)) is nn.Embedding
+        detach(net)
+        assert (type(net.tokens), type(net.head), type(net.norm)) == (nn.Embedding, nn.Linear, nn.LayerNorm)
+    check(step(net, preconditioner, x), plain(net, x))
+
+
+# In other modes --------------------------------------------------------------------------------------------
 
 
 class InPlace(LanguageModel):
@@ -330,30 +326,22 @@ class InPlace(LanguageModel):
         return F.dropout(y, 0.0, inplace=True)
 
 
-def test_outputs_may_be_changed_in_place() -> None:
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # the compiler's own
+def test_outputs_may_be_changed_in_place_and_a_compiled_model_has_the_same_gradients() -> None:
+    """But for its table of positions, which stays plain in a graph."""
     found = []
-    for cls in (InPlace, LanguageModel):
-        net = model(cls=cls)
+    for cls, compiles in ((LanguageModel, False), (InPlace, False), (InPlace, True)):
+        net = model(cls)
         if cls is LanguageModel:
             net.embed = lambda x, net=net: 2 * net.tokens(x) + net.positions(torch.arange(LENGTH)[None])
-        after_a_step(net)
-        losses(net, batch(6, seed=2)).sum().backward()
-        found.append(gradients(net))
-    check(*found)
-
-
-# In other modes -----------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("reentrant", [False, True])
-def test_checkpointing_makes_no_difference(reentrant: bool) -> None:
-    found = []
-    for checkpointing in (None, reentrant):
-        net = model(checkpointing=checkpointing)
-        after_a_step(net)
-        losses(net, batch(6, seed=2)).sum().backward()
-        found.append(gradients(net))
-    check(*found)
+        preconditioner = attach(net)
+        called = torch.compile(net, backend="aot_eager", fullgraph=True) if compiles else net
+        found.append([step(called, preconditioner, batch(6, seed)) for seed in (1, 2, 3)][-1])
+        assert TABLE in preconditioner.coverage().weighed
+    assert reasons(preconditioner, POSITIONS) == A_TABLE
+    check(found[1], found[0])
+    check(found[2], plain(net, batch(6, 3)), POSITIONS)
+    check(found[2], found[0], *(name for name in found[0] if name != POSITIONS))
 
 
 def test_reentrant_checkpointing_of_several_batches_at_once_is_plain() -> None:
@@ -363,66 +351,14 @@ def test_reentrant_checkpointing_of_several_batches_at_once_is_plain() -> None:
             y = checkpoint(lambda mark: self.embed(x) + mark, mark, use_reentrant=True)
             return self.logits(self.body(y))
 
-    net = model(cls=Whole, tied=False)
-    preconditioner = after_a_step(net)
+    net = model(Whole, tied=False)
+    preconditioner = attach(net)
+    step(net, preconditioner, batch(6))
     parts = batch(12, seed=2).split(6)
     first, second = (losses(net, part).sum() for part in parts)
     first.backward()
     second.backward()
     assert ON_TOP_OF_ANOTHER in reasons(preconditioner)
-
-
-@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # the compiler's own
-def test_a_compiled_model_has_the_same_gradients() -> None:
-    """But for its table of positions, which stays plain in a graph."""
-    found = []
-    for compiles in (False, True):
-        net = model(cls=InPlace)
-        preconditioner = attach(net)
-        called = torch.compile(net, backend="aot_eager", fullgraph=True) if compiles else net
-        for seed in (1, 2, 3):
-            net.zero_grad()
-            losses(called, batch(6, seed)).sum().backward()
-            preconditioner.step()
-        found.append(gradients(net))
-        assert TABLE in preconditioner.coverage().weighed
-    assert reasons(preconditioner, POSITIONS) == A_TABLE
-    check(found[1], plain(net, batch(6, 3)), POSITIONS)
-    check(found[1], found[0], *(name for name in found[0] if name != POSITIONS))
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_forward_is_the_models_own(dtype: torch.dtype) -> None:
-    net, x = model(torch.float32), batch(6, seed=2)
-    own = copy.deepcopy(net)
-    after_a_step(net)
-    with torch.autocast("cpu", dtype=dtype, enabled=dtype != torch.float32):
-        found, expected = net(x), own(x)
-    assert found.dtype == expected.dtype
-    assert torch.equal(found, expected)
-    found.float().square().mean().backward()
-    assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in net.parameters())
-
-
-def test_evaluation_passes_it_by() -> None:
-    net, x = model(), batch(6)
-    after_a_step(net)
-    with torch.no_grad():
-        assert net(x).grad_fn is None
-    net.eval()
-    losses(net, x).sum().backward()
-    check(gradients(net), plain(net, x))
-
-
-def test_detaching_gives_back_the_model() -> None:
-    net = model()
-    after_a_step(net)
-    assert type(copy.deepcopy(net.tokens)) is nn.Embedding
-    detach(net)
-    assert (type(net.tokens), type(net.head), type(net.norm)) == (nn.Embedding, nn.Linear, nn.LayerNorm)
-    x = batch(6, seed=2)
-    losses(net, x).sum().backward()
-    check(gradients(net), plain(net, x))
 
 
 class Followed(ClippedSharing):
@@ -438,35 +374,31 @@ class Followed(ClippedSharing):
 
 def test_a_loss_that_is_kept_does_not_keep_the_batch() -> None:
     net = model()
-    preconditioner = after_a_step(net, sharing=Followed())
+    preconditioner = attach(net, sharing=Followed())
+    step(net, preconditioner, batch(6))
     total = losses(net, batch(6, seed=2)).sum()
     total.backward(retain_graph=True)
     preconditioner.step()
-    losses(net, batch(6, seed=3)).sum().backward()  # the last one is kept
+    step(net, preconditioner, batch(6, seed=3))
     gc.collect()
-    assert [reference() is None for reference in Followed.batches] == [True, True, False]
+    assert [reference() for reference in Followed.batches] == [None, None, None]
 
 
-def test_an_interrupted_run_goes_on_as_it_would_have() -> None:
-    def made() -> tuple[nn.Module, FNGD]:
-        net = model()
-        return net, FNGD(net)
+@pytest.mark.parametrize("stop", [0, 1, 3])
+def test_an_interrupted_run_goes_on_as_it_would_have(stop: int) -> None:
+    nets = [model(), model(), model()]
+    whole, first, resumed = (FNGD(net) for net in nets)
 
-    def train(net: nn.Module, optimizer: FNGD, seeds: range) -> None:
+    def train(net: nn.Module, optimizer: FNGD, *seeds: int) -> None:
         for seed in seeds:
             optimizer.zero_grad()
             losses(net, batch(6, seed)).sum().backward()
             optimizer.step()
 
-    for stop in (0, 1, 3):
-        whole, optimizer = made()
-        train(whole, optimizer, range(6))
-        first, optimizer = made()
-        train(first, optimizer, range(stop))
-        second, resumed = made()
-        second.load_state_dict(first.state_dict())
-        resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
-        assert resumed.coverage().weighed == optimizer.coverage().weighed
-        train(second, resumed, range(stop, 6))
-        for name, parameter in whole.named_parameters():
-            assert torch.equal(parameter, second.get_parameter(name)), name
+    train(nets[0], whole, *range(6))
+    train(nets[1], first, *range(stop))
+    nets[2].load_state_dict(nets[1].state_dict())
+    resumed.load_state_dict(copy.deepcopy(first.state_dict()))
+    assert resumed.coverage().weighed == first.coverage().weighed
+    train(nets[2], resumed, *range(stop, 6))
+    assert_equal(nets[0], nets[2])

@@ -1,8 +1,12 @@
-"""The Hub's cache, and the errors of its client."""
+"""A cache as the Hub's client lays it out, its errors, and pushing to a recorded Hub: no test needs a network."""
 
+import json
+import os
 from types import SimpleNamespace
 
+import huggingface_hub.constants
 import pytest
+from huggingface_hub import ModelCard
 from huggingface_hub.errors import (
     EntryNotFoundError,
     GatedRepoError,
@@ -14,25 +18,51 @@ from huggingface_hub.errors import (
 
 from hf_fngd import hub
 from hf_fngd.config import FNGDConfig
-from tests.hub.configs import CONFIG, MAIN, OLD, load
+from tests.refusals import refusal
+
+CONFIG = FNGDConfig(lr=0.25, sharing="never", damping=0.01, target_modules=["fc1", "fc2"])
+MAIN, OLD = "a" * 40, "b" * 40
 
 
-@pytest.mark.parametrize("key", ["name_or_path", "subfolder", "revision", "cache_dir"])
-@pytest.mark.parametrize("value", [5, ["a"], "a\0b", "a\nb", "\ud800", "a" * 5000])
-def test_what_is_no_text_or_no_name_is_an_error_of_a_readable_length(seed, key, value):
-    seed.put(CONFIG.to_json_string())
-    options = {"name_or_path": "user/repo", "cache_dir": seed.cache, key: value}
-    with pytest.raises((TypeError, ValueError, OSError)) as caught:
-        FNGDConfig.from_pretrained(**options)
-    assert len(str(caught.value)) < 6000
+@pytest.fixture(autouse=True)
+def no_network(monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+
+
+@pytest.fixture
+def seed(tmp_path):
+    """Return a function that puts a file into a Hub cache, and the cache's folder."""
+    cache = tmp_path / "cache"
+
+    def put(text, commit=MAIN, ref="main", subfolder="", name=hub.CONFIG_NAME):
+        folder = cache / "models--user--repo"
+        blob = folder / "blobs" / f"{len(list(folder.glob('blobs/*')))}"
+        pointer = folder / "snapshots" / commit / subfolder / name
+        reference = folder / "refs" / ref
+        for path in (blob, pointer, reference):
+            path.parent.mkdir(parents=True, exist_ok=True)
+        blob.write_text(text)
+        pointer.symlink_to(os.path.relpath(blob, pointer.parent))
+        reference.write_text(commit)
+
+    def load(name="user/repo", **options):
+        return FNGDConfig.from_pretrained(name, **({"cache_dir": cache} | options))
+
+    return SimpleNamespace(put=put, load=load, cache=cache)
+
+
+# The Hub's cache -------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("local_files_only", [True, False])
 def test_the_cache_answers_without_a_network(seed, local_files_only):
     seed.put(CONFIG.to_json_string())
-    assert load(seed, local_files_only=local_files_only) == CONFIG
-    assert load(seed, local_files_only=local_files_only, lr=0.5).lr == 0.5
+    assert seed.load(local_files_only=local_files_only) == CONFIG
+    assert seed.load(local_files_only=local_files_only, lr=0.5).lr == 0.5
     assert FNGDConfig.load("user/repo", cache_dir=seed.cache, local_files_only=local_files_only) == CONFIG
+    # Saving over a cached file leaves the cache whole.
+    FNGDConfig().save_pretrained(seed.cache / "models--user--repo" / "snapshots" / MAIN)
+    assert (seed.cache / "models--user--repo" / "blobs" / "0").read_text() == CONFIG.to_json_string()
 
 
 def test_revision_and_subfolder(seed):
@@ -40,33 +70,46 @@ def test_revision_and_subfolder(seed):
     seed.put(CONFIG.to_json_string(), ref="refs/pr/1", commit="c" * 40)
     seed.put(FNGDConfig(lr=0.5).to_json_string(), commit=OLD, ref="v1")
     seed.put(FNGDConfig(lr=0.75).to_json_string(), subfolder="optimizer/fngd")
-    assert load(seed) == load(seed, revision="main") == load(seed, revision=MAIN) == CONFIG
-    assert load(seed, revision="refs/pr/1") == CONFIG
-    assert load(seed, revision="v1").lr == load(seed, revision=OLD).lr == 0.5
-    assert load(seed, subfolder="optimizer/fngd").lr == 0.75
+    assert seed.load() == seed.load(revision="main") == seed.load(revision=MAIN) == CONFIG
+    assert seed.load(revision="refs/pr/1") == CONFIG
+    assert seed.load(revision="v1").lr == seed.load(revision=OLD).lr == 0.5
+    assert seed.load(subfolder="optimizer/fngd").lr == 0.75
     for missing in ({"revision": "v2"}, {"revision": "v1", "subfolder": "optimizer/fngd"}):
         with pytest.raises(OSError, match=r"not in the Hub's cache"):
-            load(seed, **missing)
+            seed.load(**missing)
 
 
 def test_a_cached_model_without_a_config_of_ours(seed):
     seed.put('{"lr": 0.5}', name="config.json")
     with pytest.raises(OSError, match=r"fngd_config\.json of 'user/repo'.*not in the Hub's cache.*HF_HUB_OFFLINE"):
-        load(seed)
+        seed.load()
 
 
-def test_saving_over_a_cached_file_leaves_the_cache_whole(seed):
-    seed.put(CONFIG.to_json_string())
-    snapshot = seed.cache / "models--user--repo" / "snapshots" / MAIN
-    FNGDConfig().save_pretrained(snapshot)
-    assert (seed.cache / "models--user--repo" / "blobs" / "0").read_text() == CONFIG.to_json_string()
-
-
-@pytest.mark.parametrize("name", ["./no/such/folder", "/no/such/file.json", "a/b/c", "user/re po", "user/" + "r" * 250])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "./no/such/folder",
+        "/no/such/file.json",
+        "a/b/c",
+        "user/re po",
+        "user/" + "r" * 250,
+        "http://localhost:1/x",
+        "--x",
+    ],
+)
 def test_what_is_neither_local_nor_an_id(seed, name):
-    with pytest.raises(OSError, match=r"no such local folder or \.json file") as caught:
-        load(seed, name)
-    assert str(caught.value).startswith(f"fngd_config.json of {name[:200]!r}")
+    error = refusal(lambda: seed.load(name))
+    assert isinstance(error, OSError)
+    assert str(error).startswith(f"fngd_config.json of {name[:200]!r}")
+    assert "no such local folder or .json file" in str(error)
+
+
+@pytest.mark.parametrize("key", ["name_or_path", "subfolder", "revision", "cache_dir"])
+@pytest.mark.parametrize("value", [5, ["a"], b"a", object(), "a\0b", "\ud800", "x" * 5000, "../../../../etc", "a~1"])
+def test_what_is_no_text_or_no_name_is_refused(seed, key, value):
+    seed.put(CONFIG.to_json_string())
+    arguments = {"name_or_path": "user/repo", "cache_dir": seed.cache} | {key: value}
+    refusal(lambda: FNGDConfig.from_pretrained(**arguments), longest=21_000)
 
 
 def http_error(kind):
@@ -106,13 +149,93 @@ def test_options_reach_the_client(monkeypatch, tmp_path):
         return str(path)
 
     monkeypatch.setattr(hub, "hf_hub_download", download)
-    options = {
-        "revision": "v1",
-        "cache_dir": str(tmp_path),
-        "token": "t",
-        "local_files_only": True,
-        "force_download": True,
-    }
+    options = {"revision": "v1", "cache_dir": str(tmp_path), "token": "t"}
+    options |= {"local_files_only": True, "force_download": True}
     for method in (FNGDConfig.from_pretrained, FNGDConfig.load):
         assert method("user/repo", subfolder="sub", **options) == CONFIG
         assert calls.pop() == (("user/repo", "sub/fngd_config.json"), {**options, "library_name": "hf-fngd"})
+
+
+# Pushing ---------------------------------------------------------------------------------------------------
+
+
+class RecordedHub:
+    """Stand-in for HfApi: keeps the calls in order, and the files of the last commit."""
+
+    def __init__(self):
+        self.has_card, self.calls, self.files = False, [], {}
+
+    def __call__(self, **kwargs):
+        self.calls.append(("HfApi", kwargs))
+        return self
+
+    def create_repo(self, repo_id, **kwargs):
+        self.calls.append(("create_repo", repo_id, kwargs))
+        return SimpleNamespace(repo_id=repo_id if "/" in repo_id else f"me/{repo_id}")
+
+    def create_branch(self, repo_id, **kwargs):
+        self.calls.append(("create_branch", repo_id, kwargs))
+
+    def file_exists(self, repo_id, name, **kwargs):
+        self.calls.append(("file_exists", repo_id, name, kwargs))
+        return self.has_card
+
+    def create_commit(self, repo_id, operations, **kwargs):
+        self.calls.append(("create_commit", repo_id, kwargs))
+        self.files = {operation.path_in_repo: operation.path_or_fileobj.decode() for operation in operations}
+        return "the commit"
+
+
+@pytest.fixture
+def recorded(monkeypatch):
+    api = RecordedHub()
+    monkeypatch.setattr(hub, "HfApi", api)
+    return api
+
+
+def test_push_to_a_new_repository(recorded):
+    assert CONFIG.push_to_hub("user/repo", private=True, token="t", commit_message="Share") == "the commit"
+    assert recorded.calls == [
+        ("HfApi", {"token": "t", "library_name": "hf-fngd"}),
+        ("create_repo", "user/repo", {"private": True, "exist_ok": True}),
+        ("file_exists", "user/repo", "README.md", {"revision": None}),
+        ("create_commit", "user/repo", {"commit_message": "Share", "revision": None, "create_pr": False}),
+    ]
+    assert set(recorded.files) == {"fngd_config.json", "README.md"}
+    assert FNGDConfig.from_dict(json.loads(recorded.files["fngd_config.json"])) == CONFIG
+
+
+def test_the_card_is_valid_and_tells_what_it_is_and_one_that_is_there_is_left_alone(recorded):
+    CONFIG.push_to_hub("repo")
+    card = ModelCard(recorded.files["README.md"])
+    assert card.data.to_dict()["library_name"] == "hf-fngd"
+    assert card.data.tags == ["hf_fngd", "optimizer-config"]
+    assert "model-index" not in card.data.to_dict()
+    assert card.text.lstrip().startswith("# me/repo")
+    assert 'FNGDConfig.from_pretrained("me/repo")' in card.text
+    assert CONFIG.to_json_string() in card.text
+    recorded.has_card = True
+    CONFIG.push_to_hub("user/repo")
+    assert set(recorded.files) == {"fngd_config.json"}
+
+
+def test_push_to_a_branch_creates_it_and_to_a_pull_request_does_not(recorded):
+    CONFIG.push_to_hub("user/repo", revision="tuned", create_pr=True)
+    assert ("create_branch", "user/repo", {"branch": "tuned", "exist_ok": True}) in recorded.calls
+    assert ("file_exists", "user/repo", "README.md", {"revision": "tuned"}) in recorded.calls
+    name, _, options = recorded.calls[-1]
+    assert (name, options["revision"], options["create_pr"]) == ("create_commit", "tuned", True)
+    recorded.calls.clear()
+    CONFIG.push_to_hub("user/repo", revision="refs/pr/1")
+    assert "create_branch" not in [call[0] for call in recorded.calls]
+
+
+def test_save_and_push(recorded, tmp_path):
+    path = CONFIG.save_pretrained(tmp_path / "run-1", push_to_hub=True, token="t", private=False)
+    assert FNGDConfig.from_pretrained(path) == CONFIG
+    assert recorded.calls[0] == ("HfApi", {"token": "t", "library_name": "hf-fngd"})
+    assert recorded.calls[1] == ("create_repo", "run-1", {"private": False, "exist_ok": True})
+    CONFIG.save_pretrained(tmp_path / "run-1", push_to_hub=True, repo_id="user/other")
+    assert recorded.calls[-1][1] == "user/other"
+    with pytest.raises(ValueError, match=f"larger than {hub.MAX_BYTES} bytes"):
+        FNGDConfig(target_modules=["a" * 60] * 6000).push_to_hub("user/repo")

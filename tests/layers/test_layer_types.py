@@ -21,7 +21,7 @@ from transformers.pytorch_utils import Conv1D
 from hf_fngd import FNGDPreconditioner
 from hf_fngd.layers.base import _LAYER_TYPES, find_kernel, layer_type_names, register_layer_type
 from tests.nets import EVERY_TYPE, gradient, relative_error
-from tests.reference import Clipping, float64, uses_of
+from tests.reference import Clipping, Dense, float64, per_sample_gradients, uses_of
 
 SAMPLES, VOCABULARY = 5, 7
 FIRST = 30.0  # how often the first sample counts
@@ -108,6 +108,7 @@ CASES = {
     "Linear, positions": Case("linear", linear, (3, 4)),
     "Linear, two dimensions of positions": Case("linear", linear, (2, 3, 4)),
     "Linear, not contiguous": Case("linear", linear, (3, 4), change=strided),
+    "Linear, one input for all samples": Case("linear", linear, (3, 4), change=lambda x: x[:1].expand_as(x)),
     "Conv1D": Case("conv1d", conv1d, (4,), GPT),
     "Conv1D, positions": Case("conv1d", conv1d, (3, 4), GPT),
     "Conv1D, not contiguous": Case("conv1d", conv1d, (2, 3, 4), GPT, spaced),
@@ -120,9 +121,7 @@ CASES = {
     "Conv1d, depthwise": Case("convolution", convolution(nn.Conv1d, 4, 4, 3, groups=4, padding="valid"), (4, 9)),
     "Conv1d, patches": Case("convolution", convolution(nn.Conv1d, 2, 4, 3, stride=3), (2, 9)),
     "Conv2d, uneven": Case(
-        "convolution",
-        convolution(nn.Conv2d, 2, 4, (3, 2), stride=(2, 1), padding=(1, 2), dilation=(1, 2)),
-        (2, 7, 6),
+        "convolution", convolution(nn.Conv2d, 2, 4, (3, 2), stride=(2, 1), padding=(1, 2), dilation=(1, 2)), (2, 7, 6)
     ),
     "Conv2d, groups": Case("convolution", convolution(nn.Conv2d, 4, 6, 3, groups=2, padding=1), (4, 4, 3)),
     "Conv2d, depthwise, several a channel": Case("convolution", convolution(nn.Conv2d, 3, 6, 3, groups=3), (3, 4, 6)),
@@ -198,6 +197,11 @@ def losses(model: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     return each * torch.tensor([FIRST] + [1.0] * (len(x) - 1))
 
 
+def alone(model: nn.Module, x: Tensor, n: int) -> Tensor:
+    """The loss of a sample that runs through the model by itself."""
+    return model(x[n : n + 1]).square().sum() * (1.0 if n else FIRST)
+
+
 def models(case: Case, bias: str, cls: type[Around] = Around, **settings: Any) -> tuple[Around, Around, Any]:
     """A plain model, the same attached, and what it is attached to."""
     torch.manual_seed(0)
@@ -211,11 +215,10 @@ def clipped(case: Case, plain: Around, x: Tensor) -> dict[str, Tensor]:
     """The gradients of ``sharing="clipped"``, sample by sample."""
     trained = [name for name, p in plain.named_parameters() if p.requires_grad]
 
-    def alone(model: nn.Module, n: int) -> Tensor:
-        return model(x[n : n + 1]).square().sum() * (1.0 if n else FIRST)
-
     with float64():
-        samples = [uses_of(plain, ["module", "head"], alone, n, trained) for n in range(len(x))]
+        samples = [
+            uses_of(plain, ["module", "head"], lambda plain, n: alone(plain, x, n), n, trained) for n in range(len(x))
+        ]
     found, norms = Clipping().gradients(samples)
     for name, of in norms.items():
         assert name.startswith("head") or float((of.mean() / of).min()) < 0.7
@@ -312,6 +315,21 @@ def test_the_gradient_is_the_sum_of_the_clipped_samples(case: Case, bias: str, w
     assert set(own) <= set(report.preconditioned if case.type in ("linear", "conv1d") else report.weighed)
 
 
+GRAM = [parameter for parameter in WITH_BIAS if parameter.values[0].type in ("linear", "conv1d")]
+
+
+@pytest.mark.parametrize(("case", "bias"), GRAM)
+def test_with_a_gram_matrix_it_is_that_of_equation_9(case: Case, bias: str) -> None:
+    plain, model, preconditioner = models(case, bias, sharing="never", damping=0.01)
+    x = inputs(case)
+    losses(model, x).sum().backward()
+    trained = [p for p in plain.module.parameters() if p.requires_grad]
+    u = per_sample_gradients(plain, trained, lambda plain, n: SAMPLES * alone(plain, x, n), SAMPLES)
+    assert relative_error(gradient(model.module), Dense(u, 0.01).p) < 1e-9
+    preconditioner.step()
+    assert preconditioner.coverage().missed == {}
+
+
 @pytest.mark.parametrize(("case", "bias"), ONCE)
 def test_autocast(case: Case, bias: str) -> None:
     found = []
@@ -322,7 +340,7 @@ def test_autocast(case: Case, bias: str) -> None:
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
             y = model(x)
             assert_same(y, plain(x), case)
-        losses(lambda _: y.float(), x).sum().backward()
+        losses(lambda _, y=y: y.float(), x).sum().backward()
         assert all(p.grad.dtype == torch.float32 for p in model.parameters() if p.requires_grad)
         found.append(gradient(model))
     assert relative_error(*found) < 0.03

@@ -8,13 +8,14 @@ from the definitions.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 from torch import Tensor, nn
+from torch.utils.data import IterableDataset
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from hf_fngd import FNGD
@@ -120,6 +121,36 @@ class RecordingTrainer(Recording, Trainer):
     """Trainer, recorded."""
 
 
+class Stream(IterableDataset[dict[str, Any]]):
+    """A data set that does not know its length."""
+
+    def __init__(self, rows: Any) -> None:
+        self.rows = rows
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        yield from self.rows
+
+
+class OutOfMemory(TrainerCallback):
+    """Once, runs out of memory in the middle of the backward pass of a step's first micro-batch."""
+
+    def __init__(self, layer: nn.Module, step: int) -> None:
+        self.layer, self.step = layer, step
+        self.raised = False
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == self.step and not self.raised:
+            self.handle = self.layer.register_forward_hook(self._after_forward)
+
+    def _after_forward(self, layer: nn.Module, inputs: Any, output: Tensor) -> None:
+        self.handle.remove()
+        output.register_hook(self._in_backward)
+
+    def _in_backward(self, gradient: Tensor) -> None:
+        self.raised = True
+        raise RuntimeError("CUDA out of memory. Tried to allocate more than there is.")
+
+
 def arguments(folder: Path, cls: type[TrainingArguments] = TrainingArguments, **changes: Any) -> TrainingArguments:
     """Two epochs of three batches of four, with nothing switched on."""
     values = {
@@ -151,6 +182,8 @@ def train(
     model: nn.Module | None = None,
     samples: int = SAMPLES,
     data: Any = None,
+    collator: Any = None,
+    fngd: dict[str, Any] | None = None,
     callbacks: Iterable[TrainerCallback] = (),
     **changes: Any,
 ) -> Record:
@@ -160,7 +193,8 @@ def train(
         model=model,
         args=arguments(folder, **changes),
         train_dataset=kind.data(samples) if data is None else data,
-        optimizers=(FNGD(model, **optimizer_arguments(sharing)), None),
+        data_collator=collator,
+        optimizers=(FNGD(model, **optimizer_arguments(sharing, **(fngd or {}))), None),
     )
     return run(trainer, callbacks)
 

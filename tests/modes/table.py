@@ -11,10 +11,10 @@ from pathlib import Path
 import torch
 import transformers
 
-from tests.modes.rows import MODES
 from tests.modes.harness import DAMPING
 from tests.modes.nets import KINDS, Kind
 from tests.modes.registry import SHARINGS, Mode
+from tests.modes.rows import MODES
 
 PATH = Path("recipes/results/modes.md")
 WORDS = 40
@@ -60,8 +60,8 @@ def write(modes: Iterable[Mode], path: Path) -> None:
         f'(`sharing="replay"`), at damping {DAMPING}, and one of `sharing="clipped"` with every type of layer weighed,',
         "norms, embeddings and tables of positions included.",
         "The rows of several processes: float64 parameters after 12 steps, against those of one process that",
-        "accumulates the micro-batches of all (the same training, `hf_fngd/distributed/exchange.py`); all processes agree bit for",
-        "bit.",
+        "accumulates the micro-batches of all (the same training, `hf_fngd/distributed/exchange.py`); all processes",
+        "agree bit for bit.",
         "Linear: a BERT classifier (a Llama under TRL). Conv1D: a GPT-2 language model. Made by",
         f"`python -m tests.modes.table` with torch {torch.__version__.split('+')[0]} and transformers "
         f"{transformers.__version__} on a CPU.",

@@ -22,8 +22,7 @@ from transformers import Trainer, TrainerCallback
 from hf_fngd import FNGD, FNGDCallback
 from hf_fngd.weights.base import MicroBatchWeights
 from hf_fngd.weights.replay import ReplaySharing
-from tests.modes.batches import OutOfMemory, Stream
-from tests.modes.harness import arguments
+from tests.modes.harness import OutOfMemory, Stream, arguments
 from tests.modes.nets import bert, classification_data
 
 BATCH = 4
@@ -101,46 +100,24 @@ def resumes(step: int) -> Drive:
 
 
 class Pull(TrainerCallback):
-    """Takes a batch from another prepared loader before every step."""
+    """Takes a batch from another prepared loader before every step, or all of them before the second."""
 
-    def __init__(self, samples: int) -> None:
-        self.samples = samples
-        self.trainer: Trainer | None = None
+    def __init__(self, run: Run, samples: int, at_once: bool) -> None:
+        self.samples, self.at_once = samples, at_once
+        self.trainer = run.trainer(callbacks=[self])
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        assert self.trainer is not None
-        loader = DataLoader(torch.arange(self.samples), batch_size=1)
-        self.batches = iter(self.trainer.accelerator.prepare(loader))
+        self.batches = iter(self.trainer.accelerator.prepare(DataLoader(torch.arange(self.samples), batch_size=1)))
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        next(self.batches, None)
+        if not self.at_once:
+            next(self.batches, None)
+        elif state.global_step == 1:
+            assert len(list(self.batches)) == self.samples
 
 
-def pulls(samples: int) -> Drive:
-    def drive(run: Run) -> None:
-        callback = Pull(samples)
-        callback.trainer = run.trainer(callbacks=[callback])
-        callback.trainer.train()
-
-    return drive
-
-
-class PullAll(TrainerCallback):
-    """Runs through another prepared loader in the middle of the epoch."""
-
-    def __init__(self) -> None:
-        self.trainer: Trainer | None = None
-
-    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        assert self.trainer is not None
-        if state.global_step == 1:
-            assert len(list(self.trainer.accelerator.prepare(DataLoader(torch.arange(3))))) == 3
-
-
-def pulls_all(run: Run) -> None:
-    callback = PullAll()
-    callback.trainer = run.trainer(callbacks=[callback])
-    callback.trainer.train()
+def pulls(samples: int, at_once: bool = False) -> Drive:
+    return lambda run: Pull(run, samples, at_once).trainer.train()
 
 
 class Skip(TrainerCallback):
@@ -167,14 +144,9 @@ def runs_out_of_memory(step: int) -> Drive:
     return drive
 
 
-def twice(first: dict[str, Any], second: dict[str, Any]) -> Drive:
-    """Two train() calls on one optimizer."""
-
-    def drive(run: Run) -> None:
-        run.train(**first)
-        run.train(**second)
-
-    return drive
+def trains_twice(first: dict[str, Any], second: dict[str, Any]) -> Drive:
+    """On one optimizer."""
+    return lambda run: (run.train(**first), run.train(**second))[0]
 
 
 def loops(optimizer: FNGD, model: nn.Module, steps: int, epoch: int = 0) -> None:
@@ -282,10 +254,10 @@ ROWS = {
     "a batch at a time from another prepared loader": Row(pulls(50), first(4)),
     # The end of any loader is taken for the end of the epoch, unless the loader is asked for more than there is.
     "the last batch of another prepared loader": Row(pulls(3), first(3)),
-    "all batches of another prepared loader": Row(pulls_all, first(4)),
-    "two train() calls": Row(twice({"num_train_epochs": 1}, {"num_train_epochs": 2}), first(4)),
+    "all batches of another prepared loader": Row(pulls(3, at_once=True), first(4)),
+    "two train() calls": Row(trains_twice({"num_train_epochs": 1}, {"num_train_epochs": 2}), first(4)),
     # Trainer's own on_epoch_end comes at the end of every call; the flag of a loader does not.
-    "two train() calls, the first less than an epoch": Row(twice({"max_steps": 2}, {}), first(6), first(2)),
+    "two train() calls, the first less than an epoch": Row(trains_twice({"max_steps": 2}, {}), first(6), first(2)),
     # The next forward pass finds the epoch over.
     "the scaler skips the last step of the first epoch": Row(trains(callbacks=[Skip()]), first(4)),
     "out of memory in the first step": Row(runs_out_of_memory(0), first(6)),
@@ -308,3 +280,52 @@ def test_coefficients_are_computed_in_these_steps(row: Row, told: bool, tmp_path
     row.drive(run)
     expected = row.told if told and row.told is not None else row.alone
     assert run.policy.noted == expected
+
+
+# Steps that are skipped: they are counted in the logs, and end epochs as others do ---------------------------
+
+
+class Spoilt(Trainer):
+    """Some of its batches, counted from one, have no finite loss."""
+
+    batches = 0
+    spoilt: tuple[int, ...] = ()
+
+    def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+        self.batches += 1
+        value = super().compute_loss(*args, **kwargs)
+        return value * torch.nan if self.batches in self.spoilt else value
+
+
+def spoilt(folder: Path, batches: tuple[int, ...], callback: bool, **changes: Any) -> tuple[Spoilt, FNGD]:
+    """Two epochs of three batches."""
+    model = bert()
+    optimizer = FNGD(model, sharing="replay")
+    trainer = Spoilt(
+        model=model,
+        args=arguments(folder, logging_strategy="steps", logging_steps=1, **changes),
+        train_dataset=classification_data(12),
+        optimizers=(optimizer, None),
+        callbacks=[FNGDCallback()] if callback else [],
+    )
+    trainer.spoilt = batches
+    trainer.train()
+    assert all(torch.isfinite(p).all() for p in model.parameters())
+    return trainer, optimizer
+
+
+@pytest.mark.parametrize("max_grad_norm", [0.0, 1.0])
+def test_the_callback_logs_how_many_steps_were_skipped(max_grad_norm: float, tmp_path: Path) -> None:
+    trainer, optimizer = spoilt(tmp_path, (2, 5), callback=True, max_grad_norm=max_grad_norm)
+    logged = [entry["fngd_skipped"] for entry in trainer.state.log_history if "loss" in entry]
+    assert logged == [0, 1, 1, 1, 2, 2]
+    assert optimizer.preconditioner.policy.steps == 4
+    assert optimizer.preconditioner.policy.shared_since == 2
+
+
+@pytest.mark.parametrize("callback", [False, True])
+def test_an_epoch_ends_with_its_last_step_even_if_that_is_skipped(callback: bool, tmp_path: Path) -> None:
+    _, optimizer = spoilt(tmp_path, (3,), callback)
+    assert int(optimizer.skipped) == 1
+    assert optimizer.preconditioner.policy.steps == 5
+    assert optimizer.preconditioner.policy.shared_since == 2

@@ -5,52 +5,11 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import nn
-from transformers import (
-    AutoModel,
-    AutoModelForCausalLM,
-    AutoModelForSeq2SeqLM,
-    BertConfig,
-    GPT2Config,
-    LlamaConfig,
-    MarianConfig,
-    PreTrainedModel,
-    T5Config,
-    Trainer,
-)
+from transformers import Trainer
 
 from hf_fngd import FNGD
+from tests.architectures.families import FAMILIES
 from tests.nets import net, trained
-
-TINY: dict[str, Callable[[], PreTrainedModel]] = {
-    "BERT": lambda: AutoModel.from_config(
-        BertConfig(vocab_size=9, hidden_size=4, num_hidden_layers=1, num_attention_heads=1, intermediate_size=6)
-    ),
-    "T5": lambda: AutoModelForSeq2SeqLM.from_config(
-        T5Config(vocab_size=9, d_model=4, d_kv=4, d_ff=6, num_layers=1, num_heads=1)
-    ),
-    "Marian": lambda: AutoModelForSeq2SeqLM.from_config(
-        MarianConfig(
-            vocab_size=9,
-            d_model=4,
-            encoder_layers=1,
-            decoder_layers=1,
-            encoder_attention_heads=1,
-            decoder_attention_heads=1,
-            encoder_ffn_dim=6,
-            decoder_ffn_dim=6,
-            pad_token_id=8,
-            decoder_start_token_id=8,
-        )
-    ),
-    "GPT-2": lambda: AutoModelForCausalLM.from_config(
-        GPT2Config(vocab_size=9, n_embd=4, n_layer=1, n_head=1, bos_token_id=0, eos_token_id=0)
-    ),
-    "Llama": lambda: AutoModelForCausalLM.from_config(
-        LlamaConfig(
-            vocab_size=9, hidden_size=4, intermediate_size=6, num_hidden_layers=1, num_attention_heads=1, head_dim=4
-        )
-    ),
-}
 
 
 class WithNorm(nn.Module):
@@ -66,7 +25,7 @@ class WithNorm(nn.Module):
         self.temperature = nn.Parameter(torch.ones(()))
 
 
-MODELS: dict[str, Callable[[], nn.Module]] = {**TINY, "names": WithNorm, "net": net}
+MODELS = {name: family.build for name, family in FAMILIES.items()} | {"names": WithNorm, "net": net}
 
 
 @pytest.mark.parametrize("make", MODELS.values(), ids=MODELS)
