@@ -76,7 +76,7 @@ def _(sample: Tensor, engine: int) -> Tensor:
 
 @library.custom_op("hf_fngd::sample_weights", mutates_args=(), **_TAGS)
 def sample_weights(x: Tensor | None, g: Tensor, batch: Tensor, engine: int, place: int, has_bias: bool) -> Tensor:
-    """`Layer.weights` ``[N]``, where N is the first dimension of g; ones where there are none."""
+    """`Layer.weights` ``[N]``; ones where there are none."""
     # None where backward comes after the optimizer step: too late to weigh anything.
     found = _batches.get(int(batch)) if g.numel() else None
     w = None
@@ -84,12 +84,12 @@ def sample_weights(x: Tensor | None, g: Tensor, batch: Tensor, engine: int, plac
         if not found.complete or place not in found.of_graphs:  # a retained graph has the same ones again
             found.of_graphs[place] = _engines[engine].layers[place].weights(x, g, has_bias, found)
         w = found.of_graphs[place]
-    return g.new_ones(len(g)) if w is None else w.to(g.dtype, copy=True)
+    return g.new_ones(len(g if x is None else x)) if w is None else w.to(g.dtype, copy=True)
 
 
 @sample_weights.register_fake
 def _(x: Tensor | None, g: Tensor, batch: Tensor, engine: int, place: int, has_bias: bool) -> Tensor:
-    return g.new_empty(g.shape[0])
+    return g.new_empty((g if x is None else x).shape[0])
 
 
 @dataclass(slots=True)
@@ -111,8 +111,8 @@ class LayerCall:
     samples: int | None
 
     def apply(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        has_bias = bias is not None and bias.requires_grad
-        return WeighedLayer.apply(x, weight, bias, self.layer, self.batch, self.engine, self.place, has_bias)  # type: ignore
+        number = self.batch if isinstance(self.batch, Tensor) else None
+        return WeighedLayer.apply(x, weight, bias, number, self)  # type: ignore
 
     def weigh(self, y: Tensor, like: Tensor | None = None) -> Tensor:
         """See `Call.weigh`. Outside of a graph it is a hook, so that a model may change y in place."""
@@ -148,34 +148,30 @@ class WeighedLayer(torch.autograd.Function):
     """A layer whose kernel owns forward and backward."""
 
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, layer: Any, batch: Any, *where: Any
-    ) -> Tensor:
-        """`ExplicitKernel.forward`."""
-        traced = isinstance(batch, Tensor)
-        kernel = layer if traced else layer.kernel
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, number: Tensor | None, call: Any) -> Tensor:
+        """`ExplicitKernel.forward`; ``number`` is the micro-batch's in a traced graph."""
+        ctx.kernel = kernel = call.layer if number is not None else call.layer.kernel
         y, others = kernel.forward(x, weight, bias)
+        ctx.save_for_backward(x, weight, number, *others)
+        ctx.has_bias = bias is not None and bias.requires_grad
+        ctx.engine, ctx.place = call.engine, call.place
         # The micro-batch itself is not saved as tensors are: checkpointing would bring back that of its last forward.
-        ctx.save_for_backward(x, weight, *((batch,) if traced else ()), *others)
-        ctx.kernel, (ctx.engine, ctx.place, ctx.has_bias) = kernel, where
-        ctx.memory = None if traced else _Memory(layer, batch)
+        ctx.memory = _Memory(call.layer, call.batch) if number is None else None
         return y  # type: ignore[no-any-return]
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of x, weight and bias."""
-        kernel, traced = ctx.kernel, ctx.memory is None
-        x, weight, *others = ctx.saved_tensors
-        saved = Saved(x, weight, tuple(others[int(traced) :]))
+        kernel, has_bias = ctx.kernel, ctx.has_bias
+        x, weight, number, *others = ctx.saved_tensors
+        saved = Saved(x, weight, tuple(others))
         grad_x = kernel.input_gradient(saved, g) if ctx.needs_input_grad[0] else None
-        if traced:
-            batch = others[0]
-            w = sample_weights(x, kernel.with_samples(x, g), batch, ctx.engine, ctx.place, ctx.has_bias)
+        if number is not None:
+            w = sample_weights(x, g, number, ctx.engine, ctx.place, has_bias)
         else:
-            w = ctx.memory.weights(x, kernel.with_samples(x, g), ctx.has_bias) if x.numel() else None
-        of_weight, of_bias = kernel.weighted_gradient(saved, g, w, ctx.has_bias)
-        return grad_x, of_weight, of_bias, None, None, None, None, None
+            w = ctx.memory.weights(x, g, has_bias) if x.numel() else None
+        return grad_x, *kernel.weighted_gradient(saved, g, w, has_bias), None, None
 
 
 class WeighedTensor(torch.autograd.Function):

@@ -74,13 +74,13 @@ class Layer:
 
         Args:
             x: the layer's input ``[N, ..., i]``; None where its shape and norms are not asked for.
-            g: its output gradient ``[N, ..., o]``.
+            g: its output gradient, as the kernel takes it.
             has_bias: whether a trained bias belongs to h_n.
             batch: the micro-batch of the forward pass.
         """
         batch.reach()
         self.shared.reached = True
-        if batch.size == 0 or self._is_plain(x, g, batch) or len(g) != batch.size:
+        if batch.size == 0 or self._is_plain(x, g, batch) or len(g if x is None else x) != batch.size:
             return None
         self.weighed = True
         return batch.weights.weigh(self.place, _Samples(self.kernel, x, g, has_bias))

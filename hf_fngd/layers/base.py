@@ -55,7 +55,7 @@ class Call(Protocol):
 class LayerKernel(ABC):
     """The arithmetic of one layer. ``x`` is its input ``[N, ..., i]``, ``g`` its output gradient ``[N, ..., o]``.
 
-    Behind `Call.weigh`, g is the gradient of the tensor that was weighed, and x what was given as ``like``, or None.
+    Of an `ExplicitKernel` g has the shape of what its `forward` returned. Behind `Call.weigh`, g is the gradient of the tensor that was weighed, and x what was given as ``like``, or None.
 
     Attributes:
         fault: why the samples of no call can be weighed, where a call has told so.
@@ -120,10 +120,6 @@ class ExplicitKernel(LayerKernel):
         self, saved: Saved, g: Tensor, w: Tensor | None, has_bias: bool
     ) -> tuple[Tensor, Tensor | None]:
         """``sum_n w_n h_n`` in the layout of the layer's weight, and its bias column; ``w = None`` means ones."""
-
-    def with_samples(self, x: Tensor, g: Tensor) -> Tensor:
-        """The output gradient with the leading dimensions of the layer's output, the first of which is the batch."""
-        return g
 
 
 class GramKernel(ExplicitKernel):

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hf_fngd.layers.base import Call, Forward, GramKernel, Saved, operands, plain_class, register_layer_type
-from hf_fngd.weights.algebra import accumulation_dtype, sample_norms, weighted_bias_sum, weighted_sum
+from hf_fngd.weights.algebra import accumulation_dtype, tensor_norms, weighted_bias_sum, weighted_sum
 from hf_fngd.weights.gram import gram, normalize
 
 
@@ -35,37 +35,37 @@ class LinearKernel(GramKernel):
     def input_gradient(self, saved: Saved, g: Tensor) -> Tensor:
         return (g @ saved.weight).view(saved.x.shape)
 
-    def with_samples(self, x: Tensor, g: Tensor) -> Tensor:
-        return g.view(*x.shape[:-1], g.shape[-1])
-
     def weighted_gradient(
         self, saved: Saved, g: Tensor, w: Tensor | None, has_bias: bool
     ) -> tuple[Tensor, Tensor | None]:
         """``[o, i]`` and ``[o]``."""
-        samples = 1 if w is None else len(w)
-        a, g = _canonical(saved.x, samples), _canonical(g, samples)
+        a = saved.x.reshape(-1, saved.x.shape[-1])
+        w = None if w is None else w.to(g.dtype).repeat_interleave(len(g) // len(w))
         return self.product(a, g, w), weighted_bias_sum(g, w) if has_bias else None
 
     def product(self, a: Tensor, g: Tensor, w: Tensor | None) -> Tensor:
-        """``sum_n w_n h_n`` of ``[N, T, i]`` and ``[N, T, o]``, in the layout of the layer's weight."""
+        """The weighted sum of the rows ``[N T, i]`` and ``[N T, o]``, in the layout of the layer's weight."""
         return weighted_sum(a, g, w)
 
     def norms(self, x: Tensor | None, g: Tensor, has_bias: bool) -> Tensor:
-        """``||a_n|| ||g_n||``, a column of ones for a trained bias; of a tied head ``||g_n||``, as of its table."""
-        if self.tied or x is None:
-            return super().norms(x, g, has_bias)
-        return sample_norms(_canonical(x, len(x)), _canonical(g, len(x)), bias=has_bias)
+        """``||a_n|| ||g_n||``, where a has a column of ones for a trained bias; of a tied head ``||g_n||``.
+
+        Equal to ``||h_n||`` where T = 1, otherwise a bound. Inputs count at positions without a gradient (padding) too.
+        """
+        assert x is not None
+        of_g = tensor_norms(g.reshape(len(x), -1))
+        if self.tied:  # as of the table that it shares its weight with
+            return of_g
+        of_x = tensor_norms(x)
+        if has_bias:
+            of_x = torch.hypot(of_x, of_x.new_full((), (len(g) // len(x)) ** 0.5))
+        return of_x * of_g
 
     def gram(self, x: Tensor, g: Tensor, has_bias: bool, memory_budget: int) -> Tensor:
-        a, g = _canonical(x, len(x)), _canonical(g, len(x))
+        a, g = (rows.reshape(len(x), -1, rows.shape[-1]) for rows in (x, g))
         with torch.autocast(a.device.type, enabled=False):
             dtype = accumulation_dtype(a.dtype)
             return gram(a.to(dtype), normalize(g.to(dtype)), bias=has_bias, memory_budget=memory_budget)
-
-
-def _canonical(x: Tensor, samples: int) -> Tensor:
-    """``[N, ..., f]``, or the same flattened, to ``[N, T, f]``; T = 1 where there is no dimension between."""
-    return x.reshape(samples, x.shape[:-1].numel() // samples, x.shape[-1])
 
 
 @register_layer_type("linear")

@@ -28,46 +28,21 @@ def weighted_sum(a: Tensor, g: Tensor, w: Tensor | None) -> Tensor:
     The weights go to whichever factor is narrower; the product is the one that SGD does anyway.
 
     Args:
-        a: inputs ``[N, T, i]``.
-        g: output gradients ``[N, T, o]``, of a's dtype.
-        w: sample weights ``[N]``, or None for ones (the plain gradient, at no extra cost).
+        a: inputs ``[N T, i]``, sample by sample.
+        g: output gradients ``[N T, o]``, of a's dtype.
+        w: sample weights, of each row ``[N T]``; None for ones (the plain gradient, at no extra cost).
     """
     if w is not None:
-        scale = w.to(a.dtype)[:, None, None]
-        if a.shape[-1] <= g.shape[-1]:
-            a = a * scale
+        if a.shape[1] <= g.shape[1]:
+            a = a * w[:, None]
         else:
-            g = g * scale
-    return g.flatten(0, 1).t() @ a.flatten(0, 1)
+            g = g * w[:, None]
+    return g.t() @ a
 
 
 def weighted_bias_sum(g: Tensor, w: Tensor | None) -> Tensor:
-    """The bias column of `weighted_sum`: ``sum_n w_n sum_t g[n, t, :]``, shape ``[o]``.
-
-    A matrix-vector product: the reduction that SGD does anyway, without the per-sample sums in between.
-    """
-    flat = g.flatten(0, 1)
-    if w is None:
-        return flat.sum(dim=0)
-    return torch.mv(flat.t(), w.to(g.dtype)[:, None].expand(g.shape[:2]).reshape(-1))
-
-
-def sample_norms(a: Tensor, g: Tensor, *, bias: bool) -> Tensor:
-    """The cheap proxy ``||a_n||_F ||g_n||_F`` of ``||h_n||``, shape ``[N]``; equal to it where T = 1.
-
-    Inputs count at positions without a gradient (padding) too.
-
-    Args:
-        a: inputs ``[N, T, i]``.
-        g: output gradients ``[N, T, o]``.
-        bias: whether the layer has a trained bias, which makes a column of ones of ``a``'s.
-    """
-    dtype = accumulation_dtype(a.dtype)
-    norm_a: Tensor = torch.linalg.vector_norm(a, dim=(1, 2), dtype=dtype)
-    if bias:
-        norm_a = torch.hypot(norm_a, norm_a.new_full((), a.shape[1] ** 0.5))
-    norm_g: Tensor = torch.linalg.vector_norm(g, dim=(1, 2), dtype=dtype)
-    return norm_a * norm_g
+    """The bias column of `weighted_sum`, ``[o]``: a matrix-vector product, the reduction that SGD does anyway."""
+    return g.sum(dim=0) if w is None else torch.mv(g.t(), w)
 
 
 def tensor_norms(x: Tensor) -> Tensor:

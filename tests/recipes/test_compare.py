@@ -156,9 +156,10 @@ def test_an_interrupted_run_starts_again_where_its_checkpoint_is(toy):
     toy.values |= {"options": {"mode": "interrupted"}, "arms": {"a": {"options": {"lr": 0.1}}}, "final": {"seeds": [1]}}
     command = [sys.executable, compare.__file__, *toy.argv]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as parent:
-        deadline = time.monotonic() + 60
-        while not list((toy.folder / "out").glob("*/checkpoint-1")) and time.monotonic() < deadline:
+        deadline = time.monotonic() + 150
+        while not (begun := list((toy.folder / "out").glob("*/checkpoint-1"))) and time.monotonic() < deadline:
             time.sleep(0.05)
+        assert begun
         os.kill(parent.pid, signal.SIGTERM)  # the child sleeps for longer than this waits
         assert b"start again to go on" in parent.communicate(timeout=50)[0]
     assert parent.returncode == 1
