@@ -1,10 +1,8 @@
 """Checks of an argument's value: each returns it in the form that a JSON file gives back, or raises.
 
-A check takes the argument's name and its value. It raises TypeError where the value has the wrong type, and ValueError
-where it is out of range; the message names the argument, the value and what is accepted.
+A check takes the argument's name and its value. TypeError says that the type is wrong, ValueError that the value is out
+of range. The message names the argument, the value and what is accepted.
 """
-
-from __future__ import annotations
 
 import difflib
 import math
@@ -50,51 +48,41 @@ def wrong_type(key: str, value: object, accepted: str) -> TypeError:
     return TypeError(f"{key} must be {accepted}, got {shown(value)} of type {type(value).__name__}")
 
 
-def wrong_value(key: str, value: object, accepted: str) -> ValueError:
-    """The error for a value out of range."""
-    return ValueError(f"{key} must be {accepted}, got {shown(value)}")
-
-
-def real(accepted: str, holds: Callable[[float], bool]) -> Check:
-    """A real number for which a condition holds; never nan, an infinity or a bool."""
-
-    def check(key: str, value: Any) -> float:
-        if isinstance(value, bool) or not isinstance(value, numbers.Real):
+def _number(kind: type, convert: Callable[[Any], Any], accepted: str, holds: Callable[[Any], bool]) -> Check:
+    def check(key: str, value: Any) -> Any:
+        if isinstance(value, bool) or not isinstance(value, kind):
             raise wrong_type(key, value, accepted)
         try:
-            number = float(value)
+            number = convert(value)
         except OverflowError:
             number = math.inf
-        if not math.isfinite(number) or not holds(number):
-            raise wrong_value(key, value, accepted)
+        if not (abs(number) < math.inf and holds(number)):  # nan is not below infinity either
+            raise ValueError(f"{key} must be {accepted}, got {shown(value)}")
         return number
 
     return check
 
 
+def real(accepted: str, holds: Callable[[float], bool]) -> Check:
+    """A finite real number for which a condition holds."""
+    return _number(numbers.Real, float, accepted, holds)
+
+
 def integer(lowest: int) -> Check:
     """An integer, not below the lowest and within an int64."""
     accepted = f"an integer from {lowest} to {MAX_INTEGER}"
-
-    def check(key: str, value: Any) -> int:
-        if isinstance(value, bool) or not isinstance(value, numbers.Integral):
-            raise wrong_type(key, value, accepted)
-        if not lowest <= int(value) <= MAX_INTEGER:
-            raise wrong_value(key, value, accepted)
-        return int(value)
-
-    return check
+    return _number(numbers.Integral, int, accepted, lambda number: lowest <= number <= MAX_INTEGER)
 
 
-def choice(names: Callable[[], Collection[str]]) -> Check:
-    """One of some names, which are asked for when the check runs, as names are registered later."""
+def choice(names: Collection[str]) -> Check:
+    """One of some names, to which others may be added later."""
 
     def check(key: str, value: Any) -> str:
-        accepted = "one of " + ", ".join(map(repr, names()))
+        accepted = "one of " + ", ".join(map(repr, names))
         if not isinstance(value, str):
             raise wrong_type(key, value, accepted)
-        if value not in names():
-            raise ValueError(f"{key} must be {accepted}, got {shown(value)}{guess(value, names())}")
+        if value not in names:
+            raise ValueError(f"{key} must be {accepted}, got {shown(value)}{guess(value, names)}")
         return value
 
     return check
@@ -111,7 +99,7 @@ def _text(key: str, value: Any, accepted: str) -> str:
     if not isinstance(value, str):
         raise wrong_type(key, value, accepted)
     if not 0 < len(value) <= MAX_CHARACTERS:
-        raise wrong_value(key, value, f"{accepted}, of 1 to {MAX_CHARACTERS} characters")
+        raise ValueError(f"{key} must be {accepted}, of 1 to {MAX_CHARACTERS} characters, got {shown(value)}")
     return value
 
 
@@ -123,11 +111,11 @@ def modules(accepted: str, fewest: int) -> Check:
             if not fewest <= len(value) <= MAX_NAMES:
                 raise ValueError(f"{key} must hold {fewest} to {MAX_NAMES} module names, got {len(value)}")
             return [_text(f"{key}[{index}]", name, "a module's name") for index, name in enumerate(value)]
+        _text(key, value, accepted)
         try:
-            counts = [
-                re.findall(r"[0-9]+", braces) for braces in re.findall(r"\{[0-9, ]+\}", _text(key, value, accepted))
-            ]
-            if len(value) * math.prod(max(1, *map(int, of)) for of in counts if of) > MAX_UNROLLED:
+            braces = re.findall(r"\{[0-9, ]+\}", value)
+            repeats = (max([1, *map(int, re.findall(r"[0-9]+", counts))]) for counts in braces)
+            if len(value) * math.prod(repeats) > MAX_UNROLLED:
                 raise ValueError("it repeats its parts too often")
             regex.compile(value)
         except (regex.error, ValueError, OverflowError, RecursionError) as error:

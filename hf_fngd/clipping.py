@@ -1,7 +1,5 @@
 """clip_samples: each sample's gradient at one tensor, brought down to the mean norm of its batch."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch
@@ -11,23 +9,15 @@ from hf_fngd.weights.algebra import clip, mean_norm, scaled, tensor_norms
 
 
 def clip_samples(x: Tensor) -> Tensor:
-    """Clip the gradient of a tensor in backward, sample by sample, at the mean norm of the batch.
+    """Clip the gradient of a tensor ``[N, ...]`` in backward, sample by sample, at the mean norm of its batch.
 
-    For the logits, before the loss is computed from them: there one sample weight reaches all of the model, also what
-    FNGD leaves plain, under any optimizer. It knows the sizes of the losses and nothing of those of the inputs, which
-    the sample weights of ``sharing="clipped"`` know layer by layer. The batch is the micro-batch at hand, of one
-    process; scaling the loss changes no sample weight. A gradient that is not finite makes all others NaN, but those
-    that are 0.
+    Take the logits, before the loss: there one sample weight reaches the whole model, also what FNGD leaves plain,
+    under any optimizer. It sees the sizes of the losses, but not those of the inputs, which ``sharing="clipped"`` sees
+    layer by layer. The batch is one process's micro-batch; scaling the loss changes no sample weight. A gradient that
+    is not finite makes all others NaN, except those that are 0.
 
-    Args:
-        x: a tensor ``[N, ...]``, the first dimension of which is the sample.
-
-    Returns:
-        The tensor itself; in a graph of torch.compile a copy.
-
-    Raises:
-        TypeError: it is no tensor.
-        ValueError: it is a scalar.
+    Returns the tensor itself; in a graph of torch.compile a copy. Raises TypeError for what is no tensor, and
+    ValueError for a scalar.
     """
     if not isinstance(x, Tensor):
         raise TypeError(
@@ -42,9 +32,9 @@ def clip_samples(x: Tensor) -> Tensor:
     if not (x.requires_grad and torch.is_grad_enabled()):
         return x
     if torch.compiler.is_compiling():
-        copy: Tensor = _Clipping.apply(x)  # type: ignore[no-untyped-call]
-        return copy
-    x.register_hook(_clipped)  # type: ignore[no-untyped-call]  # which a model may change in place, unlike the output of a Function
+        return _Clipping.apply(x)  # type: ignore[no-untyped-call, no-any-return]
+    # A hook, since a model may change x in place, but not the output of a Function.
+    x.register_hook(_clipped)  # type: ignore[no-untyped-call]
     return x
 
 

@@ -1,7 +1,6 @@
 """Save a config to a folder, load it from a folder or the Hub, push it, as ``GenerationConfig`` does.
 
-Only ``fngd_config.json`` is read and written (and a card, in a repository that has none), so a config may
-live beside a model without touching the model's own ``config.json``.
+It has a file of its own, so it may live beside a model and the model's ``config.json``.
 """
 
 import abc
@@ -12,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any, Self
 
-from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi, ModelCard, ModelCardData, hf_hub_download
+from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi, hf_hub_download
 from huggingface_hub.errors import LocalEntryNotFoundError
 
 CONFIG_NAME = "fngd_config.json"
@@ -24,28 +23,25 @@ HUB_OPTIONS = ("subfolder", "revision", "cache_dir", "token", "local_files_only"
 """The arguments of `HubMixin.from_pretrained` that are no arguments of FNGD's."""
 
 _CARD = """---
-{metadata}
+library_name: hf-fngd
+tags:
+- hf_fngd
+- optimizer-config
 ---
 
 # {repo_id}
 
-`fngd_config.json` holds settings of FNGD, an optimizer for the Hugging Face Trainer in the package `hf-fngd` (after
-[arXiv 2403.03473](https://arxiv.org/abs/2403.03473)).
+Settings of FNGD, an optimizer for the Hugging Face Trainer in the package `hf-fngd`. This card reports no results.
 
 ```python
 from hf_fngd import FNGD, {class_name}
 
-config = {class_name}.from_pretrained("{repo_id}")
-optimizer = FNGD.from_config(model, config)
+optimizer = FNGD.from_config(model, {class_name}.from_pretrained("{repo_id}"))
 ```
-
-The settings:
 
 ```json
 {text}
 ```
-
-This card was generated together with the settings. It reports no training results.
 """
 
 
@@ -74,38 +70,25 @@ class HubMixin(abc.ABC):
         force_download: bool = False,
         **overrides: Any,
     ) -> Self:
-        """Load a config from a local folder, a ``.json`` file or a repository on the Hub.
+        """Load a config from a folder that holds ``fngd_config.json``, a ``.json`` file, or a repository on the Hub.
 
-        What exists on disk wins over a repository of the same name. Without a network, or with
-        ``HF_HUB_OFFLINE=1``, a repository's file comes from the local cache.
-
-        Args:
-            name_or_path: a folder that holds ``fngd_config.json``, the path of a ``.json`` file, or the id
-                of a repository such as ``"user/repo"``.
-            subfolder: folder inside the folder or the repository, relative, with forward slashes.
-            revision: branch, tag or commit of the repository; None is the main branch.
-            cache_dir: this one and the others as `huggingface_hub.hf_hub_download` takes them.
-            token: see there.
-            local_files_only: see there.
-            force_download: see there.
-            **overrides: arguments of FNGD that replace the file's.
+        What exists on disk wins over a repository of the same name. ``subfolder`` is relative to the folder or the
+        repository, with forward slashes; the other options are those of `huggingface_hub.hf_hub_download`.
+        ``overrides`` are arguments of FNGD, and replace the file's.
 
         Raises:
-            OSError: the file was not found, could not be fetched, is too large or is no JSON object. The message says
-                what was looked for, and its cause what the Hub answered.
-            ValueError: a value in the file, an override or the subfolder is not acceptable.
-            TypeError: a value in the file or an override has the wrong type.
+            OSError: the file was not found, could not be fetched, is too large or is no JSON object.
+            ValueError, TypeError: a value in the file, an override or the subfolder is not acceptable.
         """
         folder = PurePosixPath(subfolder)
         if folder.is_absolute() or ".." in folder.parts or "\\" in subfolder:
             raise ValueError(f"subfolder must be relative, with forward slashes and without '..', got {subfolder!r}")
-        path = Path(name_or_path)
-        if path.is_file():
-            if subfolder or path.suffix != ".json":
-                raise OSError(f"{path} is a file: only a .json file is read, and without a subfolder")
-            file = path
-        elif path.is_dir():
-            file = path / folder / CONFIG_NAME
+        file = Path(name_or_path)
+        if file.is_file():
+            if subfolder or file.suffix != ".json":
+                raise OSError(f"{file} is a file: only a .json file is read, and without a subfolder")
+        elif file.is_dir():
+            file = file / folder / CONFIG_NAME
             if not file.is_file():
                 raise OSError(
                     f"there is no {CONFIG_NAME} in the folder {file.parent}: write one with save_pretrained, or "
@@ -125,15 +108,12 @@ class HubMixin(abc.ABC):
     def save_pretrained(self, save_directory: str | os.PathLike[str], push_to_hub: bool = False, **kwargs: Any) -> Path:
         """Write ``fngd_config.json`` into a folder, whole or not at all, and return its path.
 
-        Args:
-            save_directory: the folder; it is created where it does not exist.
-            push_to_hub: push the config to the Hub as well.
-            **kwargs: arguments of `push_to_hub`; ``repo_id`` is the folder's name unless given.
+        The folder is created where it does not exist. ``kwargs`` are those of the method `push_to_hub`, for
+        ``push_to_hub=True``; ``repo_id`` is the folder's name unless given.
 
         Raises:
-            NotADirectoryError: ``save_directory`` is a file.
-            TypeError: there are ``kwargs``, and nothing is pushed.
-            ValueError: the file would be too large to be read again.
+            NotADirectoryError, TypeError, ValueError: ``save_directory`` is a file; nothing is pushed, and there are
+                ``kwargs``; the file would be too large to be read again.
         """
         if kwargs and not push_to_hub:
             raise TypeError(f"{', '.join(kwargs)}: only accepted together with push_to_hub=True")
@@ -143,7 +123,7 @@ class HubMixin(abc.ABC):
         text = self._file_text()
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / CONFIG_NAME
-        # A file of its own beside the target: os.replace is atomic only within one file system.
+        # Beside the target, as os.replace is atomic only within one file system.
         unfinished = folder / f".{CONFIG_NAME}.{uuid.uuid4().hex}"
         try:
             unfinished.write_text(text, encoding="utf-8")
@@ -166,16 +146,9 @@ class HubMixin(abc.ABC):
     ) -> CommitInfo:
         """Upload ``fngd_config.json`` to a repository on the Hub, in one commit, and return it.
 
-        The repository is created where it does not exist. One that has no ``README.md`` gets a short card; a
-        card that is there, and every other file, is left alone.
-
-        Args:
-            repo_id: the repository, ``"user/repo"``, or ``"repo"`` in the user's own namespace.
-            commit_message: message of the commit.
-            private: whether a repository that is created here is private; None is the account's default.
-            token: access token with the right to write; None or True use the stored login.
-            revision: branch to commit to, created where it does not exist; None is the main branch.
-            create_pr: open a pull request against ``revision`` in place of a commit to it.
+        Repository and branch are created where they do not exist. A repository without a ``README.md`` gets a short
+        card; every other file is left alone. The arguments are those of `huggingface_hub.HfApi.create_repo` and
+        `huggingface_hub.HfApi.create_commit`.
 
         Raises:
             huggingface_hub.errors.HfHubHTTPError: the Hub refused, for want of a login for instance.
@@ -187,13 +160,9 @@ class HubMixin(abc.ABC):
             api.create_branch(repo_id, branch=revision, exist_ok=True)
         files = {CONFIG_NAME: text}
         if not api.file_exists(repo_id, "README.md", revision=revision):
-            metadata = ModelCardData(library_name=LIBRARY_NAME, tags=["hf_fngd", "optimizer-config"]).to_yaml()
-            card = _CARD.format(metadata=metadata, repo_id=repo_id, class_name=type(self).__name__, text=text.rstrip())
-            files["README.md"] = str(ModelCard(card))
-        operations = [CommitOperationAdd(name, content.encode()) for name, content in files.items()]
-        return api.create_commit(
-            repo_id, operations, commit_message=commit_message, revision=revision, create_pr=create_pr
-        )
+            files["README.md"] = _CARD.format(repo_id=repo_id, class_name=type(self).__name__, text=text.rstrip())
+        added = [CommitOperationAdd(name, content.encode()) for name, content in files.items()]
+        return api.create_commit(repo_id, added, commit_message=commit_message, revision=revision, create_pr=create_pr)
 
     def _file_text(self) -> str:
         text = self.to_json_string()
@@ -206,24 +175,22 @@ class HubMixin(abc.ABC):
 
 
 def _fetch(repo_id: str, filename: str, options: dict[str, Any]) -> Path:
-    """A repository's file, in the Hub's cache; OSError where it cannot be had."""
-    wanted = f"{filename} of {repo_id[:200]!r}" + (
-        f" at revision {options['revision']!r}" if options["revision"] else ""
-    )
+    """A repository's file, in the Hub's cache."""
+    revision = f" at revision {options['revision']!r}" if options["revision"] else ""
+    missing = f"{filename} of {repo_id[:200]!r}{revision}: there is no such local folder or .json file"
     try:
         return Path(hf_hub_download(repo_id, filename, **options))
     except LocalEntryNotFoundError as error:
         raise OSError(
-            f"{wanted}: there is no such local folder or .json file, the file is not in the Hub's cache, and the Hub "
-            "was not reached or not to be asked. Connect, leave local_files_only and HF_HUB_OFFLINE unset and try "
-            "again, or give a local folder"
+            f"{missing}, the file is not in the Hub's cache, and the Hub was not reached or not to be asked. Connect, "
+            "leave local_files_only and HF_HUB_OFFLINE unset and try again, or give a local folder"
         ) from error
     except Exception as error:  # the transport's own errors are not the same in all versions of huggingface_hub
-        raise OSError(f"{wanted}: there is no such local folder or .json file, and the Hub says: {error}") from error
+        raise OSError(f"{missing}, and the Hub says: {error}") from error
 
 
 def _read(file: Path) -> dict[str, Any]:
-    """Read a JSON object from a file that may come from anyone; OSError where it is none, or too large."""
+    """Read a JSON object from a file that may come from anyone."""
     try:
         with file.open("rb") as stream:
             data = stream.read(MAX_BYTES + 1)

@@ -1,8 +1,7 @@
 """FNGD: the preconditioner and an update rule, as one torch optimizer."""
 
-from __future__ import annotations
-
 import logging
+import math
 import warnings
 from collections.abc import Callable, Mapping
 from typing import Any, Self
@@ -14,11 +13,11 @@ from hf_fngd.distributed.sharded import local
 from hf_fngd.engine.coverage import CoverageReport
 from hf_fngd.engine.state import GONE, check_groups, check_keys, gone
 from hf_fngd.preconditioner import FNGDPreconditioner
-from hf_fngd.settings import Settings, setting_names, with_settings
+from hf_fngd.settings import Settings, with_settings
 from hf_fngd.updates import FALLBACK_RULES, RULES, Update
-from hf_fngd.updates.gradients import of_layers, squared_norms, usable
+from hf_fngd.updates.gradients import of_layers, squared_norms
 from hf_fngd.updates.groups import check_parameters, parameter_groups
-from hf_fngd.updates.natural import natural_scales, scaled_gradients
+from hf_fngd.updates.momentum import natural_scales, scaled_gradients
 from hf_fngd.weights.solve import damping_from_gradient
 from hf_fngd.weights.solved import SolvedPolicy
 
@@ -31,39 +30,29 @@ _STATE_KEY = "fngd"
 class FNGD(torch.optim.Optimizer):
     """Inverse-free fast natural gradient descent (arXiv 2403.03473), and sample clipping, its default.
 
-    The gradients of the attached layers arrive as weighted sums of the samples' gradients, from the backward pass
-    itself. `step` applies the update rule to Linear and Conv1D layers, and the fallback rule to everything else
-    (embeddings, tied heads, convolutions, norms). Construct it on the model that is trained, before or without wrapping
-    it for distributed training.
+    The backward pass leaves weighted sums of the samples' gradients. `step` applies the update rule to Linear and
+    Conv1D layers, and the fallback rule to everything else (embeddings, tied heads, convolutions, norms). Construct it
+    on the model that is trained, before or without wrapping it for distributed training.
 
     A step in which a gradient is NaN, infinite or too large to be squared in float32 is skipped whole: parameters,
     moments and sample weights stay as they were, and the attribute ``skipped`` counts it (with FNGDCallback, also the
     steps that a loss scaler skips).
 
     Args:
-        model: the module that is called with the batch.
-        lr: learning rate, >= 0. The root mean square of an update is 0.2 lr with update "muon", about lr with "adam",
-            and at most lr with "momentum", before momentum.
+        model: the module that is called with the batch, whose first dimension is the sample.
         **settings: see `Settings`.
 
-    Attributes:
-        settings: the arguments.
-        preconditioner: the engine.
-        skipped: how many steps were skipped so far.
-
     Raises:
-        ValueError: an argument's value is wrong or has no effect, or nothing is left to precondition.
-        TypeError: an argument's type is wrong, or ``model`` is no module.
-        RuntimeError: the model is attached to another FNGD.
+        ValueError, TypeError, RuntimeError: as `FNGDPreconditioner`, which is the attribute ``preconditioner``.
     """
 
     def __init__(self, model: nn.Module, lr: float = Settings.lr, **settings: Any) -> None:
         self.settings = Settings.of("FNGD", {"lr": lr, **settings})
-        self.preconditioner = FNGDPreconditioner(model, **self.settings.values(setting_names(engine=True)))
+        self.preconditioner = FNGDPreconditioner(model, **self.settings.values(engine=True))
         self.skipped = 0
         self._checked = False
-        rule = FALLBACK_RULES[self.settings.fallback]
-        groups = parameter_groups(model, self.preconditioner.layers, self.settings, rule)
+        fallback = FALLBACK_RULES[self.settings.fallback]
+        groups = parameter_groups(model, self.preconditioner.layers, self.settings, fallback)
         defaults = {name: self.settings.effective(name) for name in ("lr", "momentum", "beta2", "eps")}
         super().__init__(groups, defaults)
 
@@ -76,8 +65,8 @@ class FNGD(torch.optim.Optimizer):
     def from_training_args(cls, model: nn.Module, args: Any, config: Any = None, **overrides: Any) -> Self:
         """Build from `TrainingArguments`, whose ``learning_rate`` and ``weight_decay`` win over the config's.
 
-        Warns where ``update="momentum"`` meets gradient clipping. ``overrides`` are arguments of `FNGD` and win over
-        all.
+        ``overrides`` are arguments of `FNGD`, and win over all. Warns where ``update="momentum"`` meets gradient
+        clipping.
         """
         arguments = {"lr": args.learning_rate, "weight_decay": args.weight_decay} | overrides
         optimizer = cls(model, **arguments) if config is None else cls.from_config(model, config, **arguments)
@@ -91,7 +80,6 @@ class FNGD(torch.optim.Optimizer):
         return optimizer
 
     def __getstate__(self) -> dict[str, Any]:
-        """Refuse, where torch's would leave the preconditioner out."""
         raise TypeError(
             "FNGD cannot be copied or pickled, it belongs to one model: save its state_dict(), and build another one "
             "on the copy of the model"
@@ -107,10 +95,7 @@ class FNGD(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Update the parameters from their ``grad``.
-
-        A closure evaluates the model anew and returns the loss, and its backward is the one that counts; the loss is
-        returned.
+        """Update the parameters from their ``grad``; ``closure`` as in `torch.optim.Optimizer.step`.
 
         Raises:
             RuntimeError: in the first step, where the optimizer's parameters are not the model's trainable ones, no
@@ -124,21 +109,27 @@ class FNGD(torch.optim.Optimizer):
             check_parameters(self.preconditioner.model, self.param_groups)
             self._checked = True
         squared = squared_norms(self.param_groups)
-        if squared is not None and not usable(squared):
+        # Finite, and so when an update rule squares them in float32? This waits for the device.
+        if squared is not None and not squared.sum() <= torch.finfo(torch.float32).max:
             self.preconditioner.skip()
-            self._report_skip()
+            self.skipped += 1
+            if self.skipped.bit_count() == 1:  # at powers of two, not to fill the log
+                logger.warning(
+                    "FNGD skipped a step, %d so far: a gradient was NaN, infinite or too large to be squared; look for "
+                    "bad samples or a learning rate that is too high",
+                    self.skipped,
+                )
             return loss
         self.preconditioner.step()
-        scales = self._natural_scales(squared) if squared is not None and self.settings.update == "momentum" else None
+        scales = None
+        if squared is not None and self.settings.update == "momentum":
+            policy = self.preconditioner.policy
+            assert isinstance(policy, SolvedPolicy)
+            norms, sizes = of_layers(squared, self.param_groups, len(self.preconditioner.layers))
+            scales = natural_scales(norms, sizes, policy.rho, policy.spread, policy.damping)
         for group in self.param_groups:
             self._update_group(group, scales)
         return loss
-
-    def _natural_scales(self, squared: Tensor) -> Tensor:
-        policy = self.preconditioner.policy
-        assert isinstance(policy, SolvedPolicy)
-        norms, sizes = of_layers(squared, self.param_groups, len(self.preconditioner.layers))
-        return natural_scales(norms, sizes, policy.rho, policy.spread, policy.damping)
 
     def _update_group(self, group: dict[str, Any], scales: Tensor | None) -> None:
         rule = RULES[group["rule"]]
@@ -158,25 +149,16 @@ class FNGD(torch.optim.Optimizer):
         tensors = [[local(state[name]) for state in states] for name in rule.state]
         rule.update(Update([local(p) for p in params], grads, tensors, [s["step"] for s in states], params, group))
 
-    def _report_skip(self) -> None:
-        self.skipped += 1
-        if self.skipped & (self.skipped - 1) == 0:  # at powers of two, not to fill the log
-            logger.warning(
-                "FNGD skipped a step, %d so far: a gradient was NaN, infinite or too large to be squared; look for "
-                "bad samples or a learning rate that is too high",
-                self.skipped,
-            )
-
     def end_epoch(self) -> None:
-        """Say that an epoch ended: in a plain loop, after its last `step`. Trainer needs no such call."""
+        """See `FNGDPreconditioner.end_epoch`. Trainer needs no such call."""
         self.preconditioner.end_epoch()
 
     def detach(self) -> None:
-        """Restore the model; see `FNGDPreconditioner.detach`."""
+        """See `FNGDPreconditioner.detach`."""
         self.preconditioner.detach()
 
     def coverage(self) -> CoverageReport:
-        """Which parameters are preconditioned or weighed, which are not, and why; complete once a step was done."""
+        """See `FNGDPreconditioner.coverage`."""
         return self.preconditioner.coverage()
 
     @torch.no_grad()
@@ -187,25 +169,21 @@ class FNGD(torch.optim.Optimizer):
         Clipping makes it smaller, by the square of the factor; so does averaging over accumulated micro-batches, since
         rho is that of one. Under FSDP2 all processes have to call it.
         """
-        own = self.preconditioner.diagnostics() | {"skipped": float(self.skipped)}
+        values = self.preconditioner.diagnostics() | {"skipped": float(self.skipped)}
         policy = self.preconditioner.policy
-        if not isinstance(policy, SolvedPolicy):
-            return own
-        norms = squared_norms(self.param_groups)
-        if norms is None:
-            return own | {"lambda": float("nan")}
-        squared, _ = of_layers(norms, self.param_groups, len(self.preconditioner.layers))
-        damping = damping_from_gradient(policy.rho.to(squared), squared, policy.damping)
-        known = damping[damping > 0]
-        mean = float(known.log().mean().exp()) if known.numel() else float("nan")
-        return own | {"lambda": mean}
+        if isinstance(policy, SolvedPolicy):
+            values["lambda"] = math.nan
+            norms = squared_norms(self.param_groups)
+            if norms is not None:
+                squared, _ = of_layers(norms, self.param_groups, len(self.preconditioner.layers))
+                damping = damping_from_gradient(policy.rho.to(squared), squared, policy.damping)
+                values["lambda"] = float(damping[damping > 0].log().mean().exp())  # NaN where there is none
+        return values
 
     def state_dict(self) -> dict[str, Any]:
-        """Torch's, with FNGD's own state in the first parameter group.
-
-        There, unlike in the per-parameter state, nothing is cast to the parameters' dtype on loading, and
-        nothing is dropped by torch.distributed.checkpoint. Loads with ``weights_only=True``.
-        """
+        """Torch's, with FNGD's own state in the first parameter group; it loads with ``weights_only=True``."""
+        # There, unlike in the per-parameter state, nothing is cast to the parameters' dtype on loading, and nothing is
+        # dropped by torch.distributed.checkpoint.
         state = super().state_dict()
         state["param_groups"][0][_STATE_KEY] = {"engine": self.preconditioner.state_dict(), "skipped": self.skipped}
         return state
@@ -213,9 +191,7 @@ class FNGD(torch.optim.Optimizer):
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """The inverse of `state_dict`. The state may come from a model of another dtype, device or number of processes.
 
-        Raises:
-            ValueError: the state is not FNGD's, or of another update rule, sharing policy or model; nothing of it was
-                loaded.
+        Raises ValueError, and loads nothing, where it is of another optimizer, update rule, policy or model.
         """
         groups = state_dict["param_groups"]
         if not groups or _STATE_KEY not in groups[0]:
@@ -225,9 +201,9 @@ class FNGD(torch.optim.Optimizer):
             )
         own = groups[0][_STATE_KEY]
         check_keys(own, ("engine", "skipped"))
-        if own.get("norms") is not None and own["engine"].get("sharing") not in GONE:
-            raise gone("update='momentum' and step_scale='rms'")
         if own["engine"].get("sharing") not in GONE:  # which the engine refuses, by its name
+            if own.get("norms") is not None:
+                raise gone("update='momentum' and step_scale='rms'")
             check_groups(state_dict, self.param_groups)
         # Before torch's, which it must not leave half done: it may refuse the state.
         self.preconditioner.load_state_dict(own["engine"])

@@ -1,7 +1,5 @@
 """FNGDPreconditioner: the engine alone. After backward, ``p.grad`` is the weighted gradient."""
 
-from __future__ import annotations
-
 import weakref
 from collections.abc import Mapping
 from typing import Any
@@ -21,7 +19,7 @@ from hf_fngd.engine.layer import attached_layers
 from hf_fngd.engine.state import check_state
 from hf_fngd.engine.window import MicroBatch, Window, in_backward
 from hf_fngd.layers.select import select_layers
-from hf_fngd.settings import Settings, setting_names, with_settings
+from hf_fngd.settings import READ_BY_POLICIES, Settings, with_settings
 from hf_fngd.weights.algebra import accumulation_dtype
 from hf_fngd.weights.base import SharingPolicy, State, policy_class
 
@@ -30,19 +28,14 @@ from hf_fngd.weights.base import SharingPolicy, State, policy_class
 class FNGDPreconditioner:
     """Sample weights in a model's gradients, in front of any torch optimizer.
 
-    Attach it, train with any optimizer, and call `step` once after every optimizer step (or let `follow` do so). Each
-    backward pass then leaves ``sum_n w_n h_n`` in the ``grad`` of the attached layers: with sharing "never" and
-    "replay" that is ``lambda' (F + lambda I)^-1 g`` (Eq. 9 of arXiv 2403.03473). All other gradients are plain.
+    Attach it, train with any optimizer, and call `step` once after every optimizer step, or let `follow` do so. Each
+    backward pass leaves ``sum_n w_n h_n`` in the ``grad`` of the attached layers: with sharing "never" and "replay"
+    that is ``lambda' (F + lambda I)^-1 g`` (Eq. 9 of arXiv 2403.03473). All other gradients are plain. The attribute
+    ``epoch_ended`` says whether the last step was the last one of an epoch, as far as Accelerate's data loaders show.
 
     Args:
         model: the module that is called with the batch, whose first dimension is the sample.
         **settings: see `Settings`.
-
-    Attributes:
-        settings: the arguments.
-        policy: the sharing policy.
-        layers: the preconditioned layers.
-        epoch_ended: whether the last step was the last one of an epoch, as Accelerate's data loaders say.
 
     Raises:
         ValueError: an argument's value is wrong or has no effect, or nothing is left to precondition.
@@ -56,34 +49,22 @@ class FNGDPreconditioner:
                 f"the first argument is the model, a torch.nn.Module, got {type(model).__name__}; with "
                 "Trainer's optimizer_cls_and_kwargs use (FNGDFactory, {...}), which is handed the model"
             )
-        self.settings = Settings.of("FNGDPreconditioner", settings, setting_names(engine=True))
+        own = self.settings = Settings.of("FNGDPreconditioner", settings, engine=True)
         refuse_environment(model)
         refuse_attached(model)
-        sharing = self.settings.sharing
-        self.policy = sharing if isinstance(sharing, SharingPolicy) else policy_class(sharing)()
-        selection = select_layers(
-            model,
-            self.settings.target_modules,
-            self.settings.exclude_modules,
-            self.settings.layer_types,
-            solves=self.policy.solves,
-        )
+        self.policy = own.sharing if isinstance(own.sharing, SharingPolicy) else policy_class(own.sharing)()
+        solves = self.policy.solves
+        selection = select_layers(model, own.target_modules, own.exclude_modules, own.layer_types, solves=solves)
         self.layers = selection.matrices
-        self._attached = attached_layers(selection.layers, self.policy.solves)
-        self.policy.prepare(
-            len(self._attached),
-            damping=self.settings.effective("damping"),
-            coefficient_steps=self.settings.coefficient_steps,
-            memory_budget=self.settings.effective("memory_budget"),
-        )
+        self._attached = attached_layers(selection.layers, solves)
+        self.policy.prepare(len(self._attached), **{name: own.effective(name) for name in READ_BY_POLICIES})
         self._model = weakref.ref(model)
         self._edge = EpochEdge()
         self._window = Window()
         self.epoch_ended = False
-        self._checked = False
-        self._fsdp = False
+        self._fsdp: bool | None = None  # not known before the first forward pass
         self._hooks: list[RemovableHandle] = []
-        self._coverage = Coverage(selection, self._attached, self.settings.strict)
+        self._coverage = Coverage(selection, self._attached, own.strict)
         self._forwards = Forwards(model, self._attached, self._window, self._begin)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
@@ -102,11 +83,10 @@ class FNGDPreconditioner:
 
     @torch.no_grad()
     def step(self) -> None:
-        """Close an optimizer step, after it was taken.
+        """Close an optimizer step, after it was taken; without a backward pass since the last call, change nothing.
 
-        Sets `epoch_ended`. A call without a backward pass since the last one changes nothing. With several processes
-        all of them have to call it: in a coefficient step they exchange coefficients, and under ``sharing="clipped"``
-        norms in every step.
+        With several processes all of them have to call it: in a coefficient step they exchange coefficients, and under
+        ``sharing="clipped"`` norms in every step.
         """
         _, world = rank_and_world()
         begun = self._window.begun
@@ -135,13 +115,9 @@ class FNGDPreconditioner:
         self.policy.end_epoch()
 
     def follow(self, optimizer: torch.optim.Optimizer) -> None:
-        """Call `step` after every step of an optimizer, until `detach`.
+        """Call `step` after every step of an optimizer, or `skip` after one that a loss scaler skips, until `detach`.
 
-        A fused optimizer is also called by a loss scaler that has found an overflow, and then leaves the parameters as
-        they are: that is a `skip`.
-
-        Raises:
-            ValueError: the optimizer has none of the model's parameters.
+        Raises ValueError where the optimizer has none of the model's parameters.
         """
         parameters = list(self.model.parameters())
         own = {id(p) for p in parameters}
@@ -153,8 +129,8 @@ class FNGDPreconditioner:
             )
 
         def close(optimizer: torch.optim.Optimizer, *_: Any) -> None:
-            overflowed = getattr(optimizer, "found_inf", None)  # torch's GradScaler sets it for the step
-            if overflowed is not None and bool(overflowed):
+            # torch's GradScaler calls a fused optimizer all the same, which then leaves the parameters as they are.
+            if getattr(optimizer, "found_inf", None):
                 self.skip()
             else:
                 self.step()
@@ -169,11 +145,10 @@ class FNGDPreconditioner:
             self._hooks.pop().remove()
 
     def _begin(self, size: int) -> MicroBatch:
-        """A training forward pass of the model begins: a new micro-batch of ``size`` samples."""
-        if not self._checked:  # again, now that Accelerate has prepared it
-            refuse_environment(self.model)
+        """A training forward pass of ``size`` samples begins."""
+        if self._fsdp is None:
+            refuse_environment(self.model)  # again, now that Accelerate has prepared it
             self._fsdp = any(isinstance(module, FSDPModule) for module in self.model.modules())
-            self._checked = True
         if self._edge.missed():  # the last step of the epoch was skipped
             self._window.close()
             self.end_epoch()
@@ -184,9 +159,9 @@ class FNGDPreconditioner:
         return batch
 
     def _has_gradients(self) -> bool:
+        # FSDP2 puts an accumulated gradient on the parameter only when it is reduced; a weight that is computed from
+        # others (pruned meanwhile) has none.
         weights = [layer.module.weight for layer in self.layers]
-        # Under FSDP2 an accumulated gradient is not on the parameter until it is reduced; a weight that is computed
-        # from other parameters (pruned meanwhile) has none.
         return self._fsdp or any(
             isinstance(w, Tensor) and (is_sharded(w) or not w.is_leaf or w.grad is not None) for w in weights
         )
@@ -202,12 +177,11 @@ class FNGDPreconditioner:
         return self._coverage.report()
 
     def diagnostics(self) -> dict[str, float]:
-        """What a user wants to see, as plain numbers; the host waits for the device.
+        """Dimensionless numbers, for which the host waits for the device.
 
-        Returns:
-            ``weight_spread``: standard deviation of the sample weights over their mean, root mean square over the
-            layers (not with sharing "uniform"). With "never" and "replay" also ``rho``, the layers' gradient noise
-            ratio (geometric mean), and with "replay" ``phase`` (0: the first epoch, 1: sharing).
+        ``weight_spread`` is the standard deviation of the sample weights over their mean, root mean square over the
+        layers (not with sharing "uniform"). With "never" and "replay" there is also ``rho``, the layers' gradient noise
+        ratio (geometric mean), and with "replay" ``phase`` (0: the first epoch, 1: sharing).
         """
         return self.policy.diagnostics()
 
@@ -223,14 +197,12 @@ class FNGDPreconditioner:
         """The inverse of `state_dict`. Raises ValueError, and loads nothing, where policy or layers are others."""
         state = check_state(state_dict, self.policy.name, [layer.selected.name for layer in self._attached])
         like = self._like()
-        self.policy.load_state_dict(
-            {
-                key: value.to(like if value.is_floating_point() else like.device)
-                if isinstance(value, Tensor)
-                else value
-                for key, value in state["policy"].items()
-            }
-        )
+        moved = {
+            key: value.to(like if value.is_floating_point() else like.device)
+            for key, value in state["policy"].items()
+            if isinstance(value, Tensor)
+        }
+        self.policy.load_state_dict({**state["policy"], **moved})
         self._window.close()
         self._forwards.batch = None
         for layer in self._attached:

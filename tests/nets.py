@@ -15,7 +15,7 @@ from hf_fngd import FNGD
 from hf_fngd.layers.base import layer_type_names
 from hf_fngd.updates import RULES
 from hf_fngd.weights.base import MicroBatchWeights, policy_class, policy_names
-from hf_fngd.weights.never import NeverSharing
+from hf_fngd.weights.solved import NeverSharing
 from tests.reference import Dense, per_sample_gradients
 
 FEATURES, CLASSES = 5, 4

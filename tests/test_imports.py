@@ -28,7 +28,7 @@ LAYER = {name: place for place, names in enumerate(ORDER) for name in names}
 
 # Who may know these libraries; everybody else needs torch alone.
 LIBRARIES = {
-    "transformers": {"hf_fngd.layers.conv1d", "hf_fngd.trainer.callbacks"},
+    "transformers": {"hf_fngd.layers.linear", "hf_fngd.trainer.callbacks"},
     "huggingface_hub": {"hf_fngd.hub"},
     "accelerate": set(),
 }

@@ -1,7 +1,5 @@
 """Environments in which FNGD would train wrongly: it refuses them early, and names what to use instead."""
 
-from __future__ import annotations
-
 import sys
 from typing import Any
 
@@ -11,21 +9,22 @@ from torch import Tensor, nn
 from hf_fngd.distributed.sharded import is_sharded
 
 _DATA_PARALLEL = "use accelerate launch with DistributedDataParallel (multi_gpu) or FSDP2 instead"
+_FSDP1 = (
+    "FNGD does not run under FSDP version 1, which flattens the weights of several layers into one parameter: use "
+    "version 2 (fsdp_version: 2 in the Accelerate config or fsdp_config, torch's fully_shard)"
+)
+_TENSOR_PARALLEL = ("tensor parallelism", "a layer's weight")
 
 
 def refuse_environment(model: nn.Module) -> None:
-    """Refuse what splits samples, weights or the optimizer's step in ways that the sample weights cannot follow.
+    """Raise RuntimeError under nn.DataParallel, FSDP1, DeepSpeed, Megatron-LM, tensor, context or sequence parallelism.
 
-    Args:
-        model: the model to attach to, or that was attached to and has meanwhile been prepared.
-
-    Raises:
-        RuntimeError: nn.DataParallel, FSDP1, DeepSpeed, Megatron-LM, or tensor, context or sequence parallelism.
+    They split samples, weights or the optimizer's step in ways that the sample weights cannot follow.
     """
     for module in model.modules():
         refuse_replica(module)
         if type(module).__name__ == "FullyShardedDataParallel":
-            raise _fsdp1()
+            raise RuntimeError(_FSDP1)
     # Looked up, not imported: a plain PyTorch loop has no use for accelerate.
     accelerate = sys.modules.get("accelerate.state")
     state: dict[str, Any] = {} if accelerate is None else accelerate.AcceleratorState._shared_state
@@ -36,16 +35,16 @@ def refuse_environment(model: nn.Module) -> None:
             "use FSDP2 (fsdp_config with version 2, and FNGDFactory) to shard the model, or DistributedDataParallel"
         )
     if getattr(state.get("fsdp_plugin"), "fsdp_version", 2) == 1:
-        raise _fsdp1()
+        raise RuntimeError(_FSDP1)
     parallelism = state.get("parallelism_config")
-    for size, title, what in (
-        (getattr(model, "_tp_size", None), "tensor parallelism", "a layer's weight"),
-        (getattr(parallelism, "tp_size", None), "tensor parallelism", "a layer's weight"),
-        (getattr(parallelism, "cp_size", None), "context parallelism", "a sample's positions"),
-        (getattr(parallelism, "sp_size", None), "sequence parallelism", "a sample's positions"),
+    for owner, size, split in (
+        (model, "_tp_size", _TENSOR_PARALLEL),
+        (parallelism, "tp_size", _TENSOR_PARALLEL),
+        (parallelism, "cp_size", ("context parallelism", "a sample's positions")),
+        (parallelism, "sp_size", ("sequence parallelism", "a sample's positions")),
     ):
-        if (size or 1) > 1:
-            raise _split(title, what)
+        if (getattr(owner, size, None) or 1) > 1:
+            raise _split(*split)
 
 
 def refuse_replica(module: nn.Module) -> None:
@@ -60,21 +59,7 @@ def refuse_replica(module: nn.Module) -> None:
 def refuse_split_weight(weight: Tensor) -> None:
     """Raise RuntimeError for a weight that is a shard in its layer's forward (under FSDP2 it is whole by then)."""
     if is_sharded(weight):
-        raise _split("tensor parallelism", "a layer's weight")
-
-
-def rank_and_world() -> tuple[int, int]:
-    """This process's rank and the number of data-parallel processes, 0 and 1 without torch.distributed."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        return torch.distributed.get_rank(), torch.distributed.get_world_size()
-    return 0, 1
-
-
-def _fsdp1() -> RuntimeError:
-    return RuntimeError(
-        "FNGD does not run under FSDP version 1, which flattens the weights of several layers into one parameter: use "
-        "version 2 (fsdp_version: 2 in the Accelerate config or fsdp_config, torch's fully_shard)"
-    )
+        raise _split(*_TENSOR_PARALLEL)
 
 
 def _split(title: str, what: str) -> RuntimeError:
@@ -82,3 +67,10 @@ def _split(title: str, what: str) -> RuntimeError:
         f"FNGD does not run under {title}, where no process sees {what} whole: the per-sample gradients would be "
         f"partial; {_DATA_PARALLEL}"
     )
+
+
+def rank_and_world() -> tuple[int, int]:
+    """This process's rank and the number of data-parallel processes, 0 and 1 without torch.distributed."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        return torch.distributed.get_rank(), torch.distributed.get_world_size()
+    return 0, 1

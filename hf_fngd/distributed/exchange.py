@@ -1,12 +1,8 @@
 """Several processes: what each measured in a step, brought to all of them.
 
-Every process weighs the samples of its own micro-batch, and the gradients are averaged as ever (Sec. IV-D: weigh
-locally, then aggregate). Coefficients are exchanged once, in the optimizer step, and each process then stores all of
-them in the same order. So R processes do exactly what one does that accumulates R micro-batches, and what they store
-agrees bit for bit. A shared step exchanges nothing, but for the mean norms of ``sharing="clipped"``.
+Every process weighs its own samples, and the gradients are averaged as ever (Sec. IV-D). All processes store what all
+measured, in the same order: bit for bit what one process stores that accumulates as many micro-batches.
 """
-
-from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,32 +16,21 @@ from hf_fngd.distributed.environment import rank_and_world
 
 @dataclass(frozen=True)
 class Measurement:
-    """The coefficients that one micro-batch's backward pass computed.
+    """The coefficients that one micro-batch's backward pass computed."""
 
-    Attributes:
-        place: number of the micro-batch since the epoch began, over all processes.
-        w: sample weights ``[L, N]``.
-        rho: noise ratios ``[L]``; NaN where a layer's coefficients were unusable.
-    """
-
-    place: int
-    w: Tensor
-    rho: Tensor
-
-    @property
-    def valid(self) -> Tensor:
-        """Which layers' coefficients are usable, ``[L]``."""
-        return ~self.rho.isnan()
+    place: int  # the micro-batch's number since the epoch began, over all processes
+    w: Tensor  # sample weights ``[L, N]``
+    rho: Tensor  # noise ratios ``[L]``; NaN where a layer's coefficients were unusable
 
     @property
     def spread(self) -> Tensor:
         """``mean(w^2)`` of the layers, ``[L]``, NaN where unusable."""
-        return torch.where(self.valid, self.w.square().mean(dim=1), torch.nan)
+        return torch.where(self.rho.isnan(), torch.nan, self.w.square().mean(dim=1))
 
 
 def gather(own: Sequence[Measurement], device: torch.device) -> list[Measurement]:
-    """All processes' measurements, by place. A collective where there are several processes: each has to call it."""
-    _, world = rank_and_world()
+    """All processes' measurements, by place. A collective: each process has to call it."""
+    world = rank_and_world()[1]
     if world == 1:
         return list(own)
     received: list[list[tuple[int, Tensor, Tensor]]] = [[] for _ in range(world)]
@@ -55,11 +40,8 @@ def gather(own: Sequence[Measurement], device: torch.device) -> list[Measurement
 
 
 def sum_over_processes(own: Tensor) -> Tensor:
-    """The sums ``[K]`` of all processes' numbers, in the order of their ranks, which makes them alike bit for bit.
-
-    A collective where there are several processes: each has to call it.
-    """
-    _, world = rank_and_world()
+    """Sums ``[K]`` over all processes in the order of their ranks, so that they agree bit for bit. A collective."""
+    world = rank_and_world()[1]
     if world == 1:
         return own
     received = own.new_empty(world, len(own))

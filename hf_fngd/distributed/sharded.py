@@ -1,7 +1,5 @@
 """FSDP2: parameters, gradients and state of which each process holds a part."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 
@@ -18,14 +16,13 @@ def is_sharded(x: Tensor) -> bool:
 
 def local(x: Tensor) -> Tensor:
     """The part of a DTensor that this process holds; any other tensor as it is."""
-    return x.to_local() if is_sharded(x) else x  # type: ignore[attr-defined]
+    return x.to_local() if isinstance(x, DTensor) else x
 
 
 def whole(part: Tensor, like: Tensor) -> Tensor:
     """The tensor of which ``part`` is this process's part, where ``like`` is sharded. A collective."""
-    if not is_sharded(like):
+    if not isinstance(like, DTensor):
         return part
-    assert isinstance(like, DTensor)
     sharded = DTensor.from_local(
         part, like.device_mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride()
     )
@@ -34,27 +31,24 @@ def whole(part: Tensor, like: Tensor) -> Tensor:
 
 def part(x: Tensor, like: Tensor) -> Tensor:
     """The part of a whole tensor that this process holds, where ``like`` is sharded; the inverse of `whole`."""
-    if not is_sharded(like):
+    if not isinstance(like, DTensor):
         return x
-    assert isinstance(like, DTensor)
     everywhere = DTensor.from_local(x, like.device_mesh, [Replicate()] * like.device_mesh.ndim, run_check=False)
     return everywhere.redistribute(placements=like.placements).to_local()
 
 
-def replicas(x: Tensor) -> int:
-    """How many processes hold each entry of a sharded tensor."""
-    assert isinstance(x, DTensor)
-    sizes = [x.device_mesh.size(i) for i, placement in enumerate(x.placements) if placement.is_replicate()]
-    return math.prod(sizes)
-
-
 def sum_over_parts(totals: Tensor, params: Sequence[Tensor]) -> Tensor:
     """Sums over this process's parts to sums over whole tensors, ``[P]``: one collective if any is sharded."""
-    shards = [i for i, p in enumerate(params) if is_sharded(p)]
+    shards = {place: p for place, p in enumerate(params) if isinstance(p, DTensor)}
     if not shards:
         return totals
-    places = torch.tensor(shards, device=totals.device)
-    weights = torch.tensor([1 / replicas(params[i]) for i in shards], dtype=totals.dtype, device=totals.device)
-    partial = totals[places] * weights
+    places = torch.tensor(list(shards), device=totals.device)
+    shares = [1 / _replicas(p) for p in shards.values()]
+    partial = totals[places] * torch.tensor(shares, dtype=totals.dtype, device=totals.device)
     dist.all_reduce(partial)
     return totals.index_copy(0, places, partial)
+
+
+def _replicas(x: DTensor) -> int:
+    """How many processes hold each entry."""
+    return math.prod(x.device_mesh.size(i) for i, placement in enumerate(x.placements) if placement.is_replicate())

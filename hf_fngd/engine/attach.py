@@ -1,13 +1,10 @@
 """Attaching to a model: an instance's class is swapped for a generated subclass with another ``forward``.
 
-The subclass goes by its base's name, its state lives in the instance's ``__dict__``, and it pickles and
-deep-copies as the plain class: ``state_dict`` keys, ``repr``, ``save_pretrained`` and pickles are those of the
-model as it was, and a copy is a plain model. (A function put on ``module.forward`` does not pickle, and its
-deep copy trains the original; a parametrization renames keys; a backward hook comes after the weight gradient
-has been paid for; a forward pre-hook is passed by wrappers that call ``forward`` themselves.)
+The subclass goes by its base's name, keeps its state in the instance's ``__dict__``, pickles and copies as its base:
+``state_dict`` keys, ``repr``, ``save_pretrained`` and pickles are those of the model as it was. (A function on
+``module.forward`` does not pickle, and its copy trains the original; a parametrization renames keys; a backward hook
+comes after the weight gradient was paid for; wrappers that call ``forward`` themselves pass a forward pre-hook by.)
 """
-
-from __future__ import annotations
 
 import copyreg
 import functools
@@ -27,10 +24,8 @@ _REPLACED = "_replaced"
 class Attachment:
     """The forwards of a model and of some of its layers, sent through handlers; it keeps no module alive.
 
-    A handler is called as ``handler(module, own_forward, *args, **kwargs)``.
-
-    Raises:
-        RuntimeError: one of them cannot be attached to; the model is then what it was.
+    A handler is called as ``handler(module, own_forward, *args, **kwargs)``. Raises RuntimeError where one of them
+    cannot be attached to; the model is then what it was.
     """
 
     def __init__(self, model: nn.Module, handler: Handler, layers: Sequence[tuple[nn.Module, Handler]]) -> None:

@@ -1,20 +1,14 @@
 """One call of a layer, from its forward to the end of its backward, eager and in graphs of torch.compile alike.
 
-The layer's forward goes through an autograd Function whose backward returns ``sum_n w_n h_n`` in place of the gradient
-of the layer's weight; or the gradient of one tensor in it is multiplied by the sample weights on its way back. Either
-way ``p.grad`` *is* the weighted sum when backward returns, and whatever acts on ``p.grad`` (clipping, loss scaling,
-accumulation, all-reduce) works unchanged. The batch-mean gradient is never computed, no per-sample gradient is kept.
+``p.grad`` *is* the weighted sum when backward returns, so whatever acts on it (clipping, loss scaling, accumulation,
+all-reduce) works unchanged. The batch-mean gradient is never computed, and no per-sample gradient is kept.
 
 A traced graph keeps no Python objects, and an integer that changes from step to step would recompile it. So a
 micro-batch travels through it as a number in a tensor: `begin` numbers the forward pass, and `sample_weights` finds it
-by that number when backward runs, both opaque to the compiler. The graph has no break, and runs on unchanged through
-coefficient steps, shared steps and any state of the policy. Calls of a layer are not counted in it (what only backward
-reads, a compiler moves there), and a weight that is used outside of its layer's forward as well is not found out.
+by that number when backward runs, both opaque to the compiler. In a traced graph calls of a layer are not counted (what
+only backward reads, a compiler moves there), and a weight that is used outside of its layer's forward is not found out.
 """
 
-from __future__ import annotations
-
-import inspect
 import itertools
 import weakref
 from collections.abc import Callable
@@ -31,24 +25,16 @@ from hf_fngd.layers.base import LayerKernel, Saved
 from hf_fngd.weights.algebra import scaled
 
 # In a CUDA graph the operators would not run again, and would read the sample weights of the step that was captured.
-_TAGS: dict[str, Any] = (
-    {"tags": (torch.Tag.cudagraph_unsafe,)}
-    if hasattr(torch.Tag, "cudagraph_unsafe") and "tags" in inspect.signature(library.custom_op).parameters
-    else {}  # of versions that capture nothing which takes a tensor on the CPU, as the micro-batch's number is
-)
+# Versions without the tag capture nothing that takes a tensor on the CPU, as the micro-batch's number is.
+_TAGS: Any = {"tags": (torch.Tag.cudagraph_unsafe,)} if hasattr(torch.Tag, "cudagraph_unsafe") else {}
 _numbers = itertools.count()
-_engines: weakref.WeakValueDictionary[int, Engine] = weakref.WeakValueDictionary()
+_engines: "weakref.WeakValueDictionary[int, Engine]" = weakref.WeakValueDictionary()
 # Kept alive by their window until the optimizer step.
 _batches: weakref.WeakValueDictionary[int, MicroBatch] = weakref.WeakValueDictionary()
 
 
 class Engine:
-    """What a graph knows of a preconditioner: a number, by which the operators find its layers.
-
-    Args:
-        layers: the attached layers.
-        begin: what a training forward pass of N samples begins with.
-    """
+    """What a graph knows of a preconditioner: a number, by which the operators find its layers."""
 
     def __init__(self, layers: list[Layer], begin: Callable[[int], MicroBatch]) -> None:
         self.layers, self.begin = layers, begin
@@ -94,20 +80,12 @@ def _(x: Tensor | None, g: Tensor, batch: Tensor, engine: int, place: int, has_b
 
 @dataclass(slots=True)
 class LayerCall:
-    """What the engine offers a kernel for one call of its layer (`hf_fngd.layers.base.Call`).
+    """What the engine offers a kernel for one call of its layer (`hf_fngd.layers.base.Call`)."""
 
-    Attributes:
-        layer: the layer; its kernel alone in a traced graph.
-        place: its index among the attached layers.
-        batch: the micro-batch, or in a traced graph what `begin` returned.
-        engine: the engine's number.
-        samples: the number of samples N; None in a traced graph.
-    """
-
-    layer: Layer | LayerKernel
+    layer: Layer | LayerKernel  # its kernel alone in a traced graph
     place: int
-    batch: MicroBatch | Tensor
-    engine: int
+    batch: MicroBatch | Tensor  # in a traced graph what `begin` returned
+    engine: int  # its number
     samples: int | None
 
     def apply(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -1,7 +1,5 @@
 """The coverage report: which parameters are preconditioned or weighed, which are plain, and why."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,15 +16,13 @@ NEVER_CALLED = "it was never called in a forward pass of the model in training m
 
 @dataclass(frozen=True)
 class CoverageReport:
-    """What became of every trainable parameter of a model.
+    """What became of every trainable parameter of a model, by its name.
 
     Attributes:
-        preconditioned: names of the parameters of Linear and Conv1D layers whose samples are weighed, and which get the
-            update rule.
-        plain: name to reason, for those whose gradient is plain; they get the fallback rule.
-        missed: name to reason, for those of preconditioned layers that could not be weighed in some or all steps so
-            far.
-        weighed: names of the parameters of all other layers whose samples are weighed; they get the fallback rule.
+        preconditioned: of Linear and Conv1D layers, whose samples are weighed; the update rule steps them.
+        plain: with a plain gradient, and why; the fallback rule steps them.
+        missed: of preconditioned layers that were not weighed in some or all steps, and why.
+        weighed: all others whose samples are weighed; the fallback rule steps them.
     """
 
     preconditioned: tuple[str, ...]
@@ -83,8 +79,7 @@ class Coverage:
     def tell(self, samples: int) -> None:
         """A step was taken, whose sample weights compared so many samples: log the report, if it says more than before.
 
-        Raises:
-            RuntimeError: ``strict``, and a preconditioned layer is missed.
+        With ``strict`` raise RuntimeError where a preconditioned layer is missed.
         """
         if samples == 1 and not self._told:
             logger.warning(

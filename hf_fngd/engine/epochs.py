@@ -1,7 +1,5 @@
 """The end of an epoch, seen through Accelerate's data loaders without a callback."""
 
-from __future__ import annotations
-
 import sys
 import weakref
 from typing import Any

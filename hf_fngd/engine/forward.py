@@ -1,9 +1,7 @@
 """What the attached forwards do: that of the model begins a micro-batch, those of its layers find it."""
 
-from __future__ import annotations
-
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -14,24 +12,20 @@ from hf_fngd.distributed.environment import refuse_replica, refuse_split_weight
 from hf_fngd.engine.attach import Attachment
 from hf_fngd.engine.backward import Engine, LayerCall, begin, numbered
 from hf_fngd.engine.graph import uses_in_graph
-from hf_fngd.engine.inputs import find_sample
 from hf_fngd.engine.layer import ON_TOP_OF_ANOTHER, USED_ELSEWHERE, Layer
 from hf_fngd.engine.window import MicroBatch, Window, in_backward
 from hf_fngd.layers.base import weight_of
 from hf_fngd.layers.embedding import EmbeddingKernel
 
+# Where the batch is to be looked for among a model's inputs, before any other tensor.
+_BATCH_KEYS = ("input_ids", "inputs_embeds", "pixel_values", "input_features", "input_values")
+
 
 class Forwards:
     """Sends the training forward passes of a model through its layers' kernels; all others are the modules' own.
 
-    Args:
-        model: the module that is called with the batch.
-        layers: the attached layers.
-        window: the micro-batches of the step under way.
-        opened: what a training forward pass of N samples begins with.
-
-    Attributes:
-        batch: the micro-batch of the last training forward pass; None where it has none, or was closed.
+    ``opened`` begins a training forward pass of N samples. ``batch`` is the micro-batch of the last one; None where it
+    has none, or was closed.
     """
 
     def __init__(
@@ -59,7 +53,7 @@ class Forwards:
         if not (module.training and torch.is_grad_enabled()):
             return own(*args, **kwargs)
         refuse_replica(module)
-        sample = find_sample(args, kwargs)
+        sample = _find_sample(args, kwargs)
         if torch.compiler.is_compiling():
             self._number = None if sample is None else begin(sample, self._engine.number)
             return own(*args, **kwargs)
@@ -101,7 +95,7 @@ class Forwards:
         # What checkpointing recomputes is no call of its own, unless it recomputes the forward pass of the whole model.
         batch.calls[layer.place] += self._inside or not recomputes
         return layer.kernel.run(
-            module, own, x[0], LayerCall(layer, layer.place, batch, self._engine.number, batch.size)
+            module, own, x[0], LayerCall(layer, layer.place, batch, self._engine.number, batch.weights.size)
         )
 
     def _inspect(self, output: Any, batch: MicroBatch) -> None:
@@ -109,14 +103,28 @@ class Forwards:
         self._inspected = True
         kernels = [layer.kernel for layer in self._layers]
         tables = [kernel for kernel in kernels if isinstance(kernel, EmbeddingKernel) and kernel.output is not None]
-        uses = uses_in_graph(output, {table.output for table in tables})
+        leaves, consumers = uses_in_graph(output, {table.output for table in tables})
         for table in tables:
-            table.inspect(uses.consumers[table.output], batch.size)
+            table.inspect(consumers[table.output], batch.weights.size)
         keys = [[id(parameter) for parameter in layer.selected.module.parameters(False)] for layer in self._layers]
         calls = Counter[int]()
         for layer, own in zip(self._layers, keys, strict=True):
             calls.update(dict.fromkeys(own, batch.calls[layer.place]))
         for layer, own in zip(self._layers, keys, strict=True):
             # Calls of a layer that is compiled by itself are not counted.
-            if any(uses.leaves[key] > max(calls[key], int(layer.selected.matrix)) for key in own):
+            if any(leaves[key] > max(calls[key], int(layer.selected.matrix)) for key in own):
                 layer.shared.reasons.add(USED_ELSEWHERE)
+
+
+def _find_sample(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:
+    """The input whose first dimension counts the samples; None where no input is a tensor with a dimension."""
+    for key in _BATCH_KEYS:
+        if isinstance(value := kwargs.get(key), Tensor) and value.dim() > 0:
+            return value
+    for value in (*args, *kwargs.values()):
+        if isinstance(value, Mapping):
+            if (found := _find_sample((), value)) is not None:
+                return found
+        elif isinstance(value, Tensor) and value.dim() > 0:
+            return value
+    return None

@@ -1,38 +1,23 @@
 """Reading an autograd graph."""
 
-from __future__ import annotations
-
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import fields, is_dataclass
 from typing import Any
 
 from torch import Tensor
 
-
-@dataclass
-class Uses:
-    """What the operations of a graph read.
-
-    Attributes:
-        leaves: how many operations read each leaf, by ``id`` of the leaf.
-        consumers: the operations that read the output of each node that was asked for, by name, and the first
-            dimension of what they make.
-    """
-
-    leaves: Counter[int] = field(default_factory=Counter)
-    consumers: dict[Any, list[tuple[str, int]]] = field(default_factory=lambda: defaultdict(list))
+Consumers = dict[Any, list[tuple[str, int]]]
 
 
-def uses_in_graph(output: Any, nodes: Collection[Any] = ()) -> Uses:
-    """Walk through the graph behind an output.
+def uses_in_graph(output: Any, nodes: Collection[Any] = ()) -> tuple[Counter[int], Consumers]:
+    """What the operations read in the graph behind an output, that is tensors in mappings, sequences and dataclasses.
 
-    Args:
-        output: a tensor, or mappings, sequences and dataclasses of them; whatever else they hold is passed over.
-        nodes: nodes of the graph whose consumers are asked for.
+    How many operations read each leaf, by its ``id``; and for some nodes the names of the operations that read their
+    output, and the first dimension of what these make.
     """
     stack = [tensor.grad_fn for tensor in _tensors(output) if tensor.grad_fn is not None]
-    seen, uses = set(stack), Uses()
+    seen, leaves, consumers = set(stack), Counter[int](), defaultdict[Any, list[tuple[str, int]]](list)
     while stack:
         current = stack.pop()
         for node, _ in current.next_functions:
@@ -40,13 +25,13 @@ def uses_in_graph(output: Any, nodes: Collection[Any] = ()) -> Uses:
                 continue
             if node in nodes:
                 shape = current._input_metadata[0].shape  # of the gradient that it is given
-                uses.consumers[node].append((current.name(), shape[0] if shape else 0))
+                consumers[node].append((current.name(), shape[0] if shape else 0))
             if hasattr(node, "variable"):
-                uses.leaves[id(node.variable)] += 1
+                leaves[id(node.variable)] += 1
             elif node not in seen:
                 seen.add(node)
                 stack.append(node)
-    return uses
+    return leaves, consumers
 
 
 def _tensors(output: Any) -> Iterator[Tensor]:

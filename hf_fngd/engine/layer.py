@@ -1,7 +1,5 @@
 """One attached layer: whether its samples can be weighed, and its sample weights in a backward pass."""
 
-from __future__ import annotations
-
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -21,44 +19,26 @@ ON_TOP_OF_ANOTHER = "reentrant activation checkpointing ran several forward pass
 
 @dataclass(eq=False)
 class Shared:
-    """What the layers have in common that have one weight.
+    """What the layers have in common that have one weight."""
 
-    Attributes:
-        layers: how many these are.
-        reasons: why the weight's gradient was plain, in some call at least of any of them.
-        ambiguous: the places of those that wait for a batch to tell which dimension is the batch's.
-        reached: whether a backward pass ever reached any of them.
-    """
-
-    layers: int = 0
-    reasons: set[str] = field(default_factory=set)
-    ambiguous: set[int] = field(default_factory=set)
-    reached: bool = False
+    layers: int = 0  # how many these are
+    reasons: set[str] = field(default_factory=set)  # why its gradient was plain, in a call at least of any of them
+    ambiguous: set[int] = field(default_factory=set)  # places of those that wait for a batch to tell its dimension
+    reached: bool = False  # whether a backward pass ever reached any of them
 
 
 @dataclass(eq=False)
 class Layer:
-    """A layer whose training forward passes go through the engine.
+    """A layer whose training forward passes go through the engine."""
 
-    Attributes:
-        place: index among the attached layers.
-        selected: its name, module and kernel, and whether it is preconditioned.
-        shared: a weight of several layers is weighed in all of its calls, or in none from then on.
-        solves: whether the sharing policy solves for sample weights, which a layer called twice does not have.
-        batch_first: whether the first dimension of its input is the batch; None as long as no input told.
-        weighed: whether its samples were ever weighed.
-        repeated: whether a backward pass found a call that forward did not count.
-        seen: the last micro-batch whose backward reached it.
-    """
-
-    place: int
+    place: int  # among the attached layers
     selected: Selected
-    shared: Shared
-    solves: bool
-    batch_first: bool | None = None
-    weighed: bool = False
-    repeated: bool = False
-    seen: MicroBatch | None = None
+    shared: Shared  # a weight of several layers is weighed in all of its calls, or in none from then on
+    solves: bool  # whether the sharing policy solves for sample weights, which a layer called twice does not have
+    batch_first: bool | None = None  # whether the first dimension of its input is the batch; None: no input told
+    weighed: bool = False  # whether its samples ever were
+    repeated: bool = False  # whether a backward pass found a call that forward did not count
+    seen: MicroBatch | None = None  # the last one whose backward reached it
 
     def __post_init__(self) -> None:
         self.kernel: LayerKernel = self.selected.kernel
@@ -70,24 +50,21 @@ class Layer:
         return sorted({*self.shared.reasons, *own, *([self.kernel.fault] if self.kernel.fault else [])})
 
     def weights(self, x: Tensor | None, g: Tensor, has_bias: bool, batch: MicroBatch) -> Tensor | None:
-        """The sample weights ``[N]`` of one call in a backward pass; None for ones.
+        """The sample weights ``[N]`` of one call in a backward pass, None for ones; x and g as the kernel takes them.
 
-        Args:
-            x: the layer's input ``[N, ..., i]``; None where its shape and norms are not asked for.
-            g: its output gradient, as the kernel takes it.
-            has_bias: whether a trained bias belongs to h_n.
-            batch: the micro-batch of the forward pass.
+        ``has_bias`` tells whether a trained bias belongs to h_n.
         """
         batch.reach()
         self.shared.reached = True
-        if batch.size == 0 or self._is_plain(x, g, batch) or len(g if x is None else x) != batch.size:
+        samples = batch.weights.size
+        if samples == 0 or self._is_plain(x, g, batch) or len(g if x is None else x) != samples:
             return None
         self.weighed = True
         return batch.weights.weigh(self.place, _Samples(self.kernel, x, g, has_bias))
 
     def _is_plain(self, x: Tensor | None, g: Tensor, batch: MicroBatch) -> bool:
         """Whether the samples cannot be weighed in this call; the reason goes to `Shared`."""
-        self.batch_first, reason = self.kernel.layout(self.batch_first, x, g, batch.size)
+        self.batch_first, reason = self.kernel.layout(self.batch_first, x, g, batch.weights.size)
         if self.solves and self._called_again(batch):
             reason = CALLED_AGAIN
         if self.batch_first is not None:

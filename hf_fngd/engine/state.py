@@ -1,6 +1,4 @@
-"""Whether a saved state is whole, and of this model and these settings; checked before anything of it is loaded."""
-
-from __future__ import annotations
+"""Refuses a saved state that is damaged, or of another model or settings, before anything of it is loaded."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -17,16 +15,7 @@ _NO_REASON = {"", "its input needs a gradient, which weights would change"}
 
 
 def check_state(state: Mapping[str, Any], sharing: str, layers: Sequence[str]) -> State:
-    """Refuse the state of another preconditioner, and bring that of an older version into today's form.
-
-    Args:
-        state: what `FNGDPreconditioner.state_dict` returned.
-        sharing: name of the sharing policy.
-        layers: names of the attached layers, in their order.
-
-    Raises:
-        ValueError: the state is not whole, or belongs to another policy or to other layers.
-    """
+    """A state in the form of today's version; ValueError where it is damaged, or of another policy or other layers."""
     check_keys(state, ("layers", "sharing", "policy"))
     if state["sharing"] in GONE:
         raise gone(f"sharing={state['sharing']!r}")
@@ -47,7 +36,7 @@ def check_state(state: Mapping[str, Any], sharing: str, layers: Sequence[str]) -
 
 
 def gone(settings: str) -> ValueError:
-    """The error for a checkpoint of settings that version 0.1.0 was the last to have."""
+    """The error for settings that version 0.1.0 was the last to have."""
     return ValueError(
         f"the checkpoint was made with {settings}, which this version of hf_fngd does not have: version 0.1.0 (commit "
         "2cdc4ef) is the last one that reads it"
@@ -55,7 +44,7 @@ def gone(settings: str) -> ValueError:
 
 
 def _of_0_1_0(state: Mapping[str, Any], layers: Sequence[str]) -> State:
-    """The state of version 0.1.0, which kept preconditioned layers and all others apart and knew fewer layer types."""
+    """From the state of version 0.1.0, which kept other layers apart and knew fewer types of them."""
     check_keys(state, ("phase", "place"))
     known = {name: [batch_first, [], repeated, False] for name, (batch_first, repeated) in state["layers"].items()}
     for name, (batch_first, reasons) in state.get("rest", {}).items():
@@ -81,19 +70,14 @@ def check_keys(state: Mapping[str, Any], keys: Sequence[str]) -> None:
 
 
 def check_groups(state: Mapping[str, Any], groups: Sequence[Mapping[str, Any]]) -> None:
-    """Refuse torch's state of an optimizer with other update rules or parameters, or with the same in another order.
-
-    Raises:
-        ValueError: it does not fit the parameter groups.
-    """
-    stored_groups = state["param_groups"]
-    rules = [[g["rule"] for g in of] for of in (stored_groups, groups)]
-    if rules[0] != rules[1]:
+    """Raise ValueError where an optimizer's state has other update rules or parameters, or another order of them."""
+    found, expected = ([group["rule"] for group in of] for of in (state["param_groups"], groups))
+    if found != expected:
         raise ValueError(
-            f"the checkpoint's update rules are {rules[0]}, this optimizer's are {rules[1]}: construct FNGD with "
+            f"the checkpoint's update rules are {found}, this optimizer's are {expected}: construct FNGD with "
             "the update and fallback that the checkpoint was made with"
         )
-    for stored, own in zip(stored_groups, groups, strict=True):
+    for stored, own in zip(state["param_groups"], groups, strict=True):
         names = stored.get("param_names", own["param_names"])
         if names != own["param_names"] or len(stored["params"]) != len(own["params"]):
             differing = sorted(set(names) ^ set(own["param_names"]))

@@ -1,7 +1,5 @@
 """The micro-batches of the optimizer step under way."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 
 import torch
@@ -21,27 +19,14 @@ def in_backward() -> bool:
 
 @dataclass(eq=False)
 class MicroBatch:
-    """One forward and backward pass of the model, as its layers see it.
-
-    Attributes:
-        weights: its sample weights, by the sharing policy.
-        calls: how often each layer was called in the forward pass.
-        recomputed: whether the forward pass is one that checkpointing of the whole model recomputes.
-        reached: whether a backward pass reached any layer, and ``complete`` whether that came to its end.
-        of_graphs: the sample weights that a traced backward pass found, by layer.
-    """
+    """One forward and backward pass of the model, as its layers see it."""
 
     weights: MicroBatchWeights
-    calls: list[int]
-    recomputed: bool = False
-    reached: bool = False
-    complete: bool = False
-    of_graphs: dict[int, Tensor | None] = field(default_factory=dict)
-
-    @property
-    def size(self) -> int:
-        """The number of samples N."""
-        return self.weights.size
+    calls: list[int]  # how often each layer was called in the forward pass
+    recomputed: bool = False  # whether the forward pass is one that checkpointing of the whole model recomputes
+    reached: bool = False  # whether a backward pass reached any layer
+    complete: bool = False  # whether that came to its end
+    of_graphs: dict[int, Tensor | None] = field(default_factory=dict)  # sample weights of a traced backward, by layer
 
     def reach(self) -> None:
         """A layer's backward has begun. A pass that breaks off (out of memory) never becomes complete."""
@@ -85,9 +70,7 @@ class Window:
         Those whose backward broke off (out of memory), and those whose gradients were cleared without a step (by a loss
         scaler that skips it). The latter cannot be told where gradients are zeroed in place; and where they are kept
         outside of ``p.grad``, as torch.autograd.grad does, all micro-batches but a step's last count as abandoned.
-
-        Raises:
-            RuntimeError: there are more of them than an optimizer step can accumulate.
+        Raises RuntimeError where more of them are left than an optimizer step can accumulate.
         """
         if in_backward():
             return

@@ -1,16 +1,13 @@
-"""What the engine has to know of a layer type, and the registry of the layer types that it knows.
+"""What the engine has to know of a layer type, and the registry of layer types.
 
 A layer type is one file with one function and one `register_layer_type`. The function makes a `LayerKernel` of each
-module that it takes, which says how the layer's input and output gradient are read, what its samples' norms are, and
-how its weighted gradient is formed. There are two ways to form it:
+module that it takes. There are two ways to form a weighted gradient:
 
 * the kernel owns forward and backward (`ExplicitKernel`), and its backward returns ``sum_n w_n h_n`` in place of the
   gradient of the layer's weight, while the input's gradient stays plain;
 * the module's own forward runs, and the gradient of one tensor in it, whose first dimension is the sample, is
   multiplied by the sample weights on its way back (`Call.weigh`).
 """
-
-from __future__ import annotations
 
 import functools
 from abc import ABC, abstractmethod
@@ -34,31 +31,29 @@ Layout = tuple[bool | None, str | None]
 
 
 class Call(Protocol):
-    """What the engine offers a kernel for one call of a layer in a training forward pass."""
+    """What the engine offers a kernel for one call of a layer in a training forward pass.
 
-    @property
-    def samples(self) -> int | None:
-        """The number of samples N; None in a graph of torch.compile, which does not know it before it runs."""
+    ``samples`` is their number N; None in a graph of torch.compile, which does not know it before it runs.
+    """
+
+    samples: int | None
 
     def apply(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """`ExplicitKernel.forward`, with the kernel's own backward behind it."""
 
     def weigh(self, y: Tensor, like: Tensor | None = None) -> Tensor:
-        """A tensor ``[N, ...]`` whose gradient is multiplied by the sample weights on its way back.
+        """The tensor y ``[N, ...]``; its gradient is multiplied by the sample weights on its way back.
 
-        Args:
-            y: the tensor.
-            like: a tensor whose shape tells which dimension is the batch, where y's does not; handed on as ``x``.
+        Where y's shape does not tell which dimension is the batch, that of ``like`` does; it is handed on as ``x``.
         """
 
 
 class LayerKernel(ABC):
     """The arithmetic of one layer. ``x`` is its input ``[N, ..., i]``, ``g`` its output gradient ``[N, ..., o]``.
 
-    Of an `ExplicitKernel` g has the shape of what its `forward` returned. Behind `Call.weigh`, g is the gradient of the tensor that was weighed, and x what was given as ``like``, or None.
-
-    Attributes:
-        fault: why the samples of no call can be weighed, where a call has told so.
+    Of an `ExplicitKernel` g has the shape of what its `forward` returned. Behind `Call.weigh`, g is the gradient of the
+    tensor that was weighed, and x what was given as ``like``, or None. ``fault`` says why the samples of no call can be
+    weighed, once a call has told.
     """
 
     fault: str | None = None
@@ -74,11 +69,7 @@ class LayerKernel(ABC):
     def layout(self, known: bool | None, x: Tensor | None, g: Tensor, samples: int) -> Layout:
         """Whether the first dimension is the batch, and the reason for which the samples can not be weighed.
 
-        Args:
-            known: what earlier calls of the layer told; None for nothing.
-            x: the input.
-            g: the output gradient.
-            samples: the micro-batch's number of them, N.
+        ``known`` is what earlier calls of the layer told, None for nothing; ``samples`` is N.
         """
         shape = g.shape if x is None else x.shape
         if len(shape) < 2 or shape[0] != samples or samples == 0:
@@ -127,7 +118,7 @@ class GramKernel(ExplicitKernel):
 
     @abstractmethod
     def gram(self, x: Tensor, g: Tensor, has_bias: bool, memory_budget: int) -> Tensor:
-        """K ``[N, N]`` up to one factor, from input and output gradient; temporary memory in bytes."""
+        """K ``[N, N]`` up to one factor, from input and output gradient, within a temporary memory in bytes."""
 
 
 MakeKernel = Callable[[nn.Module], LayerKernel | None]
@@ -138,12 +129,8 @@ _DEFAULT: set[str] = set()
 def register_layer_type(name: str, *, default: bool = True) -> Callable[[MakeKernel], MakeKernel]:
     """Function decorator: make the engine weigh the samples of a family of modules.
 
-    Args:
-        name: what the argument ``layer_types`` calls the family.
-        default: whether it is weighed where ``layer_types`` is None.
-
-    Raises:
-        ValueError: the name is taken.
+    The argument ``layer_types`` calls it by this name; where that is None, ``default`` decides. Raises ValueError where
+    the name is taken.
     """
 
     def register(make: MakeKernel) -> MakeKernel:
@@ -188,22 +175,23 @@ class With:
         return getattr(self._module, name)
 
 
+def trained(module: nn.Module) -> dict[str, nn.Parameter]:
+    """A module's own trained parameters by name."""
+    return {name: p for name, p in module.named_parameters(recurse=False) if p.requires_grad}
+
+
 def weight_of(module: nn.Module) -> Tensor | None:
     """The parameter that stands for all of a layer's: ``weight``, or the first one that is trained."""
     weight = getattr(module, "weight", None)
-    if isinstance(weight, Tensor):
-        return weight
-    return next((p for p in module.parameters(recurse=False) if p.requires_grad), None)
+    return weight if isinstance(weight, Tensor) else next(iter(trained(module).values()), None)
 
 
 def operands(module: nn.Module, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-    """What a layer of matrix products computes with, input, weight and bias, cast as autocast would.
-
-    Outside the autograd Function, where autograd casts the gradients back.
-    """
+    """What a layer of matrix products computes with, cast as autocast would; autograd casts the gradients back."""
     weight, bias = parameters(module)
-    if torch.is_autocast_enabled(x.device.type):
-        x, weight, bias = _autocast(x), _autocast(weight), None if bias is None else _autocast(bias)
+    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:  # which autocast leaves alone
+        dtype = torch.get_autocast_dtype(x.device.type)
+        x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
     return x, weight, bias
 
 
@@ -212,8 +200,3 @@ def parameters(module: nn.Module) -> tuple[Tensor, Tensor | None]:
     weight, bias = module.weight, getattr(module, "bias", None)
     assert isinstance(weight, Tensor)
     return weight, bias
-
-
-def _autocast(x: Tensor) -> Tensor:
-    # As autocast itself does, which leaves float64 alone.
-    return x if x.dtype == torch.float64 else x.to(torch.get_autocast_dtype(x.device.type))

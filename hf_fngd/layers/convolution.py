@@ -4,8 +4,6 @@ No patches are extracted. The sample weights go on the input or on the output gr
 convolution's own weight gradient does the rest (Sec. IV-C).
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,22 +29,14 @@ _TYPES = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2
 
 @dataclass(frozen=True)
 class ConvolutionKernel(ExplicitKernel):
-    """``y = W * x + b``, channels first.
-
-    Attributes:
-        dims: number of dimensions of an image.
-        arguments: what torch's ``convolution`` takes after the bias: stride, padding, dilation and so on.
-        pad: what F.pad takes for a padding that torch's convolution cannot do by itself.
-        mode: F.pad's.
-    """
+    """``y = W * x + b``, channels first, over images of ``dims`` dimensions."""
 
     dims: int
-    arguments: tuple[Any, ...]
-    pad: tuple[int, ...]
-    mode: str
+    arguments: tuple[Any, ...]  # of torch's convolution after the bias: stride, padding, dilation and so on
+    pad: tuple[int, ...]  # F.pad's, for a padding that torch's convolution cannot do by itself
+    mode: str  # F.pad's
 
-    def takes(self, x: Any, *others: Any) -> bool:
-        """See `LayerKernel.takes`. An input without a batch has a dimension less."""
+    def takes(self, x: Any, *others: Any) -> bool:  # an input without a batch has a dimension less
         return isinstance(x, Tensor) and x.dim() == self.dims + 2 and not others
 
     def run(self, module: nn.Module, own: Forward, x: Tensor, call: Call) -> Tensor:
@@ -57,8 +47,7 @@ class ConvolutionKernel(ExplicitKernel):
         return torch.convolution(x, weight, bias, *self.arguments), ()
 
     def input_gradient(self, saved: Saved, g: Tensor) -> Tensor:
-        gradient: Tensor = self._backward(saved.x, g, saved.weight, (True, False, False))[0]
-        return gradient
+        return self._backward(saved.x, g, saved.weight, (True, False, False))[0]  # type: ignore[no-any-return]
 
     def weighted_gradient(
         self, saved: Saved, g: Tensor, w: Tensor | None, has_bias: bool
@@ -74,8 +63,7 @@ class ConvolutionKernel(ExplicitKernel):
         return torch.ops.aten.convolution_backward(g, x, weight, bias_sizes, *self.arguments, wanted)
 
     def layout(self, known: bool | None, x: Tensor | None, g: Tensor, samples: int) -> Layout:
-        """See `LayerKernel.layout`. Of an input with a batch, which `takes` asks for, that is the first dimension."""
-        return super().layout(True, x, g, samples)
+        return super().layout(True, x, g, samples)  # `takes` asked for a batch, and that comes first
 
     def norms(self, x: Tensor | None, g: Tensor, has_bias: bool) -> Tensor:
         """``||x_n|| ||g_n||``."""

@@ -5,8 +5,6 @@ one row of ids for the whole batch, ``[1, T]``. Where its output is added to a t
 to the batch before the sum, and its gradient then has the samples apart.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,16 +16,11 @@ A_TABLE = "the whole batch shares its output, as that of a table of positions, a
 
 
 class EmbeddingKernel(LayerKernel):
-    """``y = W[x]``.
-
-    Attributes:
-        expands: whether the module is a table whose output is expanded to the batch.
-        output: the first output that the whole batch shares, as a node of the graph, until `inspect` has seen it.
-    """
+    """``y = W[x]``."""
 
     def __init__(self) -> None:
-        self.expands = False
-        self.output: Any = None
+        self.expands = False  # whether it is a table whose output is expanded to the batch
+        self.output: Any = None  # the first output that the whole batch shares, as a node of the graph, for `inspect`
 
     def takes(self, x: Any, *others: Any) -> bool:
         return isinstance(x, Tensor) and not others

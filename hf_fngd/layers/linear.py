@@ -1,15 +1,14 @@
-"""torch.nn.Linear: weight ``[o, i]``, any number of leading dimensions, the first of which is the batch."""
-
-from __future__ import annotations
+"""torch.nn.Linear and transformers' Conv1D: any number of leading dimensions, the first of which is the batch."""
 
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from hf_fngd.layers.base import Call, Forward, GramKernel, Saved, operands, plain_class, register_layer_type
-from hf_fngd.weights.algebra import accumulation_dtype, tensor_norms, weighted_bias_sum, weighted_sum
+from hf_fngd.weights.algebra import tensor_norms, weighted_bias_sum, weighted_sum
 from hf_fngd.weights.gram import gram, normalize
 
 
@@ -64,11 +63,32 @@ class LinearKernel(GramKernel):
     def gram(self, x: Tensor, g: Tensor, has_bias: bool, memory_budget: int) -> Tensor:
         a, g = (rows.reshape(len(x), -1, rows.shape[-1]) for rows in (x, g))
         with torch.autocast(a.device.type, enabled=False):
-            dtype = accumulation_dtype(a.dtype)
-            return gram(a.to(dtype), normalize(g.to(dtype)), bias=has_bias, memory_budget=memory_budget)
+            return gram(a, normalize(g), bias=has_bias, memory_budget=memory_budget)
+
+
+class Conv1DKernel(LinearKernel):
+    """``y = x W + b``: a Linear whose weight is stored transposed, ``[i, o]``."""
+
+    def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """The output ``[N T, o]``."""
+        flat = x.reshape(-1, x.shape[-1])
+        return flat @ weight if bias is None else torch.addmm(bias, flat, weight), ()
+
+    def input_gradient(self, saved: Saved, g: Tensor) -> Tensor:
+        return (g @ saved.weight.t()).view(saved.x.shape)
+
+    def product(self, a: Tensor, g: Tensor, w: Tensor | None) -> Tensor:
+        """``[i, o]``: the roles of a and g swap, so that no transposed copy is made."""
+        return weighted_sum(g, a, w)
 
 
 @register_layer_type("linear")
 def linear_kernel(module: nn.Module) -> LinearKernel | None:
     """Of exactly `torch.nn.Linear`: quantized, LoRA and attention-internal subclasses compute other things."""
     return LinearKernel() if plain_class(module) is nn.Linear else None
+
+
+@register_layer_type("conv1d")
+def conv1d_kernel(module: nn.Module) -> Conv1DKernel | None:
+    """Of exactly `transformers.pytorch_utils.Conv1D`."""
+    return Conv1DKernel() if plain_class(module) is Conv1D else None

@@ -5,8 +5,6 @@ parameter, a vector, runs its own forward on that vector expanded to one row a s
 vector has the samples apart, so its norms are exact.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,7 +30,7 @@ from hf_fngd.weights.algebra import accumulation_dtype, scaled
 class LayerNormKernel(ExplicitKernel):
     """``y = (x - mean) / sqrt(variance + eps) * W + b`` over the last dimensions, of ``shape``.
 
-    The normalized input has the same norm for every sample, so that the norms are those of the output gradient.
+    The normalized input has the same norm for every sample, so the norms are those of the output gradient.
     """
 
     shape: tuple[int, ...]
@@ -51,14 +49,12 @@ class LayerNormKernel(ExplicitKernel):
         return y, tuple(moments)
 
     def input_gradient(self, saved: Saved, g: Tensor) -> Tensor:
-        gradient: Tensor = self._backward(saved, g, (True, False, False))[0]
-        return gradient
+        return self._backward(saved, g, (True, False, False))[0]  # type: ignore[no-any-return]
 
     def weighted_gradient(
         self, saved: Saved, g: Tensor, w: Tensor | None, has_bias: bool
     ) -> tuple[Tensor, Tensor | None]:
-        _, of_weight, of_bias = self._backward(saved, scaled(g, w), (False, True, has_bias))
-        return of_weight, of_bias
+        return self._backward(saved, scaled(g, w), (False, True, has_bias))[1:]  # type: ignore[no-any-return]
 
     def _backward(self, saved: Saved, g: Tensor, wanted: tuple[bool, bool, bool]) -> Any:
         x, weight, moments = saved

@@ -1,7 +1,5 @@
 """Which layers of a model are attached, and why the others are not."""
 
-from __future__ import annotations
-
 import itertools
 from collections import Counter, defaultdict
 from collections.abc import Collection, Sequence
@@ -11,7 +9,7 @@ import regex
 from torch import nn
 
 from hf_fngd.checks import shown
-from hf_fngd.layers.base import GramKernel, LayerKernel, find_kernel, layer_type_names, weight_of
+from hf_fngd.layers.base import GramKernel, LayerKernel, find_kernel, layer_type_names, trained, weight_of
 from hf_fngd.layers.linear import LinearKernel
 from hf_fngd.layers.table import TableKernel
 
@@ -24,36 +22,22 @@ _PATTERN_TIMEOUT = 1.0
 
 @dataclass(frozen=True)
 class Selected:
-    """A layer to attach: its name in the model, its module and its arithmetic.
-
-    ``matrix`` tells whether it is a Linear or Conv1D with a weight of its own, which is preconditioned: it gets the
-    update rule, and the other layers get the fallback rule. ``parameters`` are all names in the model of those that it
-    trains itself.
-    """
+    """A layer to attach."""
 
     name: str
     module: nn.Module
     kernel: LayerKernel
-    matrix: bool
-    parameters: tuple[str, ...]
+    matrix: bool  # a Linear or Conv1D with a weight of its own: it gets the update rule, all others the fallback rule
+    parameters: tuple[str, ...]  # all names in the model of those that it trains itself
 
 
 @dataclass(frozen=True)
 class Selection:
-    """The outcome for a whole model.
+    """The preconditioned layers; all layers to attach, these first; and why each other parameter is another."""
 
-    Attributes:
-        layers: the layers to attach, the matrices first, each kind in the model's order.
-        plain: for every trainable parameter outside of the matrices, by name, why its layer is no matrix.
-    """
-
+    matrices: list[Selected]
     layers: list[Selected]
     plain: dict[str, str]
-
-    @property
-    def matrices(self) -> list[Selected]:
-        """The preconditioned layers."""
-        return [layer for layer in self.layers if layer.matrix]
 
 
 def select_layers(
@@ -64,39 +48,25 @@ def select_layers(
     *,
     solves: bool = False,
 ) -> Selection:
-    """Choose the layers to attach.
+    """Choose the layers to attach; for the arguments see `hf_fngd.settings.Settings`.
 
     A Linear or Conv1D is preconditioned if its weight is trained and belongs to it alone (a tied output head shares its
-    weight with an embedding), and the first two arguments name it, or do not. Of the other layers those are attached
-    whose type is registered; a weight that several modules share is weighed with all of them, or with none.
-
-    Args:
-        model: any module.
-        target_modules: ``"all-linear"``, a regular expression that has to match the whole module name, or a list of
-            names or dotted suffixes of names, as in PEFT. It selects among Linear and Conv1D alone.
-        exclude_modules: a regular expression or a list, or None. It excludes layers of any type.
-        layer_types: names of layer types, which alone are attached; None for those that are by default.
-        solves: whether the sharing policy takes Gram matrices: only preconditioned layers are attached then.
+    weight with an embedding), ``target_modules`` names it and ``exclude_modules`` does not. Of the other layers those
+    are attached whose type is registered, and none where the sharing policy ``solves``, for which they would have to
+    form Gram matrices. A weight that several modules share is weighed with all of them, or with none.
 
     Raises:
         ValueError: a listed module matches none of the model's, or nothing is left to precondition.
     """
-    uses = Counter(
-        id(parameter)
-        for module in model.modules()
-        for parameter in module.parameters(recurse=False)
-        if parameter.requires_grad
-    )
     known: dict[int, list[str]] = defaultdict(list)
     for name, parameter in model.named_parameters(remove_duplicate=False):
         known[id(parameter)].append(name)
+    uses = Counter(id(parameter) for module in model.modules() for parameter in trained(module).values())
     wanted = set(layer_type_names(default=True) if layer_types is None else layer_types)
     matrices: list[Selected] = []
     others: list[Selected] = []
     plain: dict[str, str] = {}
-    names = [name for name, _ in model.named_modules()]
-    _check_listed(names, "target_modules", target_modules)
-    _check_listed(names, "exclude_modules", exclude_modules)
+    _check_listed(model, target_modules=target_modules, exclude_modules=exclude_modules)
     for name, module in model.named_modules():
         layer_type, kernel = find_kernel(module)
         if layer_type not in wanted:
@@ -104,17 +74,16 @@ def select_layers(
         excluded = _matches(name, exclude_modules)
         named = target_modules == ALL_LINEAR or _matches(name, target_modules)
         reason = _reason(module, kernel, uses, named, excluded)
-        trained = [parameter for parameter in module.parameters(recurse=False) if parameter.requires_grad]
-        parameters = tuple(itertools.chain.from_iterable(known[id(parameter)] for parameter in trained))
+        own = trained(module)
+        parameters = tuple(itertools.chain.from_iterable(known[id(parameter)] for parameter in own.values()))
         if reason is None and kernel is not None:
             matrices.append(Selected(name, module, kernel, True, parameters))
             continue
         if kernel is not None and not excluded and (_trains_alone(module, kernel) or reason == TIED):
-            own = replace(kernel, tied=True) if isinstance(kernel, LinearKernel) else kernel
-            others.append(Selected(name, module, own, False, parameters))
-        for leaf, parameter in module.named_parameters(recurse=False):
-            if parameter.requires_grad:
-                plain.setdefault(f"{name}.{leaf}" if name else leaf, reason or "")
+            kernel = replace(kernel, tied=True) if isinstance(kernel, LinearKernel) else kernel
+            others.append(Selected(name, module, kernel, False, parameters))
+        for leaf in own:
+            plain.setdefault(f"{name}.{leaf}" if name else leaf, reason or "")
     if not matrices:
         raise ValueError(
             "nothing to precondition: the model has no trainable torch.nn.Linear or transformers Conv1D (their "
@@ -123,7 +92,7 @@ def select_layers(
         )
     among = Counter(id(weight_of(layer.module)) for layer in others)
     others = [layer for layer in others if among[id(weight_of(layer.module))] == uses[id(weight_of(layer.module))]]
-    return Selection(matrices if solves else matrices + others, plain)
+    return Selection(matrices, matrices if solves else matrices + others, plain)
 
 
 def _trains_alone(module: nn.Module, kernel: LayerKernel) -> bool:
@@ -132,8 +101,8 @@ def _trains_alone(module: nn.Module, kernel: LayerKernel) -> bool:
         return False
     if isinstance(kernel, TableKernel):
         return True
-    trained = {name for name, parameter in module.named_parameters() if parameter.requires_grad}
-    return isinstance(module.weight, nn.Parameter) and {"weight"} <= trained <= {"weight", "bias"}
+    names = {name for name, parameter in module.named_parameters() if parameter.requires_grad}
+    return isinstance(getattr(module, "weight", None), nn.Parameter) and {"weight"} <= names <= {"weight", "bias"}
 
 
 def _reason(
@@ -168,12 +137,12 @@ def _matches(name: str, modules: Modules) -> bool:
     return any(name == module or name.endswith(f".{module}") for module in modules)
 
 
-def _check_listed(names: Sequence[str], argument: str, modules: Modules) -> None:
-    if modules is None or isinstance(modules, str):
-        return
-    for module in modules:
-        if not any(_matches(name, [module]) for name in names):
-            raise ValueError(
-                f"{argument} lists {module!r}, which is no module of the model; its modules are named like "
-                f"{', '.join(repr(name) for name in names[1:6])}"
-            )
+def _check_listed(model: nn.Module, **arguments: Modules) -> None:
+    names = [name for name, _ in model.named_modules()]
+    for argument, modules in arguments.items():
+        for module in () if modules is None or isinstance(modules, str) else modules:
+            if not any(_matches(name, [module]) for name in names):
+                raise ValueError(
+                    f"{argument} lists {module!r}, which is no module of the model; its modules are named like "
+                    f"{', '.join(map(repr, names[1:6]))}"
+                )

@@ -1,11 +1,10 @@
 """Tables that are parameters ``[1, T, d]``, as a Vision Transformer's positions and class token.
 
-The module's own forward runs on each of them expanded to one row a sample, whose gradient has the samples apart, so its
-norms are exact.
+The module's own forward runs on each of them expanded to one row a sample. The gradient of the expanded table has the
+samples apart, so its norms are exact.
 """
 
-from __future__ import annotations
-
+import functools
 from typing import Any
 
 import torch
@@ -22,6 +21,7 @@ from hf_fngd.layers.base import (
     find_kernel,
     plain_class,
     register_layer_type,
+    trained,
 )
 
 NOT_ON_ROWS = "its forward does not compute the same on one row a sample of its parameters"
@@ -37,7 +37,7 @@ class TableKernel(LayerKernel):
         return self.fault is None and isinstance(x, Tensor) and x.dim() > 1
 
     def run(self, module: nn.Module, own: Forward, x: Tensor, call: Call) -> Any:
-        if not self._tried and call.samples is not None:
+        if not self._tried and (call.samples or 1) > 1:  # on one row anything computes the same
             self._tried, self.fault = True, None if _same(module, own, x) else NOT_ON_ROWS
             if self.fault is not None:
                 return own()
@@ -48,8 +48,7 @@ class TableKernel(LayerKernel):
 
 
 def _expanded(module: nn.Module, samples: int) -> dict[str, Tensor]:
-    trained = {name: p for name, p in module.named_parameters(recurse=False) if p.requires_grad}
-    return {name: p.expand(samples, -1, -1) for name, p in trained.items()}
+    return {name: p.expand(samples, -1, -1) for name, p in trained(module).items()}
 
 
 def _on_rows(module: nn.Module, own: Forward, rows: dict[str, Tensor]) -> Any:
@@ -59,14 +58,13 @@ def _on_rows(module: nn.Module, own: Forward, rows: dict[str, Tensor]) -> Any:
 
 def _same(module: nn.Module, own: Forward, x: Tensor) -> bool:
     """Whether the module's forward computes the same with its parameters expanded to one row a sample."""
-    with torch.no_grad(), torch.random.fork_rng([x.device] if x.is_cuda else []):
-        state = torch.get_rng_state(), torch.cuda.get_rng_state(x.device) if x.is_cuda else None
-        expected = own()
-        torch.set_rng_state(state[0])
-        if state[1] is not None:
-            torch.cuda.set_rng_state(state[1], x.device)
+    alike = functools.partial(torch.random.fork_rng, [x.device] if x.is_cuda else [])  # both have the same dropout
+    with torch.no_grad():
+        with alike():
+            expected = own()
         try:
-            found = _on_rows(module, own, _expanded(module, len(x)))
+            with alike():
+                found = _on_rows(module, own, _expanded(module, len(x)))
         except Exception:  # whatever a model's own class does with parameters of another shape
             return False
     return isinstance(expected, Tensor) and isinstance(found, Tensor) and torch.equal(expected, found)
@@ -75,7 +73,7 @@ def _same(module: nn.Module, own: Forward, x: Tensor) -> bool:
 @register_layer_type("table")
 def table_kernel(module: nn.Module) -> TableKernel | None:
     """Of a module with trained parameters ``[1, T, d]`` of its own and no others, and no Linear or Conv1D below it."""
-    own = [p for p in module.parameters(recurse=False) if p.requires_grad]
+    own = trained(module).values()
     if not own or any(p.dim() != 3 or len(p) != 1 for p in own):
         return None
     below = (find_kernel(child)[1] for child in module.modules() if child is not module)

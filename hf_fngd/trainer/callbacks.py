@@ -1,7 +1,5 @@
 """FNGDCallback: tells the optimizer about epochs and Trainer's logs about the optimizer."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from tqdm.auto import tqdm
@@ -11,17 +9,14 @@ from hf_fngd.optimizer import FNGD
 
 
 class FNGDCallback(TrainerCallback):  # type: ignore[misc]
-    """Adds ``fngd_weight_spread`` and ``fngd_skipped`` to the logs, and prints the coverage report.
+    """Adds `hf_fngd.FNGD.diagnostics` to the logs, and prints the coverage report after the first step.
 
-    With sharing "never" and "replay" also ``fngd_rho`` and ``fngd_lambda``, and with "replay" ``fngd_phase``, which is
-    0 in the first epoch and 1 from its last step on. See `hf_fngd.FNGD.diagnostics`; ``fngd_skipped`` counts the steps
-    skipped so far, by FNGD or by a loss scaler. The coverage report is printed once, after the first step.
+    The names begin with ``fngd_``. ``fngd_skipped`` counts the steps skipped so far, by FNGD or by a loss scaler;
+    ``fngd_phase`` is 1 from the last step of the first epoch on.
 
     FNGD trains rightly without it. What it adds to the training itself: the end of an epoch is known even where
-    Accelerate does not show it (iterable datasets under gradient accumulation).
-
-    Raises:
-        ValueError: at the start of training, where the optimizer is not FNGD.
+    Accelerate does not show it (iterable datasets under gradient accumulation). At the start of training it raises
+    ValueError where the optimizer is not FNGD.
     """
 
     def __init__(self) -> None:
@@ -29,11 +24,9 @@ class FNGDCallback(TrainerCallback):  # type: ignore[misc]
         self._told = False
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Check the optimizer."""
         _fngd(kwargs["optimizer"])
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """End the epoch for the sharing policy."""
         _fngd(kwargs["optimizer"]).end_epoch()
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -45,16 +38,14 @@ class FNGDCallback(TrainerCallback):  # type: ignore[misc]
         if getattr(kwargs["optimizer"], "step_was_skipped", False):  # by the loss scaler, past FNGD's own step
             optimizer.skipped += 1
         step = state.global_step + 1
-        if args.logging_strategy == "epoch":
-            due = optimizer.preconditioner.epoch_ended
-        else:
-            due = step % max(1, state.logging_steps) == 0
+        by_epoch = args.logging_strategy == "epoch"
+        due = optimizer.preconditioner.epoch_ended if by_epoch else step % max(1, state.logging_steps) == 0
         if due or step in (1, state.max_steps):
             self._values = {f"fngd_{name}": value for name, value in optimizer.diagnostics().items()}
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         """Add the values to training logs, and to the history that Trainer saves."""
-        if logs is not None and "loss" in logs and self._values:
+        if logs is not None and "loss" in logs:
             logs.update(self._values)
             if state.log_history:
                 state.log_history[-1].update(self._values)

@@ -1,7 +1,5 @@
 """The newest checkpoint that a run can resume from: one killed while it saves leaves half a checkpoint behind."""
 
-from __future__ import annotations
-
 import json
 import logging
 import os
@@ -19,20 +17,13 @@ _NOT_WEIGHTS = ("training_args.bin", "optimizer.bin")
 
 
 def last_complete_checkpoint(output_dir: str | os.PathLike[str]) -> str | None:
-    """Return the newest checkpoint of a Trainer's output folder whose files are all whole.
+    """Return the newest checkpoint of a Trainer's output folder whose files are all whole, or None.
 
-    Trainer writes ``checkpoint-N`` in place and ``trainer_state.json`` last, so a run that is killed while it saves
-    leaves a folder that `transformers.trainer_utils.get_last_checkpoint` returns nevertheless. Here a folder counts if
-    ``trainer_state.json`` can be read, weights are there (and shards that an index lists), the optimizer's state is
-    there where the scheduler's is, and no safetensors file or torch archive is cut off. What is not known, such as the
-    folders of sharded checkpoints, is taken as it is. Only headers are read, never whole tensors.
-
-    Args:
-        output_dir: Trainer's ``output_dir``; it need not exist.
-
-    Returns:
-        The folder's path, for ``trainer.train(resume_from_checkpoint=...)``; None where no checkpoint is complete.
-        A folder that is passed over is named in a log warning.
+    Trainer writes ``trainer_state.json`` last, so a run that is killed while it saves leaves a folder that
+    `transformers.trainer_utils.get_last_checkpoint` returns nevertheless. Here a folder counts if that file can be
+    read, weights are there (and shards that an index lists), the optimizer's state is there where the scheduler's is,
+    and no safetensors file or torch archive is cut off. What is not known, such as the folders of sharded checkpoints,
+    is taken as it is. Only headers are read, never whole tensors. A log warning names each folder that is passed over.
     """
     root = Path(output_dir)
     steps = {f: match for f in root.iterdir() if (match := _FOLDER.fullmatch(f.name))} if root.is_dir() else {}
@@ -41,13 +32,13 @@ def last_complete_checkpoint(output_dir: str | os.PathLike[str]) -> str | None:
             if folder.is_dir():
                 _check(folder)
                 return str(folder)
-        except (OSError, ValueError, RecursionError, SafetensorError) as error:
+        except (OSError, ValueError) as error:
             logger.warning("%s is not a complete checkpoint: %s", folder, error)
     return None
 
 
 def _check(folder: Path) -> None:
-    """Raise where a run cannot resume from a checkpoint."""
+    """Raise OSError or ValueError where a run cannot resume from a checkpoint."""
     _object(folder / "trainer_state.json")
     entries = sorted(folder.iterdir())
     names = [entry.name for entry in entries]
@@ -71,7 +62,11 @@ def _check(folder: Path) -> None:
             except SafetensorError as error:
                 raise ValueError(f"{file.name} is cut off: {error}") from error
         elif file.suffix in (".pt", ".pth", ".bin"):
-            _check_archive(file)
+            with file.open("rb") as stream:
+                start = stream.read(2)
+            # A zip archive has its directory at its end. Older versions of torch wrote another format: not known here.
+            if not start or (start == b"PK" and not zipfile.is_zipfile(file)):
+                raise ValueError(f"{file.name} is cut off")
 
 
 def _object(file: Path) -> dict[str, Any]:
@@ -82,11 +77,3 @@ def _object(file: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ValueError(f"{file.name} holds no JSON object")
     return value
-
-
-def _check_archive(file: Path) -> None:
-    # The directory of a zip archive is at its end. Older versions of torch wrote another format: not known here.
-    with file.open("rb") as stream:
-        start = stream.read(2)
-    if not start or (start == b"PK" and not zipfile.is_zipfile(file)):
-        raise ValueError(f"{file.name} is cut off")

@@ -3,7 +3,6 @@
 from hf_fngd.updates import adam, momentum, muon
 from hf_fngd.updates.base import RULES, Update, register_rule
 
-FALLBACK_RULES = {"adamw": "adam", "sgd": "momentum"}
-"""The names that the argument ``fallback`` gives to two of them."""
+FALLBACK_RULES = {"adamw": "adam", "sgd": "momentum"}  # by their names in the argument ``fallback``
 
 __all__ = ["FALLBACK_RULES", "RULES", "Update", "adam", "momentum", "muon", "register_rule"]

@@ -1,11 +1,4 @@
-"""What an update rule is given, and the registry that names the rules.
-
-A rule is one file with one function and one `register_rule`. The function updates the parameters and its state in
-place, by multi-tensor operations, with decoupled weight decay: ``p <- p (1 - lr weight_decay)`` (Loshchilov & Hutter
-2019).
-"""
-
-from __future__ import annotations
+"""What an update rule is given, and the registry that names the rules: one file and one `register_rule` each."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -17,26 +10,17 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Update:
-    """One update of one parameter group.
+    """One update of one parameter group; a rule does it in place, by multi-tensor operations."""
 
-    Attributes:
-        params: this process's parts of ``sharded`` under FSDP2, otherwise the same as those.
-        grads: their gradients.
-        state: one list of tensors for each name of the rule, shaped like the parameters.
-        steps: counts each parameter's updates, this one included.
-        sharded: the parameters themselves.
-        group: the parameter group, of which a rule reads ``lr``, ``momentum``, ``beta2``, ``eps`` and ``weight_decay``.
-    """
-
-    params: list[Tensor]
+    params: list[Tensor]  # this process's parts of ``sharded`` under FSDP2, otherwise the same as those
     grads: list[Tensor]
-    state: Sequence[list[Tensor]]
-    steps: Sequence[int]
-    sharded: Sequence[Tensor]
-    group: dict[str, float]
+    state: Sequence[list[Tensor]]  # one list for each name of the rule, shaped like ``params``
+    steps: Sequence[int]  # counts each parameter's updates, this one included
+    sharded: Sequence[Tensor]  # the parameters themselves
+    group: dict[str, float]  # of which a rule reads ``lr``, ``momentum``, ``beta2``, ``eps`` and ``weight_decay``
 
     def decay(self) -> None:
-        """Do the decoupled weight decay."""
+        """Do the decoupled weight decay ``p <- p (1 - lr weight_decay)`` (Loshchilov & Hutter 2019)."""
         if self.group["weight_decay"]:
             torch._foreach_mul_(self.params, 1 - self.group["lr"] * self.group["weight_decay"])
 
@@ -52,14 +36,12 @@ class UpdateRule(NamedTuple):
 
 
 RULES: dict[str, UpdateRule] = {}
-"""The registered rules by name."""
 
 
 def register_rule(name: str, *state: str) -> Callable[[Rule], Rule]:
     """Function decorator: make an update rule available by its name, with the names of its state tensors.
 
-    Raises:
-        ValueError: the name is taken.
+    Raises ValueError where the name is taken.
     """
 
     def register(rule: Rule) -> Rule:

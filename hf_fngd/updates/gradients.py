@@ -1,7 +1,5 @@
 """How large the gradients are: the norms that the finite check, the paper's step and the logs read."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,15 +10,9 @@ from hf_fngd.distributed.sharded import local, sum_over_parts
 
 Groups = Sequence[dict[str, Any]]
 
-# A gradient norm below which float32 squares lose digits.
-_FAINT = 1e-15
-
 
 def squared_norms(groups: Groups) -> Tensor | None:
-    """``||p||^2`` of every parameter's gradient, in the groups' order ``[P]``, 0 where there is none.
-
-    None where no parameter has a gradient. A collective under FSDP2.
-    """
+    """``||p||^2`` of each parameter's gradient ``[P]``, else 0; None where none has one. A collective under FSDP2."""
     params = [p for group in groups for p in group["params"]]
     live = [place for place, p in enumerate(params) if p.grad is not None]
     if not live:
@@ -32,27 +24,14 @@ def squared_norms(groups: Groups) -> Tensor | None:
     return squared.new_zeros(len(params)).index_copy(0, torch.tensor(live, device=squared.device), squared)
 
 
-def usable(squared: Tensor) -> bool:
-    """Whether gradients are finite, and stay so when an update rule squares them in float32. Waits for the device."""
-    return bool(squared.sum() <= torch.finfo(torch.float32).max)
-
-
 def of_layers(squared: Tensor, groups: Groups, layers: int) -> tuple[Tensor, Tensor]:
-    """From `squared_norms` of the same groups to L layers: ``||p||^2``, and the number of entries that have a gradient.
-
-    ``layers`` in the groups says which layer a parameter belongs to. Both are ``[L]``.
-    """
-    places, owners, counts, first = [], [], [], 0
-    for group in groups:
-        # The groups of the fallback have no layers.
-        for place, (layer, p) in enumerate(zip(group["layers"], group["params"], strict=False), start=first):
-            places.append(place)
-            owners.append(layer)
-            counts.append(0.0 if p.grad is None else float(p.numel()))
-        first += len(group["params"])
-    sizes = torch.tensor(counts, dtype=squared.dtype, device=squared.device)
+    """From `squared_norms` of the same groups to layers ``[L]``: ``||p||^2``, and how many entries have a gradient."""
+    # The groups of the layers come first, and tell each parameter's layer; those of the fallback name none.
+    owners = [layer for group in groups for layer in group["layers"]]
+    params = [p for group in groups for p in group["params"]][: len(owners)]
+    sizes = squared.new_tensor([0 if p.grad is None else p.numel() for p in params])
     totals = squared.new_zeros(2, layers)
-    totals.index_add_(1, torch.tensor(owners, device=squared.device), torch.stack([squared[places], sizes]))
+    totals.index_add_(1, torch.tensor(owners, device=squared.device), torch.stack([squared[: len(owners)], sizes]))
     return totals[0], totals[1]
 
 
@@ -68,7 +47,8 @@ def _norms(grads: list[Tensor]) -> Tensor:
     if device.type == "mps":
         return found
     found = found.double()
-    # Squares of these vanish in float32; float64 from the start is many times slower on a CPU.
-    for place in [place for place, norm in enumerate(found.tolist()) if norm < _FAINT]:
-        found[place] = torch.linalg.vector_norm(grads[place], dtype=torch.float64)
+    # Below this, squares in float32 lose digits; float64 from the start is many times slower on a CPU.
+    for place, norm in enumerate(found.tolist()):
+        if norm < 1e-15:
+            found[place] = torch.linalg.vector_norm(grads[place], dtype=torch.float64)
     return found

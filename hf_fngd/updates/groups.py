@@ -1,7 +1,5 @@
 """Parameter groups: who is updated by which rule, and who is decayed."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -11,57 +9,45 @@ from torch import nn
 
 from hf_fngd.layers.select import Selected
 
-# Trainer's own rule for parameters without weight decay (transformers' `get_decay_parameter_names`).
+# Trainer's own rule for parameters without weight decay (`get_decay_parameter_names`).
 _NO_DECAY_NAME = re.compile(r"bias|layernorm|rmsnorm|(?:^|\.)norm(?:$|\.)|_norm(?:$|\.)")
 
 
 def decays(model: nn.Module) -> set[str]:
     """The names of the parameters that weight decay applies to: no biases and no norms."""
-    names = set()
-    for prefix, module in model.named_modules():
-        for leaf, _ in module.named_parameters(recurse=False):
-            name = f"{prefix}.{leaf}" if prefix else leaf
-            if not isinstance(module, nn.LayerNorm) and not _NO_DECAY_NAME.search(name.lower()):
-                names.add(name)
-    return names
+    return {
+        name
+        for prefix, module in model.named_modules()
+        for name, _ in module.named_parameters(prefix, recurse=False)
+        if not isinstance(module, nn.LayerNorm) and not _NO_DECAY_NAME.search(name.lower())
+    }
 
 
 def parameter_groups(
     model: nn.Module, layers: Sequence[Selected], settings: Any, fallback: str
 ) -> list[dict[str, Any]]:
-    """Split the trainable parameters, those of the preconditioned layers first.
+    """Split the trainable parameters, those of the preconditioned layers first; ``params`` holds names as well.
 
-    Every group carries ``rule`` (a key of `hf_fngd.updates.RULES`) and ``layers``: for each of its parameters
-    the number of its preconditioned layer, or an empty list in the groups of the fallback. Biases of
-    preconditioned layers are vectors, which "muon" cannot orthogonalize: they get "adam" then.
-
-    Args:
-        model: the whole model.
-        layers: the preconditioned layers, in order.
-        settings: FNGD's.
-        fallback: name of the rule of all other parameters.
-
-    Returns:
-        The groups that have parameters; ``params`` holds pairs of name and parameter, as torch takes them.
+    ``rule`` is a key of `hf_fngd.updates.RULES`, and ``layers`` holds the number of each parameter's layer, none in the
+    groups of the rule ``fallback``. Biases are vectors, which "muon" cannot orthogonalize: they get "adam" then.
     """
-    decayed = decays(model)
-    update, lr, decay = settings.update, settings.lr, settings.weight_decay
+    lr, decay, rule = settings.lr, settings.weight_decay, settings.update
     rest_lr = lr if settings.fallback_lr is None else settings.fallback_lr
-    matrices = _group("preconditioned", update, lr, decay)
-    vectors = _group("preconditioned_no_decay", "adam" if update == "muon" else update, lr, 0.0)
+    matrices = _group("preconditioned", rule, lr, decay)
+    vectors = _group("preconditioned_no_decay", "adam" if rule == "muon" else rule, lr, 0.0)
     rest = _group("plain", fallback, rest_lr, decay)
     rest_no_decay = _group("plain_no_decay", fallback, rest_lr, 0.0)
-    place = {id(p): i for i, layer in enumerate(layers) for p in layer.module.parameters(recurse=False)}
+    decayed = decays(model)
+    owners = {id(p): number for number, layer in enumerate(layers) for p in layer.module.parameters(recurse=False)}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
-        layer = place.get(id(parameter))
-        if layer is None:
-            (rest if name in decayed else rest_no_decay)["params"].append((name, parameter))
-        else:
+        if id(parameter) in owners:
             group = matrices if parameter.dim() > 1 else vectors
-            group["params"].append((name, parameter))
-            group["layers"].append(layer)
+            group["layers"].append(owners[id(parameter)])
+        else:
+            group = rest if name in decayed else rest_no_decay
+        group["params"].append((name, parameter))
     return [group for group in (matrices, vectors, rest, rest_no_decay) if group["params"]]
 
 
@@ -70,10 +56,9 @@ def _group(name: str, rule: str, lr: float, weight_decay: float) -> dict[str, An
 
 
 def check_parameters(model: nn.Module, groups: Sequence[Mapping[str, Any]]) -> None:
-    """Refuse parameter groups that are not those of the model that is trained, after its first backward pass.
+    """Raise RuntimeError where the groups do not hold the model's trainable parameters, after the first backward pass.
 
-    Raises:
-        RuntimeError: they are not the model's trainable parameters, no gradient reached any of them, or one is sparse.
+    Also where no gradient reached any of them, or one is sparse.
     """
     trainable = {id(p): name for name, p in model.named_parameters() if p.requires_grad}
     held = {id(p) for group in groups for p in group["params"]}

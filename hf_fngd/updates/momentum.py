@@ -1,10 +1,13 @@
-"""``momentum``: heavy-ball momentum. The fallback rule "sgd", and behind `hf_fngd.updates.natural` the paper's step."""
+"""``momentum``: heavy-ball momentum, the fallback rule "sgd"; and ``1/lambda'``, which makes it the paper's step."""
 
-from __future__ import annotations
+from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 
 from hf_fngd.updates.base import Update, register_rule
+from hf_fngd.weights.algebra import accumulation_dtype
+from hf_fngd.weights.solve import natural_step
 
 
 @register_rule("momentum", "momentum_buffer")
@@ -15,3 +18,23 @@ def momentum_update(update: Update) -> None:
     torch._foreach_add_(buffers, update.grads)
     update.decay()
     torch._foreach_add_(update.params, buffers, alpha=-update.group["lr"])
+
+
+def natural_scales(squared: Tensor, sizes: Tensor, rho: Tensor, spread: Tensor, damping: float) -> Tensor:
+    """`natural_step` of layers ``[L]``, whose numbers of entries are ``sizes``; 0 for layers without a gradient.
+
+    It stays within a trust region: before momentum, no update has a root mean square above lr.
+    """
+    # A layer that never measured rho has a plain gradient, of which rho = 1 makes the step.
+    rho = rho.to(squared).nan_to_num(nan=1.0)
+    scales = natural_step(rho, spread.to(squared), squared, damping)
+    scales = torch.minimum(scales, sizes.sqrt() / squared.sqrt())
+    # Finite in the gradients' dtype, where a gradient is subnormal.
+    return torch.where(squared > 0, scales, 0.0).clamp(max=torch.finfo(torch.float32).max)
+
+
+def scaled_gradients(grads: Sequence[Tensor], layers: Sequence[int], scales: Tensor) -> list[Tensor]:
+    """Gradients times the factor ``scales[layer]`` of their layer, which half precision may not hold."""
+    factors = scales.unbind()
+    wide = [g.to(accumulation_dtype(g.dtype)) for g in grads]
+    return [(x * factors[layer].to(x)).to(g.dtype) for x, g, layer in zip(wide, grads, layers, strict=True)]

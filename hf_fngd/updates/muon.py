@@ -1,21 +1,14 @@
 """``muon``: orthogonalized Nesterov momentum (Jordan et al. 2024), scaled to AdamW's step (Liu et al. 2025)."""
 
-from __future__ import annotations
-
-import functools
-
 import torch
 from torch import Tensor
 
 from hf_fngd.distributed.sharded import part, whole
 from hf_fngd.updates.base import Update, register_rule
 
-# Quintic Newton-Schulz iteration of Muon (Jordan et al. 2024): maps singular values in (0, 1] to about 1.
-_NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
-_NEWTON_SCHULZ_STEPS = 5
 # Root mean square of an orthogonalized update, that of a typical AdamW step (Liu et al. 2025, Sec. 2.2).
 _MUON_RMS = 0.2
-# The most that the matrices take which are orthogonalized together: beyond, larger products are no faster.
+# The most memory of the matrices that are orthogonalized together: beyond, larger products are no faster.
 _MUON_BYTES = 2**28
 
 
@@ -23,9 +16,8 @@ _MUON_BYTES = 2**28
 def muon_update(update: Update) -> None:
     """``m <- lerp(g, m)``, ``p <- p - 0.2 lr sqrt(max(rows, columns)) orthogonalize(lerp(g, m))``; m has ``momentum``.
 
-    The scale lets one learning rate serve matrices of any shape and AdamW on the parameters beside them. Matrices of
-    equal shapes are orthogonalized together, as many as `_MUON_BYTES` hold; under FSDP2 every process gathers these,
-    and orthogonalizes all of them.
+    The scale lets one learning rate serve matrices of any shape, and AdamW on the parameters beside them. Matrices of
+    equal shapes are orthogonalized together; under FSDP2 every process gathers and orthogonalizes all of them.
     """
     (buffers,), grads, sharded, momentum = update.state, update.grads, update.sharded, update.group["momentum"]
     torch._foreach_lerp_(buffers, grads, 1 - momentum)
@@ -47,21 +39,16 @@ def muon_update(update: Update) -> None:
 
 
 def orthogonalize(matrices: Tensor) -> Tensor:
-    """Bring the singular values of each matrix ``[B, rows, columns]`` near 1 by Newton-Schulz iterations.
-
-    Runs in bfloat16 where a CUDA device has units for it, which is enough and fastest, and in float32 or float64
-    elsewhere.
-    """
+    """Bring the singular values of each matrix ``[B, rows, columns]`` near 1 by Newton-Schulz iterations."""
     x = matrices.to(_working_dtype(matrices.dtype, matrices.device))
     tall = x.shape[-2] > x.shape[-1]
-    if tall:
-        x = x.mT
+    x = x.mT if tall else x
     # First by the largest entry: squares of very small or large gradients leave the range.
     tiny = torch.finfo(x.dtype).tiny
     x = x / x.abs().amax(dim=(-2, -1), keepdim=True).clamp(min=tiny)
     x = x / torch.linalg.matrix_norm(x, keepdim=True).clamp(min=tiny)
-    a, b, c = _NEWTON_SCHULZ
-    for _ in range(_NEWTON_SCHULZ_STEPS):
+    a, b, c = 3.4445, -4.7750, 2.0315  # the quintic of Jordan et al.: brings singular values in (0, 1] to about 1
+    for _ in range(5):
         gram = x @ x.mT
         polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
         x = torch.baddbmm(x, polynomial, x, beta=a)
@@ -69,11 +56,7 @@ def orthogonalize(matrices: Tensor) -> Tensor:
 
 
 def _working_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
-    if dtype != torch.float64 and device.type == "cuda" and _has_bfloat16(device):
+    """Bfloat16 where a CUDA device has units for it, which is enough and fastest; elsewhere float32 or float64."""
+    if dtype != torch.float64 and device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0):
         return torch.bfloat16
     return torch.promote_types(dtype, torch.float32)
-
-
-@functools.cache
-def _has_bfloat16(device: torch.device) -> bool:
-    return torch.cuda.get_device_capability(device) >= (8, 0)  # emulated before

@@ -6,12 +6,10 @@ Canonical layout, relied on everywhere in this package:
   for N samples ``n``, T positions ``t`` that share the layer's weight, ``i`` input and ``o`` output features;
 * ``h_n = sum_t g[n, t, :] a[n, t, :]^T`` ``[o, i]``: sample n's share of the batch gradient, so that
   ``sum_n h_n = dL/dW`` (Eq. 10 and 13). A bias belongs to its layer: it appends the column ``sum_t g[n, t, :]``;
-* ``w[n]``: the sample weights, dimensionless.
+* ``w[n]``: the sample weights, dimensionless; None stands for ones.
 
 Equations and sections are those of arXiv 2403.03473.
 """
-
-from __future__ import annotations
 
 import torch
 from torch import Tensor
@@ -23,25 +21,19 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def weighted_sum(a: Tensor, g: Tensor, w: Tensor | None) -> Tensor:
-    """The weighted sum of the per-sample gradients ``[o, i]``, ``sum_n w_n h_n`` (Sec. IV-C), in one matrix product.
+    """``sum_n w_n h_n`` ``[o, i]`` (Sec. IV-C), by the one matrix product that SGD does anyway.
 
-    The weights go to whichever factor is narrower; the product is the one that SGD does anyway.
-
-    Args:
-        a: inputs ``[N T, i]``, sample by sample.
-        g: output gradients ``[N T, o]``, of a's dtype.
-        w: sample weights, of each row ``[N T]``; None for ones (the plain gradient, at no extra cost).
+    a is ``[N T, i]``, g ``[N T, o]``, of one dtype, and w has an entry for each of their rows.
     """
-    if w is not None:
-        if a.shape[1] <= g.shape[1]:
-            a = a * w[:, None]
-        else:
-            g = g * w[:, None]
+    if w is not None and a.shape[1] <= g.shape[1]:  # the weights go to the narrower factor
+        a = a * w[:, None]
+    elif w is not None:
+        g = g * w[:, None]
     return g.t() @ a
 
 
 def weighted_bias_sum(g: Tensor, w: Tensor | None) -> Tensor:
-    """The bias column of `weighted_sum`, ``[o]``: a matrix-vector product, the reduction that SGD does anyway."""
+    """The bias column of `weighted_sum`, ``[o]``."""
     return g.sum(dim=0) if w is None else torch.mv(g.t(), w)
 
 
@@ -53,7 +45,7 @@ def tensor_norms(x: Tensor) -> Tensor:
 
 
 def scaled(x: Tensor, w: Tensor | None) -> Tensor:
-    """A tensor ``[N, ...]`` with each sample's part times its sample weight; ``w = None`` means ones."""
+    """A tensor ``[N, ...]`` with each sample's part times its sample weight."""
     return x if w is None else x * w.to(x.dtype).view(-1, *[1] * (x.dim() - 1))
 
 

@@ -2,11 +2,8 @@
 
 The engine calls a policy three times. `SharingPolicy.begin` opens a micro-batch, before its forward pass.
 `MicroBatchWeights.weigh` returns one layer's sample weights, in backward, when the layer's output gradient is there.
-`SharingPolicy.close` ends the optimizer step with all of its micro-batches. A new policy is one file with one subclass
-of each and one `register_policy`.
+`SharingPolicy.close` ends the optimizer step with all of its micro-batches.
 """
-
-from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
@@ -38,24 +35,26 @@ class MicroBatchWeights(ABC):
         """One layer's sample weights ``[N]``, by its place among the attached layers; None means ones."""
 
 
+class StoredWeights(MicroBatchWeights):
+    """Sample weights ``[L, N]`` that are known before the micro-batch begins; None means ones."""
+
+    def __init__(self, size: int, w: Tensor | None = None) -> None:
+        super().__init__(size)
+        self._w = w
+
+    def weigh(self, layer: int, samples: Samples) -> Tensor | None:
+        return None if self._w is None else self._w[layer]
+
+
 class SharingPolicy(ABC):
-    """How much each sample counts. One object serves one model.
+    """How much each sample counts. One object serves one model."""
 
-    Class attributes:
-        name: what the argument ``sharing`` calls it.
-        solves: whether it solves the N x N system of Eq. 9, for which a layer type has to form Gram matrices.
-        reads: the arguments that it reads, of "damping", "coefficient_steps" and "memory_budget".
-    """
-
-    name: ClassVar[str]
-    solves: ClassVar[bool] = False
-    reads: ClassVar[tuple[str, ...]] = ()
+    name: ClassVar[str]  # what the argument ``sharing`` calls it
+    solves: ClassVar[bool] = False  # the N x N system of Eq. 9, for which a layer type has to form Gram matrices
+    reads: ClassVar[tuple[str, ...]] = ()  # which of the arguments "damping", "coefficient_steps", "memory_budget"
 
     def prepare(self, layers: int, *, damping: float, coefficient_steps: int | None, memory_budget: int) -> None:
-        """Called when the policy is attached to a model of so many layers; it forgets what it kept of another one.
-
-        The others are FNGD's arguments.
-        """
+        """The policy is attached to a model of so many layers, and forgets any other; the rest are FNGD's arguments."""
         self.layers = layers
 
     @abstractmethod
@@ -63,15 +62,10 @@ class SharingPolicy(ABC):
         """A forward pass of N = ``size`` samples begins, behind ``offset`` others of the step, of all processes."""
 
     def close(self, batches: Sequence[MicroBatchWeights], begun: int, like: Tensor) -> int:
-        """The optimizer steps. With several processes all of them call it, and it may communicate.
+        """The optimizer steps. Returns how many samples the sample weights compared with each other.
 
-        Args:
-            batches: this process's micro-batches whose backward pass came to its end.
-            begun: how many micro-batches began, those of the other processes included.
-            like: a tensor of the dtype and device of the sample weights.
-
-        Returns:
-            How many samples the sample weights compared with each other.
+        ``batches`` are this process's micro-batches whose backward pass came to its end, of ``begun`` that began in all
+        processes; ``like`` has the sample weights' dtype and device. All processes call it, and it may communicate.
         """
         return max((batch.size for batch in batches), default=0)
 

@@ -1,9 +1,6 @@
 """``clipped``, the default: each sample's gradient is brought down to the mean norm of its batch, layer by layer."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -15,12 +12,9 @@ from hf_fngd.weights.base import MicroBatchWeights, Samples, SharingPolicy, Stat
 
 
 class ClippedWeights(MicroBatchWeights):
-    """The norms of one micro-batch, and the sample weights that they make.
+    """The samples' gradient norms in one of ``parts`` micro-batches and the sample weights, both ``[N]`` by layer.
 
-    Attributes:
-        norms: those of the samples' gradients ``[N]``, by layer. Of a layer that is called twice zeros: each call has
-            norms of its own, and the mean over a step's micro-batches leaves the layer out.
-        weights: sample weights ``[N]``, by layer.
+    The norms of a layer that is called twice are zeros: each call has its own, and the layer is not remembered.
     """
 
     def __init__(self, size: int, parts: int, means: Tensor) -> None:
@@ -56,23 +50,19 @@ class ClippedSharing(SharingPolicy):
     gradients are outsized too. The norms are the layer type's cheap bounds; those that are 0 have no part in the mean.
 
     The batch is that of the optimizer step. Where it comes in M micro-batches, of one process or of many, the norms of
-    the M - 1 others are not known yet, and the mean norm of the last step stands for theirs. A shorter step, as the
-    last of an epoch may be, is not remembered, unless a second one follows. Where a step is one micro-batch of one
-    process, the sample weights depend on nothing else, and scaling the loss changes none of them; elsewhere a change of
-    the loss's scale between two steps makes the bound too wide or too narrow for one step.
-
-    Attributes:
-        parts: M.
-        means: mean norms in the last step of M micro-batches ``[P]``, by layer; 0 where there never were any.
-        shorter: whether the last step had fewer.
+    the M - 1 others are not known yet, and the mean norm of the last step stands for theirs. Only there a change of the
+    loss's scale between two steps matters: it makes the bound too wide or too narrow for one step.
     """
 
-    name: ClassVar[str] = "clipped"
+    name = "clipped"
+    parts: int  # M
+    means: Tensor  # mean norms in the last step of M micro-batches ``[P]``, by layer; 0 where there never were any
+    shorter: bool  # whether the last step had fewer
+    _last: list[Tensor]  # sample weights of the last step, layer by layer
 
     def prepare(self, layers: int, *, damping: float, coefficient_steps: int | None, memory_budget: int) -> None:
         super().prepare(layers, damping=damping, coefficient_steps=coefficient_steps, memory_budget=memory_budget)
-        self.parts, self.shorter, self.means = 1, False, torch.zeros(layers)
-        self._last: list[Tensor] = []
+        self.load_state_dict({})
 
     def begin(self, size: int, offset: int) -> ClippedWeights:
         return ClippedWeights(size, self.parts, self.means)
@@ -90,26 +80,18 @@ class ClippedSharing(SharingPolicy):
         for row, batch in zip(rows, own, strict=True):
             row.copy_(batch.sums(like))
         total = sum_over_processes(rows.sum(dim=0))
-        sums, counts = total[:-1].view(2, -1).to(like)
         micro_batches = int(total[-1])  # waits for the device
-        self._remember(sums, counts, micro_batches)
+        if 0 < micro_batches < self.parts and not self.shorter:
+            self.shorter = True  # not remembered, as the last step of an epoch, unless a second one follows
+        elif micro_batches:
+            self.parts, self.shorter = micro_batches, False
+            sums, counts = total[:-1].view(2, -1).to(like)
+            fresh = sums / counts
+            self.means = torch.where(fresh.isfinite(), fresh, self.means.to(fresh))
         return samples * micro_batches
 
-    def _remember(self, sums: Tensor, counts: Tensor, micro_batches: int) -> None:
-        if micro_batches == 0:
-            return
-        first, self.shorter = micro_batches < self.parts and not self.shorter, micro_batches < self.parts
-        if first:
-            return
-        self.parts, self.shorter = micro_batches, False
-        fresh = sums / counts
-        self.means = torch.where(fresh.isfinite(), fresh, self.means.to(fresh))
-
     def diagnostics(self) -> dict[str, float]:
-        """``weight_spread``: standard deviation of the sample weights over their mean, root mean square over layers.
-
-        Of this process's samples in the last step; 0 before the first.
-        """
+        """``weight_spread``, root mean square over the layers, of this process's samples in the last step."""
         if not self._last:
             return {"weight_spread": 0.0}
         ratios = [(w.square().mean() / w.mean().square()).to(self._last[0]) for w in self._last]
@@ -119,11 +101,10 @@ class ClippedSharing(SharingPolicy):
         return {"parts": self.parts, "shorter": self.shorter, "means": self.means, "world": rank_and_world()[1]}
 
     def load_state_dict(self, state: State) -> None:
-        self._last = []
-        if not state:  # of a version that kept nothing
-            self.parts, self.shorter, self.means = 1, False, torch.zeros(self.layers)
-            return
-        self.parts, self.shorter, self.means = state["parts"], state["shorter"], state["means"]
+        """See `SharingPolicy.load_state_dict`. An empty one is a new policy's, or of a version that kept none."""
         world = rank_and_world()[1]
+        state = state or {"parts": 1, "shorter": False, "means": torch.zeros(self.layers), "world": world}
+        self.parts, self.shorter, self.means = state["parts"], state["shorter"], state["means"]
+        self._last = []
         if world != state["world"]:  # a process's mean loss has R times its part in the mean of R processes
             self.means = self.means * world / state["world"]

@@ -1,9 +1,4 @@
-"""The Gram matrix of one layer's per-sample gradients, ``K[n, m] = N <h_n, h_m>`` (Sec. IV-A). Pure functions.
-
-Layout and symbols as in `hf_fngd.weights.algebra`.
-"""
-
-from __future__ import annotations
+"""The Gram matrix ``K[n, m] = N <h_n, h_m>`` of one layer (Sec. IV-A), in the symbols of `hf_fngd.weights.algebra`."""
 
 from typing import Literal
 
@@ -14,17 +9,12 @@ from hf_fngd.weights.algebra import accumulation_dtype
 
 Route = Literal["ghost", "formed"]
 
-# Best size of the slice buffer of `gram_formed`: on a CPU it has to stay in the cache, on an accelerator it
-# has to be large enough to fill the device.
-_CPU_SLICE_BYTES = 2 * 2**20
-_ACCELERATOR_SLICE_BYTES = 256 * 2**20
-
 
 def normalize(x: Tensor) -> Tensor:
-    """Scale a tensor by a power of two so that its largest entry lies in [0.5, 1).
+    """Scale a tensor by a power of two so that its largest entry lies in [0.5, 1), in `accumulation_dtype`.
 
-    The result is in `accumulation_dtype`. The sample weights and the noise ratio do not depend on the scale of K, and a
-    power of two is exact: the products that follow can neither overflow nor vanish, whatever the loss scale.
+    Nothing depends on the scale of K, and a power of two is exact: whatever the loss scale, the products that follow
+    can neither overflow nor vanish.
     """
     x = x.to(accumulation_dtype(x.dtype))
     if x.numel() == 0:
@@ -38,42 +28,31 @@ def normalize(x: Tensor) -> Tensor:
 
 
 def cheaper_route(n: int, t: int, i: int, o: int) -> Route:
-    """Choose how to form K for N samples, T positions, i and o features.
+    """Choose how to form K for N samples, T positions, i and o features, by the number of operations.
 
-    By operations the ghost identity costs ``2 N^2 T^2 (i + o)`` (half of it by symmetry) and forming h costs
-    ``2 N T i o (1 + N/T)``; measured times cross where the two are equal up to a factor near two, since the
-    ghost's elementwise product and reduction run at memory speed.
+    The ghost identity takes ``2 N^2 T^2 (i + o)`` (half of it by symmetry), forming h ``2 N T i o (1 + N/T)``. Times
+    cross where the two are equal up to a factor near two, since much of the ghost's work runs at memory speed.
     """
     return "ghost" if t * t * (i + o) < 2 * (1 + t / n) * i * o else "formed"
 
 
 def gram(a: Tensor, g: Tensor, *, bias: bool, memory_budget: int, route: Route | None = None) -> Tensor:
-    """The Gram matrix K of the per-sample gradients of one layer.
+    """K ``[N, N]``, symmetric, in `accumulation_dtype`, of inputs ``[N, T, i]`` and output gradients ``[N, T, o]``.
 
-    Args:
-        a: inputs ``[N, T, i]``.
-        g: output gradients ``[N, T, o]``.
-        bias: whether the layer has a trained bias, which then belongs to h_n.
-        memory_budget: bound of the temporary memory, in bytes; the smallest block (one sample's row of the
-            ghost product, one output feature of h) is used where the budget is below it.
-        route: "ghost" or "formed"; None chooses the cheaper one.
-
-    Returns:
-        K ``[N, N]``, symmetric, in `accumulation_dtype`.
+    With ``bias`` a trained bias belongs to h_n. ``memory_budget`` bounds the temporary memory, in bytes, down to the
+    smallest block (one sample's row of the ghost product, one output feature of h). No ``route`` means the cheaper one.
     """
     dtype = accumulation_dtype(a.dtype)
     a, g = a.to(dtype), g.to(dtype)
     n, t, i = a.shape
-    o = g.shape[-1]
     if n == 0 or t == 0:
         return a.new_zeros(n, n)
-    if (route or cheaper_route(n, t, i, o)) == "ghost":
-        return gram_ghost(a, g, bias=bias, memory_budget=memory_budget)
-    return gram_formed(a, g, bias=bias, memory_budget=memory_budget)
+    form = gram_ghost if (route or cheaper_route(n, t, i, g.shape[2])) == "ghost" else gram_formed
+    return form(a, g, bias=bias, memory_budget=memory_budget).mul_(n)
 
 
 def gram_ghost(a: Tensor, g: Tensor, *, bias: bool, memory_budget: int) -> Tensor:
-    """K by ``N sum_{t,s} (a[n,t].a[m,s]) (g[n,t].g[m,s])``; Eq. 12 where T = 1. h is never formed.
+    """K / N by ``sum_{t,s} (a[n,t].a[m,s]) (g[n,t].g[m,s])``; Eq. 12 where T = 1. h is never formed.
 
     Works on row blocks of the upper triangle: 1/blocks of the memory and (blocks + 1)/(2 blocks) of the work.
     """
@@ -91,24 +70,23 @@ def gram_ghost(a: Tensor, g: Tensor, *, bias: bool, memory_budget: int) -> Tenso
         block = products if t == 1 else products.view(stop - start, t, n - start, t).sum(dim=(1, 3))
         k[start:stop, start:] = block
         k[start:, start:stop] = block.t()
-    return k.mul_(n)
+    return k
 
 
 def gram_formed(a: Tensor, g: Tensor, *, bias: bool, memory_budget: int) -> Tensor:
-    """K from h itself, formed a slice of output features at a time in one reused buffer."""
+    """K / N from h itself, formed a slice of output features at a time in one reused buffer."""
     n, _, i = a.shape
-    o = g.shape[-1]
-    preferred = _CPU_SLICE_BYTES if a.device.type == "cpu" else _ACCELERATOR_SLICE_BYTES
-    width = min(o, max(1, min(preferred, memory_budget) // (n * i * a.element_size())))
+    # In bytes: on a CPU the buffer has to stay in the cache, on an accelerator it has to fill the device.
+    preferred = (2 if a.device.type == "cpu" else 256) * 2**20
+    width = min(g.shape[2], max(1, min(preferred, memory_budget) // (n * i * a.element_size())))
     buffer = a.new_empty(n, width, i)
     k = a.new_zeros(n, n)
-    for start in range(0, o, width):
-        stop = min(start + width, o)
-        h = buffer if stop - start == width else a.new_empty(n, stop - start, i)
-        torch.bmm(g[:, :, start:stop].transpose(1, 2), a, out=h)
+    for features in torch.split(g, width, dim=2):
+        h = buffer if features.shape[2] == width else a.new_empty(n, features.shape[2], i)
+        torch.bmm(features.transpose(1, 2), a, out=h)
         flat = h.view(n, -1)
         k.addmm_(flat, flat.t())
     if bias:
         sums = g.sum(dim=1)
         k.addmm_(sums, sums.t())
-    return k.mul_(n)
+    return k

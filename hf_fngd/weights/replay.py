@@ -1,15 +1,13 @@
 """``replay``: the paper's rule. The sample weights of the first epoch are used again in order (Algorithm 1)."""
 
-from __future__ import annotations
-
 import warnings
-from typing import ClassVar
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from hf_fngd.distributed.exchange import Measurement
-from hf_fngd.weights.base import State, register_policy
+from hf_fngd.weights.base import MicroBatchWeights, State, StoredWeights, register_policy
 from hf_fngd.weights.solved import SolvedPolicy
 
 _FIRST_CAPACITY = 1024
@@ -22,46 +20,46 @@ class ReplaySharing(SolvedPolicy):
     The store has room for the rows of the first epoch, at first for 1024 of them at most, and doubles where there are
     more, within the memory budget. Rows that come after that overwrite the oldest, with a warning. A batch of another
     size takes the first N of a row, again from the first where they run out, brought to mean 1.
-
-    Attributes:
-        rows: the store; None before the first coefficient step.
-        recorded: how many of its rows were written.
-        steps: optimizer steps done.
-        shared_since: value of ``steps`` at which the first epoch, or its cap of coefficient steps, ended; None before.
     """
 
-    name: ClassVar[str] = "replay"
-    reads: ClassVar[tuple[str, ...]] = ("damping", "coefficient_steps", "memory_budget")
+    name = "replay"
+    reads = ("damping", "coefficient_steps", "memory_budget")
 
     def prepare(self, layers: int, *, damping: float, coefficient_steps: int | None, memory_budget: int) -> None:
         super().prepare(layers, damping=damping, coefficient_steps=coefficient_steps, memory_budget=memory_budget)
         self.coefficient_steps = coefficient_steps
-        self.rows: Tensor | None = None
-        self.recorded, self._full = 0, False
-        self.steps: int = 0
-        self.shared_since: int | None = None
+        self.rows: Tensor | None = None  # the store
+        self.recorded, self._full = 0, False  # how many of its rows were written, and whether they are all it can have
+        self.steps: int = 0  # optimizer steps done
+        self.shared_since: int | None = None  # steps at which the first epoch, or its cap, ended
 
     @property
     def computes(self) -> bool:
-        """Whether the first epoch is under way."""
         return self.shared_since is None
 
-    def lookup(self, size: int, place: int) -> Tensor | None:
+    def begin(self, size: int, offset: int) -> MicroBatchWeights:
+        if self.computes:
+            return super().begin(size, offset)
         if self.rows is None or self.recorded == 0:
-            return None
-        return with_mean_one(cycle_to(self.rows[place % self.recorded], size))
+            return StoredWeights(size)
+        return StoredWeights(size, with_mean_one(cycle_to(self.rows[(self.place + offset) % self.recorded], size)))
 
-    def store(self, measurement: Measurement) -> None:
+    def advance(self, measured: Sequence[Measurement]) -> None:
+        for measurement in measured:
+            self._store(measurement)
+        self.steps += 1
+        if self.computes and self.steps == self.coefficient_steps:
+            self.end_epoch()
+
+    def _store(self, measurement: Measurement) -> None:
         w, place = measurement.w, measurement.place
-        size = w.shape[1]
         if self.rows is None:
-            self._allocate(w[None][:0], min(self.coefficient_steps or _FIRST_CAPACITY, _FIRST_CAPACITY))
-        assert self.rows is not None
+            self.rows = self._allocate(w[None][:0], min(self.coefficient_steps or _FIRST_CAPACITY, _FIRST_CAPACITY))
         rows = self.rows[: self.recorded]
-        if size > self.rows.shape[2]:  # the first batch was a short one
-            self._allocate(cycle_to(rows, size), len(self.rows))
+        if w.shape[1] > self.rows.shape[2]:  # the first batch was a short one
+            self.rows = self._allocate(cycle_to(rows, w.shape[1]), len(self.rows))
         elif place >= len(self.rows) and not self._full:
-            self._allocate(rows, max(2 * len(self.rows), place + 1))
+            self.rows = self._allocate(rows, max(2 * len(self.rows), place + 1))
             self._full = place >= len(self.rows)
             if self._full:
                 warnings.warn(
@@ -73,20 +71,15 @@ class ReplaySharing(SolvedPolicy):
         self.recorded = max(self.recorded, place + 1)
         row = self.rows[place]
         # Not brought to mean 1 here, so that a short batch gets exactly its own sample weights back.
-        row.copy_(cycle_to(w, row.shape[1]).where(measurement.valid[:, None], row))
+        row.copy_(cycle_to(w, row.shape[1]).where(~measurement.rho.isnan()[:, None], row))
 
-    def _allocate(self, rows: Tensor, capacity: int) -> None:
-        """Give the store that many rows, as far as the budget goes, of which the first are those given."""
+    def _allocate(self, rows: Tensor, capacity: int) -> Tensor:
+        """A store of that many rows, as far as the budget goes, of which the first are those given."""
         affordable = max(1, self.memory_budget // (rows.shape[1:].numel() * rows.element_size()))
         store = rows.new_ones(min(capacity, affordable), *rows.shape[1:])
         self.recorded = min(len(rows), len(store))
         store[: self.recorded] = rows[: self.recorded]
-        self.rows = store
-
-    def advance(self) -> None:
-        self.steps += 1
-        if self.computes and self.steps == self.coefficient_steps:
-            self.end_epoch()
+        return store
 
     def end_epoch(self) -> None:
         """See `SharingPolicy.end_epoch`. The first epoch ends if it has seen a step."""
@@ -99,8 +92,7 @@ class ReplaySharing(SolvedPolicy):
         return {"phase": float(not self.computes), **super().diagnostics()}
 
     def state_dict(self) -> State:
-        """See `SharingPolicy.state_dict`; rows never recorded are left out."""
-        # A view would be saved with its whole storage, rows never written included.
+        # Cloned, since a view would be saved with its whole storage, rows never written included.
         rows = None if self.rows is None else self.rows[: self.recorded].clone()
         return {**super().state_dict(), "steps": self.steps, "shared_since": self.shared_since, "rows": rows}
 
@@ -112,14 +104,13 @@ class ReplaySharing(SolvedPolicy):
         self.steps, self.shared_since = state["steps"], state["shared_since"]
         self.rows, self.recorded = None, 0
         if rows is not None:
-            self._allocate(rows, max(len(rows), min(self.coefficient_steps or 0, _FIRST_CAPACITY)))
+            self.rows = self._allocate(rows, max(len(rows), min(self.coefficient_steps or 0, _FIRST_CAPACITY)))
 
 
 def with_mean_one(w: Tensor) -> Tensor:
-    """Bring the sample weights of each layer ``[..., N]`` to mean 1.
+    """Bring the sample weights of each layer ``[..., N]`` to mean 1, by a factor of at most 2, and beyond by a shift.
 
-    By a factor of at most 2, and beyond that by a shift: at low damping some of them are negative, and a few can have
-    a mean near 0, by which nothing should be divided.
+    At low damping some are negative, and a few can have a mean near 0, by which nothing should be divided.
     """
     mean = w.mean(dim=-1, keepdim=True)
     divisor = mean.clamp(min=0.5)

@@ -1,24 +1,13 @@
 """``uniform``: all sample weights are 1, to tell what the sample weights themselves contribute."""
 
-from __future__ import annotations
-
-from typing import ClassVar
-
-from hf_fngd.weights.base import MicroBatchWeights, Samples, SharingPolicy, register_policy
-
-
-class Ones(MicroBatchWeights):
-    """Sample weights of 1."""
-
-    def weigh(self, layer: int, samples: Samples) -> None:
-        return
+from hf_fngd.weights.base import SharingPolicy, StoredWeights, register_policy
 
 
 @register_policy
 class UniformSharing(SharingPolicy):
     """Averaging, as first-order methods do."""
 
-    name: ClassVar[str] = "uniform"
+    name = "uniform"
 
-    def begin(self, size: int, offset: int) -> Ones:
-        return Ones(size)
+    def begin(self, size: int, offset: int) -> StoredWeights:
+        return StoredWeights(size)
