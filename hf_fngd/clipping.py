@@ -39,8 +39,10 @@ def clip_samples(x: Tensor) -> Tensor:
 
 
 def _clipped(g: Tensor) -> Tensor:
-    norms = tensor_norms(g)
-    return scaled(g, clip(norms, mean_norm(norms)))
+    with torch.no_grad():  # sample weights are constants of a second derivative
+        norms = tensor_norms(g)
+        w = clip(norms, mean_norm(norms))
+    return scaled(g, w)
 
 
 class _Clipping(torch.autograd.Function):

@@ -1,5 +1,6 @@
 """FNGDPreconditioner: the engine alone. After backward, ``p.grad`` is the weighted gradient."""
 
+import functools
 import weakref
 from collections.abc import Mapping
 from typing import Any
@@ -94,7 +95,7 @@ class FNGDPreconditioner:
         self._forwards.batch, self.epoch_ended = None, self._edge.passed()
         compared = 0
         if batches or world > 1:
-            compared = self.policy.close([batch.weights for batch in batches], begun, self._like())
+            compared = self.policy.close(batches, begun, self._like())
         # The backward pass of one process may have reached no layer; all have to go on alike.
         if batches or (begun and world > 1):
             self._coverage.tell(compared)
@@ -153,8 +154,8 @@ class FNGDPreconditioner:
             self._window.close()
             self.end_epoch()
         self._window.make_room(self._has_gradients())
-        weights = self.policy.begin(size, self._window.next_offset)
-        batch = MicroBatch(weights, [0] * len(self._attached), recomputed=in_backward())
+        begin = functools.partial(self.policy.begin, size, self._window.next_offset)
+        batch = MicroBatch(size, begin, [0] * len(self._attached), recomputed=in_backward())
         self._window.add(batch)
         return batch
 

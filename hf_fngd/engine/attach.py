@@ -57,6 +57,14 @@ def detach(model: nn.Module) -> None:
                 _restore(module, attribute)
 
 
+def unsupported(by: str) -> RuntimeError:
+    """The error for what takes a model apart in ways that no handler can follow."""
+    return RuntimeError(
+        f"{by} does not work on a model that FNGD is attached to: give it copy.deepcopy(model), which is a plain "
+        "model, or call hf_fngd.detach(model) first"
+    )
+
+
 def refuse_attached(model: nn.Module) -> None:
     """Raise RuntimeError where a module of the model is attached already, before anything is swapped."""
     for name, module in model.named_modules():
@@ -114,6 +122,8 @@ def _make_subclass(base: Any, attribute: str, signature: inspect.Signature) -> A
     plain = getattr(base, "_fngd_plain_class", base)
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if not isinstance(args, tuple):  # but a proxy for all of them
+            raise unsupported("torch.fx.symbolic_trace")
         # No bound method: after a graph break torch.compile would look it up by name, and find this function.
         own = self.__dict__.get(attribute + _REPLACED) or functools.partial(base.forward, self)
         handler = self.__dict__.get(attribute)
@@ -130,6 +140,10 @@ def _make_subclass(base: Any, attribute: str, signature: inspect.Signature) -> A
         # Not copyreg.__newobj__, which insists on the instance's present class.
         return copyreg._reconstructor, (plain, object, None), state  # type: ignore[attr-defined]
 
+    def script(self: Any) -> Any:
+        raise unsupported("torch.jit.script")
+
     names = {name: getattr(base, name) for name in ("__module__", "__qualname__", "__doc__")}
     own = {"__reduce_ex__": reduce, "_fngd_plain_class": plain, "_fngd_attribute": attribute, "forward": forward}
+    own["__prepare_scriptable__"] = script  # torch.jit.script asks for it
     return type(base.__name__, (base,), names | own)

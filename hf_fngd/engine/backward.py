@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, library
-from torch.autograd.function import once_differentiable
 
 from hf_fngd.engine.layer import Layer
 from hf_fngd.engine.window import MicroBatch
@@ -67,9 +66,9 @@ def sample_weights(x: Tensor | None, g: Tensor, batch: Tensor, engine: int, plac
     found = _batches.get(int(batch)) if g.numel() else None
     w = None
     if found is not None:
-        if not found.complete or place not in found.of_graphs:  # a retained graph has the same ones again
-            found.of_graphs[place] = _engines[engine].layers[place].weights(x, g, has_bias, found)
-        w = found.of_graphs[place]
+        again = found.complete and place in found.of_graphs
+        w = _engines[engine].layers[place].weights(x, g, has_bias, found, again)
+        found.of_graphs.add(place)
     return g.new_ones(len(g if x is None else x)) if w is None else w.to(g.dtype, copy=True)
 
 
@@ -90,36 +89,30 @@ class LayerCall:
 
     def apply(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         number = self.batch if isinstance(self.batch, Tensor) else None
-        return WeighedLayer.apply(x, weight, bias, number, self)  # type: ignore
+        # No leaf: of that the engine does not say whether a pass of autograd.grad asks for it.
+        return WeighedLayer.apply(x, weight.view_as(weight), bias, number, self)  # type: ignore
 
     def weigh(self, y: Tensor, like: Tensor | None = None) -> Tensor:
-        """See `Call.weigh`. Outside of a graph it is a hook, so that a model may change y in place."""
-        if isinstance(self.batch, Tensor):
-            return WeighedTensor.apply(y, like, self.batch, self.engine, self.place)  # type: ignore
-        memory = _Memory(self.layer, self.batch)
+        """See `Call.weigh`. The tensor that is returned is a copy, which a model may change in place."""
+        number = self.batch if isinstance(self.batch, Tensor) else None
+        return WeighedTensor.apply(y, like, number, self)  # type: ignore
 
-        def weighed(g: Tensor) -> Tensor | None:
-            with torch.no_grad():
-                w = memory.weights(like, g, False)
-            return None if w is None else scaled(g, w)
-
-        if y.requires_grad:
-            y.register_hook(weighed)  # type: ignore[no-untyped-call]
-        return y
+    def remember(self, ctx: Any) -> None:
+        """Leave to a backward pass what it needs of the call beside tensors."""
+        # The micro-batch itself is not saved as tensors are: checkpointing would bring back that of its last forward.
+        ctx.batch = None if isinstance(self.batch, Tensor) else self.batch
+        ctx.layer, ctx.engine, ctx.place, ctx.again = self.layer, self.engine, self.place, False
 
 
-class _Memory:
-    """The sample weights of a call, for a retained graph that runs backward again; the micro-batch is let go."""
-
-    def __init__(self, layer: Any, batch: MicroBatch) -> None:
-        self._call: tuple[Layer, MicroBatch] | None = (layer, batch)
-        self._weights: Tensor | None = None
-
-    def weights(self, x: Tensor | None, g: Tensor, has_bias: bool) -> Tensor | None:
-        if self._call is not None:
-            layer, batch = self._call
-            self._weights, self._call = layer.weights(x, g, has_bias, batch), None
-        return self._weights
+@torch.no_grad()  # sample weights are constants of a second derivative
+def _weights(ctx: Any, x: Tensor | None, g: Tensor, number: Tensor | None, has_bias: bool) -> Tensor | None:
+    """The sample weights of one call in one backward pass; a retained graph has new ones in each."""
+    if number is not None:
+        w: Tensor = sample_weights(x, g, number, ctx.engine, ctx.place, has_bias)
+        return w
+    again, ctx.again = ctx.again, True
+    layer: Layer = ctx.layer
+    return layer.weights(x, g, has_bias, ctx.batch, again) if g.numel() else None
 
 
 class WeighedLayer(torch.autograd.Function):
@@ -132,38 +125,33 @@ class WeighedLayer(torch.autograd.Function):
         y, others = kernel.forward(x, weight, bias)
         ctx.save_for_backward(x, weight, number, *others)
         ctx.has_bias = bias is not None and bias.requires_grad
-        ctx.engine, ctx.place = call.engine, call.place
-        # The micro-batch itself is not saved as tensors are: checkpointing would bring back that of its last forward.
-        ctx.memory = _Memory(call.layer, call.batch) if number is None else None
+        call.remember(ctx)
         return y  # type: ignore[no-any-return]
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-        """Gradients of x, weight and bias."""
-        kernel, has_bias = ctx.kernel, ctx.has_bias
+        """Gradients of x, weight and bias; those of the latter only in a pass that asks for them."""
         x, weight, number, *others = ctx.saved_tensors
-        saved = Saved(x, weight, tuple(others))
-        grad_x = kernel.input_gradient(saved, g) if ctx.needs_input_grad[0] else None
-        if number is not None:
-            w = sample_weights(x, g, number, ctx.engine, ctx.place, has_bias)
-        else:
-            w = ctx.memory.weights(x, g, has_bias) if x.numel() else None
-        return grad_x, *kernel.weighted_gradient(saved, g, w, has_bias), None, None
+        saved, has_bias = Saved(x, weight, tuple(others)), ctx.has_bias
+        grad_x = ctx.kernel.input_gradient(saved, g) if ctx.needs_input_grad[0] else None
+        if number is None and not torch._C._will_engine_execute_node(ctx.next_functions[1][0]):
+            return grad_x, None, None, None, None
+        w = _weights(ctx, x, g, number, has_bias)
+        return grad_x, *ctx.kernel.weighted_gradient(saved, g, w, has_bias), None, None
 
 
 class WeighedTensor(torch.autograd.Function):
-    """A tensor whose gradient is multiplied by the sample weights, in a traced graph."""
+    """A tensor whose gradient is multiplied by the sample weights."""
 
     @staticmethod
-    def forward(ctx: Any, y: Tensor, like: Tensor | None, batch: Tensor, engine: int, place: int) -> Tensor:
-        """A copy, which a model may change in place."""
-        ctx.save_for_backward(like, batch)
-        ctx.engine, ctx.place = engine, place
+    def forward(ctx: Any, y: Tensor, like: Tensor | None, number: Tensor | None, call: Any) -> Tensor:
+        """A copy."""
+        ctx.save_for_backward(like, number)
+        call.remember(ctx)
         return y.clone()
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         """The gradient of y."""
-        like, batch = ctx.saved_tensors
-        return scaled(g, sample_weights(like, g, batch, ctx.engine, ctx.place, False)), None, None, None, None
+        like, number = ctx.saved_tensors
+        return scaled(g, _weights(ctx, like, g, number, False)), None, None, None

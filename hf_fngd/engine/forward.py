@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_fngd.distributed.environment import refuse_replica, refuse_split_weight
-from hf_fngd.engine.attach import Attachment
+from hf_fngd.engine.attach import Attachment, unsupported
 from hf_fngd.engine.backward import Engine, LayerCall, begin, numbered
 from hf_fngd.engine.graph import uses_in_graph
 from hf_fngd.engine.layer import ON_TOP_OF_ANOTHER, USED_ELSEWHERE, Layer
@@ -89,13 +89,15 @@ class Forwards:
             return layer.kernel.run(module, own, x[0], call)
         assert weight is not None
         refuse_split_weight(weight)
+        if torch._C._are_functorch_transforms_active():
+            raise unsupported("A transform of torch.func")
         if recomputes and not batch.recomputed and self._window.mixed_up(layer.place):
             layer.shared.reasons.add(ON_TOP_OF_ANOTHER)
             return own()
         # What checkpointing recomputes is no call of its own, unless it recomputes the forward pass of the whole model.
         batch.calls[layer.place] += self._inside or not recomputes
         return layer.kernel.run(
-            module, own, x[0], LayerCall(layer, layer.place, batch, self._engine.number, batch.weights.size)
+            module, own, x[0], LayerCall(layer, layer.place, batch, self._engine.number, batch.size)
         )
 
     def _inspect(self, output: Any, batch: MicroBatch) -> None:
@@ -105,7 +107,7 @@ class Forwards:
         tables = [kernel for kernel in kernels if isinstance(kernel, EmbeddingKernel) and kernel.output is not None]
         leaves, consumers = uses_in_graph(output, {table.output for table in tables})
         for table in tables:
-            table.inspect(consumers[table.output], batch.weights.size)
+            table.inspect(consumers[table.output], batch.size)
         keys = [[id(parameter) for parameter in layer.selected.module.parameters(False)] for layer in self._layers]
         calls = Counter[int]()
         for layer, own in zip(self._layers, keys, strict=True):

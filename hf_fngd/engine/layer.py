@@ -49,23 +49,24 @@ class Layer:
         own = [AMBIGUOUS] if self.shared.ambiguous else []
         return sorted({*self.shared.reasons, *own, *([self.kernel.fault] if self.kernel.fault else [])})
 
-    def weights(self, x: Tensor | None, g: Tensor, has_bias: bool, batch: MicroBatch) -> Tensor | None:
+    def weights(self, x: Tensor | None, g: Tensor, has_bias: bool, batch: MicroBatch, again: bool) -> Tensor | None:
         """The sample weights ``[N]`` of one call in a backward pass, None for ones; x and g as the kernel takes them.
 
-        ``has_bias`` tells whether a trained bias belongs to h_n.
+        ``has_bias`` tells whether a trained bias belongs to h_n, and ``again`` whether an earlier backward pass of a
+        retained graph has been here: then they are new ones, which nothing remembers.
         """
         batch.reach()
         self.shared.reached = True
-        samples = batch.weights.size
-        if samples == 0 or self._is_plain(x, g, batch) or len(g if x is None else x) != samples:
+        if batch.size == 0 or self._is_plain(x, g, batch, again) or len(g if x is None else x) != batch.size:
             return None
         self.weighed = True
-        return batch.weights.weigh(self.place, _Samples(self.kernel, x, g, has_bias))
+        weights = batch.begin() if again or batch.weights is None else batch.weights
+        return weights.weigh(self.place, _Samples(self.kernel, x, g, has_bias))
 
-    def _is_plain(self, x: Tensor | None, g: Tensor, batch: MicroBatch) -> bool:
+    def _is_plain(self, x: Tensor | None, g: Tensor, batch: MicroBatch, again: bool) -> bool:
         """Whether the samples cannot be weighed in this call; the reason goes to `Shared`."""
-        self.batch_first, reason = self.kernel.layout(self.batch_first, x, g, batch.weights.size)
-        if self.solves and self._called_again(batch):
+        self.batch_first, reason = self.kernel.layout(self.batch_first, x, g, batch.size)
+        if self.solves and self._called_again(batch, again):
             reason = CALLED_AGAIN
         if self.batch_first is not None:
             self.shared.ambiguous.discard(self.place)
@@ -77,8 +78,8 @@ class Layer:
             return bool(self.reasons)
         return reason is not None or USED_ELSEWHERE in self.shared.reasons
 
-    def _called_again(self, batch: MicroBatch) -> bool:
-        if batch.calls[self.place] <= 1 and not self.repeated and self.seen is not batch:
+    def _called_again(self, batch: MicroBatch, again: bool) -> bool:
+        if batch.calls[self.place] <= 1 and not self.repeated and (again or self.seen is not batch):
             self.seen = batch
             return False
         # Perhaps not among the counted calls: reentrant checkpointing runs the first ones without gradients.

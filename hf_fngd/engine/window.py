@@ -1,9 +1,9 @@
 """The micro-batches of the optimizer step under way."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor
 from torch.autograd import Variable
 
 from hf_fngd.distributed.environment import rank_and_world
@@ -21,12 +21,16 @@ def in_backward() -> bool:
 class MicroBatch:
     """One forward and backward pass of the model, as its layers see it."""
 
-    weights: MicroBatchWeights
+    size: int  # the number of samples N
+    begin: Callable[[], MicroBatchWeights]  # makes its sample weights
     calls: list[int]  # how often each layer was called in the forward pass
     recomputed: bool = False  # whether the forward pass is one that checkpointing of the whole model recomputes
     reached: bool = False  # whether a backward pass reached any layer
     complete: bool = False  # whether that came to its end
-    of_graphs: dict[int, Tensor | None] = field(default_factory=dict)  # sample weights of a traced backward, by layer
+    of_graphs: set[int] = field(default_factory=set)  # layers that a traced backward pass has reached
+
+    def __post_init__(self) -> None:
+        self.weights: MicroBatchWeights | None = self.begin()  # until the optimizer step
 
     def reach(self) -> None:
         """A layer's backward has begun. A pass that breaks off (out of memory) never becomes complete."""
@@ -85,7 +89,10 @@ class Window:
                     "call preconditioner.step() after each optimizer.step(), or preconditioner.follow(optimizer) once"
                 )
 
-    def close(self) -> list[MicroBatch]:
-        """The optimizer steps, or skips one: the micro-batches whose backward pass is complete."""
-        batches, self._batches = [batch for batch in self._batches if batch.complete], []
-        return batches
+    def close(self) -> list[MicroBatchWeights]:
+        """The optimizer steps, or skips one: the weights of the micro-batches whose backward pass is complete."""
+        found = [batch.weights for batch in self._batches if batch.complete and batch.weights is not None]
+        for batch in self._batches:
+            batch.weights = None  # a graph that is kept keeps no more than it needs
+        self._batches = []
+        return found

@@ -42,7 +42,7 @@ class Call(Protocol):
         """`ExplicitKernel.forward`, with the kernel's own backward behind it."""
 
     def weigh(self, y: Tensor, like: Tensor | None = None) -> Tensor:
-        """The tensor y ``[N, ...]``; its gradient is multiplied by the sample weights on its way back.
+        """A copy of the tensor y ``[N, ...]``, whose gradient is multiplied by the sample weights on its way back.
 
         Where y's shape does not tell which dimension is the batch, that of ``like`` does; it is handed on as ``x``.
         """

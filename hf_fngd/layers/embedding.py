@@ -29,12 +29,12 @@ class EmbeddingKernel(LayerKernel):
         y = own()
         if not isinstance(y, Tensor):
             return y
-        if call.samples is not None and call.samples > 1 and y.dim() == 3 and len(y) == 1:
-            if self.expands:
-                y = y.expand(call.samples, -1, -1)
-            else:
-                self.output = y.grad_fn
-        return call.weigh(y)
+        shared = y.dim() == 3 and len(y) == 1 and (call.samples or 0) > 1
+        if shared and self.expands:
+            return call.weigh(y.expand(call.samples or 0, -1, -1))
+        y = call.weigh(y)
+        self.output = y.grad_fn if shared else self.output
+        return y
 
     def inspect(self, consumers: Sequence[tuple[str, int]], samples: int) -> None:
         """Told which operations of the first graph read `output`: before a sum with the batch it may be expanded.

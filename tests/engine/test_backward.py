@@ -116,23 +116,33 @@ def test_huge_damping_is_sgd() -> None:
 
 
 @pytest.mark.parametrize("sharing", policy_names())
-def test_a_retained_graph_keeps_its_weights(sharing: str) -> None:
-    """So that its gradient is linear in the loss, whatever the norms in the later backward passes are."""
-    model, (x, y) = net(), data(6, 3)
-    preconditioner = FNGDPreconditioner(model, sharing=sharing)
-    for seed in range(2):
+def test_sample_weights_belong_to_one_backward_pass(sharing: str) -> None:
+    """Two losses of one graph, one after the other, each as if it were alone; and the gradient of an input before."""
+    model, alone, other = net(), net(), net()
+    preconditioners = [FNGDPreconditioner(of, sharing=sharing) for of in (model, alone, other)]
+    factors = [torch.ones(6, dtype=torch.float64), torch.tensor([1.0, 1, 1, 1, 1, 100], dtype=torch.float64)]
+    for seed in range(1 if sharing == "replay" else 2):  # whose shared steps have the first losses' weights
         x, y = data(6, 3, seed=seed)
+        expected = []
+        for of, factor in zip((alone, other), factors, strict=True):
+            of.zero_grad()
+            (F.cross_entropy(of(x), y, reduction="none") * factor).sum().backward()
+            expected.append(gradient(of))
+        model.zero_grad()
+        x.requires_grad_()
         each = F.cross_entropy(model(x), y, reduction="none")
-        factors = torch.arange(6.0, dtype=torch.float64), torch.arange(7.0, 1.0, -1.0, dtype=torch.float64)
-        found = []
-        for of in (*factors, sum(factors)):
-            model.zero_grad()
-            (each * of).sum().backward(retain_graph=True)
-            found.append(gradient(model))
-        torch.testing.assert_close(found[0] + found[1], found[2])
-        preconditioner.step()
-        preconditioner.end_epoch()  # the second step is a shared one of replay
-    assert preconditioner.coverage().missed == {}
+        torch.autograd.grad((each**2).sum(), x, retain_graph=True)
+        assert all(p.grad is None for p in model.parameters())
+        (each * factors[0]).sum().backward(retain_graph=True)
+        first = gradient(model)
+        (each * factors[1]).sum().backward()
+        torch.testing.assert_close(first, expected[0], rtol=0, atol=0)
+        torch.testing.assert_close(gradient(model), sum(expected))
+        for preconditioner in preconditioners:
+            preconditioner.step()
+    assert preconditioners[0].coverage().missed == {}
+    if sharing != "uniform":
+        assert preconditioners[0].diagnostics() == preconditioners[1].diagnostics()
 
 
 @pytest.mark.parametrize("power", [-40, 16])
