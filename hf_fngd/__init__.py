@@ -4,7 +4,7 @@ from hf_fngd.clipping import clip_samples
 from hf_fngd.config import FNGDConfig
 from hf_fngd.engine.attach import detach
 from hf_fngd.engine.coverage import CoverageReport
-from hf_fngd.optimizer import FNGD
+from hf_fngd.optimizer import FNGD, unwrap
 from hf_fngd.preconditioner import FNGDPreconditioner
 from hf_fngd.trainer import FNGDCallback, FNGDFactory, last_complete_checkpoint
 from hf_fngd.weights.base import policy_names
@@ -23,4 +23,5 @@ __all__ = [
     "detach",
     "last_complete_checkpoint",
     "policy_names",
+    "unwrap",
 ]

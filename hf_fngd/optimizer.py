@@ -1,7 +1,9 @@
 """FNGD: the preconditioner and an update rule, as one torch optimizer."""
 
+import dataclasses
 import logging
 import math
+import os
 import warnings
 from collections.abc import Callable, Mapping
 from typing import Any, Self
@@ -9,6 +11,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
+from hf_fngd.config import FNGDConfig
 from hf_fngd.distributed.sharded import local
 from hf_fngd.engine.coverage import CoverageReport
 from hf_fngd.engine.state import GONE, check_groups, check_keys, gone
@@ -16,7 +19,7 @@ from hf_fngd.preconditioner import FNGDPreconditioner
 from hf_fngd.settings import Settings, with_settings
 from hf_fngd.updates import FALLBACK_RULES, RULES, Update
 from hf_fngd.updates.gradients import of_layers, squared_norms
-from hf_fngd.updates.groups import check_parameters, parameter_groups
+from hf_fngd.updates.groups import check_parameters, parameter_groups, resized
 from hf_fngd.updates.momentum import natural_scales, scaled_gradients
 from hf_fngd.weights.solve import damping_from_gradient
 from hf_fngd.weights.solved import SolvedPolicy
@@ -24,6 +27,14 @@ from hf_fngd.weights.solved import SolvedPolicy
 logger = logging.getLogger(__name__)
 
 _STATE_KEY = "fngd"
+# What TrainingArguments calls arguments of FNGD.
+_TRAINING_ARGS = {
+    "lr": "learning_rate",
+    "weight_decay": "weight_decay",
+    "momentum": "adam_beta1",
+    "beta2": "adam_beta2",
+    "eps": "adam_epsilon",
+}
 
 
 @with_settings(engine=False)
@@ -57,19 +68,29 @@ class FNGD(torch.optim.Optimizer):
         super().__init__(groups, defaults)
 
     @classmethod
-    def from_config(cls, model: nn.Module, config: Any, **overrides: Any) -> Self:
-        """Build the optimizer that an `FNGDConfig` describes; ``overrides`` are arguments of `FNGD`."""
+    def from_config(cls, model: nn.Module, config: FNGDConfig | str | os.PathLike[str], **overrides: Any) -> Self:
+        """Build the optimizer of an `FNGDConfig`, or of the name of one, as `FNGDConfig.load` takes it.
+
+        ``overrides`` are arguments of `FNGD`.
+        """
+        config = config if isinstance(config, FNGDConfig) else FNGDConfig.load(config)
         return cls(model, **(config.optimizer_arguments() | overrides))
 
     @classmethod
-    def from_training_args(cls, model: nn.Module, args: Any, config: Any = None, **overrides: Any) -> Self:
-        """Build from `TrainingArguments`, whose ``learning_rate`` and ``weight_decay`` win over the config's.
+    def from_training_args(
+        cls, model: nn.Module, args: Any, config: FNGDConfig | str | os.PathLike[str] | None = None, **overrides: Any
+    ) -> Self:
+        """Build from `TrainingArguments` and a config or its name; ``overrides``, arguments of `FNGD`, win over both.
 
-        ``overrides`` are arguments of `FNGD`, and win over all. Warns where ``update="momentum"`` meets gradient
-        clipping.
+        ``learning_rate``, ``weight_decay``, ``adam_beta1``, ``adam_beta2`` and ``adam_epsilon`` count where they are
+        not at their defaults, and otherwise those of the config. Raises ValueError where both are set and differ. Warns
+        where ``update="momentum"`` meets gradient clipping.
         """
-        arguments = {"lr": args.learning_rate, "weight_decay": args.weight_decay} | overrides
-        optimizer = cls(model, **arguments) if config is None else cls.from_config(model, config, **arguments)
+        if config is not None and not isinstance(config, FNGDConfig):
+            config = FNGDConfig.load(config)
+        config = FNGDConfig() if config is None else config
+        chosen = _set_in(args, config, overrides)
+        optimizer = cls.from_config(model, config, **(chosen | overrides))
         if optimizer.settings.update == "momentum" and (args.max_grad_norm or 0) > 0:
             warnings.warn(
                 "update='momentum' takes its step from the size of the gradient, which "
@@ -78,6 +99,11 @@ class FNGD(torch.optim.Optimizer):
                 stacklevel=2,
             )
         return optimizer
+
+    @property
+    def config(self) -> FNGDConfig:
+        """The arguments, to be saved and shared."""
+        return FNGDConfig(**self.settings.values())
 
     def __getstate__(self) -> dict[str, Any]:
         raise TypeError(
@@ -141,10 +167,12 @@ class FNGD(torch.optim.Optimizer):
         if scales is not None and group["layers"]:
             grads = scaled_gradients(grads, [group["layers"][place] for place in live], scales)
         states = [self.state[p] for p in params]
-        for state, p in zip(states, params, strict=True):
+        for place, state, p in zip(live, states, params, strict=True):
             if not state:
                 state["step"] = 0
                 state.update({name: torch.zeros_like(p) for name in rule.state})
+            elif any(state[name].shape != p.shape for name in rule.state):
+                state.update(resized({name: state[name] for name in rule.state}, p, group["param_names"][place]))
             state["step"] += 1
         tensors = [[local(state[name]) for state in states] for name in rule.state]
         rule.update(Update([local(p) for p in params], grads, tensors, [s["step"] for s in states], params, group))
@@ -210,3 +238,41 @@ class FNGD(torch.optim.Optimizer):
         first = {key: value for key, value in groups[0].items() if key != _STATE_KEY}
         super().load_state_dict({**state_dict, "param_groups": [first, *groups[1:]]})
         self.skipped = own["skipped"]
+
+
+def unwrap(optimizer: torch.optim.Optimizer) -> FNGD:
+    """The FNGD inside a wrapper, as Accelerate's, which ``trainer.optimizer`` is. Raises TypeError for another one."""
+    inside: Any = optimizer
+    while not isinstance(inside, FNGD):
+        if not hasattr(inside, "optimizer"):
+            raise TypeError(
+                f"there is no FNGD in this {type(optimizer).__name__}, but {type(inside).__name__}: pass "
+                "optimizers=(FNGD(model), None) to Trainer"
+            )
+        inside = inside.optimizer
+    return inside
+
+
+def _set_in(args: Any, config: FNGDConfig, overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments of FNGD that somebody set in TrainingArguments, and nobody to another value in the config."""
+    defaults = {f.name: f.default for f in dataclasses.fields(args)} if dataclasses.is_dataclass(args) else {}
+    chosen = {}
+    for name, theirs in _TRAINING_ARGS.items():
+        value, own = getattr(args, theirs), getattr(config, name)
+        unset = own == getattr(Settings, name)
+        if name in overrides or value == defaults.get(theirs):
+            if name == "lr" and unset and "lr" not in overrides:
+                logger.warning(
+                    "learning_rate=%g is the default of TrainingArguments, which nobody chose: FNGD takes its own, "
+                    "lr=%g. Set learning_rate, or lr in the config",
+                    value,
+                    own,
+                )
+        elif unset or own == value:
+            chosen[name] = value
+        else:
+            raise ValueError(
+                f"TrainingArguments has {theirs}={value!r} and the config has {name}={own!r}: leave one of them at its "
+                "default, or give them the same value"
+            )
+    return chosen

@@ -66,7 +66,9 @@ class FNGDPreconditioner:
         self._fsdp: bool | None = None  # not known before the first forward pass
         self._hooks: list[RemovableHandle] = []
         self._coverage = Coverage(selection, self._attached, own.strict)
-        self._forwards = Forwards(model, self._attached, self._window, self._begin)
+        self._forwards = Forwards(model, self._attached, self._window, weakref.WeakMethod(self._begin))
+        # The model keeps none of this alive: without the optimizer it is plain again.
+        weakref.finalize(self, self._forwards.drop).atexit = False
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         raise TypeError(
@@ -120,6 +122,7 @@ class FNGDPreconditioner:
 
         Raises ValueError where the optimizer has none of the model's parameters.
         """
+        optimizer = getattr(optimizer, "optimizer", optimizer)  # Accelerate's wrapper
         parameters = list(self.model.parameters())
         own = {id(p) for p in parameters}
         stepped = {id(p) for group in optimizer.param_groups for p in group["params"]}
@@ -153,9 +156,11 @@ class FNGDPreconditioner:
         if self._edge.missed():  # the last step of the epoch was skipped
             self._window.close()
             self.end_epoch()
-        self._window.make_room(self._has_gradients())
+        weight = self.layers[0].module.weight
+        version = weight._version if isinstance(weight, Tensor) else 0
+        self._window.make_room(self._has_gradients(), version)
         begin = functools.partial(self.policy.begin, size, self._window.next_offset)
-        batch = MicroBatch(size, begin, [0] * len(self._attached), recomputed=in_backward())
+        batch = MicroBatch(size, begin, [0] * len(self._attached), version, recomputed=in_backward())
         self._window.add(batch)
         return batch
 

@@ -15,10 +15,10 @@ ORDER = [
     {"weights"},
     {"layers", "clipping"},
     {"engine", "updates"},
-    {"settings"},
-    {"preconditioner"},
-    {"optimizer", "hub"},
+    {"settings", "hub"},
     {"config"},
+    {"preconditioner"},
+    {"optimizer"},
     {"trainer"},
     {"__init__"},
 ]

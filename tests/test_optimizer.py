@@ -1,14 +1,16 @@
 """FNGD as a whole: trajectories against the slow reference, groups, schedulers, safety, refusals."""
 
 import copy
+import dataclasses
+import gc
+import logging
 from collections.abc import Callable
-from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from hf_fngd import FNGD, FNGDFactory, policy_names
+from hf_fngd import FNGD, FNGDConfig, FNGDFactory, FNGDPreconditioner, policy_names
 from tests.nets import LAYER_NAMES, UPDATES_OF, assert_equal, data, loss, net, parameters, settings_of, train
 from tests.reference import run
 
@@ -135,9 +137,10 @@ def test_the_other_parameters_follow_their_own_rule(fallback: str) -> None:
 
 
 def test_a_config_is_settings() -> None:
-    arguments = {"lr": 0.5, "damping": 0.1, "update": "momentum", "sharing": "replay"}
-    config = SimpleNamespace(optimizer_arguments=lambda: dict(arguments))
+    config = FNGDConfig(lr=0.5, damping=0.1, update="momentum", sharing="replay")
     optimizer = FNGD.from_config(net(), config, damping=0.2)
+    assert optimizer.config == dataclasses.replace(config, damping=0.2)
+    assert FNGD.from_config(net(), "paper").config == FNGDConfig.preset("paper")
     assert optimizer.param_groups[0]["lr"] == 0.5
     assert optimizer.param_groups[0]["rule"] == "momentum"
     assert optimizer.settings.damping == 0.2
@@ -262,3 +265,90 @@ def test_a_group_of_a_users_own_is_refused() -> None:
     optimizer = FNGD(net())
     with pytest.raises(ValueError, match="FNGD makes its parameter groups from the model"):
         optimizer.add_param_group({"params": [nn.Parameter(torch.ones(1))]})
+
+
+@pytest.mark.parametrize("update", ["muon", "adam"])
+@pytest.mark.parametrize("rows", [5, 9])
+def test_moments_of_the_rows_that_stay_are_kept(update: str, rows: int, caplog: pytest.LogCaptureFixture) -> None:
+    """As ``resize_token_embeddings``: the same Parameter, other data."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(7, 4), nn.Linear(4, 4), nn.Flatten(), nn.Linear(8, 2)).double()
+    optimizer = FNGD(model, update=update, fallback="adamw")
+
+    def step() -> None:
+        optimizer.zero_grad()
+        model(torch.tensor([[0, 1], [2, 3], [4, 1]])).square().sum().backward()
+        optimizer.step()
+
+    step()
+    table = model[0].weight
+    before = optimizer.state[table]["exp_avg"].clone()
+    assert not caplog.records
+    table.data = torch.cat([table.data, table.new_ones(2, 4)])[:rows]
+    step()
+    after = optimizer.state[table]["exp_avg"]
+    kept = min(rows, 7)
+    torch.testing.assert_close(after[:kept], 0.9 * before[:kept] + 0.1 * table.grad[:kept])
+    assert (after[kept:] == 0).all()
+    assert f"0.weight had 7 rows in an earlier step and has {rows}" in caplog.text
+    model[3].weight.data = model[3].weight.new_ones(2, 7)
+    with pytest.raises(RuntimeError, match=r"3.weight has the shape \(2, 7\) and had \(2, 8\) in an earlier step"):
+        group = {"params": [with_gradient(model[3].weight)], "param_names": ["3.weight"]}
+        optimizer._update_group(optimizer.param_groups[0] | group, None)
+
+
+def with_gradient(p: nn.Parameter) -> nn.Parameter:
+    p.grad = None
+    p.grad = torch.ones_like(p)
+    return p
+
+
+@pytest.mark.parametrize("after", [0, 2])
+@pytest.mark.parametrize("sharing", policy_names())
+def test_without_its_optimizer_a_model_is_plain_again(sharing: str, after: int) -> None:
+    model = net()
+    classes = [type(module) for module in model.modules()]
+    optimizer = FNGD(model, sharing=sharing)
+    for seed in range(after):
+        loss(model, *data(6, seed=seed)).backward()
+        optimizer.step()
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
+    assert [type(module) for module in model.modules()] != classes
+    del optimizer, scheduler
+    gc.collect()
+    assert [type(module) for module in model.modules()] == classes
+    FNGD(model)
+
+
+def test_an_engine_lives_as_long_as_the_optimizer_that_it_follows() -> None:
+    model = net()
+    plain = type(model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    FNGDPreconditioner(model).follow(optimizer)
+    gc.collect()
+    assert type(model) is not plain
+    del optimizer
+    gc.collect()
+    assert type(model) is plain
+
+
+def test_another_optimizer_on_an_attached_model_is_told_once(caplog: pytest.LogCaptureFixture) -> None:
+    model = net()
+    fngd = FNGD(model)
+    other = torch.optim.SGD(model.parameters(), lr=0.1)
+
+    def train(optimizer: torch.optim.Optimizer, steps: int, *, set_to_none: bool) -> None:
+        for seed in range(steps):
+            optimizer.zero_grad(set_to_none=set_to_none)
+            loss(model, *data(6, seed=seed)).backward()
+            optimizer.step()
+
+    with caplog.at_level(logging.WARNING):
+        train(fngd, 8, set_to_none=True)
+        train(fngd, 8, set_to_none=False)
+        assert not caplog.records
+        train(other, 3, set_to_none=True)
+        assert not caplog.records
+        train(other, 8, set_to_none=False)
+    (record,) = caplog.records
+    assert "attached to a model that another optimizer trains. Call hf_fngd.detach(model)" in record.getMessage()

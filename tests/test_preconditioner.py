@@ -33,7 +33,7 @@ def test_accumulation_sums_the_preconditioned_gradients(micro_batches: int) -> N
 def test_each_backward_uses_the_batch_of_its_own_forward() -> None:
     model, batches = net(), [data(7, seed=1), data(5, 3, seed=2)]
     expected = [dense(model, x, y, 0.01) for x, y in batches]
-    FNGDPreconditioner(model, sharing="never", damping=0.01)
+    _kept = FNGDPreconditioner(model, sharing="never", damping=0.01)
     losses = [loss(model, x, y) for x, y in batches]
     for each in losses:
         each.backward()
@@ -101,7 +101,7 @@ def test_a_step_that_was_left_out_is_seen_where_gradients_are_set_to_none(to_non
 def test_a_forgotten_step_is_an_error_and_unused_forwards_are_not(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("hf_fngd.engine.window._LIMIT", 5)
     model, (x, y) = net(), data(4)
-    FNGDPreconditioner(model)
+    _kept = FNGDPreconditioner(model)
     for _ in range(20):
         model(x)
     for _ in range(5):

@@ -40,6 +40,11 @@ class Attachment:
         self._swapped = [(weakref.ref(model), _MODEL, handler)]
         self._swapped += [(weakref.ref(layer), _LAYER, layer_handler) for layer, layer_handler in layers]
 
+    @property
+    def active(self) -> bool:
+        """Whether it was not undone yet."""
+        return bool(self._swapped)
+
     def undo(self) -> None:
         """Give back the forwards that are still sent through these handlers; idempotent."""
         while self._swapped:

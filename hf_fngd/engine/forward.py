@@ -1,5 +1,6 @@
 """What the attached forwards do: that of the model begins a micro-batch, those of its layers find it."""
 
+import logging
 from collections import Counter
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -17,6 +18,8 @@ from hf_fngd.engine.window import MicroBatch, Window, in_backward
 from hf_fngd.layers.base import weight_of
 from hf_fngd.layers.embedding import EmbeddingKernel
 
+logger = logging.getLogger(__name__)
+
 # Where the batch is to be looked for among a model's inputs, before any other tensor.
 _BATCH_KEYS = ("input_ids", "inputs_embeds", "pixel_values", "input_features", "input_values")
 
@@ -24,12 +27,16 @@ _BATCH_KEYS = ("input_ids", "inputs_embeds", "pixel_values", "input_features", "
 class Forwards:
     """Sends the training forward passes of a model through its layers' kernels; all others are the modules' own.
 
-    ``opened`` begins a training forward pass of N samples. ``batch`` is the micro-batch of the last one; None where it
-    has none, or was closed.
+    ``opened`` refers to what begins a training forward pass of N samples. ``batch`` is the micro-batch of the last one;
+    None where it has none, or was closed.
     """
 
     def __init__(
-        self, model: nn.Module, layers: list[Layer], window: Window, opened: Callable[[int], MicroBatch]
+        self,
+        model: nn.Module,
+        layers: list[Layer],
+        window: Window,
+        opened: Callable[[], Callable[[int], MicroBatch] | None],
     ) -> None:
         self.batch: MicroBatch | None = None
         self._layers, self._window, self._opened = layers, window, opened
@@ -44,9 +51,20 @@ class Forwards:
         self.batch = None
         self._attachment.undo()
 
+    def drop(self) -> None:
+        """`detach`, as nobody holds the preconditioner any more."""
+        if self._attachment.active and not self._window.stepped:
+            logger.warning(
+                "an FNGDPreconditioner was dropped before its first step, and the model is plain again: keep it in a "
+                "variable as long as it is to act, or call its method follow(optimizer)"
+            )
+        self.detach()
+
     def _begin(self, size: int) -> MicroBatch:
         # Also for layers outside of a graph that began in one.
-        self.batch = self._opened(size)
+        opened = self._opened()
+        assert opened is not None  # or else the model would be plain again
+        self.batch = opened(size)
         return self.batch
 
     def _model_forward(self, module: nn.Module, own: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

@@ -1,5 +1,6 @@
 """The micro-batches of the optimizer step under way."""
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -9,7 +10,10 @@ from torch.autograd import Variable
 from hf_fngd.distributed.environment import rank_and_world
 from hf_fngd.weights.base import MicroBatchWeights
 
+logger = logging.getLogger(__name__)
+
 _LIMIT = 1024
+_PATIENCE = 3  # a step that is taken back and done again (SAM) changes the weights once
 
 
 def in_backward() -> bool:
@@ -24,6 +28,7 @@ class MicroBatch:
     size: int  # the number of samples N
     begin: Callable[[], MicroBatchWeights]  # makes its sample weights
     calls: list[int]  # how often each layer was called in the forward pass
+    version: int  # that of a weight when the forward pass began
     recomputed: bool = False  # whether the forward pass is one that checkpointing of the whole model recomputes
     reached: bool = False  # whether a backward pass reached any layer
     complete: bool = False  # whether that came to its end
@@ -47,6 +52,8 @@ class Window:
 
     def __init__(self) -> None:
         self._batches: list[MicroBatch] = []
+        self.stepped = False  # whether it was closed ever
+        self._passed_by = 0  # how often the weights were stepped, and this was not told, since it last was
 
     @property
     def begun(self) -> int:
@@ -68,7 +75,7 @@ class Window:
         """A forward pass begins."""
         self._batches.append(batch)
 
-    def make_room(self, has_gradients: bool) -> None:
+    def make_room(self, has_gradients: bool, version: int) -> None:
         """Before a forward pass: forget micro-batches that were abandoned, as the model has gradients or has none.
 
         Those whose backward broke off (out of memory), and those whose gradients were cleared without a step (by a loss
@@ -78,6 +85,16 @@ class Window:
         """
         if in_backward():
             return
+        if any(batch.complete and batch.version != version for batch in self._batches):
+            self._passed_by += 1
+            if self._passed_by == _PATIENCE:
+                logger.warning(
+                    "the weights changed after %d backward passes in a row, and FNGD's step was not called: it is "
+                    "attached to a model that another optimizer trains. Call hf_fngd.detach(model), or tell "
+                    "FNGDPreconditioner of the steps by preconditioner.follow(optimizer)",
+                    _PATIENCE,
+                )
+            has_gradients = False
         if not has_gradients:
             self._batches = [batch for batch in self._batches if not batch.complete]
         self._batches = [batch for batch in self._batches if batch.complete or not batch.reached]
@@ -91,6 +108,7 @@ class Window:
 
     def close(self) -> list[MicroBatchWeights]:
         """The optimizer steps, or skips one: the weights of the micro-batches whose backward pass is complete."""
+        self.stepped, self._passed_by = True, 0
         found = [batch.weights for batch in self._batches if batch.complete and batch.weights is not None]
         for batch in self._batches:
             batch.weights = None  # a graph that is kept keeps no more than it needs

@@ -1,22 +1,25 @@
-"""FNGDCallback: tells the optimizer about epochs and Trainer's logs about the optimizer."""
+"""FNGDCallback: tells the optimizer about epochs, Trainer's logs about the optimizer, and checkpoints its settings."""
 
+import sys
+from pathlib import Path
 from typing import Any
 
 from tqdm.auto import tqdm
 from transformers import TrainerCallback
+from transformers.trainer_callback import CallbackHandler
 
-from hf_fngd.optimizer import FNGD
+from hf_fngd.optimizer import unwrap
 
 
 class FNGDCallback(TrainerCallback):  # type: ignore[misc]
     """Adds `hf_fngd.FNGD.diagnostics` to the logs, and prints the coverage report after the first step.
 
     The names begin with ``fngd_``. ``fngd_skipped`` counts the steps skipped so far, by FNGD or by a loss scaler;
-    ``fngd_phase`` is 1 from the last step of the first epoch on.
+    ``fngd_phase`` is 1 from the last step of the first epoch on. Each checkpoint gets the settings as a file.
 
     FNGD trains rightly without it. What it adds to the training itself: the end of an epoch is known even where
     Accelerate does not show it (iterable datasets under gradient accumulation). At the start of training it raises
-    ValueError where the optimizer is not FNGD.
+    TypeError where the optimizer is not FNGD.
     """
 
     def __init__(self) -> None:
@@ -24,14 +27,19 @@ class FNGDCallback(TrainerCallback):  # type: ignore[misc]
         self._told = False
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        _fngd(kwargs["optimizer"])
+        unwrap(kwargs["optimizer"])
+        # Trainer puts callbacks of users behind those that report to TensorBoard and others, which then do not see what
+        # this one adds to the logs. The handler is not handed on. A new list: a loop over the old one is under way.
+        handler = sys._getframe(1).f_locals.get("self")
+        if isinstance(handler, CallbackHandler):
+            handler.callbacks = [self, *(other for other in handler.callbacks if other is not self)]
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        _fngd(kwargs["optimizer"]).end_epoch()
+        unwrap(kwargs["optimizer"]).end_epoch()
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Measure while the gradients still exist, in the steps that Trainer logs."""
-        optimizer = _fngd(kwargs["optimizer"])
+        optimizer = unwrap(kwargs["optimizer"])
         if not self._told and state.is_world_process_zero:
             tqdm.write(str(optimizer.coverage()))  # print() would break the progress bar
             self._told = True
@@ -50,12 +58,8 @@ class FNGDCallback(TrainerCallback):  # type: ignore[misc]
             if state.log_history:
                 state.log_history[-1].update(self._values)
 
-
-def _fngd(optimizer: Any) -> FNGD:
-    optimizer = getattr(optimizer, "optimizer", optimizer)  # Accelerate's wrapper
-    if not isinstance(optimizer, FNGD):
-        raise ValueError(
-            f"FNGDCallback needs FNGD as the optimizer, found {type(optimizer).__name__}: pass "
-            "optimizers=(FNGD(model), scheduler) to Trainer, or remove the callback"
-        )
-    return optimizer
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Put ``fngd_config.json`` into the checkpoint."""
+        optimizer, folder = unwrap(kwargs["optimizer"]), Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        if state.is_world_process_zero and folder.is_dir() and isinstance(optimizer.settings.sharing, str):
+            optimizer.config.save_pretrained(folder)

@@ -4,7 +4,6 @@ from typing import Any
 
 from torch import nn
 
-from hf_fngd.config import FNGDConfig
 from hf_fngd.optimizer import FNGD
 
 
@@ -16,9 +15,7 @@ class FNGDFactory:
     """
 
     def __call__(self, model: nn.Module, *, args: Any = None, config: Any = None, **overrides: Any) -> FNGD:
-        """Build it as `FNGD.from_training_args` does; ``config`` may also be a name that `FNGDConfig.load` takes."""
-        if isinstance(config, str):
-            config = FNGDConfig.load(config)
+        """Build it as `FNGD.from_training_args` does, or without ``args`` as `FNGD.from_config`."""
         if args is not None:
             return FNGD.from_training_args(model, args, config, **overrides)
-        return FNGD(model, **overrides) if config is None else FNGD.from_config(model, config, **overrides)
+        return FNGD.from_config(model, "default" if config is None else config, **overrides)

@@ -1,13 +1,17 @@
 """Parameter groups: who is updated by which rule, and who is decayed."""
 
+import logging
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from hf_fngd.distributed.sharded import is_sharded
 from hf_fngd.layers.select import Selected
+
+logger = logging.getLogger(__name__)
 
 # Trainer's own rule for parameters without weight decay (`get_decay_parameter_names`).
 _NO_DECAY_NAME = re.compile(r"bias|layernorm|rmsnorm|(?:^|\.)norm(?:$|\.)|_norm(?:$|\.)")
@@ -53,6 +57,30 @@ def parameter_groups(
 
 def _group(name: str, rule: str, lr: float, weight_decay: float) -> dict[str, Any]:
     return {"params": [], "name": name, "rule": rule, "lr": lr, "weight_decay": weight_decay, "layers": []}
+
+
+def resized(moments: Mapping[str, Tensor], parameter: Tensor, name: str) -> dict[str, Tensor]:
+    """The moments of a parameter that has got or lost rows since: those that stay keep theirs, new ones begin at 0.
+
+    As after ``resize_token_embeddings``. Raises RuntimeError where the parameter was changed in another way.
+    """
+    shape = next(iter(moments.values())).shape
+    if shape[1:] != parameter.shape[1:] or is_sharded(parameter):
+        raise RuntimeError(
+            f"{name} has the shape {tuple(parameter.shape)} and had {tuple(shape)} in an earlier step: its moments do "
+            "not fit any more. Build FNGD anew after such a change"
+        )
+    rows = min(shape[0], len(parameter))
+    logger.warning(
+        "%s had %d rows in an earlier step and has %d: those that stay keep their moments",
+        name,
+        shape[0],
+        len(parameter),
+    )
+    found = {key: torch.zeros_like(parameter) for key in moments}
+    for key, moment in moments.items():
+        found[key][:rows] = moment[:rows]
+    return found
 
 
 def check_parameters(model: nn.Module, groups: Sequence[Mapping[str, Any]]) -> None:

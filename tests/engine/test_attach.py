@@ -59,7 +59,7 @@ def test_a_model_that_is_itself_a_layer_can_be_attached() -> None:
 
 def test_nothing_shows_on_the_outside() -> None:
     plain, attached = net(), net()
-    FNGDPreconditioner(attached)
+    _kept = FNGDPreconditioner(attached)
     assert repr(attached) == repr(plain)
     assert list(attached.state_dict()) == list(plain.state_dict())
     assert [name for name, _ in attached.named_parameters()] == [name for name, _ in plain.named_parameters()]
@@ -113,7 +113,7 @@ TRAINED_NORMALLY = {
 @pytest.mark.parametrize("call", TRAINED_NORMALLY.values(), ids=TRAINED_NORMALLY)
 def test_outside_of_training_the_layers_own_forward_runs(call: Callable[[nn.Module, Tensor], Tensor]) -> None:
     model, plain, (x, _) = net(), net(), data(6)
-    FNGDPreconditioner(model)
+    _kept = FNGDPreconditioner(model)
     assert set(graph_nodes(model(x))) != set(graph_nodes(plain(x)))
     found, own = call(model, x), call(plain, x)
     assert torch.equal(found, own)
@@ -183,7 +183,7 @@ def test_a_forward_of_the_instances_own_is_refused_and_leaves_the_model_alone() 
         FNGDPreconditioner(model)
     assert type(model.fc1) is type(net().fc1)
     del model.fc2.forward
-    FNGDPreconditioner(model)
+    _kept = FNGDPreconditioner(model)
 
 
 def test_detaching_a_second_time_leaves_another_preconditioner_alone() -> None:
@@ -200,7 +200,7 @@ def test_detaching_a_second_time_leaves_another_preconditioner_alone() -> None:
 
 def test_save_pretrained_writes_what_the_plain_model_would(tmp_path) -> None:
     plain, attached = bert(), bert()
-    FNGDPreconditioner(attached)
+    _kept = FNGDPreconditioner(attached)
     for model, folder in ((plain, "plain"), (attached, "attached")):
         model.save_pretrained(tmp_path / folder)
     names = sorted(path.name for path in (tmp_path / "plain").iterdir())

@@ -95,7 +95,7 @@ def test_the_input_gets_the_plain_gradient(sharing: str) -> None:
     model, (x, y) = net(), data(7, 3)
     x.requires_grad_()
     (expected,) = torch.autograd.grad(loss(model, x, y), x)
-    FNGDPreconditioner(model, sharing=sharing)
+    _kept = FNGDPreconditioner(model, sharing=sharing)
     loss(model, x, y).backward()
     assert torch.equal(x.grad, expected)
 
@@ -213,7 +213,7 @@ def test_activation_checkpointing_gives_the_same_gradient(
 
 def test_autocast_leaves_float64_alone() -> None:
     model, plain, (x, _) = net(), net(), data(7, 3)
-    FNGDPreconditioner(model)
+    _kept = FNGDPreconditioner(model)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert plain(x).dtype == torch.float64
         assert torch.equal(model(x), plain(x))
@@ -224,7 +224,7 @@ def test_half_precision_models_have_weights_in_float32(dtype: torch.dtype) -> No
     model, (x, y) = net(dtype=dtype), data(7, 3, dtype=dtype)
     exact = dense(copy.deepcopy(model).double(), x.double(), y, 0.1)
     policy = Watched()
-    FNGDPreconditioner(model, damping=0.1, sharing=policy)
+    _kept = FNGDPreconditioner(model, damping=0.1, sharing=policy)
     loss(model, x, y).backward()
     assert policy.w.dtype == torch.float32
     for place, name in enumerate(LAYER_NAMES):

@@ -68,7 +68,7 @@ def test_second_derivatives_are_those_of_the_plain_model(case: Callable[[nn.Modu
     torch.manual_seed(0)
     plain, x = Critic().double(), torch.randn(6, 1, 4, 4, dtype=torch.float64)
     model = copy.deepcopy(plain)
-    FNGDPreconditioner(model, sharing="uniform", layer_types=list(layer_type_names()))
+    _kept = FNGDPreconditioner(model, sharing="uniform", layer_types=list(layer_type_names()))
     for found, expected in zip(case(model, x), case(plain, x), strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
 
@@ -77,7 +77,7 @@ def test_each_pass_weighs_and_sample_weights_are_constants() -> None:
     """Of ``p = sum_n w_n 2 y_n x_n`` the derivative by W is ``sum_n v_n w_n 2 x_n^2``, with v those of its own pass."""
     x = torch.tensor([[1.0], [2.0], [10.0]], dtype=torch.float64)
     model = nn.Sequential(nn.Linear(1, 1, bias=False)).double()
-    FNGDPreconditioner(model)
+    _kept = FNGDPreconditioner(model)
     (g,) = torch.autograd.grad(model(x).square().sum(), model[0].weight, create_graph=True)
     each = (2 * model(x) * x).flatten().detach()
     torch.testing.assert_close(g.flatten(), (clipped(each) * each).sum()[None])
@@ -107,7 +107,7 @@ TOOLS: dict[str, Callable[[nn.Module], object]] = {
 @pytest.mark.parametrize("tool", TOOLS)
 def test_a_tool_that_takes_the_model_apart_gets_an_error_with_the_way_out(tool: str) -> None:
     model = tanh_net()
-    FNGDPreconditioner(model)
+    _kept = FNGDPreconditioner(model)
     with pytest.raises(RuntimeError, match=rf"{tool}.* FNGD is attached to: give it copy.deepcopy\(model\)"):
         TOOLS[tool](model)
     TOOLS[tool](copy.deepcopy(model))

@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 import torch
+import transformers.trainer
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 
-from hf_fngd import FNGD, FNGDCallback, FNGDConfig, FNGDFactory, policy_names
+from hf_fngd import FNGD, FNGDCallback, FNGDConfig, FNGDFactory, policy_names, unwrap
 from tests.modes.harness import arguments as quiet
 from tests.modes.nets import KINDS, LINEAR, Kind, bert
 from tests.nets import UPDATES_OF, settings_of
@@ -86,19 +87,19 @@ def test_callback_measures_for_logs_of_epochs(tmp_path: Path) -> None:
 
 def test_callback_refuses_another_optimizer(tmp_path: Path) -> None:
     run = trainer(tmp_path, callbacks=[FNGDCallback()], made={})
-    with pytest.raises(ValueError, match="FNGDCallback needs FNGD"):
+    with pytest.raises(TypeError, match=r"there is no FNGD in this AcceleratedOptimizer, but AdamW: pass optimizers="):
         run.train()
 
 
 def test_factory_honours_arguments_and_config(tmp_path: Path) -> None:
     changes = {"weight_decay": 0.25, "learning_rate": 0.002, "num_train_epochs": 1}
-    config = FNGDConfig.preset("paper", update="adam", lr=1.0)
+    config = FNGDConfig.preset("paper", update="adam")
     made = {"args": arguments(tmp_path, **changes), "config": config}
     run = trainer(
         tmp_path, made={"optimizer_cls_and_kwargs": (FNGDFactory, made)}, callbacks=[FNGDCallback()], **changes
     )
     run.train()
-    optimizer = run.optimizer.optimizer
+    optimizer = unwrap(run.optimizer)
     first, *_, last = optimizer.param_groups
     assert (first["initial_lr"], first["weight_decay"], first["rule"]) == (0.002, 0.25, "adam")
     assert last["weight_decay"] == 0.0
@@ -129,6 +130,70 @@ def test_from_training_args(tmp_path: Path) -> None:
     paper = FNGD.from_training_args(bert(), args, FNGDConfig.preset("paper"))
     assert [group["rule"] for group in paper.param_groups] == ["momentum"] * 4
     assert paper.param_groups[0]["lr"] == 0.004
+
+
+@pytest.mark.parametrize(
+    "by", [FNGD.from_training_args, lambda *args: FNGDFactory()(args[0], args=args[1], config=args[2])]
+)
+def test_what_is_set_wins_over_what_is_a_default(by: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    def made(config: FNGDConfig | str | None = None, **changes: Any) -> dict[str, Any]:
+        return by(
+            bert(), TrainingArguments(str(tmp_path), report_to=[], use_cpu=True, **changes), config
+        ).settings.values()
+
+    config = FNGDConfig(lr=0.25, weight_decay=0.5, momentum=0.5, beta2=0.75, eps=1e-3)
+    for name, value in made(config).items():
+        assert value == getattr(config, name)
+    assert made(config, learning_rate=0.25)["lr"] == 0.25
+    assert "default of TrainingArguments" not in caplog.text
+    assert made()["lr"] == made("default")["lr"] == FNGDConfig().lr
+    assert "learning_rate=5e-05 is the default of TrainingArguments, which nobody chose" in caplog.text
+    set_there = {
+        "learning_rate": 1.0,
+        "weight_decay": 2.0,
+        "adam_beta1": 0.25,
+        "adam_beta2": 0.5,
+        "adam_epsilon": 0.125,
+    }
+    found = made(**set_there)
+    assert [found[name] for name in ("lr", "weight_decay", "momentum", "beta2", "eps")] == list(set_there.values())
+    for name, value in set_there.items():
+        with pytest.raises(ValueError, match=rf"TrainingArguments has {name}={value} and the config has .*=0"):
+            made(config, **{name: value})
+
+
+class Reporter(TrainerCallback):
+    """In TensorBoard's place: Trainer puts it before the callbacks of users."""
+
+    def __init__(self) -> None:
+        self.logs: list[dict[str, float]] = []
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        self.logs.append(dict(logs))
+
+
+@pytest.mark.parametrize("later", [False, True])
+def test_reporters_see_the_values(later: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    reporters: list[Reporter] = []
+    monkeypatch.setattr(Reporter, "on_train_begin", lambda self, *args, **kwargs: reporters.append(self))
+    monkeypatch.setattr("transformers.trainer.DEFAULT_CALLBACKS", [*transformers.trainer.DEFAULT_CALLBACKS, Reporter])
+    run = trainer(tmp_path, callbacks=[] if later else [FNGDCallback()], logging_steps=1)
+    if later:
+        run.add_callback(FNGDCallback)
+    run.train()
+    (reporter,) = reporters
+    losses = [logs for logs in reporter.logs if "loss" in logs]
+    assert losses
+    assert all(logs["fngd_skipped"] == 0 and logs["fngd_weight_spread"] > 0 for logs in losses)
+
+
+def test_checkpoints_have_the_settings(tmp_path: Path) -> None:
+    run = trainer(tmp_path, callbacks=[FNGDCallback()], fngd={"lr": 3e-3, "momentum": 0.8}, save_strategy="epoch")
+    run.train()
+    checkpoints = list(tmp_path.glob("checkpoint-*"))
+    assert checkpoints
+    for checkpoint in checkpoints:
+        assert FNGDConfig.from_pretrained(checkpoint) == unwrap(run.optimizer).config
 
 
 class Save(TrainerCallback):

@@ -87,7 +87,7 @@ def test_a_sample_without_inputs_is_clipped_at_its_bias() -> None:
     """Its weight gradient is 0, its bias gradient is not: the norm counts both."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(6, 4)).double()
-    FNGDPreconditioner(model)
+    _kept = FNGDPreconditioner(model)
     x, y = torch.randn(7, 6, dtype=torch.float64), torch.randint(4, (7,))
     x[0] = 0
     outputs = model(x)
