@@ -50,6 +50,8 @@ def wrong_type(key: str, value: object, accepted: str) -> TypeError:
 
 def _number(kind: type, convert: Callable[[Any], Any], accepted: str, holds: Callable[[Any], bool]) -> Check:
     def check(key: str, value: Any) -> Any:
+        if getattr(value, "ndim", None) == 0:  # of torch or numpy
+            value = value.item()
         if isinstance(value, bool) or not isinstance(value, kind):
             raise wrong_type(key, value, accepted)
         try:

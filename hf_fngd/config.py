@@ -94,7 +94,12 @@ class FNGDConfig(Settings, HubMixin):
         `from_pretrained`.
         """
         if not isinstance(name, str) or name not in PRESETS:
-            return cls.from_pretrained(name, **kwargs)
+            try:
+                return cls.from_pretrained(name, **kwargs)
+            except OSError as error:
+                if hint := guess(name, PRESETS, "There is no such preset either: did you mean {}?"):
+                    error.add_note(hint)
+                raise
         return cls.preset(name, **{key: value for key, value in kwargs.items() if key not in HUB_OPTIONS})
 
 

@@ -19,7 +19,7 @@ from hf_fngd.preconditioner import FNGDPreconditioner
 from hf_fngd.settings import Settings, with_settings
 from hf_fngd.updates import FALLBACK_RULES, RULES, Update
 from hf_fngd.updates.gradients import of_layers, squared_norms
-from hf_fngd.updates.groups import check_parameters, parameter_groups, resized
+from hf_fngd.updates.groups import check_parameters, parameter_groups, resized, trainable
 from hf_fngd.updates.momentum import natural_scales, scaled_gradients
 from hf_fngd.weights.solve import damping_from_gradient
 from hf_fngd.weights.solved import SolvedPolicy
@@ -61,9 +61,9 @@ class FNGD(torch.optim.Optimizer):
         self.settings = Settings.of("FNGD", {"lr": lr, **settings})
         self.preconditioner = FNGDPreconditioner(model, **self.settings.values(engine=True))
         self.skipped = 0
-        self._checked = False
+        self._checked: list[int] = []  # the trainable parameters of the last step
         fallback = FALLBACK_RULES[self.settings.fallback]
-        groups = parameter_groups(model, self.preconditioner.layers, self.settings, fallback)
+        groups = parameter_groups(self.preconditioner.model, self.preconditioner.layers, self.settings, fallback)
         defaults = {name: self.settings.effective(name) for name in ("lr", "momentum", "beta2", "eps")}
         super().__init__(groups, defaults)
 
@@ -124,16 +124,16 @@ class FNGD(torch.optim.Optimizer):
         """Update the parameters from their ``grad``; ``closure`` as in `torch.optim.Optimizer.step`.
 
         Raises:
-            RuntimeError: in the first step, where the optimizer's parameters are not the model's trainable ones, no
-                gradient reached any of them, or one is sparse.
+            RuntimeError: a trainable parameter of the model is none of the optimizer's, as after a layer was replaced;
+                or in the first step no gradient reached any parameter, or one is sparse.
         """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        if not self._checked:
+        if self._checked != (now := trainable(self.preconditioner.model)):
             check_parameters(self.preconditioner.model, self.param_groups)
-            self._checked = True
+            self._checked = now
         squared = squared_norms(self.param_groups)
         # Finite, and so when an update rule squares them in float32? This waits for the device.
         if squared is not None and not squared.sum() <= torch.finfo(torch.float32).max:

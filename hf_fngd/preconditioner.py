@@ -50,6 +50,7 @@ class FNGDPreconditioner:
                 f"the first argument is the model, a torch.nn.Module, got {type(model).__name__}; with "
                 "Trainer's optimizer_cls_and_kwargs use (FNGDFactory, {...}), which is handed the model"
             )
+        model = getattr(model, "_orig_mod", model)  # which torch.compile wrapped, and runs
         own = self.settings = Settings.of("FNGDPreconditioner", settings, engine=True)
         refuse_environment(model)
         refuse_attached(model)

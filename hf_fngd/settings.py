@@ -37,6 +37,8 @@ _NAMES = "a regular expression or a list of module names"
 READ_BY_POLICIES = ("damping", "coefficient_steps", "memory_budget")
 READ_BY_RULES = ("beta2", "eps")
 _OF_ENGINE = ("sharing", *READ_BY_POLICIES, "target_modules", "exclude_modules", "layer_types", "strict")
+# What other optimizers call some of them.
+_ELSEWHERE = {"learning_rate": "lr", "betas": "momentum and beta2", "beta1": "momentum", "params": "the model"}
 _MEANT_BY_NONE = {"damping": 0.1, "beta2": 0.999, "eps": 1e-8, "memory_budget": 2**28}
 
 
@@ -158,7 +160,8 @@ class Settings:
         names = setting_names(engine)
         for key in values:
             if key not in names:
-                raise TypeError(f"{owner} has no argument {shown(key)}, it has {', '.join(names)}{guess(key, names)}")
+                meant = f"; use {_ELSEWHERE[key]}" if key in _ELSEWHERE else guess(key, names)
+                raise TypeError(f"{owner} has no argument {shown(key)}, it has {', '.join(names)}{meant}")
         return cls(**values)
 
     def effective(self, name: str) -> Any:

@@ -205,11 +205,6 @@ def unfrozen(model: nn.Module) -> nn.Module:
     return model
 
 
-def frozen(model: nn.Module) -> nn.Module:
-    model.norm.requires_grad_(False)
-    return model
-
-
 def extended(model: nn.Module) -> nn.Module:
     model.extra = nn.Parameter(torch.ones(1))
     return model
@@ -224,23 +219,67 @@ WRONG: dict[str, tuple[Callable[[nn.Module], nn.Module], str]] = {
     "another instance": (copy.deepcopy, "no gradient reached any parameter .* another instance"),
     "a parameter added": (extended, r"1 trainable parameters .* in no group .*\(extra"),
     "a module replaced": (replaced, r"2 trainable parameters .* in no group"),
-    "frozen later": (frozen, "2 parameters of this optimizer are not trainable parameters"),
     "unfrozen later": (unfrozen, r"2 trainable parameters .* in no group .*fc1.weight"),
 }
 
 
 @pytest.mark.parametrize(("change", "message"), WRONG.values(), ids=WRONG)
-def test_another_model_than_the_optimizers_is_seen_in_the_first_step(
-    change: Callable[[nn.Module], nn.Module], message: str
+@pytest.mark.parametrize("steps", [0, 2])
+def test_another_model_than_the_optimizers_is_seen_in_any_step(
+    change: Callable[[nn.Module], nn.Module], message: str, steps: int
 ) -> None:
     model = net()
     if change is unfrozen:
         model.fc1.requires_grad_(False)
     optimizer = FNGD(model)
+    for _ in range(steps):
+        loss(model, *data(6)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    if steps and change is copy.deepcopy:
+        return  # its gradients are nowhere to be seen, as those of a step without a backward pass
     trained_instead = change(model)
     loss(trained_instead, *data(6)).backward()
     with pytest.raises(RuntimeError, match=message):
         optimizer.step()
+
+
+@pytest.mark.parametrize("sharing", policy_names())
+def test_layers_may_be_frozen_and_unfrozen(sharing: str) -> None:
+    """Gradual unfreezing: FNGD is built while everything is trainable."""
+    model, whole = net(), net()
+    optimizer, other = FNGD(model, sharing=sharing), FNGD(whole, sharing=sharing)
+    model.fc1.requires_grad_(False)
+    model.norm.requires_grad_(False)
+    before = [p.detach().clone() for p in (model.fc1.weight, model.norm.weight, model.fc2.weight)]
+    for seed in range(3):
+        optimizer.zero_grad()
+        loss(model, *data(6, seed=seed)).backward()
+        optimizer.step()
+    now = [model.fc1.weight, model.norm.weight, model.fc2.weight]
+    assert [torch.equal(a, b) for a, b in zip(before, now, strict=True)] == [True, True, False]
+    report = optimizer.coverage()
+    assert "fc1.weight" not in [*report.preconditioned, *report.missed]
+    assert "fc2.weight" in report.preconditioned
+    model.requires_grad_(True)
+    whole.load_state_dict(model.state_dict())
+    for of, by in ((model, optimizer), (whole, other)):
+        by.zero_grad()
+        loss(of, *data(6, seed=9)).backward()
+    for p, q in zip(model.parameters(), whole.parameters(), strict=True):
+        if sharing != "replay":  # whose first epoch had no sample weights of the frozen layer
+            torch.testing.assert_close(p.grad, q.grad)
+    optimizer.step()
+    assert not torch.equal(model.fc1.weight, before[0])
+    assert "fc1.weight" in optimizer.coverage().preconditioned
+
+
+def test_a_compiled_model_is_attached_to_what_it_runs() -> None:
+    model = net()
+    optimizer = FNGD(torch.compile(model, backend="eager"))
+    assert optimizer.preconditioner.model is model
+    loss(model, *data(6)).backward()
+    optimizer.step()
 
 
 def test_a_step_before_any_backward_is_an_error() -> None:
@@ -292,8 +331,8 @@ def test_moments_of_the_rows_that_stay_are_kept(update: str, rows: int, caplog: 
     assert (after[kept:] == 0).all()
     assert f"0.weight had 7 rows in an earlier step and has {rows}" in caplog.text
     model[3].weight.data = model[3].weight.new_ones(2, 7)
+    group = {"params": [with_gradient(model[3].weight)], "param_names": ["3.weight"]}
     with pytest.raises(RuntimeError, match=r"3.weight has the shape \(2, 7\) and had \(2, 8\) in an earlier step"):
-        group = {"params": [with_gradient(model[3].weight)], "param_names": ["3.weight"]}
         optimizer._update_group(optimizer.param_groups[0] | group, None)
 
 

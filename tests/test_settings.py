@@ -42,7 +42,7 @@ PATTERNS = [
 BAD_MODULES = ["", *BAD_PATTERNS, "a" * (MAX_CHARACTERS + 1), [""], ["a"] * (MAX_NAMES + 1), ["a" * 20_000]]
 
 GOOD: dict[str, list[Any]] = {
-    "lr": [0, 0.0, 1, 1e-3, 1e300, numpy.float32(0.5)],
+    "lr": [0, 0.0, 1, 1e-3, 1e300, numpy.float32(0.5), torch.tensor(0.5), numpy.array(0.5)],
     "momentum": [0, 0.0, 0.9, 0.999999],
     "weight_decay": [0, 0.0, 0.1],
     "sharing": list(policy_names()),

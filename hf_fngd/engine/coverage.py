@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from hf_fngd.engine.layer import Layer
+from hf_fngd.layers.base import weight_of
 from hf_fngd.layers.select import Selection
 
 logger = logging.getLogger(__name__)
@@ -64,6 +65,9 @@ class Coverage:
         missed: dict[str, str] = {}
         plain = dict(self._selection.plain)
         for layer in self._layers:
+            weight = weight_of(layer.selected.module)
+            if weight is not None and not (weight.requires_grad or weight.grad_fn):  # frozen by now
+                continue
             names, matrix, reasons = layer.selected.parameters, layer.selected.matrix, layer.reasons
             if self._told and not reasons and not layer.weighed and (matrix or not layer.shared.reached):
                 reasons = [NEVER_CALLED]

@@ -109,6 +109,12 @@ def test_what_is_no_text_or_no_name_is_refused(seed, key, value):
     refusal(lambda: FNGDConfig.from_pretrained(**arguments), longest=21_000)
 
 
+def test_a_misspelt_preset_is_told(seed):
+    with pytest.raises(OSError, match="no such local folder") as caught:
+        FNGDConfig.load("papr", cache_dir=seed.cache)
+    assert caught.value.__notes__ == ["There is no such preset either: did you mean 'paper'?"]
+
+
 def http_error(kind):
     """Build an error as the client raises it from a response of the Hub."""
     return kind("from the Hub", response=SimpleNamespace(headers={}, request=None, status_code=404))
