@@ -99,11 +99,7 @@ class FNGDPreconditioner:
         compared = 0
         if batches or world > 1:
             compared = self.policy.close(batches, begun, self._like())
-        # The backward pass of one process may have reached no layer; all have to go on alike.
-        if batches or (begun and world > 1):
-            self._coverage.tell(compared)
-        else:
-            self._coverage.tell_of_none()
+        self._coverage.tell(compared)
         if self.epoch_ended:
             self.end_epoch()
 

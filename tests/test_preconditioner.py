@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_fngd import FNGD, FNGDPreconditioner, policy_names
-from hf_fngd.engine.coverage import NEVER_CALLED
+from hf_fngd.engine.layer import NEVER_CALLED
 from tests.nets import LAYER_NAMES, Watched, data, dense, gradient, loss, net, relative_error
 
 

@@ -4,15 +4,11 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from torch import Tensor
-
-from hf_fngd.engine.layer import Layer
+from hf_fngd.engine.layer import NEVER_CALLED, Layer
 from hf_fngd.layers.base import weight_of
 from hf_fngd.layers.select import Selection
 
 logger = logging.getLogger(__name__)
-
-NEVER_CALLED = "it was never called in a forward pass of the model in training mode"
 
 
 @dataclass(frozen=True)
@@ -69,7 +65,7 @@ class Coverage:
             if weight is not None and not (weight.requires_grad or weight.grad_fn):  # frozen by now
                 continue
             names, matrix, reasons = layer.selected.parameters, layer.selected.matrix, layer.reasons
-            if self._told and not reasons and not layer.weighed and (matrix or not layer.shared.reached):
+            if self._told and not reasons and not layer.weighed and not matrix and not layer.shared.ever:
                 reasons = [NEVER_CALLED]
             if reasons:
                 (missed if matrix else plain).update(dict.fromkeys(names, "; ".join(reasons)))
@@ -85,13 +81,19 @@ class Coverage:
 
         With ``strict`` raise RuntimeError where a preconditioned layer is missed.
         """
+        for layer in self._layers:
+            layer.close()
+        for layer in self._layers:
+            layer.shared.reached = False
+        reasons = sum(len(layer.reasons) for layer in self._layers)
+        if not (self._told or reasons or samples):
+            return  # a step without gradients
         if samples == 1 and not self._told:
             logger.warning(
                 "the first micro-batch holds one sample, whose sample weight is 1: with such batches FNGD is its "
                 "update rule alone. Packed sequences count as one sample: train without packing, or raise "
                 'per_device_train_batch_size or, with sharing="clipped", gradient_accumulation_steps'
             )
-        reasons = sum(len(layer.reasons) for layer in self._layers if layer.selected.matrix)
         if self._told and reasons == self._told_reasons:
             return
         self._told, self._told_reasons = True, reasons
@@ -99,11 +101,3 @@ class Coverage:
         if report.missed and self._strict:
             raise RuntimeError(f"strict=True: {report}\nExclude these layers with exclude_modules.")
         logger.log(logging.WARNING if report.missed else logging.INFO, "%s", report)
-
-    def tell_of_none(self) -> None:
-        """A step was taken without a backward pass through any layer: say so, if there are gradients all the same."""
-        # Zero gradients are those of a checkpoint loader that initializes the optimizer's state.
-        weights = (layer.module.weight for layer in self._selection.matrices)
-        grads = (w.grad for w in weights if isinstance(w, Tensor) and w.is_leaf)
-        if not self._told and any(isinstance(grad, Tensor) and bool(grad.any()) for grad in grads):
-            self.tell(0)

@@ -3,6 +3,7 @@
 import logging
 from collections import Counter
 from collections.abc import Callable, Mapping
+from dataclasses import is_dataclass
 from functools import partial
 from typing import Any
 
@@ -142,9 +143,10 @@ def _find_sample(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | N
         if isinstance(value := kwargs.get(key), Tensor) and value.dim() > 0:
             return value
     for value in (*args, *kwargs.values()):
-        if isinstance(value, Mapping):
-            if (found := _find_sample((), value)) is not None:
-                return found
-        elif isinstance(value, Tensor) and value.dim() > 0:
+        inside: Mapping[str, Any] = value if isinstance(value, Mapping) else {}
+        inside = vars(value) if is_dataclass(value) and not isinstance(value, type) else inside
+        if (found := _find_sample(tuple(value) if isinstance(value, list | tuple) else (), inside)) is not None:
+            return found
+        if isinstance(value, Tensor) and value.dim() > 0:
             return value
     return None

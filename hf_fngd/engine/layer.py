@@ -1,18 +1,20 @@
 """One attached layer: whether its samples can be weighed, and its sample weights in a backward pass."""
 
-from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
 
+from hf_fngd.distributed.sharded import local
 from hf_fngd.engine.window import MicroBatch
 from hf_fngd.layers.base import AMBIGUOUS, GramKernel, LayerKernel, weight_of
 from hf_fngd.layers.embedding import EmbeddingKernel
 from hf_fngd.layers.select import Selected
 
 CALLED_AGAIN = "it is called more than once in a forward pass"
+NEVER_CALLED = "it was never called in a forward pass of the model in training mode"
+PASSED_BY = "in some steps its gradient came from no forward pass of the model in training mode"
 USED_ELSEWHERE = "its weight is used outside of its forward as well"
 ON_TOP_OF_ANOTHER = "reentrant activation checkpointing ran several forward passes before a backward pass"
 
@@ -21,10 +23,14 @@ ON_TOP_OF_ANOTHER = "reentrant activation checkpointing ran several forward pass
 class Shared:
     """What the layers have in common that have one weight."""
 
+    first: int  # the place of the first of them
     layers: int = 0  # how many these are
     reasons: set[str] = field(default_factory=set)  # why its gradient was plain, in a call at least of any of them
     ambiguous: set[int] = field(default_factory=set)  # places of those that wait for a batch to tell its dimension
-    reached: bool = False  # whether a backward pass ever reached any of them
+    reached: bool = False  # whether a backward pass reached any of them in the step under way
+    ever: bool = False  # or in an earlier one
+    unreached: int = 0  # how many steps reached none of them
+    passed_by: bool = False  # whether it had a gradient in one of these all the same
 
 
 @dataclass(eq=False)
@@ -46,8 +52,25 @@ class Layer:
     @property
     def reasons(self) -> list[str]:
         """Why the gradient of its weight was plain, sorted; nothing where it always was weighed."""
+        passed_by = PASSED_BY if self.weighed else NEVER_CALLED
+        return sorted([*self._obstacles, *([passed_by] if self.shared.passed_by else [])])
+
+    @property
+    def _obstacles(self) -> set[str]:
         own = [AMBIGUOUS] if self.shared.ambiguous else []
-        return sorted({*self.shared.reasons, *own, *([self.kernel.fault] if self.kernel.fault else [])})
+        return {*self.shared.reasons, *own, *([self.kernel.fault] if self.kernel.fault else [])}
+
+    def close(self) -> None:
+        """The optimizer steps: was the weight's gradient made without this layer's backward?"""
+        shared = self.shared
+        if shared.reached or shared.passed_by or self.place != shared.first or self._obstacles:
+            return
+        shared.unreached += 1
+        if shared.unreached.bit_count() == 1:  # not in every step, as the host waits for the device
+            weight = weight_of(self.selected.module)
+            grad = weight.grad if weight is not None and weight.is_leaf else None
+            # Zero gradients are those of an unused layer, or of a loader that initializes the optimizer's state.
+            shared.passed_by = grad is not None and bool(local(grad).any())
 
     def weights(self, x: Tensor | None, g: Tensor, has_bias: bool, batch: MicroBatch, again: bool) -> Tensor | None:
         """The sample weights ``[N]`` of one call in a backward pass, None for ones; x and g as the kernel takes them.
@@ -56,7 +79,7 @@ class Layer:
         retained graph has been here: then they are new ones, which nothing remembers.
         """
         batch.reach()
-        self.shared.reached = True
+        self.shared.reached = self.shared.ever = True
         if batch.size == 0 or self._is_plain(x, g, batch, again) or len(g if x is None else x) != batch.size:
             return None
         self.weighed = True
@@ -75,7 +98,7 @@ class Layer:
         elif reason is not None:
             self.shared.reasons.add(reason)
         if self.shared.layers > 1:
-            return bool(self.reasons)
+            return bool(self._obstacles)
         return reason is not None or USED_ELSEWHERE in self.shared.reasons
 
     def _called_again(self, batch: MicroBatch, again: bool) -> bool:
@@ -103,10 +126,12 @@ class Layer:
 
 def attached_layers(selected: Sequence[Selected], solves: bool) -> list[Layer]:
     """The layers of a selection, in its order."""
-    shared: dict[int, Shared] = defaultdict(Shared)
-    layers = [Layer(place, one, shared[id(weight_of(one.module))], solves) for place, one in enumerate(selected)]
-    for layer in layers:
-        layer.shared.layers += 1
+    shared: dict[int, Shared] = {}
+    layers = []
+    for place, one in enumerate(selected):
+        of_weight = shared.setdefault(id(weight_of(one.module)), Shared(place))
+        of_weight.layers += 1
+        layers.append(Layer(place, one, of_weight, solves))
     return layers
 
 

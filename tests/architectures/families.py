@@ -10,8 +10,7 @@ import torch.nn.functional as F
 import transformers as hf
 from torch import Tensor, nn
 
-from hf_fngd.engine.coverage import NEVER_CALLED
-from hf_fngd.engine.layer import CALLED_AGAIN
+from hf_fngd.engine.layer import CALLED_AGAIN, NEVER_CALLED
 from hf_fngd.layers.base import NOT_THE_BATCH
 from tests.architectures.registry import (
     CLASSES,

@@ -9,8 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from hf_fngd.engine.coverage import NEVER_CALLED
-from hf_fngd.engine.layer import CALLED_AGAIN, USED_ELSEWHERE
+from hf_fngd.engine.layer import CALLED_AGAIN, NEVER_CALLED, USED_ELSEWHERE
 from hf_fngd.layers.base import AMBIGUOUS, NOT_THE_BATCH
 
 Batch = dict[str, Any]

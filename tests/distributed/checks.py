@@ -280,10 +280,10 @@ def tensor_parallel() -> dict[str, Any]:
     for order in ("before", "after"):
         model = net(width=8)
         if order == "before":
-            FNGD(model)
+            _kept = FNGD(model)
         parallelize_module(model, mesh, plan)
         if order == "after":
-            FNGD(model)
+            _kept = FNGD(model)
         try:
             loss(model, *data(6, 3))
         except RuntimeError as error:

@@ -70,7 +70,7 @@ def test_data_parallel_is_refused() -> None:
     with pytest.raises(RuntimeError, match=message):
         FNGDPreconditioner(nn.Sequential(nn.DataParallel(net())))
     model = net()
-    FNGDPreconditioner(model)
+    _kept = FNGDPreconditioner(model)
     replica = model._replicate_for_data_parallel()  # what DataParallel runs on each device
     with pytest.raises(RuntimeError, match=message):
         replica(data(6, 3)[0])

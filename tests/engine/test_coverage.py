@@ -1,7 +1,9 @@
 """Layers that cannot be preconditioned: they get plain gradients, and the coverage report says so, once."""
 
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
@@ -9,8 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hf_fngd import CoverageReport, FNGDPreconditioner
-from hf_fngd.engine.coverage import NEVER_CALLED
-from hf_fngd.engine.layer import CALLED_AGAIN, USED_ELSEWHERE
+from hf_fngd.engine.layer import CALLED_AGAIN, NEVER_CALLED, PASSED_BY, USED_ELSEWHERE
 from hf_fngd.layers.base import AMBIGUOUS, NOT_THE_BATCH
 from tests.nets import CLASSES, EVERY_TYPE, LAYER_NAMES, Elsewhere, Net, Twice, data, loss, net, settings_of
 
@@ -204,6 +205,103 @@ def test_what_goes_wrong_later_is_told_then(strict: bool, caplog: pytest.LogCapt
     (record,) = caplog.records
     assert CALLED_AGAIN in record.getMessage()
     assert "fc2" not in record.getMessage()
+
+
+class Headed(Net):
+    """Its second layer is used in some batches only, or functionally."""
+
+    use = "call"
+
+    def head(self, hidden: Tensor) -> Tensor:
+        if self.use == "call":
+            return self.fc2(hidden).mean(1)
+        if self.use == "functional":
+            return F.linear(hidden, self.fc2.weight, self.fc2.bias).mean(1)
+        return hidden[..., :CLASSES].mean(1)
+
+
+def in_evaluation_mode(model: Headed) -> None:
+    model.eval()
+
+
+def functionally(model: Headed) -> None:
+    model.use = "functional"
+
+
+def patched(model: Headed) -> None:
+    plain = type(model).__mro__[1].forward
+    model.forward = lambda *args: plain(model, *args)  # type: ignore[method-assign]
+
+
+def without_the_model(model: Headed) -> None:
+    model.forward = lambda x: model.head(torch.tanh(model.fc1(x)))  # type: ignore[method-assign]
+
+
+LATER = {in_evaluation_mode: "all", patched: "all", without_the_model: "all", functionally: "fc2"}
+
+
+@pytest.mark.parametrize(("change", "which"), LATER.items(), ids=[change.__name__ for change in LATER])
+@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize("sharing", ["clipped", "never"])
+def test_what_stops_being_weighed_is_told_once(
+    change: Callable[[Headed], None], which: str, strict: bool, sharing: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    model, (x, y) = net(cls=Headed), data(7, 3)
+    preconditioner = FNGDPreconditioner(model, sharing=sharing, strict=strict)
+    for step in range(4):
+        if step == 2:
+            assert not caplog.records
+            assert preconditioner.coverage().missed == {}
+            change(model)
+        model.zero_grad()
+        value(model, x, y).backward()
+        if strict and step == 2:
+            with pytest.raises(RuntimeError, match=f"(?s)strict=True: .*{PASSED_BY}"):
+                preconditioner.step()
+            return
+        preconditioner.step()
+    (record,) = caplog.records
+    assert PASSED_BY in record.getMessage()
+    missed = {"fc2.weight", "fc2.bias"} | ({"fc1.weight", "fc1.bias"} if which == "all" else set())
+    assert preconditioner.coverage().missed == dict.fromkeys(missed, PASSED_BY)
+
+
+@pytest.mark.parametrize("set_to_none", [False, True])
+@pytest.mark.parametrize("first", ["call", "unused"])
+def test_a_head_that_a_batch_does_not_use_is_not_missed(
+    first: str, set_to_none: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    model, (x, y) = net(cls=Headed), data(7, 3)
+    preconditioner = FNGDPreconditioner(model, strict=True)
+    for model.use in (first, "unused", "call", "unused", "unused"):
+        model.zero_grad(set_to_none=set_to_none)
+        value(model, x, y).backward()
+        preconditioner.step()
+    assert preconditioner.coverage().missed == {}
+    assert not caplog.records
+
+
+@dataclass
+class Inputs:
+    x: Tensor
+
+
+class Wrapped(Net):
+    """Takes its batch in a list, a tuple, a dataclass, or a dictionary of these."""
+
+    def forward(self, batch: Any) -> Tensor:  # type: ignore[override]
+        while not isinstance(batch, Tensor):
+            batch = batch.x if isinstance(batch, Inputs) else batch["x"] if isinstance(batch, dict) else batch[0]
+        return super().forward(batch)
+
+
+@pytest.mark.parametrize("wrap", [lambda x: [x], lambda x: (x, 1), Inputs, lambda x: {"x": [Inputs(x)]}])
+def test_a_batch_is_found_in_what_holds_it(wrap: Callable[[Tensor], Any]) -> None:
+    model, (x, y) = net(cls=Wrapped), data(7, 3)
+    preconditioner = FNGDPreconditioner(model, strict=True)
+    F.cross_entropy(model(wrap(x)), y).backward()
+    preconditioner.step()
+    assert preconditioner.diagnostics()["weight_spread"] > 0
 
 
 def test_training_in_evaluation_mode_is_reported() -> None:
