@@ -46,7 +46,7 @@ def _listed(names: Sequence[str]) -> str:
 class Coverage:
     """Follows what becomes of a model's parameters; tells it after the first step, and when more layers are missed.
 
-    With ``strict`` a preconditioned layer that is missed is an error, and otherwise a warning.
+    With ``strict`` an attached layer that is not weighed is an error.
     """
 
     def __init__(self, selection: Selection, layers: Sequence[Layer], strict: bool) -> None:
@@ -79,7 +79,7 @@ class Coverage:
     def tell(self, samples: int) -> None:
         """A step was taken, whose sample weights compared so many samples: log the report, if it says more than before.
 
-        With ``strict`` raise RuntimeError where a preconditioned layer is missed.
+        With ``strict`` raise RuntimeError where an attached layer is not weighed.
         """
         for layer in self._layers:
             layer.close()
@@ -96,8 +96,9 @@ class Coverage:
             )
         if self._told and reasons == self._told_reasons:
             return
+        worse = self._told and reasons > self._told_reasons
         self._told, self._told_reasons = True, reasons
         report = self.report()
-        if report.missed and self._strict:
+        if reasons and self._strict:
             raise RuntimeError(f"strict=True: {report}\nExclude these layers with exclude_modules.")
-        logger.log(logging.WARNING if report.missed else logging.INFO, "%s", report)
+        logger.log(logging.WARNING if report.missed or worse else logging.INFO, "%s", report)

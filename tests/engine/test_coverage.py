@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from hf_fngd import CoverageReport, FNGDPreconditioner
 from hf_fngd.engine.layer import CALLED_AGAIN, NEVER_CALLED, PASSED_BY, USED_ELSEWHERE
@@ -302,6 +302,40 @@ def test_a_batch_is_found_in_what_holds_it(wrap: Callable[[Tensor], Any]) -> Non
     F.cross_entropy(model(wrap(x)), y).backward()
     preconditioner.step()
     assert preconditioner.diagnostics()["weight_spread"] > 0
+
+
+class Tokens(nn.Module):
+    """An embedding whose output stops having the batch in front."""
+
+    swapped = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.fc = nn.Embedding(9, 5), nn.Linear(5, CLASSES)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        rows = self.table(ids.t()).transpose(0, 1) if self.swapped else self.table(ids)
+        return self.fc(rows).mean(1)
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_strict_and_the_log_are_about_other_layers_too(strict: bool, caplog: pytest.LogCaptureFixture) -> None:
+    model = Tokens()
+    preconditioner = FNGDPreconditioner(model, strict=strict)
+    ids = torch.arange(18).view(6, 3) % 9
+    model(ids).square().sum().backward()
+    preconditioner.step()
+    assert not caplog.records
+    model.swapped = True
+    model(ids).square().sum().backward()
+    if strict:
+        with pytest.raises(RuntimeError, match=f"(?s)strict=True: .*{NOT_THE_BATCH}.*table.weight"):
+            preconditioner.step()
+        return
+    preconditioner.step()
+    (record,) = caplog.records
+    assert NOT_THE_BATCH in record.getMessage()
+    assert preconditioner.coverage().plain == {"table.weight": NOT_THE_BATCH}
 
 
 def test_training_in_evaluation_mode_is_reported() -> None:
