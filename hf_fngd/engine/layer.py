@@ -53,10 +53,12 @@ class Layer:
     def reasons(self) -> list[str]:
         """Why the gradient of its weight was plain, sorted; nothing where it always was weighed."""
         passed_by = PASSED_BY if self.weighed else NEVER_CALLED
-        return sorted([*self._obstacles, *([passed_by] if self.shared.passed_by else [])])
+        return sorted([*self._obstacles, passed_by] if self.shared.passed_by else self._obstacles)
 
     @property
     def _obstacles(self) -> set[str]:
+        if not (self.shared.reasons or self.shared.ambiguous or self.kernel.fault):  # as a rule
+            return set()
         own = [AMBIGUOUS] if self.shared.ambiguous else []
         return {*self.shared.reasons, *own, *([self.kernel.fault] if self.kernel.fault else [])}
 

@@ -58,7 +58,7 @@ class ClippedSharing(SharingPolicy):
     parts: int  # M
     means: Tensor  # mean norms in the last step of M micro-batches ``[P]``, by layer; 0 where there never were any
     shorter: bool  # whether the last step had fewer
-    _last: list[Tensor]  # sample weights of the last step, layer by layer
+    _last: list[dict[int, Tensor]]  # sample weights of the last step's micro-batches, by layer
 
     def prepare(self, layers: int, *, damping: float, coefficient_steps: int | None, memory_budget: int) -> None:
         super().prepare(layers, damping=damping, coefficient_steps=coefficient_steps, memory_budget=memory_budget)
@@ -70,8 +70,7 @@ class ClippedSharing(SharingPolicy):
     def close(self, batches: Sequence[MicroBatchWeights], begun: int, like: Tensor) -> int:
         """See `SharingPolicy.close`. Communicates two numbers a layer where there are several processes."""
         own = [batch for batch in batches if isinstance(batch, ClippedWeights)]
-        layers = {layer for batch in own for layer in batch.weights}
-        self._last = [torch.cat([b.weights[layer] for b in own if layer in b.weights]) for layer in layers]
+        self._last = [batch.weights for batch in own]
         samples = super().close(batches, begun, like)
         if rank_and_world()[1] == 1 and max(len(own), self.parts) == 1:
             return samples
@@ -92,9 +91,11 @@ class ClippedSharing(SharingPolicy):
 
     def diagnostics(self) -> dict[str, float]:
         """``weight_spread``, root mean square over the layers, of this process's samples in the last step."""
-        if not self._last:
+        layers = {layer for weights in self._last for layer in weights}
+        every = [torch.cat([weights[layer] for weights in self._last if layer in weights]) for layer in layers]
+        if not every:
             return {"weight_spread": 0.0}
-        ratios = [(w.square().mean() / w.mean().square()).to(self._last[0]) for w in self._last]
+        ratios = [(w.square().mean() / w.mean().square()).to(every[0]) for w in every]
         return {"weight_spread": float((torch.stack(ratios).mean() - 1).clamp(min=0).sqrt())}
 
     def state_dict(self) -> State:
