@@ -137,15 +137,19 @@ class Forwards:
                 layer.shared.reasons.add(USED_ELSEWHERE)
 
 
-def _find_sample(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:
-    """The input whose first dimension counts the samples; None where no input is a tensor with a dimension."""
+def _find_sample(args: tuple[Any, ...], kwargs: Mapping[str, Any], depth: int = 4) -> Tensor | None:
+    """The input whose first dimension counts the samples; None where no input is a tensor with a dimension.
+
+    Mappings, lists, tuples and dataclasses are searched as well, which may hold each other.
+    """
     for key in _BATCH_KEYS:
         if isinstance(value := kwargs.get(key), Tensor) and value.dim() > 0:
             return value
-    for value in (*args, *kwargs.values()):
+    for value in (*args, *kwargs.values()) if depth else ():
         inside: Mapping[str, Any] = value if isinstance(value, Mapping) else {}
         inside = vars(value) if is_dataclass(value) and not isinstance(value, type) else inside
-        if (found := _find_sample(tuple(value) if isinstance(value, list | tuple) else (), inside)) is not None:
+        items = tuple(value) if isinstance(value, list | tuple) else ()
+        if (items or inside) and (found := _find_sample(items, inside, depth - 1)) is not None:
             return found
         if isinstance(value, Tensor) and value.dim() > 0:
             return value

@@ -295,7 +295,13 @@ class Wrapped(Net):
         return super().forward(batch)
 
 
-@pytest.mark.parametrize("wrap", [lambda x: [x], lambda x: (x, 1), Inputs, lambda x: {"x": [Inputs(x)]}])
+def in_a_circle(x: Tensor) -> list[Any]:
+    circle: list[Any] = [Inputs(x)]
+    circle.append(circle)
+    return [circle[0], circle]
+
+
+@pytest.mark.parametrize("wrap", [in_a_circle, lambda x: [x], lambda x: (x, 1), Inputs, lambda x: {"x": [Inputs(x)]}])
 def test_a_batch_is_found_in_what_holds_it(wrap: Callable[[Tensor], Any]) -> None:
     model, (x, y) = net(cls=Wrapped), data(7, 3)
     preconditioner = FNGDPreconditioner(model, strict=True)
