@@ -258,6 +258,8 @@ def _set_in(args: Any, config: FNGDConfig, overrides: Mapping[str, Any]) -> dict
     defaults = {f.name: f.default for f in dataclasses.fields(args)} if dataclasses.is_dataclass(args) else {}
     chosen = {}
     for name, theirs in _TRAINING_ARGS.items():
+        if not hasattr(args, theirs):
+            continue
         value, own = getattr(args, theirs), getattr(config, name)
         unset = own == getattr(Settings, name)
         if name in overrides or value == defaults.get(theirs):

@@ -93,6 +93,17 @@ class Dense:
         return self.lam_prime * torch.linalg.solve(damped, gradient)
 
 
+def gram_from_layer(a: Tensor, g: Tensor, bias: bool) -> Tensor:
+    """K of inputs ``[N, T, i]`` and output gradients ``[N, T, o]``: h_n a sample at a time, then all products."""
+    samples = a.shape[0]
+    rows = []
+    for n in range(samples):
+        h = sum(torch.outer(g[n, t], a[n, t]) for t in range(a.shape[1]))
+        row = [h.flatten(), g[n].sum(dim=0)] if bias else [h.flatten()]
+        rows.append(torch.cat(row).double())
+    return torch.tensor([[samples * float(x @ y) for y in rows] for x in rows], dtype=torch.float64)
+
+
 # Sample clipping -----------------------------------------------------------------------------------------
 
 

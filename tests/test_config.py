@@ -10,14 +10,42 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hf_fngd import FNGD
+from hf_fngd.checks import MAX_INTEGER
 from hf_fngd.config import CONFIG_VERSION, PRESETS, FNGDConfig
+from hf_fngd.layers.base import layer_type_names
 from hf_fngd.settings import setting_names
-from hf_fngd.weights.base import policy_class
-from tests.nets import net
+from hf_fngd.updates import FALLBACK_RULES
+from hf_fngd.weights.base import policy_class, policy_names
+from tests.nets import UPDATES, net
 from tests.refusals import refusal
-from tests.test_settings import GOOD
 
-values = st.fixed_dictionaries({}, optional={key: st.sampled_from(of) for key, of in GOOD.items()})
+names = st.lists(st.text(min_size=1, max_size=20), min_size=1, max_size=5)
+patterns = st.sampled_from(["all-linear", r".*\.fc[12]", "(?:encoder|decoder)\\..*", "é+"])
+counts = st.integers(min_value=1, max_value=MAX_INTEGER)
+fractions = st.floats(min_value=0, max_value=1, exclude_max=True)
+not_negative = st.floats(min_value=0, allow_infinity=False) | st.integers(min_value=0, max_value=10**300)
+positive = st.floats(min_value=0, exclude_min=True, allow_infinity=False)
+values = st.fixed_dictionaries(
+    {},
+    optional={
+        "lr": not_negative,
+        "momentum": fractions,
+        "weight_decay": not_negative,
+        "sharing": st.sampled_from(policy_names()),
+        "damping": positive,
+        "coefficient_steps": st.none() | counts,
+        "update": st.sampled_from(UPDATES),
+        "fallback": st.sampled_from(list(FALLBACK_RULES)),
+        "fallback_lr": st.none() | not_negative,
+        "beta2": fractions,
+        "eps": positive,
+        "memory_budget": counts,
+        "target_modules": patterns | names | names.map(tuple),
+        "exclude_modules": st.none() | patterns | names | st.just([]),
+        "layer_types": st.none() | st.lists(st.sampled_from(layer_type_names()), min_size=1),
+        "strict": st.booleans(),
+    },
+)
 
 
 def readable(given_values: dict[str, Any]) -> dict[str, Any]:
@@ -57,6 +85,9 @@ def test_optimizer_arguments_are_all_of_them_and_a_copy() -> None:
     assert FNGD.from_config(net(), config).settings.values() == config.values()
 
 
+# Dictionaries that need not be trusted ---------------------------------------------------------------------
+
+
 @pytest.mark.parametrize(
     ("keys", "shown"),
     [
@@ -91,6 +122,8 @@ def test_only_a_mapping_is_a_dictionary(given_values: Any) -> None:
         FNGDConfig.from_dict(given_values)
 
 
+# Versions --------------------------------------------------------------------------------------------------
+
 MAJOR = int(CONFIG_VERSION.split(".")[0])
 
 
@@ -117,12 +150,27 @@ def test_another_version_is_refused(version: Any, error: type[Exception], messag
 
 
 # What hf_fngd 0.1.0 wrote: every argument.
-VERSION_1 = json.loads(
-    """{"config_version": "1.0", "lr": 0.001, "momentum": 0.9, "damping": 0.1, "weight_decay": 0.0,
-    "sharing": "clipped", "refresh": null, "coefficient_steps": null, "step_scale": "rms", "update": "muon",
-    "fallback": "adamw", "fallback_lr": null, "beta2": 0.999, "eps": 1e-08, "memory_budget": 268435456,
-    "target_modules": "all-linear", "exclude_modules": null, "weigh_rest": true, "strict": false}"""
-)
+VERSION_1 = {
+    "config_version": "1.0",
+    "lr": 0.001,
+    "momentum": 0.9,
+    "damping": 0.1,
+    "weight_decay": 0.0,
+    "sharing": "clipped",
+    "refresh": None,
+    "coefficient_steps": None,
+    "step_scale": "rms",
+    "update": "muon",
+    "fallback": "adamw",
+    "fallback_lr": None,
+    "beta2": 0.999,
+    "eps": 1e-08,
+    "memory_budget": 268435456,
+    "target_modules": "all-linear",
+    "exclude_modules": None,
+    "weigh_rest": True,
+    "strict": False,
+}
 PAPER_1 = {"sharing": "replay", "refresh": 0, "damping": 0.003, "step_scale": "ngd", "update": "momentum"}
 
 
@@ -162,6 +210,9 @@ def test_settings_of_version_1_that_are_gone_name_the_last_version_that_has_them
 ) -> None:
     with pytest.raises(ValueError, match=rf"has {gone}, which .* does not have: use version 0\.1\.0 \(commit \w+\)"):
         FNGDConfig.from_dict(VERSION_1 | changes)
+
+
+# Presets ---------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", PRESETS)

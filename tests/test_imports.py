@@ -96,6 +96,22 @@ def test_libraries_are_known_where_they_have_to_be(library: str) -> None:
     assert users == LIBRARIES[library]
 
 
+def test_the_engine_knows_neither_transformers_nor_the_config() -> None:
+    reached, todo = set(), ["hf_fngd.preconditioner"]
+    while todo:
+        name = todo.pop()
+        if name not in reached:
+            reached.add(name)
+            todo += INSIDE[name]
+    assert not {"hf_fngd.config", "hf_fngd.hub"} & reached
+    assert not any(name.startswith("hf_fngd.trainer") for name in reached)
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_the_facade_is_for_users_alone(name: str) -> None:
+    assert "hf_fngd" not in INSIDE[name]
+
+
 def test_the_facade_exports_what_it_lists() -> None:
     assert all(hasattr(hf_fngd, name) for name in hf_fngd.__all__)
     assert len(set(hf_fngd.__all__)) == len(hf_fngd.__all__)

@@ -72,6 +72,9 @@ def assert_finite(model: Net, optimizer: FNGD) -> None:
             assert torch.isfinite(leaf).all(), path
 
 
+# Gradients that are not finite ---------------------------------------------------------------------------
+
+
 def spoilt_input(value: float) -> Callable[[Net], None]:
     def backward(model: Net) -> None:
         x, y = data(6, 2, seed=99, dtype=torch.float32)
@@ -173,6 +176,32 @@ def test_no_policy_keeps_anything_of_a_bad_step(sharing: str, called: bool, part
     assert_same(everything(*twins[0]), everything(*twins[1]))
 
 
+@pytest.mark.parametrize(("update", "fallback"), RULES)
+@pytest.mark.parametrize("before", [0, 2, 4], ids=["first", "coefficients", "shared"])
+def test_a_step_that_the_loss_scaler_skips_leaves_no_trace(update: str, fallback: str, before: int) -> None:
+    (model, optimizer), (twin, of_twin) = made(update, fallback), made(update, fallback)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**16, growth_interval=1000)
+
+    def scaled(seed: int, factor: float = 1.0) -> None:
+        optimizer.zero_grad()
+        scaler.scale(factor * loss(model, *data(6, 2, seed=seed, dtype=torch.float32))).backward()
+        scaler.step(optimizer)
+        scaler.update()
+
+    for seed in range(before):
+        scaled(seed)
+        step(twin, of_twin, seed)
+    scaled(99, factor=1e36)
+    assert scaler.get_scale() == 2.0**15  # it was skipped
+    for seed in range(before, before + 6):
+        scaled(seed)
+        step(twin, of_twin, seed)
+        # A power of two in the loss changes no bit of anything.
+        assert_same(everything(model, optimizer), everything(twin, of_twin))
+
+
+# Gradients that are finite and unusual -------------------------------------------------------------------
+
 # The squares of the last ones are within float32. The plain gradient of "sgd" moves by as much, and is left out there.
 UNUSUAL: dict[str, dict[str, Any]] = {
     "zero": {"scale": 0.0},
@@ -204,6 +233,26 @@ def test_unusual_gradients_poison_nothing(
     for seed in range(4):
         step(model, optimizer, seed)
         assert_finite(model, optimizer)
+
+
+def trajectory(update: str, scale: float, steps: int = 6) -> tuple[list[Tensor], Tensor]:
+    """The parameters after a run at some scale of the loss, and the rows of the store."""
+    model, optimizer = made(update, "adamw", eps=1e-30)
+    for seed in range(steps):
+        step(model, optimizer, seed, scale)
+        assert_finite(model, optimizer)
+    return [p.detach() for p in model.parameters()], optimizer.preconditioner.state_dict()["policy"]["rows"]
+
+
+@pytest.mark.parametrize("power", [-50, 50])
+@pytest.mark.parametrize("update", [update for update in UPDATES if update != "momentum"])
+def test_gradients_of_1e15_and_their_inverse_train_as_others_do(update: str, power: int) -> None:
+    """With the fallback that is scale-free too; its eps out of the way."""
+    found, rows = trajectory(update, 2.0**power)
+    expected, of_others = trajectory(update, 1.0)
+    torch.testing.assert_close(rows, of_others, rtol=1e-3, atol=1e-3)
+    for p, q in zip(found, expected, strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize(("update", "fallback", "sharing"), EVERY)

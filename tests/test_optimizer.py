@@ -5,6 +5,7 @@ import dataclasses
 import gc
 import logging
 from collections.abc import Callable
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,6 +16,8 @@ from tests.nets import LAYER_NAMES, UPDATES_OF, assert_equal, data, loss, net, p
 from tests.reference import run
 
 RULES = [(update, sharing) for sharing in policy_names() for update in UPDATES_OF[sharing]]
+
+# The trajectory --------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("last", [4, 2])
@@ -78,6 +81,9 @@ def test_a_closure_is_evaluated_once_and_its_loss_returned() -> None:
     assert_equal(*models)
 
 
+# Groups ----------------------------------------------------------------------------------------------------
+
+
 def test_the_first_group_and_the_defaults_are_what_schedulers_read() -> None:
     optimizer = FNGD(net(), lr=0.3, momentum=0.8, fallback_lr=0.1, weight_decay=0.01)
     assert [group["name"] for group in optimizer.param_groups] == [
@@ -136,14 +142,22 @@ def test_the_other_parameters_follow_their_own_rule(fallback: str) -> None:
         torch.testing.assert_close(p, q, rtol=1e-10, atol=1e-12)
 
 
-def test_a_config_is_settings() -> None:
+def test_configs_and_training_arguments_are_settings_of_their_attributes() -> None:
     config = FNGDConfig(lr=0.5, damping=0.1, update="momentum", sharing="replay")
+    args = SimpleNamespace(learning_rate=0.25, weight_decay=0.125, max_grad_norm=0.0)
     optimizer = FNGD.from_config(net(), config, damping=0.2)
     assert optimizer.config == dataclasses.replace(config, damping=0.2)
     assert FNGD.from_config(net(), "paper").config == FNGDConfig.preset("paper")
     assert optimizer.param_groups[0]["lr"] == 0.5
     assert optimizer.param_groups[0]["rule"] == "momentum"
     assert optimizer.settings.damping == 0.2
+    for given, rule in ((None, "muon"), (dataclasses.replace(config, lr=1e-3), "momentum")):
+        optimizer = FNGD.from_training_args(net(), args, given)
+        group = optimizer.param_groups[0]
+        assert (group["lr"], group["weight_decay"], group["rule"]) == (0.25, 0.125, rule)
+
+
+# Safety ----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("update", "sharing"), RULES)

@@ -12,6 +12,8 @@ from hf_fngd import FNGD, FNGDPreconditioner, policy_names
 from hf_fngd.engine.layer import NEVER_CALLED
 from tests.nets import LAYER_NAMES, Watched, data, dense, gradient, loss, net, relative_error
 
+# Steps and phases ------------------------------------------------------------------------------------------
+
 
 @pytest.mark.parametrize("micro_batches", [1, 2, 4])
 def test_accumulation_sums_the_preconditioned_gradients(micro_batches: int) -> None:
@@ -166,6 +168,9 @@ def test_a_batch_that_is_not_finite_leaves_store_and_ratio_alone(sharing: str, v
         assert str(after[key]) == str(before[key]), key
 
 
+# Which samples a batch holds -------------------------------------------------------------------------------
+
+
 class ByKey(nn.Module):
     """Takes its batch as transformers' models do."""
 
@@ -205,6 +210,9 @@ def test_a_model_without_tensor_inputs_gets_plain_gradients() -> None:
     model().sum().backward()
     preconditioner.step()
     assert set(preconditioner.coverage().missed.values()) == {NEVER_CALLED}
+
+
+# Construction ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("model", [[torch.ones(2)], None, "model"])

@@ -103,6 +103,9 @@ def curvatures() -> Tensor:
     return torch.linalg.eigvalsh(jacobian @ jacobian.T / SAMPLES)
 
 
+# Equal decrements ------------------------------------------------------------------------------------------
+
+
 def decrements(descent: Callable[[Loss, float, int], Tensor]) -> Tensor:
     """Of the samples' squared losses, in units of lr, ``[20, SAMPLES]``; at 25 of them the loss would be 0."""
     lr = 0.02
@@ -126,6 +129,9 @@ def test_with_a_constant_learning_rate_the_squared_loss_does_not_go_to_zero() ->
     lr = 0.02
     errors = fngd(squared, lr, 60)
     assert squared(errors).mean(dim=1)[30:].min() > lr
+
+
+# Linear convergence ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("lr", "steps"), [(0.3, 44), (0.5, 22)])

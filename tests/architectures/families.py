@@ -340,14 +340,24 @@ family(
 )
 
 
-SWIN_SIZES = {
-    **{"image_size": 16, "patch_size": 2, "embed_dim": 8, "depths": [2, 1], "num_heads": [1, 2], "window_size": 4},
-    **{"mlp_ratio": 2.0, "num_labels": CLASSES},
-}
+def swin() -> nn.Module:
+    config = hf.SwinConfig(
+        image_size=16,
+        patch_size=2,
+        embed_dim=8,
+        depths=[2, 1],
+        num_heads=[1, 2],
+        window_size=4,
+        mlp_ratio=2.0,
+        drop_path_rate=0.0,
+        num_labels=CLASSES,
+    )
+    return hf.SwinForImageClassification(config)
+
 
 family(
     "Swin",
-    sized(hf.SwinForImageClassification, "hidden_size", "num_layers", **SWIN_SIZES),
+    swin,
     images(16, 16),
     # The second stage has a single window, so that its attention sees whole samples.
     """
@@ -361,11 +371,16 @@ family(
 )
 
 
-RESNET_SIZES = {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1], "layer_type": "basic"}
+def resnet() -> nn.Module:
+    config = hf.ResNetConfig(
+        embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic", num_labels=CLASSES
+    )
+    return hf.ResNetForImageClassification(config)
+
 
 family(
     "ResNet",
-    sized(hf.ResNetForImageClassification, **RESNET_SIZES, num_labels=CLASSES),
+    resnet,
     images(16, 16),
     "classifier.1",
     oracle="captured",

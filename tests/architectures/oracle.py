@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from hf_fngd import CoverageReport, FNGDPreconditioner
 from hf_fngd.layers.base import find_kernel
@@ -102,6 +103,9 @@ def distance(name: str, found: Tensor | None, expected: Gradients) -> float:
     return error / scale if scale > 0 else error
 
 
+# The oracle ----------------------------------------------------------------------------------------------
+
+
 def oracle(family: Family, model: nn.Module, layers: Sequence[str], batch: Batch) -> tuple[Gradients, Gradients]:
     """The plain gradients of all trainable parameters, and the weighted ones of the preconditioned layers.
 
@@ -180,13 +184,19 @@ def calls_in(model: nn.Module, batch: Batch, modules: Sequence[str]) -> dict[str
 
 def captured(model: nn.Module, batch: Batch, layers: Sequence[str]) -> Gradients:
     """U of the layers that see ``[samples, ..., features]``."""
-    samples = captured_uses(model, batch, layers)
-    columns: dict[str, list[Tensor]] = {}
-    for uses in samples:
-        for use in uses.values():
-            for name, gradient in use.gradients.items():
-                columns.setdefault(name, []).append(len(samples) * gradient)
-    return {name: torch.stack(of, dim=1) for name, of in columns.items()}
+    u: Gradients = {}
+    for name, (a, g) in calls_in(model, batch, layers).items():
+        module = model.get_submodule(name)
+        shares = []
+        for a_n, g_n in zip(a.unbind(), g.unbind(), strict=True):
+            a_n, g_n = a_n.reshape(-1, a.shape[-1]), g_n.reshape(-1, g.shape[-1])
+            h = g_n.t() @ a_n
+            own = {"weight": h.t() if isinstance(module, Conv1D) else h, "bias": g_n.sum(dim=0)}
+            shares.append({key: len(a) * value.flatten() for key, value in own.items()})
+        for full in own_parameters(name, module):
+            leaf = full.rpartition(".")[2]
+            u[full] = torch.stack([share[leaf] for share in shares], dim=1)
+    return u
 
 
 def captured_uses(model: nn.Module, batch: Batch, modules: Sequence[str]) -> list[dict[tuple[str, int], Use]]:
@@ -200,6 +210,9 @@ def captured_uses(model: nn.Module, batch: Batch, modules: Sequence[str]) -> lis
             norm = norm_of(module, a[n : n + 1], g[n : n + 1], parts, len(own) > 1, tied=False)
             uses[name, 0] = Use(norm, {full: part.flatten() for full, part in zip(names, parts, strict=True)})
     return found
+
+
+# Pieces --------------------------------------------------------------------------------------------------
 
 
 def own_parameters(name: str, module: nn.Module) -> list[str]:

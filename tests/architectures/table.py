@@ -2,8 +2,8 @@
 
 import os
 from collections import Counter
-from collections.abc import Container, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -17,54 +17,35 @@ from tests.architectures.registry import MISSED, POSITIONS, PRECONDITIONED, TIED
 
 TABLE = Path(__file__).parents[2] / "recipes" / "results" / "architectures.md"
 FIRST, SMALLER, LONGER = (5, POSITIONS), (3, POSITIONS), (5, POSITIONS + 1)
-COLUMNS = "family | model class | tensors | preconditioned | plain | missed | oracle | error | clipped | error, clipped"
-COLUMNS = (*COLUMNS.split(" | "), "N = T, first / later", "remark")
+COLUMNS = (
+    "family",
+    "model class",
+    "tensors",
+    "preconditioned",
+    "plain",
+    "missed",
+    "oracle",
+    "error",
+    "clipped",
+    "error, clipped",
+    "N = T, first / later",
+    "remark",
+)
 SHORT = dict(
     zip(MISSED, ("batch not first", "batch ambiguous", "called again", "used elsewhere", "never called"), strict=True)
 )
 
 
 @dataclass
-class Found:
-    """A family's verdicts: of a first batch, of a smaller one after it, by norms, and where N = T, first and later."""
-
-    family: Family
-    first: dict[str, Verdict]
-    smaller: dict[str, Verdict]
-    by_norms: dict[str, Verdict]
-    square: tuple[dict[str, Verdict], dict[str, Verdict]]
-
-    @classmethod
-    def of(cls, family: Family) -> "Found":
-        square = (family.square, family.square)
-        return cls(
-            family,
-            verdicts(family, FIRST),
-            verdicts(family, FIRST, SMALLER),
-            verdicts(family, FIRST, LONGER, sharing="clipped"),
-            (verdicts(family, square), verdicts(family, FIRST, square)),
-        )
-
-    @property
-    def outcomes(self) -> dict[str, str]:
-        return {name: verdict.outcome for name, verdict in self.first.items()}
-
-    def errors(self, *outcomes: str) -> list[float]:
-        """Of the first two batches, where these are the outcomes."""
-        return [v.error for v in (*self.first.values(), *self.smaller.values()) if v.outcome in outcomes]
-
-    def row(self) -> list[str]:
-        family, (preconditioned, plain, missed) = self.family, tally(self.outcomes)
-        tied = f"; tied to these: {family.outcomes[TIED]}" if family.outcomes[TIED] else ""
-        norms = [verdict.error for verdict in clipped(self.by_norms)]
-        square = [f"{count} wrong" if count else "right" for count in map(wrong, self.square)]
-        return [
-            *(family.name, type(family.build()).__name__, str(len(self.first)), str(preconditioned)),
-            reasons(plain, self.outcomes, exclude=MISSED) + tied,
-            reasons(missed, self.outcomes, exclude=set(self.outcomes.values()) - set(MISSED)),
-            *(family.oracle, largest(self.errors(PRECONDITIONED)), str(len(norms)), largest(norms)),
-            *(" / ".join(square), family.remark),
-        ]
+class Totals:
+    counts: Counter[str] = field(default_factory=Counter)
+    raising: list[str] = field(default_factory=list)
+    deceived: list[str] = field(default_factory=list)
+    wrong: int = 0
+    unexpected: int = 0
+    preconditioned_error: float = 0.0
+    clipped_error: float = 0.0
+    plain_error: float = 0.0
 
 
 def tally(outcomes: Mapping[str, str]) -> tuple[int, int, int]:
@@ -79,19 +60,67 @@ def clipped(found: Mapping[str, Verdict]) -> list[Verdict]:
     return [verdict for verdict in found.values() if verdict.outcome in (PRECONDITIONED, WEIGHED)]
 
 
+def row(family: Family, totals: Totals) -> list[str]:
+    model = family.build()
+    tensors = sum(parameter.requires_grad for parameter in model.parameters())
+    head = [family.name, type(model).__name__, str(tensors)]
+    totals.counts["tensors"] += tensors
+    try:
+        first, smaller = verdicts(family, FIRST), verdicts(family, FIRST, SMALLER)
+        by_norms = verdicts(family, FIRST, LONGER, sharing="clipped")
+        square = (family.square, family.square)
+        ambiguous = [wrong(verdicts(family, *sizes)) for sizes in ((square,), (FIRST, square))]
+    except RuntimeError as error:
+        totals.raising.append(family.name)
+        totals.counts["unknown"] += tensors
+        return [*head, *["-"] * (len(COLUMNS) - len(head) - 1), f"training raises: {str(error).split('. ')[0]}"]
+    outcomes = {name: verdict.outcome for name, verdict in first.items()}
+    preconditioned, plain, missed = tally(outcomes)
+    totals.counts.update(preconditioned=preconditioned, plain=plain, missed=missed)
+    totals.unexpected += sum(outcome != family.expected(name) for name, outcome in outcomes.items())
+    totals.wrong += wrong(first) + wrong(smaller) + wrong(by_norms)
+    if any(ambiguous):
+        totals.deceived.append(f"{family.name} ({max(ambiguous)} tensors)")
+    found = [*first.values(), *smaller.values()]
+    weighted = [verdict.error for verdict in found if verdict.outcome == PRECONDITIONED]
+    rest = [verdict.error for verdict in found if verdict.outcome != PRECONDITIONED]
+    rest += [verdict.error for verdict in by_norms.values() if verdict.outcome not in (PRECONDITIONED, WEIGHED)]
+    norms = [verdict.error for verdict in clipped(by_norms)]
+    totals.counts.update(clipped=len(norms))
+    totals.clipped_error = max(totals.clipped_error, *norms, 0.0)
+    totals.preconditioned_error = max(totals.preconditioned_error, *weighted, 0.0)
+    totals.plain_error = max(totals.plain_error, *rest, 0.0)
+    return [
+        *head,
+        str(preconditioned),
+        reasons(plain, outcomes, exclude=MISSED) + tied(family),
+        reasons(missed, outcomes, exclude=set(outcomes.values()) - set(MISSED)),
+        family.oracle,
+        f"{max(weighted):.0e}" if weighted else "-",
+        str(len(norms)),
+        f"{max(norms):.0e}" if norms else "-",
+        " / ".join(f"{count} wrong" if count else "right" for count in ambiguous),
+        family.remark,
+    ]
+
+
 def wrong(found: Mapping[str, Verdict]) -> int:
     return sum(not verdict.right for verdict in found.values())
 
 
-def largest(errors: Iterable[float]) -> str:
-    return f"{max(errors):.0e}" if (errors := list(errors)) else "-"
-
-
-def reasons(count: int, outcomes: Mapping[str, str], exclude: Container[str]) -> str:
+def reasons(count: int, outcomes: Mapping[str, str], exclude: object) -> str:
     """The number of parameters, and after it how many there are for each reason."""
-    others = [outcome for outcome in outcomes.values() if outcome != PRECONDITIONED and outcome not in exclude]
-    short = Counter(SHORT.get(outcome, outcome.removesuffix(kind(""))) for outcome in others)
+    suffix = kind("")
+    short = Counter(
+        SHORT.get(outcome, outcome.removesuffix(suffix))
+        for outcome in outcomes.values()
+        if outcome != PRECONDITIONED and outcome not in exclude
+    )
     return f"{count}: " + ", ".join(f"{reason} {n}" for reason, n in short.items()) if count else "0"
+
+
+def tied(family: Family) -> str:
+    return f"; tied to these: {family.outcomes[TIED]}" if family.outcomes[TIED] else ""
 
 
 def parse(text: str) -> dict[str, dict[str, str]]:
@@ -101,13 +130,9 @@ def parse(text: str) -> dict[str, dict[str, str]]:
 
 
 def render() -> str:
-    found = [Found.of(family) for family in FAMILIES.values()]
-    every = [of for one in found for of in (one.first, one.smaller, one.by_norms)]
-    counts = [sum(numbers) for numbers in zip(*(tally(one.outcomes) for one in found), strict=True)]
-    norms = [verdict.error for one in found for verdict in clipped(one.by_norms)]
-    rest = [v.error for of in every for v in of.values() if v.outcome not in (PRECONDITIONED, WEIGHED)]
-    unexpected = sum(outcome != one.family.expected(name) for one in found for name, outcome in one.outcomes.items())
-    deceived = [(one.family.name, max(map(wrong, one.square))) for one in found if any(map(wrong, one.square))]
+    totals = Totals()
+    rows = [row(family, totals) for family in FAMILIES.values()]
+    counts = totals.counts
     lines = [
         "# Architectures",
         "",
@@ -131,22 +156,27 @@ def render() -> str:
         "",
         "| " + " | ".join(COLUMNS) + " |",
         "|" + "---|" * len(COLUMNS),
-        *("| " + " | ".join(one.row()) + " |" for one in found),
+        *("| " + " | ".join(cells) + " |" for cells in rows),
         "",
-        f"Total: {len(found)} families, {sum(counts)} trainable tensors; {counts[0]} preconditioned, {counts[1]} "
-        f"plain, {counts[2]} missed; {len(norms)} clipped. Largest error of a preconditioned gradient "
-        f"{largest(error for one in found for error in one.errors(PRECONDITIONED))}, of a clipped one "
-        f"{largest(norms)}, of a plain or missed one {largest(rest)} against the plain model's.",
+        f"Total: {len(rows)} families, {counts['tensors']} trainable tensors; {counts['preconditioned']} "
+        f"preconditioned, {counts['plain']} plain, {counts['missed']} missed, {counts['unknown']} in families that do "
+        f"not train; {counts['clipped']} clipped. Largest error of a preconditioned gradient "
+        f"{totals.preconditioned_error:.0e}, of a clipped one {totals.clipped_error:.0e}, of a plain or missed one "
+        f"{totals.plain_error:.0e} against the plain model's.",
         "",
         "Surprises:",
         "",
-        f"- gradients that are not what the report says, N and T different: {sum(map(wrong, every))}",
-        f"- outcomes other than those written down in `tests/architectures`: {unexpected}",
-        f"- families in which a layer takes positions for samples when N = T: {len(deceived)}, "
-        + ", ".join(f"{name} ({count} tensors)" for name, count in deceived),
+        f"- gradients that are not what the report says, N and T different: {totals.wrong}",
+        f"- outcomes other than those written down in `tests/architectures`: {totals.unexpected}",
+        f"- families in which a layer takes positions for samples when N = T: {listed(totals.deceived)}",
+        f"- families that do not train: {listed(totals.raising)}",
         "",
     ]
     return "\n".join(lines)
+
+
+def listed(names: list[str]) -> str:
+    return f"{len(names)}, {', '.join(names)}" if names else "none"
 
 
 if __name__ == "__main__":

@@ -65,6 +65,9 @@ def expectations(family: Family, found: dict[str, Verdict]) -> dict[str, str]:
     return {name: family.expected(name) for name in found}
 
 
+# Training and coverage -----------------------------------------------------------------------------------
+
+
 @pytest.mark.parametrize("family", families())
 def test_it_trains(family: Family) -> None:
     model = family.model(torch.float32)
@@ -123,6 +126,9 @@ def test_the_written_table_is_that_of_these_families() -> None:
         assert wrong == [name in DECEIVED_FIRST, name in DECEIVED_LATER]
 
 
+# Gradients -----------------------------------------------------------------------------------------------
+
+
 @pytest.mark.parametrize("family", families())
 def test_every_gradient_is_what_the_report_says(family: Family) -> None:
     found = judged(family.name, FIRST)
@@ -171,6 +177,9 @@ def test_as_many_samples_as_positions_after_a_batch_that_tells_them_apart(family
     found = judged(family.name, FIRST, (family.square, family.square))
     assert wrong(found) == {}
     assert {name: verdict.outcome for name, verdict in found.items()} == expectations(family, found)
+
+
+# The oracle itself ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["Llama", "GPT-2", "Whisper"])

@@ -8,13 +8,14 @@ own, since it forks and may have no other threads.
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
-import multiprocessing
 import os
 import shutil
 import signal
 import sys
+import traceback
 import warnings
 from collections import Counter
 from dataclasses import dataclass
@@ -192,17 +193,33 @@ def spoil(part: str, checkpoint: Path) -> None:
     torch.save(state, checkpoint / "optimizer.pt")
 
 
-def child(run: Run, folder: Path, resume: str | None, death: Death | None) -> None:
-    own = torch.save
-    own(train(run, folder / "run", resume, death), folder / "result.pt")
-
-
 def in_child(run: Run, folder: Path, resume: str | None, death: Death | None) -> None:
-    """Train in a process of its own, which writes ``result.pt`` unless it dies as it was told."""
-    process = multiprocessing.get_context("fork").Process(target=child, args=(run, folder, resume, death))
-    process.start()
-    process.join()
-    assert process.exitcode == (0 if death is None else -signal.SIGKILL)
+    """Train in a process of its own, which writes ``result.pt`` unless it dies as it was told.
+
+    Raises:
+        RuntimeError: it did otherwise; the message ends in its output.
+    """
+    log = folder / "log.txt"
+    sys.stdout.flush()
+    pid = os.fork()
+    if pid == 0:
+        status = 1
+        with contextlib.suppress(BaseException):
+            descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+            os.dup2(descriptor, 1)
+            os.dup2(descriptor, 2)
+            try:
+                own = torch.save
+                own(train(run, folder / "run", resume, death), folder / "result.pt")
+                status = 0
+            except BaseException:
+                traceback.print_exc()
+                sys.stderr.flush()
+        os._exit(status)
+    _, status = os.waitpid(pid, 0)
+    killed = os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL
+    if killed != (death is not None) or (not killed and status != 0):
+        raise RuntimeError(f"the run ended with status {status}:\n{log.read_text()[-4000:]}")
 
 
 Report = dict[str, Any]

@@ -87,27 +87,30 @@ def ddp() -> dict[str, Any]:
     return against_accumulation(prepare)
 
 
-def fsdp2(after: bool = False) -> dict[str, Any]:
-    """FNGD on a sharded model, torch's own order; or sharded ``after`` FNGD is built and its groups adapted."""
+def fsdp2() -> dict[str, Any]:
+    """FNGD on a sharded model: torch's own order."""
 
     def prepare(conv1d: bool, settings: dict[str, Any]) -> tuple[nn.Module, nn.Module, FNGD, bool]:
         model = net(width=9, layer_type="Conv1D" if conv1d else "Linear")
-        if after:
-            fngd, names = optimizer(model, **settings), {p: name for name, p in model.named_parameters()}
-            _shard(model)
-            for group in fngd.param_groups:
-                group["params"] = [model.get_parameter(names[p]) for p in group["params"]]
-        else:
-            _shard(model)
-            fngd = optimizer(model, **settings)
-        return model, model, fngd, _is_sharded(model)
+        _shard(model)
+        return model, model, optimizer(model, **settings), _is_sharded(model)
 
     return against_accumulation(prepare)
 
 
 def fsdp2_after() -> dict[str, Any]:
-    """Accelerate's order."""
-    return fsdp2(after=True)
+    """FNGD first, sharded afterwards, the parameters swapped in its groups: Accelerate's order."""
+
+    def prepare(conv1d: bool, settings: dict[str, Any]) -> tuple[nn.Module, nn.Module, FNGD, bool]:
+        model, fngd = make(conv1d, **settings)
+        names = {p: name for name, p in model.named_parameters()}
+        _shard(model)
+        sharded = dict(model.named_parameters())
+        for group in fngd.param_groups:
+            group["params"] = [sharded[names[p]] for p in group["params"]]
+        return model, model, fngd, _is_sharded(model)
+
+    return against_accumulation(prepare)
 
 
 def _shard(model: nn.Module) -> None:
@@ -117,6 +120,29 @@ def _shard(model: nn.Module) -> None:
 
 def _is_sharded(model: nn.Module) -> bool:
     return isinstance(model, FSDPModule) and all(isinstance(p, DTensor) for p in model.parameters())
+
+
+def uniform_gradients() -> dict[str, Any]:
+    """``p.grad`` of R ranks with N/R samples against one process with N; w = 1, so that they are equal."""
+    rank, world = dist.get_rank(), dist.get_world_size()
+    x, y = data(8 * world, 3, dtype=torch.float32)
+    found = {}
+    for conv1d in (False, True):
+        kind = "Conv1D" if conv1d else "Linear"
+        model = net(dtype=torch.float32, layer_type=kind)
+        FNGD(model, sharing="uniform")
+        called = DistributedDataParallel(model)
+        loss(called, x[rank * 8 : rank * 8 + 8], y[rank * 8 : rank * 8 + 8]).backward()
+        with alone():
+            whole = net(dtype=torch.float32, layer_type=kind)
+            FNGD(whole, sharing="uniform")
+            loss(whole, x, y).backward()
+        errors = [
+            float((p.grad - q.grad).norm() / q.grad.norm())
+            for p, q in zip(model.parameters(), whole.parameters(), strict=True)
+        ]
+        found[kind] = max(errors)
+    return found
 
 
 def collectives() -> dict[str, Any]:

@@ -16,7 +16,7 @@ CHECKS = "tests.distributed.checks"
 
 @pytest.mark.timeout(600)
 def test_two_processes(subtests: pytest.Subtests, tmp_path: Path) -> None:
-    names = ["ddp", "fsdp2", "fsdp2_after", "collectives", "empty_ranks", "uneven_ranks", "resume"]
+    names = ["ddp", "fsdp2", "fsdp2_after", "uniform_gradients", "collectives", "empty_ranks", "uneven_ranks", "resume"]
     found = launch(
         CHECKS, 2, tmp_path, *names, "distributed_checkpoint", "fsdp2_accumulation", "tensor_parallel", "trainer"
     )
@@ -26,6 +26,8 @@ def test_two_processes(subtests: pytest.Subtests, tmp_path: Path) -> None:
     for mode in ("fsdp2", "fsdp2_after"):
         with subtests.test(mode):
             equal_to_accumulation(found[mode], tolerance=1e-12)
+    with subtests.test("uniform weights give the gradient of the whole batch"):
+        assert max(found["uniform_gradients"].values()) < 1e-6
     with subtests.test("one collective in a coefficient step, none in a shared one"):
         assert found["collectives"] == {
             "replay": [1] * 4 + [0] * 8,
@@ -61,10 +63,12 @@ def test_two_processes(subtests: pytest.Subtests, tmp_path: Path) -> None:
 
 @pytest.mark.timeout(600)
 def test_four_processes(subtests: pytest.Subtests, tmp_path: Path) -> None:
-    found = launch(CHECKS, 4, tmp_path, "ddp", "fsdp2", "empty_ranks")
+    found = launch(CHECKS, 4, tmp_path, "ddp", "fsdp2", "uniform_gradients", "empty_ranks")
     for mode in ("ddp", "fsdp2"):
         with subtests.test(mode):
             equal_to_accumulation(found[mode], tolerance=1e-12)
+    with subtests.test("uniform weights give the gradient of the whole batch"):
+        assert max(found["uniform_gradients"].values()) < 1e-6
     with subtests.test("a rank without a gradient"):
         assert all(outcome["agree"] and outcome["finite"] for outcome in found["empty_ranks"].values())
 

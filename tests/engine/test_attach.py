@@ -2,6 +2,7 @@
 
 import copy
 import inspect
+import io
 import pickle
 from collections.abc import Callable
 from typing import Any
@@ -74,7 +75,18 @@ def test_nothing_shows_on_the_outside() -> None:
         assert attached_type.forward.__doc__ == plain_type.forward.__doc__
 
 
-COPIES = {"pickle": lambda model: pickle.loads(pickle.dumps(model)), "deepcopy": copy.deepcopy}
+def through_pickle(model: nn.Module) -> nn.Module:
+    return pickle.loads(pickle.dumps(model))
+
+
+def through_torch_save(model: nn.Module) -> nn.Module:
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+COPIES = {"pickle": through_pickle, "torch.save": through_torch_save, "deepcopy": copy.deepcopy}
 
 
 @pytest.mark.parametrize("clone", COPIES.values(), ids=COPIES)
@@ -143,6 +155,9 @@ def test_a_class_that_somebody_put_on_top_meanwhile_stays_and_can_be_attached_ag
         assert len(again.layers) == 2
 
 
+# Another one on the model ----------------------------------------------------------------------------------
+
+
 def submodule_of(model: Net) -> nn.Module:
     return model.fc1
 
@@ -196,6 +211,9 @@ def test_detaching_a_second_time_leaves_another_preconditioner_alone() -> None:
     second.step()
     assert second.coverage().missed == {}
     assert torch.isfinite(second.policy.rho).all()
+
+
+# transformers --------------------------------------------------------------------------------------------
 
 
 def test_save_pretrained_writes_what_the_plain_model_would(tmp_path) -> None:

@@ -38,6 +38,9 @@ DAMPINGS = [1e-3, 1e-2, 0.1, 1.0, 30.0]
 BETWEEN = [(), (3,), (2, 2)]
 
 
+# The oracle ------------------------------------------------------------------------------------------------
+
+
 @pytest.mark.parametrize("damping", DAMPINGS)
 @pytest.mark.parametrize("between", BETWEEN)
 @pytest.mark.parametrize(("layer_type", "bias"), LAYERS)
@@ -145,6 +148,9 @@ def test_sample_weights_belong_to_one_backward_pass(sharing: str) -> None:
         assert preconditioners[0].diagnostics() == preconditioners[1].diagnostics()
 
 
+# Scale of the loss and of the batch ------------------------------------------------------------------------
+
+
 @pytest.mark.parametrize("power", [-40, 16])
 @pytest.mark.parametrize("sharing", policy_names())
 def test_powers_of_two_in_the_loss_change_no_bit(sharing: str, power: int) -> None:
@@ -181,6 +187,9 @@ def test_empty_batches_pass_through(x: Tensor, sharing: str) -> None:
     model(x.double()).nansum().backward()
     preconditioner.step()
     assert torch.equal(model.fc1.weight.grad, torch.zeros_like(model.fc1.weight))
+
+
+# Other ways to run a model ---------------------------------------------------------------------------------
 
 
 # The last one is plain: see tests/engine/test_tables.py.

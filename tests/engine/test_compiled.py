@@ -30,6 +30,9 @@ def fresh_compiler() -> Iterator[None]:
     torch._dynamo.reset()
 
 
+# Models ----------------------------------------------------------------------------------------------------
+
+
 class InPlace(Net):
     """Changes the outputs of its layers in place."""
 
@@ -54,6 +57,9 @@ class Uncompiled(Net):
 
     def hidden(self, x: Tensor) -> Tensor:
         return torch.tanh(self.norm(torch.compiler.disable(self.fc1)(x)))
+
+
+# Steps -----------------------------------------------------------------------------------------------------
 
 
 def once(called: Called, x: Tensor, y: Tensor) -> None:

@@ -15,6 +15,8 @@ from hf_fngd.engine.layer import CALLED_AGAIN, NEVER_CALLED, PASSED_BY, USED_ELS
 from hf_fngd.layers.base import AMBIGUOUS, NOT_THE_BATCH
 from tests.nets import CLASSES, EVERY_TYPE, LAYER_NAMES, Elsewhere, Net, Twice, data, loss, net, settings_of
 
+# How the report reads --------------------------------------------------------------------------------------
+
 
 def test_reasons_are_grouped_and_long_lists_cut() -> None:
     report = CoverageReport(
@@ -53,6 +55,9 @@ def test_the_report_tells_what_became_of_every_parameter() -> None:
     report = FNGDPreconditioner(model, layer_types=EVERY_TYPE).coverage()
     assert report.weighed == ("norm.weight", "norm.bias")
     assert str(report) == "FNGD preconditions 4 parameters, and weighs the samples in norm.weight, norm.bias."
+
+
+# What is reported ------------------------------------------------------------------------------------------
 
 
 class Folded(Net):

@@ -43,6 +43,9 @@ def own_state(optimizer: FNGD) -> dict[str, Tensor]:
     return tensors(optimizer.state_dict()["param_groups"][0]["fngd"])
 
 
+# Resuming --------------------------------------------------------------------------------------------------
+
+
 def saved(state: dict[str, Any]) -> dict[str, Any]:
     file = io.BytesIO()
     torch.save(state, file)
@@ -114,6 +117,28 @@ def test_loading_its_own_state_changes_nothing(dtype: torch.dtype, sharing: str)
     assert {value.dtype for value in own_state(optimizer).values()} <= {torch.float32}
 
 
+def test_a_state_dict_is_plain() -> None:
+    model, optimizer = made("replay")
+    train(model, optimizer, 3)
+
+    def check(value: Any) -> None:
+        if isinstance(value, dict):
+            for key, item in value.items():
+                assert isinstance(key, str | int)
+                check(item)
+        elif isinstance(value, list):
+            for item in value:
+                check(item)
+        else:
+            assert value is None or type(value) in (Tensor, str, int, float, bool)
+
+    check(optimizer.state_dict())
+    assert set(optimizer.state_dict()) == {"state", "param_groups"}
+
+
+# Another dtype -------------------------------------------------------------------------------------------
+
+
 @pytest.mark.parametrize("sharing", policy_names())
 @pytest.mark.parametrize("saved", DTYPES)
 @pytest.mark.parametrize("loaded", DTYPES)
@@ -136,6 +161,9 @@ def test_a_state_goes_on_in_another_dtype(sharing: str, saved: str, loaded: str)
     for p, q, first in zip(trained(other), trained(model), before, strict=True):
         assert not torch.equal(p, first)
         torch.testing.assert_close(p.double(), q.double(), rtol=0, atol=0.3 if coarse else 1e-4)
+
+
+# Another model or optimizer ------------------------------------------------------------------------------
 
 
 class Deep(Net):

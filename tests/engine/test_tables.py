@@ -93,6 +93,9 @@ def fresh_compiler() -> Iterator[None]:
     torch._dynamo.reset()
 
 
+# What is weighed, and what stays plain ---------------------------------------------------------------------
+
+
 class Again(LanguageModel):
     """A table that is called twice."""
 
@@ -308,6 +311,9 @@ def test_where_nothing_is_weighed_every_gradient_is_plain(way: str) -> None:
         detach(net)
         assert (type(net.tokens), type(net.head), type(net.norm)) == (nn.Embedding, nn.Linear, nn.LayerNorm)
     check(step(net, preconditioner, x), plain(net, x))
+
+
+# In other modes --------------------------------------------------------------------------------------------
 
 
 class InPlace(LanguageModel):

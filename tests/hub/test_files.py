@@ -92,6 +92,8 @@ def test_a_path_without_a_config_of_ours_is_refused(tmp_path, name, subfolder, m
     assert message in str(error)
 
 
+# What may be in a file -------------------------------------------------------------------------------------
+
 OURS = CONFIG.to_json_string().encode()
 NO_JSON = "not a valid JSON file"
 MALFORMED = [

@@ -51,6 +51,9 @@ def seed(tmp_path):
     return SimpleNamespace(put=put, load=load, cache=cache)
 
 
+# The Hub's cache -------------------------------------------------------------------------------------------
+
+
 @pytest.mark.parametrize("local_files_only", [True, False])
 def test_the_cache_answers_without_a_network(seed, local_files_only):
     seed.put(CONFIG.to_json_string())
@@ -157,6 +160,9 @@ def test_options_reach_the_client(monkeypatch, tmp_path):
     for method in (FNGDConfig.from_pretrained, FNGDConfig.load):
         assert method("user/repo", subfolder="sub", **options) == CONFIG
         assert calls.pop() == (("user/repo", "sub/fngd_config.json"), {**options, "library_name": "hf-fngd"})
+
+
+# Pushing ---------------------------------------------------------------------------------------------------
 
 
 class RecordedHub:

@@ -76,8 +76,8 @@ class Case:
         return made.double()
 
 
-def convolution(cls: Any, shape: tuple[int, ...], *arguments: Any, change: Any = lambda x: x, **options: Any) -> Case:
-    return Case("convolution", lambda bias: cls(*arguments, **options, bias=bias), shape, change=change)
+def convolution(cls: type[nn.Module], *arguments: Any, **options: Any) -> Callable[..., nn.Module]:
+    return lambda bias: cls(*arguments, **options, bias=bias)
 
 
 def strided(x: Tensor) -> Tensor:
@@ -116,22 +116,30 @@ CASES = {
     "Embedding, padding": Case("embedding", lambda: nn.Embedding(VOCABULARY, 4, padding_idx=2), (3,), NONE),
     "Embedding, two dimensions": Case("embedding", lambda: nn.Embedding(VOCABULARY, 4), (2, 3), NONE),
     "Embedding, a subclass": Case("embedding", lambda: Scaled(VOCABULARY, 4), (3,), NONE),
-    "Conv1d": convolution(nn.Conv1d, (2, 9), 2, 4, 3),
-    "Conv1d, same": convolution(nn.Conv1d, (2, 9), 2, 4, 4, padding="same", dilation=2),
-    "Conv1d, depthwise": convolution(nn.Conv1d, (4, 9), 4, 4, 3, groups=4, padding="valid"),
-    "Conv1d, patches": convolution(nn.Conv1d, (2, 9), 2, 4, 3, stride=3),
-    "Conv2d, uneven": convolution(nn.Conv2d, (2, 7, 6), 2, 4, (3, 2), stride=(2, 1), padding=(1, 2), dilation=(1, 2)),
-    "Conv2d, groups": convolution(nn.Conv2d, (4, 4, 3), 4, 6, 3, groups=2, padding=1),
-    "Conv2d, depthwise, several a channel": convolution(nn.Conv2d, (3, 4, 6), 3, 6, 3, groups=3),
-    "Conv2d, reflect": convolution(nn.Conv2d, (2, 4, 6), 2, 3, 3, padding=1, padding_mode="reflect"),
-    "Conv2d, circular, same": convolution(nn.Conv2d, (2, 4, 6), 2, 3, (2, 3), padding="same", padding_mode="circular"),
-    "Conv2d, channels last": convolution(nn.Conv2d, (2, 4, 6), 2, 4, 3, change=channels_last),
-    "Conv3d": convolution(nn.Conv3d, (2, 3, 4, 2), 2, 3, (2, 3, 1), stride=(1, 2, 1), padding=1),
-    "ConvTranspose1d": convolution(nn.ConvTranspose1d, (2, 4), 2, 3, 3),
-    "ConvTranspose2d": convolution(
-        nn.ConvTranspose2d, (4, 3, 2), 4, 6, 3, stride=2, padding=1, output_padding=1, groups=2, dilation=2
+    "Conv1d": Case("convolution", convolution(nn.Conv1d, 2, 4, 3), (2, 9)),
+    "Conv1d, same": Case("convolution", convolution(nn.Conv1d, 2, 4, 4, padding="same", dilation=2), (2, 9)),
+    "Conv1d, depthwise": Case("convolution", convolution(nn.Conv1d, 4, 4, 3, groups=4, padding="valid"), (4, 9)),
+    "Conv1d, patches": Case("convolution", convolution(nn.Conv1d, 2, 4, 3, stride=3), (2, 9)),
+    "Conv2d, uneven": Case(
+        "convolution", convolution(nn.Conv2d, 2, 4, (3, 2), stride=(2, 1), padding=(1, 2), dilation=(1, 2)), (2, 7, 6)
     ),
-    "ConvTranspose3d": convolution(nn.ConvTranspose3d, (2, 2, 3, 2), 2, 2, 2),
+    "Conv2d, groups": Case("convolution", convolution(nn.Conv2d, 4, 6, 3, groups=2, padding=1), (4, 4, 3)),
+    "Conv2d, depthwise, several a channel": Case("convolution", convolution(nn.Conv2d, 3, 6, 3, groups=3), (3, 4, 6)),
+    "Conv2d, reflect": Case(
+        "convolution", convolution(nn.Conv2d, 2, 3, 3, padding=1, padding_mode="reflect"), (2, 4, 6)
+    ),
+    "Conv2d, circular, same": Case(
+        "convolution", convolution(nn.Conv2d, 2, 3, (2, 3), padding="same", padding_mode="circular"), (2, 4, 6)
+    ),
+    "Conv2d, channels last": Case("convolution", convolution(nn.Conv2d, 2, 4, 3), (2, 4, 6), change=channels_last),
+    "Conv3d": Case("convolution", convolution(nn.Conv3d, 2, 3, (2, 3, 1), stride=(1, 2, 1), padding=1), (2, 3, 4, 2)),
+    "ConvTranspose1d": Case("convolution", convolution(nn.ConvTranspose1d, 2, 3, 3), (2, 4)),
+    "ConvTranspose2d": Case(
+        "convolution",
+        convolution(nn.ConvTranspose2d, 4, 6, 3, stride=2, padding=1, output_padding=1, groups=2, dilation=2),
+        (4, 3, 2),
+    ),
+    "ConvTranspose3d": Case("convolution", convolution(nn.ConvTranspose3d, 2, 2, 2), (2, 2, 3, 2)),
     "LayerNorm": Case("norm", lambda bias: nn.LayerNorm(4, bias=bias), (4,)),
     "LayerNorm, positions": Case("norm", lambda bias: nn.LayerNorm(4, bias=bias), (3, 4)),
     "LayerNorm, not contiguous": Case("norm", lambda bias: nn.LayerNorm(4, bias=bias), (3, 4), change=strided),
@@ -233,6 +241,9 @@ def assert_same(found: Tensor, own: Tensor, case: Case) -> None:
         assert torch.equal(found, own)
 
 
+# Plain gradients -------------------------------------------------------------------------------------------
+
+
 @pytest.mark.parametrize("cls", [Around, Changed])
 @pytest.mark.parametrize(("case", "bias"), WITH_BIAS)
 def test_with_weights_of_one_everything_is_the_modules_own(case: Case, bias: str, cls: type[Around]) -> None:
@@ -262,6 +273,9 @@ def test_the_forward_is_the_modules_own_in_any_precision(case: Case, bias: str, 
     x = inputs(case)
     x = x.to(dtype) if x.is_floating_point() else x
     assert_same(model.to(dtype)(x), plain.to(dtype)(x), case)
+
+
+# Sample weights --------------------------------------------------------------------------------------------
 
 
 def eager(model: Around) -> Callable[[Tensor], Tensor]:
@@ -347,6 +361,9 @@ def test_a_type_that_is_not_named_stays_plain(case: Case, bias: str) -> None:
     for (name, p), q in zip(model.module.named_parameters(prefix="module"), plain.module.parameters(), strict=True):
         assert name in preconditioner.coverage().plain
         torch.testing.assert_close(p.grad, q.grad, rtol=1e-12, atol=1e-14)
+
+
+# The registry ----------------------------------------------------------------------------------------------
 
 
 def test_the_cases_cover_every_registered_type_and_all_but_norms_are_weighed_by_default() -> None:

@@ -82,7 +82,7 @@ def test_the_factor_that_trainer_leaves_in_the_loss_changes_no_weight(sharing: s
     assert engines[0].diagnostics() == engines[1].diagnostics()
 
 
-def test_the_table_has_a_word_for_every_outcome() -> None:
+def test_the_table_has_a_word_for_every_outcome(tmp_path: Path) -> None:
     def equal(kind: Kind, sharing: str, folder: Path) -> float:
         return {"never": 1e-7, "replay": 3e-7, "clipped": 2e-7}[sharing]
 
@@ -103,6 +103,11 @@ def test_the_table_has_a_word_for_every_outcome() -> None:
         ["refused", *["refused: FNGD does not do this: it would be wrong"] * 2],
         ["wrong", *["WRONG: no shared step / at all"] * 2],
     ]
+    table.write(modes, tmp_path / "modes.md")
+    lines = (tmp_path / "modes.md").read_text(encoding="utf-8").splitlines()
+    cells = [line.strip("|").split("|") for line in lines if line.startswith("|")]
+    assert len(cells) == 2 + len(modes)
+    assert all(cell.strip() for row in cells for cell in row)
 
 
 def test_the_committed_table_is_of_these_modes() -> None:

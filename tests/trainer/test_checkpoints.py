@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -60,6 +59,12 @@ def test_a_file_cut_off(run: Path, name: str, share: float, caplog: pytest.LogCa
     assert get_last_checkpoint(run) == str(run / "checkpoint-4")  # what makes this function necessary
 
 
+@pytest.mark.parametrize("name", ["trainer_state.json", "model.safetensors", "optimizer.pt", "scheduler.pt"])
+def test_a_file_missing(run: Path, name: str) -> None:
+    (run / "checkpoint-4" / name).unlink()
+    assert last_complete_checkpoint(run) == str(run / "checkpoint-2")
+
+
 def test_where_none_is_complete(run: Path, tmp_path: Path) -> None:
     for folder in run.glob("checkpoint-*"):
         (folder / "trainer_state.json").unlink()
@@ -69,41 +74,19 @@ def test_where_none_is_complete(run: Path, tmp_path: Path) -> None:
     assert last_complete_checkpoint(run / "checkpoint-4" / "model.safetensors") is None
 
 
-Change = Callable[[Path], object]
+@pytest.mark.parametrize("content", ["[]", "null", "[" * 100_000, "{"], ids=["list", "null", "deep", "open"])
+def test_a_state_that_is_no_object(run: Path, content: str) -> None:
+    (run / "checkpoint-4" / "trainer_state.json").write_text(content)
+    assert last_complete_checkpoint(run) == str(run / "checkpoint-2")
 
 
-def without(name: str) -> Change:
-    return lambda folder: (folder / name).unlink()
-
-
-def with_state(text: str) -> Change:
-    return lambda folder: (folder / "trainer_state.json").write_text(text)
-
-
-def with_header(size: int, header: bytes) -> Change:
-    """Of the safetensors file."""
-    return lambda folder: (folder / "model.safetensors").write_bytes(size.to_bytes(8, "little") + header)
-
-
-def without_a_shard(folder: Path) -> None:
-    shard(folder)
-    (folder / "model-00001-of-00001.safetensors").rename(folder / "other.safetensors")
-
-
-NOT_WHOLE = {
-    **{name: without(name) for name in ("trainer_state.json", "model.safetensors", "optimizer.pt", "scheduler.pt")},
-    **{f"a state that is {text[:4]}": with_state(text) for text in ("[]", "null", "[" * 100_000, "{")},
-    "a huge header": with_header(2**64 - 1, b""),
-    "a header that is a list": with_header(2, b"[]"),
-    "a header of numbers": with_header(7, b'{"a":1}'),
-    "a header without offsets": with_header(10, b'{"a": {}} '),
-    "a shard": without_a_shard,
-}
-
-
-@pytest.mark.parametrize("change", NOT_WHOLE.values(), ids=NOT_WHOLE)
-def test_something_missing_or_unreadable(run: Path, change: Change) -> None:
-    change(run / "checkpoint-4")
+@pytest.mark.parametrize(
+    "header",
+    [b"\xff" * 8, b"\x02" + bytes(7) + b"[]", b"\x07" + bytes(7) + b'{"a":1}', b"\x0a" + bytes(7) + b'{"a": {}} '],
+    ids=["huge", "list", "number", "no-offsets"],
+)
+def test_a_safetensors_header_that_cannot_be_read(run: Path, header: bytes) -> None:
+    (run / "checkpoint-4" / "model.safetensors").write_bytes(header)
     assert last_complete_checkpoint(run) == str(run / "checkpoint-2")
 
 
@@ -143,10 +126,21 @@ def files_of_the_user(folder: Path) -> None:
     (folder / "samples.npz").write_bytes(b"")
 
 
-@pytest.mark.parametrize("change", [shard, in_the_old_format, weights_only, fully_sharded, adapters, files_of_the_user])
-def test_other_layouts_are_taken_as_they_are(run: Path, change: Change) -> None:
+@pytest.mark.parametrize(
+    "change",
+    [shard, in_the_old_format, weights_only, fully_sharded, adapters, files_of_the_user],
+    ids=lambda f: f.__name__,
+)
+def test_other_layouts_are_taken_as_they_are(run: Path, change: object) -> None:
+    assert callable(change)
     change(run / "checkpoint-4")
     assert last_complete_checkpoint(run) == str(run / "checkpoint-4")
+
+
+def test_a_shard_missing(run: Path) -> None:
+    shard(run / "checkpoint-4")
+    (run / "checkpoint-4" / "model-00001-of-00001.safetensors").rename(run / "checkpoint-4" / "other.safetensors")
+    assert last_complete_checkpoint(run) == str(run / "checkpoint-2")
 
 
 def test_a_folder_that_cannot_be_read(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:

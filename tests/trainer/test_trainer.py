@@ -120,6 +120,12 @@ def test_factory_makes_one_optimizer_a_model_init(tmp_path: Path) -> None:
     assert run.optimizer.optimizer.preconditioner.model is run.model
 
 
+def test_class_in_place_of_the_factory_names_the_factory(tmp_path: Path) -> None:
+    run = trainer(tmp_path, made={"optimizer_cls_and_kwargs": (FNGD, {"lr": 1e-3})})
+    with pytest.raises(TypeError, match="FNGDFactory"):
+        run.train()
+
+
 def test_from_training_args(tmp_path: Path) -> None:
     args = arguments(tmp_path, learning_rate=0.004, weight_decay=0.5, max_grad_norm=1.0)
     optimizer = FNGD.from_training_args(bert(), args)

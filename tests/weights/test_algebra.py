@@ -9,8 +9,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from hf_fngd.layers.linear import LinearKernel
 from hf_fngd.weights.algebra import accumulation_dtype, weighted_bias_sum, weighted_sum
 from hf_fngd.weights.gram import Route, cheaper_route, gram, normalize
+from tests.reference import gram_from_layer
 from tests.weights.samples import Layer, budgets, layers, seeds
 
 ROUTES = ["ghost", "formed", None]
@@ -25,15 +27,17 @@ def layer(n: int, t: int, i: int, o: int) -> tuple[Tensor, Tensor]:
     return tuple(torch.randn(n, t, f, generator=generator, dtype=torch.float64) for f in (i, o))
 
 
+# Gram matrices ---------------------------------------------------------------------------------------------
+
+
 @given(layers(), st.booleans(), budgets, st.sampled_from(ROUTES))
 def test_every_route_yields_the_dense_gram(of: Layer, bias: bool, budget: int, route: Route | None) -> None:
     found = gram(of.a, of.g, bias=bias, memory_budget=budget, route=route)
     assert found.dtype == accumulation_dtype(of.a.dtype)
     assert rounding(found.dtype) <= rounding(torch.float32)
-    u, terms = of.per_sample(bias), Layer(of.a.abs(), of.g.abs()).per_sample(bias)
-    expected = u.t() @ u / len(of.a)
+    expected = gram_from_layer(of.a.double(), of.g.double(), bias)
     # What the terms of an entry add up to, where they do not cancel.
-    terms = (terms.t() @ terms / len(of.a)).max()
+    terms = gram_from_layer(of.a.double().abs(), of.g.double().abs(), bias).max()
     assert (found.double() - expected).abs().max() <= 100 * rounding(found.dtype) * terms
 
 
@@ -101,15 +105,15 @@ def test_the_cheaper_route_is_the_one_measured(n: int, t: int, i: int, o: int, r
     assert cheaper_route(n, t, i, o) == route
 
 
+# Sums and norms --------------------------------------------------------------------------------------------
+
+
 @given(layers(), seeds, st.booleans())
 def test_sums_are_linear_in_the_weights(of: Layer, seed: int, plain: bool) -> None:
     w = torch.randn(len(of.a), generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     w = None if plain else w
-    rows, a, g = (
-        None if w is None else w.to(of.g.dtype).repeat_interleave(of.g.shape[1]),
-        of.a.flatten(0, 1),
-        of.g.flatten(0, 1),
-    )
+    rows = None if w is None else w.to(of.g.dtype).repeat_interleave(of.g.shape[1])
+    a, g = of.a.flatten(0, 1), of.g.flatten(0, 1)
     found = weighted_sum(a, g, rows), weighted_bias_sum(g, rows)
     w = torch.ones(len(of.a), dtype=torch.float64) if w is None else w
     u = of.per_sample(bias=True)
@@ -120,6 +124,20 @@ def test_sums_are_linear_in_the_weights(of: Layer, seed: int, plain: bool) -> No
         smallest = torch.finfo(one.dtype).tiny * other.numel()
         assert (one.double().flatten() - other).norm() <= 100 * rounding(one.dtype) * scale + smallest
 
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("t", [1, 5])
+def test_sample_norms_are_those_of_h_for_single_positions_and_bound_them_for_many(t: int, bias: bool) -> None:
+    a, g = layer(6, t, 4, 3)
+    found = LinearKernel().norms(a, g.flatten(0, 1), bias)
+    a = torch.cat([a, torch.ones_like(a[..., :1])], dim=-1) if bias else a
+    exact = torch.linalg.matrix_norm(g.transpose(1, 2) @ a)
+    if t == 1:
+        torch.testing.assert_close(found, exact)
+    assert (found >= exact * (1 - 1e-12)).all()
+
+
+# Normalizing -----------------------------------------------------------------------------------------------
 
 WIDTHS = {torch.float16: 16, torch.float32: 32, torch.float64: 64}
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from hf_fngd.weights.base import SharingPolicy, policy_class, policy_names, register_policy
+from hf_fngd.weights.base import _POLICIES, SharingPolicy, policy_class, policy_names, register_policy
 from tests.weights.harness import Given, L, prepared, samples, step
 
 NAMES = policy_names()
@@ -22,6 +22,9 @@ def saved(policy: SharingPolicy) -> Any:
     torch.save(policy.state_dict(), file)
     file.seek(0)
     return torch.load(file, weights_only=True), len(file.getvalue())
+
+
+# Sample weights --------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -91,6 +94,9 @@ def test_a_coefficient_step_solves_equation_9(name: str) -> None:
     torch.testing.assert_close(policy.spread, w.square().mean(dim=1))
 
 
+# States ----------------------------------------------------------------------------------------------------
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("steps", [0, 1, 5])
 @pytest.mark.parametrize("name", NAMES)
@@ -138,6 +144,9 @@ def test_a_checkpoint_is_no_larger_than_what_was_recorded(name: str) -> None:
     assert saved(policy)[1] < 4 * L * 8 * 8 + 2500
 
 
+# The registry ----------------------------------------------------------------------------------------------
+
+
 def test_the_registry_knows_the_documented_names() -> None:
     assert NAMES == ("clipped", "never", "replay", "uniform")
     assert SOLVED == ("never", "replay")
@@ -154,3 +163,10 @@ def test_a_name_means_a_class_and_an_object_its_own() -> None:
 def test_a_name_cannot_be_registered_twice(name: str) -> None:
     with pytest.raises(ValueError, match=f"already a sharing policy named '{name}'"):
         register_policy(type("Again", (SharingPolicy,), {"name": name}))
+
+
+def test_a_new_policy_is_one_registration(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hf_fngd.weights.base._POLICIES", dict(_POLICIES))
+    mine = register_policy(type("Mine", (policy_class("uniform"),), {"name": "mine"}))
+    assert "mine" in policy_names()
+    assert policy_class("mine") is mine

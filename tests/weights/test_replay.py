@@ -107,6 +107,9 @@ def test_a_micro_batch_that_measured_nothing_averages_in_its_place() -> None:
     check(found, [solved(7), torch.ones(L, 8, dtype=torch.float64), solved(7)])
 
 
+# When the first epoch ends ---------------------------------------------------------------------------------
+
+
 def coefficient_steps(policy: SharingPolicy, steps: int, length: int | None = None) -> list[int]:
     """Those among the next steps."""
     computed = []
@@ -135,6 +138,9 @@ def test_an_epoch_without_a_step_ends_nothing() -> None:
     policy = prepared("replay")
     policy.end_epoch()
     assert coefficient_steps(policy, 5, 3) == [0, 1, 2]
+
+
+# Rows of another size --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("prefix", [[-1.0, 0.5], [1.0, -0.99], [0.0, 0.0], [3.0, 0.2]])

@@ -87,6 +87,19 @@ def test_the_natural_step_is_infinite_where_there_is_no_gradient() -> None:
     assert natural_step(one, one, torch.zeros(1), 0.1).isinf().all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("damping", [1e-4, 1e-6])
+def test_duplicated_samples_share_a_finite_weight(damping: float, dtype: torch.dtype) -> None:
+    k = Dense(gradients(samples=5).repeat(1, 3), 1.0).k.to(dtype)
+    found = coefficients(k, damping)
+    assert torch.isfinite(found.w).all()
+    assert torch.isfinite(found.rho)
+    assert float(found.w.mean()) == pytest.approx(1, abs=1e-5)
+    tolerance = {torch.float32: 3e-7 / damping, torch.float64: 1e-13 / damping}[dtype]
+    w = found.w.view(3, 5).double()
+    assert (w - w[:1]).abs().max() < tolerance
+
+
 def with_bad_entry(value: float) -> torch.Tensor:
     k = Dense(gradients(), 1.0).k.clone()
     k[2, 3] = k[3, 2] = value
