@@ -23,7 +23,7 @@ def options() -> argparse.Namespace:
 
 def run_of(arm: str) -> step_cost.Step:
     torch.manual_seed(0)
-    model = step_cost.build_model(options()).train()
+    model = step_cost.marian(options()).train()
     batch = {name: torch.randint(2, 40, (6, 5)) for name in ("input_ids", "labels")}
     run = partial(step_cost.full_step, model, step_cost.ARMS[arm](model), batch)
     run()
@@ -40,7 +40,7 @@ def test_shared_step_has_the_products_of_sgd_and_no_solve() -> None:
 
 def test_coefficient_step_solves_once_a_layer() -> None:
     counts = step_cost.operations(run_of("engine + SGD-m, never (a coefficient step)"))
-    model = step_cost.build_model(options())
+    model = step_cost.marian(options())
     layers = sum(isinstance(module, torch.nn.Linear) for module in model.modules()) - 1  # the head is tied
     assert counts["aten::linalg_cholesky_ex"] == counts["aten::cholesky_solve"] == layers
 
