@@ -177,6 +177,7 @@ def main() -> None:
     parser.add_argument("--batch_size", type=int, default=64)
     parser.add_argument("--length", type=int, default=16, help="tokens; marian: of source and target")
     parser.add_argument("--precision", choices=["fp32", "tf32", "bf16"], default="fp32", help="bf16: by autocast")
+    parser.add_argument("--compile", action="store_true", help="run the models through torch.compile")
     parser.add_argument("--rounds", type=int, default=100)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS), metavar="ARM", help="beside SGD-m")
@@ -196,8 +197,9 @@ def main() -> None:
     sizes: dict[str, tuple[float, float]] = {}
     for name in dict.fromkeys(["SGD-m", *options.arms]):
         model = copy.deepcopy(first).train()
-        before = allocated(options.device)
-        runs[name] = partial(full_step, model, ARMS[name](model), batch, options.precision == "bf16")
+        before, step = allocated(options.device), ARMS[name](model)
+        called = torch.compile(model) if options.compile else model
+        runs[name] = partial(full_step, called, step, batch, options.precision == "bf16")
         sizes[name] = (before, run_twice(runs[name], options.device))
     times: dict[str, list[float]] = {name: [] for name in runs}
     for _ in tqdm(range(options.rounds), desc="rounds"):

@@ -104,9 +104,11 @@ class LayerCall:
         ctx.layer, ctx.engine, ctx.place, ctx.again = self.layer, self.engine, self.place, False
 
 
-@torch.no_grad()  # sample weights are constants of a second derivative
 def _weights(ctx: Any, x: Tensor | None, g: Tensor, number: Tensor | None, has_bias: bool) -> Tensor | None:
     """The sample weights of one call in one backward pass; a retained graph has new ones in each."""
+    if torch.is_grad_enabled():  # they are constants of a second derivative
+        with torch.no_grad():
+            return _weights(ctx, x, g, number, has_bias)
     if number is not None:
         w: Tensor = sample_weights(x, g, number, ctx.engine, ctx.place, has_bias)
         return w

@@ -39,7 +39,7 @@ class LinearKernel(GramKernel):
     ) -> tuple[Tensor, Tensor | None]:
         """``[o, i]`` and ``[o]``."""
         a = saved.x.reshape(-1, saved.x.shape[-1])
-        w = None if w is None else w.to(g.dtype).repeat_interleave(len(g) // len(w))
+        w = None if w is None else w.to(g.dtype)
         return self.product(a, g, w), weighted_bias_sum(g, w) if has_bias else None
 
     def product(self, a: Tensor, g: Tensor, w: Tensor | None) -> Tensor:

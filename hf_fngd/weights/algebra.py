@@ -23,18 +23,30 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
 def weighted_sum(a: Tensor, g: Tensor, w: Tensor | None) -> Tensor:
     """``sum_n w_n h_n`` ``[o, i]`` (Sec. IV-C), by the one matrix product that SGD does anyway.
 
-    a is ``[N T, i]``, g ``[N T, o]``, of one dtype, and w has an entry for each of their rows.
+    a is ``[N T, i]``, g ``[N T, o]``, and w ``[N]``, of one dtype.
     """
-    if w is not None and a.shape[1] <= g.shape[1]:  # the weights go to the narrower factor
-        a = a * w[:, None]
+    if w is not None and a.shape[1] < g.shape[1]:  # the weights go to the narrower factor
+        a = _scaled_rows(a, w)
     elif w is not None:
-        g = g * w[:, None]
+        g = _scaled_rows(g, w)
     return g.t() @ a
 
 
 def weighted_bias_sum(g: Tensor, w: Tensor | None) -> Tensor:
     """The bias column of `weighted_sum`, ``[o]``."""
-    return g.sum(dim=0) if w is None else torch.mv(g.t(), w)
+    if w is None:
+        return g.sum(dim=0)
+    # In one product: half precision would round the sums over the samples or over the positions.
+    return torch.mv(g.t(), w[:, None].expand(-1, _positions(g, w)).reshape(len(g)))
+
+
+def _scaled_rows(rows: Tensor, w: Tensor) -> Tensor:
+    """Rows ``[N T, f]``, T of them a sample, times its sample weight."""
+    return (rows.reshape(len(w), _positions(rows, w), rows.shape[1]) * w.view(-1, 1, 1)).view(rows.shape)
+
+
+def _positions(rows: Tensor, w: Tensor) -> int:
+    return len(rows) // max(1, len(w))  # of no samples, none
 
 
 def tensor_norms(x: Tensor) -> Tensor:
@@ -50,10 +62,12 @@ def scaled(x: Tensor, w: Tensor | None) -> Tensor:
 
 
 def mean_norm(norms: Tensor) -> Tensor:
-    """The mean of norms ``[..., N]`` that are not 0, ``[...]``; NaN where all of them are."""
-    return norms.sum(dim=-1) / norms.count_nonzero(dim=-1)
+    """The mean of norms ``[N]`` that are not 0, a scalar; NaN where all of them are."""
+    return norms.sum() / torch.linalg.vector_norm(norms, 0)  # which counts them, in one kernel
 
 
 def clip(norms: Tensor, bound: Tensor) -> Tensor:
-    """Sample weights ``[N]`` that bring norms ``[N]`` above a bound down to it; ones for norms of 0."""
-    return torch.where(norms > 0, bound / torch.maximum(norms, bound), 1)
+    """Sample weights ``[N]`` that bring norms ``[N]`` above a bound down to it; ones where the bound is NaN."""
+    bound = bound.nan_to_num(nan=1.0, posinf=torch.inf)
+    # A mean of the smallest numbers there are is 0.
+    return bound / torch.maximum(norms, bound).clamp(min=torch.finfo(norms.dtype).tiny)

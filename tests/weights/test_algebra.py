@@ -112,9 +112,9 @@ def test_the_cheaper_route_is_the_one_measured(n: int, t: int, i: int, o: int, r
 def test_sums_are_linear_in_the_weights(of: Layer, seed: int, plain: bool) -> None:
     w = torch.randn(len(of.a), generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     w = None if plain else w
-    rows = None if w is None else w.to(of.g.dtype).repeat_interleave(of.g.shape[1])
+    own = None if w is None else w.to(of.g.dtype)
     a, g = of.a.flatten(0, 1), of.g.flatten(0, 1)
-    found = weighted_sum(a, g, rows), weighted_bias_sum(g, rows)
+    found = weighted_sum(a, g, own), weighted_bias_sum(g, own)
     w = torch.ones(len(of.a), dtype=torch.float64) if w is None else w
     u = of.per_sample(bias=True)
     expected = (u @ w / len(w)).split([found[0].numel(), found[1].numel()])
