@@ -200,7 +200,7 @@ def test_a_run_under_trainer_resumes(precision: str, tmp_path: Path) -> None:
         arguments = {} if precision == "no" else {precision: True}
         args = TrainingArguments(
             str(tmp_path / name), per_device_train_batch_size=4, num_train_epochs=3, save_steps=6, report_to=[],
-            logging_steps=1, gradient_accumulation_steps=2, learning_rate=1e-3, **arguments
+            logging_steps=1, gradient_accumulation_steps=2, lr_scheduler_type="constant", **arguments
         )  # fmt: skip
         trainer = Trainer(model=model, args=args, train_dataset=Rows(), optimizers=(FNGD(model, lr=1e-3), None))
         if name == "resumed":
