@@ -179,6 +179,10 @@ class FNGD(torch.optim.Optimizer):
         """See `FNGDPreconditioner.end_epoch`. Trainer needs no such call."""
         self.preconditioner.end_epoch()
 
+    def epochs_of(self, loader: Any) -> None:
+        """See `FNGDPreconditioner.epochs_of`."""
+        self.preconditioner.epochs_of(loader)
+
     def detach(self) -> None:
         """See `FNGDPreconditioner.detach`."""
         self.preconditioner.detach()
