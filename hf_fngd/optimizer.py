@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_fngd.config import FNGDConfig, set_in
+from hf_fngd.distributed.join import Joins
 from hf_fngd.distributed.sharded import local
 from hf_fngd.engine.coverage import CoverageReport
 from hf_fngd.engine.state import GONE, check_groups, check_keys, gone
@@ -31,7 +32,7 @@ _STATE_KEY = "fngd"
 
 
 @with_settings(engine=False)
-class FNGD(torch.optim.Optimizer):
+class FNGD(torch.optim.Optimizer, Joins):
     """Inverse-free fast natural gradient descent (arXiv 2403.03473), and sample clipping, its default.
 
     The backward pass leaves weighted sums of the samples' gradients. `step` applies the update rule to Linear and
@@ -182,6 +183,10 @@ class FNGD(torch.optim.Optimizer):
     def epochs_of(self, loader: Any) -> None:
         """See `FNGDPreconditioner.epochs_of`."""
         self.preconditioner.epochs_of(loader)
+
+    @property
+    def _follower(self) -> FNGDPreconditioner:
+        return self.preconditioner
 
     def detach(self) -> None:
         """See `FNGDPreconditioner.detach`."""

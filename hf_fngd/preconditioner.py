@@ -4,7 +4,7 @@ import functools
 import logging
 import weakref
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +12,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.utils.hooks import RemovableHandle
 
 from hf_fngd.distributed.environment import rank_and_world, refuse_environment
+from hf_fngd.distributed.join import Joins, JoinState
 from hf_fngd.distributed.sharded import is_sharded
 from hf_fngd.engine.attach import refuse_attached
 from hf_fngd.engine.coverage import Coverage, CoverageReport
@@ -29,7 +30,7 @@ logger = logging.getLogger(__name__)
 
 
 @with_settings(engine=True)
-class FNGDPreconditioner:
+class FNGDPreconditioner(Joins):
     """Sample weights in a model's gradients, in front of any torch optimizer.
 
     Attach it, train with any optimizer, and call `step` once after every optimizer step, or let `follow` do so. Each
@@ -65,6 +66,7 @@ class FNGDPreconditioner:
         self.policy.prepare(len(self._attached), **{name: own.effective(name) for name in READ_BY_POLICIES})
         self._model = weakref.ref(model)
         self._edge = EpochEdge()
+        self.joining = JoinState()
         self._told_of_loaders = False
         self._closing = -1  # the backward pass at whose end a step is closed
         self._window = Window()
@@ -99,6 +101,7 @@ class FNGDPreconditioner:
         """
         _, world = rank_and_world()
         begun = self._window.begun
+        self.joining.announce(begun // world, True, self.device)
         batches = self._window.close()
         self._forwards.batch, self.epoch_ended = None, self._edge.passed()
         compared = 0
@@ -109,6 +112,7 @@ class FNGDPreconditioner:
 
     def skip(self) -> None:
         """Close an optimizer step that is not taken: its micro-batches leave no trace."""
+        self.joining.announce(self._window.begun // rank_and_world()[1], False, self.device)
         self._window.close()
         self._forwards.batch, self.epoch_ended = None, self._edge.passed()
         self._heed_epoch()
@@ -128,7 +132,10 @@ class FNGDPreconditioner:
 
     def end_epoch(self) -> None:
         """Say that an epoch ended: in a plain loop, after its last `step`. Idempotent."""
-        self.policy.end_epoch()
+        if self.joining.active:  # where other processes are behind
+            self.joining.epoch_ended = True
+        else:
+            self.policy.end_epoch()
 
     def epochs_of(self, loader: Any) -> None:
         """Say which of several data loaders, that Accelerate prepared, ends an epoch; or else the first to end does.
@@ -171,6 +178,19 @@ class FNGDPreconditioner:
 
         self._hooks.append(optimizer.register_step_post_hook(close))
 
+    def follow_step(self, begun: int) -> None:
+        """In a Join context, without batches of one's own: what belongs to a step of the other processes."""
+        self.policy.close([], begun, self._like())
+
+    @property
+    def device(self) -> torch.device:
+        """That of the sample weights."""
+        return self._like().device
+
+    @property
+    def _follower(self) -> Self:
+        return self
+
     def detach(self) -> None:
         """Restore the model: afterwards it is the model that it was before attaching."""
         self._forwards.detach()
@@ -183,6 +203,7 @@ class FNGDPreconditioner:
         if self._fsdp is None:
             refuse_environment(self.model)  # again, now that Accelerate has prepared it
             self._fsdp = any(isinstance(module, FSDPModule) for module in self.model.modules())
+        self.joining.enter(self.policy.exchanges)
         if self._edge.missed():  # the last step of the epoch was skipped
             self._window.close()
             self.end_epoch()
