@@ -97,7 +97,8 @@ def flag(key: str, value: Any) -> bool:
     return value
 
 
-def _text(key: str, value: Any, accepted: str) -> str:
+def text(key: str, value: Any, accepted: str) -> str:
+    """A string that is neither empty nor very long."""
     if not isinstance(value, str):
         raise wrong_type(key, value, accepted)
     if not 0 < len(value) <= MAX_CHARACTERS:
@@ -112,8 +113,8 @@ def modules(accepted: str, fewest: int) -> Check:
         if isinstance(value, list | tuple):
             if not fewest <= len(value) <= MAX_NAMES:
                 raise ValueError(f"{key} must hold {fewest} to {MAX_NAMES} module names, got {len(value)}")
-            return [_text(f"{key}[{index}]", name, "a module's name") for index, name in enumerate(value)]
-        _text(key, value, accepted)
+            return [text(f"{key}[{index}]", name, "a module's name") for index, name in enumerate(value)]
+        text(key, value, accepted)
         try:
             braces = re.findall(r"\{[0-9, ]+\}", value)
             repeats = (max([1, *map(int, re.findall(r"[0-9]+", counts))]) for counts in braces)

@@ -1,7 +1,9 @@
 """FNGD's settings as a dataclass that can be saved, shared and read back, by `hf_fngd.hub`."""
 
 import copy
+import dataclasses
 import json
+import logging
 import os
 import re
 import warnings
@@ -16,6 +18,8 @@ from hf_fngd.hub import HUB_OPTIONS, HubMixin
 from hf_fngd.settings import READ_BY_POLICIES, READ_BY_RULES, Settings, setting_names
 from hf_fngd.weights.base import SharingPolicy, policy_class, policy_names
 
+logger = logging.getLogger(__name__)
+
 CONFIG_VERSION = "2.0"
 """MAJOR.MINOR of the file format: MAJOR changes where an older reader would misunderstand a file."""
 
@@ -29,6 +33,16 @@ PRESETS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
 """Departures from the defaults, by the name of the preset."""
 
 
+# What TrainingArguments calls arguments of FNGD.
+_TRAINING_ARGS = {
+    "lr": "learning_rate",
+    "weight_decay": "weight_decay",
+    "momentum": "adam_beta1",
+    "beta2": "adam_beta2",
+    "eps": "adam_epsilon",
+}
+
+
 @dataclass(frozen=True)
 class FNGDConfig(Settings, HubMixin):
     """The arguments of `FNGD`, the model aside, with the errors of `hf_fngd.settings.Settings`."""
@@ -40,6 +54,12 @@ class FNGDConfig(Settings, HubMixin):
                 "policy and give its name, or hand the object to FNGD itself"
             )
         super().__post_init__()
+        for number, group in enumerate(self.param_groups or ()):
+            if any(not isinstance(entry, str) for entry in group["params"]):
+                raise TypeError(
+                    f"param_groups[{number}]['params'] must hold names in a config, got Parameters: give their names, "
+                    "or hand the group to FNGD itself, whose config has the names"
+                )
 
     def optimizer_arguments(self) -> dict[str, Any]:
         """Return a copy of all of FNGD's keyword arguments, for ``FNGD(model, **arguments)``."""
@@ -150,3 +170,30 @@ def _of_version_1(values: Mapping[str, Any]) -> dict[str, Any]:
     if sharing in policy_names():
         unread |= set(READ_BY_POLICIES) - set(policy_class(sharing).reads)
     return {key: value for key, value in found.items() if key not in unread}
+
+
+def set_in(args: Any, config: FNGDConfig, overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments of FNGD that somebody set in TrainingArguments, and nobody to another value in the config."""
+    defaults = {f.name: f.default for f in dataclasses.fields(args)} if dataclasses.is_dataclass(args) else {}
+    chosen = {}
+    for name, theirs in _TRAINING_ARGS.items():
+        if not hasattr(args, theirs):
+            continue
+        value, own = getattr(args, theirs), getattr(config, name)
+        unset = own == getattr(Settings, name)
+        if name in overrides or value == defaults.get(theirs):
+            if name == "lr" and unset and "lr" not in overrides:
+                logger.warning(
+                    "learning_rate=%g is the default of TrainingArguments, which nobody chose: FNGD takes its own, "
+                    "lr=%g. Set learning_rate, or lr in the config",
+                    value,
+                    own,
+                )
+        elif unset or own == value:
+            chosen[name] = value
+        else:
+            raise ValueError(
+                f"TrainingArguments has {theirs}={value!r} and the config has {name}={own!r}: leave one of them at its "
+                "default, or give them the same value"
+            )
+    return chosen

@@ -11,13 +11,15 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from hf_fngd.config import FNGDConfig
+from hf_fngd.config import FNGDConfig, set_in
+from hf_fngd.distributed.join import Joins
 from hf_fngd.distributed.sharded import local
 from hf_fngd.engine.coverage import CoverageReport
 from hf_fngd.engine.state import GONE, check_groups, check_keys, gone
 from hf_fngd.preconditioner import FNGDPreconditioner
 from hf_fngd.settings import Settings, with_settings
 from hf_fngd.updates import FALLBACK_RULES, RULES, Update
+from hf_fngd.updates.chosen import by_name
 from hf_fngd.updates.gradients import of_layers, squared_norms
 from hf_fngd.updates.groups import check_parameters, parameter_groups, resized, trainable
 from hf_fngd.updates.momentum import natural_scales, scaled_gradients
@@ -27,18 +29,10 @@ from hf_fngd.weights.solved import SolvedPolicy
 logger = logging.getLogger(__name__)
 
 _STATE_KEY = "fngd"
-# What TrainingArguments calls arguments of FNGD.
-_TRAINING_ARGS = {
-    "lr": "learning_rate",
-    "weight_decay": "weight_decay",
-    "momentum": "adam_beta1",
-    "beta2": "adam_beta2",
-    "eps": "adam_epsilon",
-}
 
 
 @with_settings(engine=False)
-class FNGD(torch.optim.Optimizer):
+class FNGD(torch.optim.Optimizer, Joins):
     """Inverse-free fast natural gradient descent (arXiv 2403.03473), and sample clipping, its default.
 
     The backward pass leaves weighted sums of the samples' gradients. `step` applies the update rule to Linear and
@@ -63,7 +57,11 @@ class FNGD(torch.optim.Optimizer):
         self.skipped = 0
         self._checked: list[int] = []  # the trainable parameters of the last step
         fallback = FALLBACK_RULES[self.settings.fallback]
-        groups = parameter_groups(self.preconditioner.model, self.preconditioner.layers, self.settings, fallback)
+        inner = self.preconditioner.model
+        groups = parameter_groups(inner, self.preconditioner.layers, self.settings, fallback)
+        if self.settings.param_groups:
+            named = by_name(inner, self.settings.param_groups)
+            self.settings = dataclasses.replace(self.settings, param_groups=named)
         defaults = {name: self.settings.effective(name) for name in ("lr", "momentum", "beta2", "eps")}
         super().__init__(groups, defaults)
 
@@ -89,9 +87,9 @@ class FNGD(torch.optim.Optimizer):
         if config is not None and not isinstance(config, FNGDConfig):
             config = FNGDConfig.load(config)
         config = FNGDConfig() if config is None else config
-        chosen = _set_in(args, config, overrides)
+        chosen = set_in(args, config, overrides)
         optimizer = cls.from_config(model, config, **(chosen | overrides))
-        if optimizer.settings.update == "momentum" and (args.max_grad_norm or 0) > 0:
+        if "momentum" in optimizer.settings.updates and (args.max_grad_norm or 0) > 0:
             warnings.warn(
                 "update='momentum' takes its step from the size of the gradient, which "
                 f"max_grad_norm={args.max_grad_norm} changes: set max_grad_norm=0 in TrainingArguments (the step has a "
@@ -115,7 +113,8 @@ class FNGD(torch.optim.Optimizer):
         """Torch's, for the groups that FNGD makes of the model itself; raises ValueError for a user's."""
         if "rule" not in param_group:
             raise ValueError(
-                "FNGD makes its parameter groups from the model: add the parameters to the model, then build FNGD anew"
+                "FNGD makes its parameter groups from the model: add the parameters to the model, then build FNGD anew "
+                "(with param_groups=[...] where they have settings of their own)"
             )
         super().add_param_group(param_group)
 
@@ -148,7 +147,7 @@ class FNGD(torch.optim.Optimizer):
             return loss
         self.preconditioner.step()
         scales = None
-        if squared is not None and self.settings.update == "momentum":
+        if squared is not None and "momentum" in self.settings.updates:
             policy = self.preconditioner.policy
             assert isinstance(policy, SolvedPolicy)
             norms, sizes = of_layers(squared, self.param_groups, len(self.preconditioner.layers))
@@ -164,7 +163,7 @@ class FNGD(torch.optim.Optimizer):
             return
         params: list[Tensor] = [group["params"][place] for place in live]
         grads: list[Tensor] = [local(p.grad) for p in params if p.grad is not None]
-        if scales is not None and group["layers"]:
+        if scales is not None and group["layers"] and group["rule"] == "momentum":
             grads = scaled_gradients(grads, [group["layers"][place] for place in live], scales)
         states = [self.state[p] for p in params]
         for place, state, p in zip(live, states, params, strict=True):
@@ -180,6 +179,14 @@ class FNGD(torch.optim.Optimizer):
     def end_epoch(self) -> None:
         """See `FNGDPreconditioner.end_epoch`. Trainer needs no such call."""
         self.preconditioner.end_epoch()
+
+    def epochs_of(self, loader: Any) -> None:
+        """See `FNGDPreconditioner.epochs_of`."""
+        self.preconditioner.epochs_of(loader)
+
+    @property
+    def _follower(self) -> FNGDPreconditioner:
+        return self.preconditioner
 
     def detach(self) -> None:
         """See `FNGDPreconditioner.detach`."""
@@ -251,30 +258,3 @@ def unwrap(optimizer: torch.optim.Optimizer) -> FNGD:
             )
         inside = inside.optimizer
     return inside
-
-
-def _set_in(args: Any, config: FNGDConfig, overrides: Mapping[str, Any]) -> dict[str, Any]:
-    """Arguments of FNGD that somebody set in TrainingArguments, and nobody to another value in the config."""
-    defaults = {f.name: f.default for f in dataclasses.fields(args)} if dataclasses.is_dataclass(args) else {}
-    chosen = {}
-    for name, theirs in _TRAINING_ARGS.items():
-        if not hasattr(args, theirs):
-            continue
-        value, own = getattr(args, theirs), getattr(config, name)
-        unset = own == getattr(Settings, name)
-        if name in overrides or value == defaults.get(theirs):
-            if name == "lr" and unset and "lr" not in overrides:
-                logger.warning(
-                    "learning_rate=%g is the default of TrainingArguments, which nobody chose: FNGD takes its own, "
-                    "lr=%g. Set learning_rate, or lr in the config",
-                    value,
-                    own,
-                )
-        elif unset or own == value:
-            chosen[name] = value
-        else:
-            raise ValueError(
-                f"TrainingArguments has {theirs}={value!r} and the config has {name}={own!r}: leave one of them at its "
-                "default, or give them the same value"
-            )
-    return chosen

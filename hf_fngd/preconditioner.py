@@ -1,9 +1,10 @@
 """FNGDPreconditioner: the engine alone. After backward, ``p.grad`` is the weighted gradient."""
 
 import functools
+import logging
 import weakref
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +12,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.utils.hooks import RemovableHandle
 
 from hf_fngd.distributed.environment import rank_and_world, refuse_environment
+from hf_fngd.distributed.join import Joins, JoinState
 from hf_fngd.distributed.sharded import is_sharded
 from hf_fngd.engine.attach import refuse_attached
 from hf_fngd.engine.coverage import Coverage, CoverageReport
@@ -18,15 +20,17 @@ from hf_fngd.engine.epochs import EpochEdge
 from hf_fngd.engine.forward import Forwards
 from hf_fngd.engine.layer import attached_layers
 from hf_fngd.engine.state import check_state
-from hf_fngd.engine.window import MicroBatch, Window, in_backward
+from hf_fngd.engine.window import MicroBatch, Window, after_backward, in_backward
 from hf_fngd.layers.select import select_layers
 from hf_fngd.settings import READ_BY_POLICIES, Settings, with_settings
 from hf_fngd.weights.algebra import accumulation_dtype
 from hf_fngd.weights.base import SharingPolicy, State, policy_class
 
+logger = logging.getLogger(__name__)
+
 
 @with_settings(engine=True)
-class FNGDPreconditioner:
+class FNGDPreconditioner(Joins):
     """Sample weights in a model's gradients, in front of any torch optimizer.
 
     Attach it, train with any optimizer, and call `step` once after every optimizer step, or let `follow` do so. Each
@@ -62,6 +66,9 @@ class FNGDPreconditioner:
         self.policy.prepare(len(self._attached), **{name: own.effective(name) for name in READ_BY_POLICIES})
         self._model = weakref.ref(model)
         self._edge = EpochEdge()
+        self.joining = JoinState()
+        self._told_of_loaders = False
+        self._closing = -1  # the backward pass at whose end a step is closed
         self._window = Window()
         self.epoch_ended = False
         self._fsdp: bool | None = None  # not known before the first forward pass
@@ -94,35 +101,63 @@ class FNGDPreconditioner:
         """
         _, world = rank_and_world()
         begun = self._window.begun
+        self.joining.announce(begun // world, True, self.device)
         batches = self._window.close()
         self._forwards.batch, self.epoch_ended = None, self._edge.passed()
         compared = 0
         if batches or world > 1:
             compared = self.policy.close(batches, begun, self._like())
         self._coverage.tell(compared)
-        if self.epoch_ended:
-            self.end_epoch()
+        self._heed_epoch()
 
     def skip(self) -> None:
         """Close an optimizer step that is not taken: its micro-batches leave no trace."""
+        self.joining.announce(self._window.begun // rank_and_world()[1], False, self.device)
         self._window.close()
         self._forwards.batch, self.epoch_ended = None, self._edge.passed()
-        if self.epoch_ended:
-            self.end_epoch()
+        self._heed_epoch()
+
+    def _heed_epoch(self) -> None:
+        if not self.epoch_ended:
+            return
+        if self._edge.others and self.policy.awaits_epoch and not self._told_of_loaders:
+            self._told_of_loaders = True
+            logger.warning(
+                "sharing=%r ends its first epoch with the first of several data loaders to end; the others are under "
+                "way, or were left before their end. Where another one counts, call epochs_of(loader) with it, as "
+                "accelerator.prepare returned it, before training",
+                self.policy.name,
+            )
+        self.end_epoch()
 
     def end_epoch(self) -> None:
         """Say that an epoch ended: in a plain loop, after its last `step`. Idempotent."""
-        self.policy.end_epoch()
+        if self.joining.active:  # where other processes are behind
+            self.joining.epoch_ended = True
+        else:
+            self.policy.end_epoch()
+
+    def epochs_of(self, loader: Any) -> None:
+        """Say which of several data loaders, that Accelerate prepared, ends an epoch; or else the first to end does.
+
+        Raises TypeError where it was not prepared.
+        """
+        self._edge.follow(loader)
 
     def follow(self, optimizer: torch.optim.Optimizer) -> None:
         """Call `step` after every step of an optimizer, or `skip` after one that a loss scaler skips, until `detach`.
+
+        Where optimizers step inside backward, each from a hook on its parameter, follow all of them, or one that steps
+        in every pass: `step` is called once, when the pass is over.
 
         Raises ValueError where the optimizer has none of the model's parameters.
         """
         optimizer = getattr(optimizer, "optimizer", optimizer)  # Accelerate's wrapper
         parameters = list(self.model.parameters())
         own = {id(p) for p in parameters}
-        stepped = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        # That of transformers' layer-wise optimizers has none itself, and its step comes after theirs.
+        inside = (getattr(optimizer, "optimizer_dict", None) or {}).values()
+        stepped = {id(p) for one in (optimizer, *inside) for group in one.param_groups for p in group["params"]}
         if own.isdisjoint(stepped) and not any(is_sharded(p) for p in parameters):  # whose optimizer swaps them later
             raise ValueError(
                 f"this {type(optimizer).__name__} has no parameter of the preconditioner's model: it was built on "
@@ -130,6 +165,11 @@ class FNGDPreconditioner:
             )
 
         def close(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+            if in_backward():
+                if self._closing != (now := torch._C._current_graph_task_id()):
+                    self._closing = now
+                    after_backward(self.step)
+                return
             # torch's GradScaler calls a fused optimizer all the same, which then leaves the parameters as they are.
             if getattr(optimizer, "found_inf", None):
                 self.skip()
@@ -137,6 +177,19 @@ class FNGDPreconditioner:
                 self.step()
 
         self._hooks.append(optimizer.register_step_post_hook(close))
+
+    def follow_step(self, begun: int) -> None:
+        """In a Join context, without batches of one's own: what belongs to a step of the other processes."""
+        self.policy.close([], begun, self._like())
+
+    @property
+    def device(self) -> torch.device:
+        """That of the sample weights."""
+        return self._like().device
+
+    @property
+    def _follower(self) -> Self:
+        return self
 
     def detach(self) -> None:
         """Restore the model: afterwards it is the model that it was before attaching."""
@@ -150,6 +203,7 @@ class FNGDPreconditioner:
         if self._fsdp is None:
             refuse_environment(self.model)  # again, now that Accelerate has prepared it
             self._fsdp = any(isinstance(module, FSDPModule) for module in self.model.modules())
+        self.joining.enter(self.policy.exchanges)
         if self._edge.missed():  # the last step of the epoch was skipped
             self._window.close()
             self.end_epoch()

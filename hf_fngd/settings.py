@@ -10,6 +10,7 @@ from hf_fngd.checks import Check, choice, flag, guess, integer, modules, real, s
 from hf_fngd.layers.base import layer_type_names
 from hf_fngd.layers.select import ALL_LINEAR
 from hf_fngd.updates import FALLBACK_RULES, RULES
+from hf_fngd.updates.chosen import chosen_groups
 from hf_fngd.weights.base import SharingPolicy, policy_class, policy_names
 
 Class = TypeVar("Class", bound=type)
@@ -99,6 +100,14 @@ class Settings:
     eps: float | None = _setting(
         None, _NONE_OR_POSITIVE, "Term > 0 in the denominator of update 'adam' and fallback 'adamw'; None: 1e-8."
     )
+    param_groups: list[dict[str, Any]] | None = _setting(  # noqa: RUF009
+        None,
+        chosen_groups,
+        "Parameters with settings of their own: None or a list of dicts, each with 'params' and any of 'lr', "
+        "'weight_decay' (then also of biases and norms) and 'update'. 'params' is a regular expression that matches a "
+        "parameter's whole name, or a list of names of parameters or modules, or dotted suffixes; FNGD itself also "
+        "takes Parameters.",
+    )
     memory_budget: int | None = _setting(
         None,
         integer(1),
@@ -138,7 +147,7 @@ class Settings:
             if name not in policy.reads:
                 readers = [repr(other) for other in policy_names() if name in policy_class(other).reads]
                 unread[name] = (sharing, f"sharing={' or '.join(readers)}")
-        if self.update == "momentum" and self.fallback == "sgd":
+        if self.updates == {"momentum"} and self.fallback == "sgd":
             rules = ("update='momentum' and fallback='sgd'", "update='adam' or fallback='adamw'")
             unread |= dict.fromkeys(READ_BY_RULES, rules)
         for name, (chosen, others) in unread.items():
@@ -147,12 +156,17 @@ class Settings:
                     f"{name}={getattr(self, name)!r} has no effect with {chosen}: leave it out, or use {others}, "
                     "which read it"
                 )
-        if self.update == "momentum" and not policy.solves:
+        if "momentum" in self.updates and not policy.solves:
             solvers = policy_names(lambda other: other.solves)
             raise ValueError(
                 f"update='momentum' steps by the paper's 1/lambda', which {sharing} does not measure: use "
                 f"update='muon' or 'adam', or sharing={' or '.join(map(repr, solvers))}"
             )
+
+    @property
+    def updates(self) -> set[str]:
+        """The update rules of the preconditioned layers, those of the user's groups included."""
+        return {self.update, *(group["update"] for group in self.param_groups or () if "update" in group)}
 
     @classmethod
     def of(cls, owner: str, values: Mapping[str, Any], engine: bool = False) -> Self:

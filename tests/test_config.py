@@ -25,6 +25,10 @@ counts = st.integers(min_value=1, max_value=MAX_INTEGER)
 fractions = st.floats(min_value=0, max_value=1, exclude_max=True)
 not_negative = st.floats(min_value=0, allow_infinity=False) | st.integers(min_value=0, max_value=10**300)
 positive = st.floats(min_value=0, exclude_min=True, allow_infinity=False)
+groups = st.fixed_dictionaries(
+    {"params": patterns | names | names.map(tuple)},
+    optional={"lr": not_negative, "weight_decay": not_negative, "update": st.sampled_from(["muon", "adam"])},
+)
 values = st.fixed_dictionaries(
     {},
     optional={
@@ -39,6 +43,7 @@ values = st.fixed_dictionaries(
         "fallback_lr": st.none() | not_negative,
         "beta2": fractions,
         "eps": positive,
+        "param_groups": st.lists(groups, min_size=1, max_size=3),
         "memory_budget": counts,
         "target_modules": patterns | names | names.map(tuple),
         "exclude_modules": st.none() | patterns | names | st.just([]),
@@ -54,7 +59,11 @@ def readable(given_values: dict[str, Any]) -> dict[str, Any]:
     unread = {"damping", "coefficient_steps", "memory_budget"} - set(policy.reads)
     if given_values.get("update") == "momentum" and not policy.solves:
         unread |= {"update"}
-    elif given_values.get("update") == "momentum" and given_values.get("fallback") == "sgd":
+    elif (
+        given_values.get("update") == "momentum"
+        and given_values.get("fallback") == "sgd"
+        and not any("update" in group for group in given_values.get("param_groups", []))
+    ):
         unread |= {"beta2", "eps"}
     return {key: value for key, value in given_values.items() if key not in unread}
 

@@ -4,7 +4,8 @@ Every process weighs its own samples, and the gradients are averaged as ever (Se
 measured, in the same order: bit for bit what one process stores that accumulates as many micro-batches.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -34,7 +35,8 @@ def gather(own: Sequence[Measurement], device: torch.device) -> list[Measurement
     if world == 1:
         return list(own)
     received: list[list[tuple[int, Tensor, Tensor]]] = [[] for _ in range(world)]
-    dist.all_gather_object(received, [(m.place, m.w.cpu(), m.rho.cpu()) for m in own])
+    with _with_cause():
+        dist.all_gather_object(received, [(m.place, m.w.cpu(), m.rho.cpu()) for m in own])
     found = [Measurement(place, w.to(device), rho.to(device)) for message in received for place, w, rho in message]
     return sorted(found, key=lambda m: m.place)
 
@@ -45,5 +47,20 @@ def sum_over_processes(own: Tensor) -> Tensor:
     if world == 1:
         return own
     received = own.new_empty(world, len(own))
-    dist.all_gather(list(received.unbind()), own)
+    with _with_cause():
+        dist.all_gather(list(received.unbind()), own)
     return received.sum(dim=0)
+
+
+@contextmanager
+def _with_cause() -> Iterator[None]:
+    """Say what makes an exchange fail; the process group's own timeout ends one that waits for nobody."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise RuntimeError(
+            f"FNGD's exchange between the processes failed in process {rank_and_world()[0]}: another one has ended, or "
+            "makes another number of optimizer steps, which have to be as many in all of them. Give them batches of "
+            "equal number (drop_last, a DistributedSampler), or train within "
+            "torch.distributed.algorithms.join.Join([model, optimizer])"
+        ) from error

@@ -70,12 +70,20 @@ def check_keys(state: Mapping[str, Any], keys: Sequence[str]) -> None:
 
 
 def check_groups(state: Mapping[str, Any], groups: Sequence[Mapping[str, Any]]) -> None:
-    """Raise ValueError where an optimizer's state has other update rules or parameters, or another order of them."""
+    """Raise ValueError where an optimizer's state has other groups, update rules or parameters, or another order."""
+    theirs, ours = ([group.get("name") for group in of] for of in (state["param_groups"], groups))
+    if theirs != ours:
+        differing = sorted(set(map(str, theirs)) ^ set(map(str, ours))) or ["the order"]
+        raise ValueError(
+            f"the checkpoint has {len(theirs)} parameter groups, this optimizer has {len(ours)}; they differ in "
+            f"{', '.join(differing[:4])}: construct FNGD with the model, param_groups, target_modules and frozen "
+            "layers that the checkpoint was made with"
+        )
     found, expected = ([group["rule"] for group in of] for of in (state["param_groups"], groups))
     if found != expected:
         raise ValueError(
             f"the checkpoint's update rules are {found}, this optimizer's are {expected}: construct FNGD with "
-            "the update and fallback that the checkpoint was made with"
+            "the update, fallback and param_groups that the checkpoint was made with"
         )
     for stored, own in zip(state["param_groups"], groups, strict=True):
         names = stored.get("param_names", own["param_names"])
@@ -84,7 +92,7 @@ def check_groups(state: Mapping[str, Any], groups: Sequence[Mapping[str, Any]]) 
             raise ValueError(
                 f"the checkpoint's parameters in the group {own['name']!r} are not this optimizer's"
                 + (f" (only one has {', '.join(differing[:3])})" if differing else ", or in another order")
-                + ": resume with the model, target_modules and frozen layers that the checkpoint was made with"
+                + ": resume with the model, param_groups, target_modules and frozen layers of the checkpoint"
             )
         for key, name, p in zip(stored["params"], own["param_names"], own["params"], strict=True):
             for entry, value in state["state"].get(key, {}).items():

@@ -21,6 +21,12 @@ def in_backward() -> bool:
     return bool(torch._C._current_graph_task_id() != -1)
 
 
+def after_backward(call: Callable[[], None]) -> None:
+    """Call it when the backward pass under way is over, and its micro-batches are complete."""
+    queue = Variable._execution_engine.queue_callback
+    queue(lambda: queue(call))  # behind what completes micro-batches that backward has yet to reach
+
+
 @dataclass(eq=False)
 class MicroBatch:
     """One forward and backward pass of the model, as its layers see it."""
@@ -91,7 +97,8 @@ class Window:
                 logger.warning(
                     "the weights changed after %d backward passes in a row, and FNGD's step was not called: it is "
                     "attached to a model that another optimizer trains. Call hf_fngd.detach(model), or tell "
-                    "FNGDPreconditioner of the steps by preconditioner.follow(optimizer)",
+                    "FNGDPreconditioner of the steps by preconditioner.follow(optimizer), or by preconditioner.step() "
+                    "after each backward pass where the optimizer moves them inside it without a step, as LOMO does",
                     _PATIENCE,
                 )
             has_gradients = False

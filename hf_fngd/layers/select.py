@@ -71,8 +71,8 @@ def select_layers(
         layer_type, kernel = find_kernel(module)
         if layer_type not in wanted:
             kernel = None
-        excluded = _matches(name, exclude_modules)
-        named = target_modules == ALL_LINEAR or _matches(name, target_modules)
+        excluded = matches(name, exclude_modules)
+        named = target_modules == ALL_LINEAR or matches(name, target_modules)
         reason = _reason(module, kernel, uses, named, excluded)
         own = trained(module)
         parameters = tuple(itertools.chain.from_iterable(known[id(parameter)] for parameter in own.values()))
@@ -123,7 +123,8 @@ def _reason(
     return None if named else "not among target_modules"
 
 
-def _matches(name: str, modules: Modules) -> bool:
+def matches(name: str, modules: Modules) -> bool:
+    """Whether a regular expression, or one of some names or dotted suffixes, matches the name of a module."""
     if modules is None:
         return False
     if isinstance(modules, str):
@@ -141,7 +142,7 @@ def _check_listed(model: nn.Module, **arguments: Modules) -> None:
     names = [name for name, _ in model.named_modules()]
     for argument, modules in arguments.items():
         for module in () if modules is None or isinstance(modules, str) else modules:
-            if not any(_matches(name, [module]) for name in names):
+            if not any(matches(name, [module]) for name in names):
                 raise ValueError(
                     f"{argument} lists {module!r}, which is no module of the model; its modules are named like "
                     f"{', '.join(map(repr, names[1:6]))}"

@@ -3,6 +3,7 @@
 import logging
 import re
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 
 from hf_fngd.distributed.sharded import is_sharded
 from hf_fngd.layers.select import Selected
+from hf_fngd.updates.chosen import assigned
 
 logger = logging.getLogger(__name__)
 
@@ -33,26 +35,51 @@ def parameter_groups(
     """Split the trainable parameters, those of the preconditioned layers first; ``params`` holds names as well.
 
     ``rule`` is a key of `hf_fngd.updates.RULES`, and ``layers`` holds the number of each parameter's layer, none in the
-    groups of the rule ``fallback``. Biases are vectors, which "muon" cannot orthogonalize: they get "adam" then.
+    groups of the rule ``fallback``. Biases are vectors, which "muon" cannot orthogonalize: they get "adam" then. Each
+    of the user's groups is split in the same way, behind the automatic ones.
+
+    Raises:
+        ValueError: as `hf_fngd.updates.chosen.assigned`, or a user's group has a rule and no matrix.
     """
-    lr, decay, rule = settings.lr, settings.weight_decay, settings.update
-    rest_lr = lr if settings.fallback_lr is None else settings.fallback_lr
-    matrices = _group("preconditioned", rule, lr, decay)
-    vectors = _group("preconditioned_no_decay", "adam" if rule == "muon" else rule, lr, 0.0)
-    rest = _group("plain", fallback, rest_lr, decay)
-    rest_no_decay = _group("plain_no_decay", fallback, rest_lr, 0.0)
+    chosen = settings.param_groups or []
+    numbers = assigned(model, chosen)
+    splits = [_split(settings, fallback)]
+    splits += [_split(settings, fallback, group, f"_{number}") for number, group in enumerate(chosen)]
     decayed = decays(model)
     owners = {id(p): number for number, layer in enumerate(layers) for p in layer.module.parameters(recurse=False)}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
+        matrices, vectors, rest, rest_no_decay = splits[numbers.get(id(parameter), -1) + 1]
         if id(parameter) in owners:
             group = matrices if parameter.dim() > 1 else vectors
             group["layers"].append(owners[id(parameter)])
         else:
             group = rest if name in decayed else rest_no_decay
         group["params"].append((name, parameter))
-    return [group for group in (matrices, vectors, rest, rest_no_decay) if group["params"]]
+    for number, group in enumerate(chosen):
+        if "update" in group and not splits[number + 1][0]["params"]:
+            raise ValueError(
+                f"param_groups[{number}]['update']={group['update']!r} has no effect: none of the group's parameters "
+                "is the weight of a preconditioned layer. Leave it out"
+            )
+    ordered = [*(group for split in splits for group in split[:2]), *(group for split in splits for group in split[2:])]
+    return [group for group in ordered if group["params"]]
+
+
+def _split(
+    settings: Any, fallback: str, own: Mapping[str, Any] = MappingProxyType({}), suffix: str = ""
+) -> list[dict[str, Any]]:
+    """Empty groups for matrices, vectors, and what else is decayed or not, with what a user's group says."""
+    lr, rule = own.get("lr", settings.lr), own.get("update", settings.update)
+    rest_lr = own.get("lr", settings.lr if settings.fallback_lr is None else settings.fallback_lr)
+    decay, no_decay = own.get("weight_decay", settings.weight_decay), own.get("weight_decay", 0.0)
+    return [
+        _group(f"preconditioned{suffix}", rule, lr, decay),
+        _group(f"preconditioned_no_decay{suffix}", "adam" if rule == "muon" else rule, lr, no_decay),
+        _group(f"plain{suffix}", fallback, rest_lr, decay),
+        _group(f"plain_no_decay{suffix}", fallback, rest_lr, no_decay),
+    ]
 
 
 def _group(name: str, rule: str, lr: float, weight_decay: float) -> dict[str, Any]:

@@ -57,6 +57,16 @@ class SharingPolicy(ABC):
         """The policy is attached to a model of so many layers, and forgets any other; the rest are FNGD's arguments."""
         self.layers = layers
 
+    @property
+    def awaits_epoch(self) -> bool:
+        """Whether the end of the epoch under way changes the sample weights (default: it never does)."""
+        return False
+
+    @property
+    def exchanges(self) -> bool:
+        """Whether `close` communicates in the step under way (default: it may)."""
+        return True
+
     @abstractmethod
     def begin(self, size: int, offset: int) -> MicroBatchWeights:
         """A forward pass of N = ``size`` samples begins, behind ``offset`` others of the step, of all processes."""

@@ -37,6 +37,10 @@ class ReplaySharing(SolvedPolicy):
     def computes(self) -> bool:
         return self.shared_since is None
 
+    @property
+    def awaits_epoch(self) -> bool:
+        return self.computes
+
     def begin(self, size: int, offset: int) -> MicroBatchWeights:
         if self.computes:
             return super().begin(size, offset)

@@ -52,6 +52,10 @@ class SolvedPolicy(SharingPolicy):
         """Whether the optimizer step under way is a coefficient step (default: every one is)."""
         return True
 
+    @property
+    def exchanges(self) -> bool:
+        return self.computes
+
     def begin(self, size: int, offset: int) -> MicroBatchWeights:
         return SolvedWeights(size, offset, self)
 

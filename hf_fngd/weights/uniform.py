@@ -9,5 +9,9 @@ class UniformSharing(SharingPolicy):
 
     name = "uniform"
 
+    @property
+    def exchanges(self) -> bool:
+        return False
+
     def begin(self, size: int, offset: int) -> StoredWeights:
         return StoredWeights(size)

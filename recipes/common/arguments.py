@@ -22,7 +22,8 @@ from hf_fngd.config import PRESETS, FNGDConfig
 
 _OPTIONS = {"adamw": [], "sgd": ["momentum"]} | {name: [*BASELINES[name].options] for name in BASELINES}
 """The options of the optimizers beside FNGD; learning rate and weight decay are TrainingArguments'."""
-_KEYS = {f.name: f for f in dataclasses.fields(FNGDConfig) if f.name not in ("lr", "weight_decay")}
+# Groups of parameters are no words: they belong into a configuration's file.
+_KEYS = {f.name: f for f in dataclasses.fields(FNGDConfig) if f.name not in ("lr", "weight_decay", "param_groups")}
 _TYPES = {name: hint for name, hint in typing.get_type_hints(FNGDConfig).items() if name in _KEYS}
 
 

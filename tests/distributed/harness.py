@@ -20,6 +20,10 @@ STEPS, EPOCH = 12, 6
 SETTINGS: dict[str, dict[str, Any]] = {
     "clipped, muon": {"sharing": "clipped"},
     "clipped, adam": {"sharing": "clipped", "update": "adam", "weight_decay": 0.1},
+    "clipped, groups": {
+        "sharing": "clipped",
+        "param_groups": [{"params": ["fc2"], "lr": 3e-2, "update": "adam"}, {"params": ["norm"], "weight_decay": 0.1}],
+    },
     "uniform, muon": {"sharing": "uniform", "fallback": "sgd"},
     "never, momentum": {"sharing": "never", "update": "momentum", "fallback": "sgd"},
     "replay, momentum": {"sharing": "replay", "update": "momentum"},
