@@ -1,6 +1,5 @@
 """Tiny models of many families, and what is expected of their parameters."""
 
-import warnings
 from collections.abc import Callable
 from types import SimpleNamespace
 
@@ -34,6 +33,7 @@ from tests.architectures.registry import (
     token_labels,
     tokens,
 )
+from tests.modes.nets import older_names
 
 __all__ = ["FAMILIES", "Family"]
 
@@ -309,9 +309,7 @@ def adapted(**options: bool) -> Callable[[], nn.Module]:
     def build() -> nn.Module:
         targets = ["q_proj", "v_proj"]
         config = peft.LoraConfig(r=3, target_modules=targets, lora_dropout=0.0, task_type="CAUSAL_LM", **options)
-        with warnings.catch_warnings():
-            # peft asks for an attribute that transformers is about to rename.
-            warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+        with older_names():
             return peft.get_peft_model(LLAMA(), config)
 
     return build

@@ -174,7 +174,7 @@ def optimizer_arguments(sharing: str, **changes: Any) -> dict[str, Any]:
     return {"lr": 1e-2, "update": "adam"} | settings_of(sharing, damping=DAMPING, **changes)
 
 
-def train(
+def recording(
     kind: Kind,
     sharing: str,
     folder: Path,
@@ -184,19 +184,22 @@ def train(
     data: Any = None,
     collator: Any = None,
     fngd: dict[str, Any] | None = None,
-    callbacks: Iterable[TrainerCallback] = (),
     **changes: Any,
-) -> Record:
-    """A recorded run through Trainer; ``changes`` are `TrainingArguments`."""
+) -> RecordingTrainer:
+    """A Trainer on a model of its own; ``changes`` are `TrainingArguments`."""
     model = kind.make() if model is None else model
-    trainer = RecordingTrainer(
+    return RecordingTrainer(
         model=model,
         args=arguments(folder, **changes),
         train_dataset=kind.data(samples) if data is None else data,
         data_collator=collator,
         optimizers=(FNGD(model, **optimizer_arguments(sharing, **(fngd or {}))), None),
     )
-    return run(trainer, callbacks)
+
+
+def train(kind: Kind, sharing: str, folder: Path, callbacks: Iterable[TrainerCallback] = (), **options: Any) -> Record:
+    """A recorded run; ``options`` are those of `recording`."""
+    return run(recording(kind, sharing, folder, **options), callbacks)
 
 
 def run(trainer: Any, callbacks: Iterable[TrainerCallback] = (), record: Record | None = None) -> Record:

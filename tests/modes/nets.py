@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import contextlib
+import warnings
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -85,6 +87,14 @@ def llama() -> LlamaForCausalLM:
         pad_token_id=PADDING,
     )
     return LlamaForCausalLM(config)
+
+
+@contextlib.contextmanager
+def older_names() -> Iterator[None]:
+    """PEFT reads a property that transformers renamed."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+        yield
 
 
 def classification_loss(model: nn.Module, samples: Inputs, smoothing: float) -> Tensor:
