@@ -1,7 +1,7 @@
 """torch.compile: one graph, no break, no recompilation from step to step, and the eager run's numbers."""
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import NamedTuple
 
 import pytest
@@ -14,20 +14,14 @@ from hf_fngd import FNGD, FNGDPreconditioner
 from hf_fngd.weights.base import policy_names
 from tests.nets import LAYERS, Checkpointed, Elsewhere, Net, Twice, assert_equal, data, net, settings_of
 
-# Raised and ignored by the compiler itself.
 pytestmark = [
+    pytest.mark.usefixtures("fresh_compiler"),
+    # Raised and ignored by the compiler itself.
     pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning"),
     pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning"),
 ]
 
 Called = Callable[[Tensor], Tensor]
-
-
-@pytest.fixture(autouse=True)
-def fresh_compiler() -> Iterator[None]:
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
 
 
 # Models ----------------------------------------------------------------------------------------------------

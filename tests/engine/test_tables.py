@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import gc
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
 import pytest
@@ -36,6 +36,8 @@ from tests.engine.language import (
 )
 from tests.nets import EVERY_TYPE, assert_equal
 from tests.reference import Clipping, uses_of
+
+pytestmark = pytest.mark.usefixtures("fresh_compiler")
 
 
 def gradients(net: nn.Module) -> dict[str, Tensor]:
@@ -84,13 +86,6 @@ def step(net: Callable[..., Tensor], preconditioner: FNGDPreconditioner, x: Tens
 
 def reasons(preconditioner: FNGDPreconditioner, name: str = TABLE) -> str:
     return preconditioner.coverage().plain[name]
-
-
-@pytest.fixture(autouse=True)
-def fresh_compiler() -> Iterator[None]:
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
 
 
 # What is weighed, and what stays plain ---------------------------------------------------------------------
