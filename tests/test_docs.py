@@ -91,16 +91,8 @@ def blocks(page: str) -> list[str]:
 
 
 def make_model() -> BertForSequenceClassification:
-    return BertForSequenceClassification(
-        BertConfig(
-            vocab_size=16,
-            hidden_size=16,
-            num_hidden_layers=1,
-            num_attention_heads=2,
-            intermediate_size=16,
-            num_labels=2,
-        )
-    )
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    return BertForSequenceClassification(BertConfig(vocab_size=16, num_labels=2, **sizes))
 
 
 @pytest.fixture

@@ -194,34 +194,13 @@ family(
 BART_LINEARS = """
     model.(en|de)coder.layers.*.(self_attn|encoder_attn).(q|k|v|out)_proj model.(en|de)coder.layers.*.fc(1|2)
 """
-family(
-    "Marian",
-    sized(hf.MarianMTModel, forced_eos_token_id=None),
-    language,
-    BART_LINEARS,
-    tied="lm_head",
-    remark="sinusoidal positions are not trained",
-)
-
-family("BART", sized(hf.BartForConditionalGeneration, forced_eos_token_id=None), language, BART_LINEARS, tied="lm_head")
-
-family(
-    "Pegasus",
-    sized(hf.PegasusForConditionalGeneration, forced_eos_token_id=None),
-    language,
-    BART_LINEARS,
-    tied="lm_head",
-    remark="sinusoidal positions are not trained",
-)
-
-family(
-    "M2M100",
-    sized(hf.M2M100ForConditionalGeneration, forced_eos_token_id=None),
-    language,
-    BART_LINEARS,
-    tied="lm_head",
-    remark="sinusoidal positions are a buffer",
-)
+for name, cls, remark in (
+    ("Marian", hf.MarianMTModel, "sinusoidal positions are not trained"),
+    ("BART", hf.BartForConditionalGeneration, ""),
+    ("Pegasus", hf.PegasusForConditionalGeneration, "sinusoidal positions are not trained"),
+    ("M2M100", hf.M2M100ForConditionalGeneration, "sinusoidal positions are a buffer"),
+):
+    family(name, sized(cls, forced_eos_token_id=None), language, BART_LINEARS, tied="lm_head", remark=remark)
 
 family(
     "T5",

@@ -165,13 +165,8 @@ def train(run: Run, folder: Path, resume: str | None, death: Death | None) -> di
     events.watch_files()
     values = {"num_train_epochs": 2, "save_strategy": "steps", "save_steps": 1, "logging_strategy": "steps"}
     args = arguments(folder, **(values | {"logging_steps": 1, "lr_scheduler_type": "cosine"} | dict(run.trainer)))
-    trainer = Trainer(
-        model=model,
-        args=args,
-        train_dataset=kind.data(12),
-        optimizers=(optimizer, None),
-        callbacks=[events, FNGDCallback()],
-    )
+    callbacks = [events, FNGDCallback()]
+    trainer = Trainer(model, args, train_dataset=kind.data(12), optimizers=(optimizer, None), callbacks=callbacks)
     trainer.train(resume_from_checkpoint=resume)
     return {
         "parameters": {name: value.detach() for name, value in model.named_parameters()},

@@ -27,18 +27,7 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import Trainer
 
 from hf_fngd import FNGD, FNGDCallback
-from tests.distributed.harness import (
-    SETTINGS,
-    STEPS,
-    agree,
-    alone,
-    batch,
-    engine_state,
-    flat,
-    make,
-    optimizer,
-    run,
-)
+from tests.distributed.harness import SETTINGS, STEPS, agree, alone, batch, engine_state, flat, make, optimizer, run
 from tests.modes.harness import arguments
 from tests.modes.nets import LINEAR
 from tests.nets import data, digest, loss, net

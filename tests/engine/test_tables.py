@@ -150,14 +150,12 @@ class Relative(LanguageModel):
 class Other(LanguageModel):
     """Another embedding for the tokens."""
 
-    table: ClassVar[type[nn.Embedding]]
-
-    def __init__(self, **kwargs: Any) -> None:
+    def __init__(self, table: type[nn.Embedding]) -> None:
         super().__init__(tied=False)
-        self.tokens = self.table(VOCABULARY, WIDTH)
+        self.tokens = table(VOCABULARY, WIDTH)
 
     def embed(self, x: Tensor) -> Tensor:
-        found = self.tokens(places=x) if self.table is Keyword else self.tokens(x)
+        found = self.tokens(places=x) if isinstance(self.tokens, Keyword) else self.tokens(x)
         return (found[0] if isinstance(found, tuple) else found) + self.positions(torch.arange(LENGTH)[None])
 
 
@@ -182,18 +180,6 @@ class Double(nn.Embedding):
         return super().forward(ids), None
 
 
-class WithKeyword(Other):
-    table = Keyword
-
-
-class WithNormed(Other):
-    table = Normed
-
-
-class WithDouble(Other):
-    table = Double
-
-
 EXCLUDED, NO_TYPE = "among exclude_modules", "Embedding is not a preconditioned layer type"
 EVERYTHING = ("fc", "norm", "tokens", "positions", "head")
 NOT_TABLE, NOT_POSITIONS = ("fc", "norm", "positions"), ("fc", "norm", "tokens", "head")
@@ -214,9 +200,9 @@ CASES: dict[str, Case] = {
     "time first": (TimeFirst, {}, NOT_TABLE, {TABLE: NOT_THE_BATCH}),
     "an excluded table": (LanguageModel, {"exclude_modules": ["left_out", "tokens"]}, NOT_TABLE, {TABLE: EXCLUDED}),
     "an excluded head": (LanguageModel, {"exclude_modules": ["left_out", "head"]}, NOT_TABLE, {}),
-    "an embedding of one's own": (WithKeyword, {}, EVERYTHING, {}),
-    "an embedding that does more": (WithNormed, {}, ("fc", "norm", "positions", "head"), {}),
-    "an embedding that returns more": (WithDouble, {}, ("fc", "norm", "positions", "head"), {}),
+    "an embedding of one's own": (Other, {"table": Keyword}, EVERYTHING, {}),
+    "an embedding that does more": (Other, {"table": Normed}, ("fc", "norm", "positions", "head"), {}),
+    "an embedding that returns more": (Other, {"table": Double}, ("fc", "norm", "positions", "head"), {}),
     "without a layer type": (LanguageModel, {"layer_types": ["linear"]}, ("fc",), {TABLE: NO_TYPE, POSITIONS: NO_TYPE}),
     "with a Gram matrix": (LanguageModel, {"sharing": "never"}, (), {TABLE: NO_TYPE, POSITIONS: NO_TYPE}),
 }
@@ -226,7 +212,7 @@ CASES: dict[str, Case] = {
 def test_what_is_weighed_and_what_stays_plain(
     cls: type[LanguageModel], options: dict[str, Any], weighed: tuple[str, ...], plainly: dict[str, str]
 ) -> None:
-    of_model = {key: options[key] for key in ("tied", "checkpointing") if key in options}
+    of_model = {key: options[key] for key in ("tied", "checkpointing", "table") if key in options}
     net, own = model(cls, **of_model), model(cls, **of_model)
     preconditioner = attach(net, **{key: value for key, value in options.items() if key not in of_model})
     # An empty batch tells nothing; a single sample is all of its batch; as many samples as positions, once it is known.

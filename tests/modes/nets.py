@@ -30,63 +30,33 @@ Inputs = Mapping[str, Tensor]
 SampleLoss = Callable[[nn.Module, Inputs, float], Tensor]
 
 
+SIZES = {
+    **{"vocab_size": VOCABULARY, "max_position_embeddings": POSITIONS, "initializer_range": INITIAL},
+    **{"hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2},
+}
+TOKENS = {"bos_token_id": 0, "eos_token_id": PADDING, "pad_token_id": PADDING}
+
+
 def bert(**changes: Any) -> BertForSequenceClassification:
     torch.manual_seed(0)
-    config = {
-        "vocab_size": VOCABULARY,
-        "hidden_size": 8,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "intermediate_size": 12,
-        "max_position_embeddings": POSITIONS,
-        "hidden_dropout_prob": 0.0,
-        "attention_probs_dropout_prob": 0.0,
-        "initializer_range": INITIAL,
-        "num_labels": 3,
-        "problem_type": "single_label_classification",  # else found out, and written, in the first forward pass
-    }
-    return BertForSequenceClassification(BertConfig(**(config | changes)))
+    # The type of the problem is else found out, and written, in the first forward pass.
+    config = {"intermediate_size": 12, "num_labels": 3, "problem_type": "single_label_classification"}
+    config |= {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    return BertForSequenceClassification(BertConfig(**(SIZES | config | changes)))
 
 
 def gpt2(**changes: Any) -> GPT2LMHeadModel:
     torch.manual_seed(0)
-    config = {
-        "vocab_size": VOCABULARY,
-        "n_positions": POSITIONS,
-        "n_embd": 8,
-        "n_layer": 2,
-        "n_head": 2,
-        "n_inner": 12,
-        "resid_pdrop": 0.0,
-        "embd_pdrop": 0.0,
-        "attn_pdrop": 0.0,
-        "initializer_range": INITIAL,
-        "bos_token_id": 0,
-        "eos_token_id": PADDING,
-        "pad_token_id": PADDING,
-    }
-    model = GPT2LMHeadModel(GPT2Config(**(config | changes)))
+    config = {"n_inner": 12, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+    model = GPT2LMHeadModel(GPT2Config(**(SIZES | TOKENS | config | changes)))
     model.loss_type = "ForCausalLM"  # else it warns in the first forward pass, which is no graph of its own
     return model
 
 
 def llama() -> LlamaForCausalLM:
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=8,
-        intermediate_size=12,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        max_position_embeddings=POSITIONS,
-        initializer_range=INITIAL,
-        tie_word_embeddings=True,
-        bos_token_id=0,
-        eos_token_id=PADDING,
-        pad_token_id=PADDING,
-    )
-    return LlamaForCausalLM(config)
+    config = {"intermediate_size": 12, "num_key_value_heads": 2, "tie_word_embeddings": True}
+    return LlamaForCausalLM(LlamaConfig(**(SIZES | TOKENS | config)))
 
 
 @contextlib.contextmanager
