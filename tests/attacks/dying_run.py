@@ -35,7 +35,8 @@ from transformers import Trainer, TrainerCallback, TrainerState
 from hf_fngd import FNGD, FNGDCallback, last_complete_checkpoint
 from tests.modes.harness import arguments
 from tests.modes.nets import CONV1D, LINEAR
-from tests.nets import digest, settings_of
+from tests.nets import settings_of
+from tests.steps import digest
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,8 @@ from hf_fngd import FNGD, FNGDCallback
 from tests.distributed.harness import SETTINGS, STEPS, agree, alone, batch, engine_state, flat, make, optimizer, run
 from tests.modes.harness import arguments
 from tests.modes.nets import LINEAR
-from tests.nets import data, digest, loss, net
+from tests.nets import data, loss, net
+from tests.steps import digest
 
 
 def against_accumulation(prepare: Callable[..., tuple[nn.Module, nn.Module, FNGD, bool]]) -> dict[str, Any]:

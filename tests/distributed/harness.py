@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from hf_fngd import FNGD
-from tests.nets import data, digest, loss, net, settings_of
+from tests.nets import data, loss, net, settings_of
+from tests.steps import digest
 
 STEPS, EPOCH = 12, 6
 

@@ -15,6 +15,7 @@ from torch import nn
 
 from hf_fngd import FNGD, FNGDPreconditioner
 from tests.nets import data, loss, net
+from tests.steps import with_fngd
 
 # What Accelerate's state says of a mode, and what the refusal says: the mode, and a way out.
 STATES: dict[str, tuple[dict[str, Any], str]] = {
@@ -51,8 +52,7 @@ def test_a_mode_is_refused_at_construction(mode: str, state: dict[str, Any]) -> 
 @pytest.mark.parametrize("mode", STATES)
 def test_a_mode_that_comes_later_is_refused_by_the_first_forward_pass(mode: str, state: dict[str, Any]) -> None:
     values, message = STATES[mode]
-    model = net()
-    optimizer = FNGD(model)
+    model, optimizer = with_fngd()
     state.update(values)
     before = [p.clone() for p in model.parameters()]
     with pytest.raises(RuntimeError, match=message):

@@ -12,7 +12,8 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from hf_fngd import FNGD, FNGDPreconditioner
 from hf_fngd.weights.base import policy_names
-from tests.nets import LAYERS, Checkpointed, Elsewhere, Net, Twice, assert_equal, data, net, settings_of
+from tests.nets import LAYERS, Checkpointed, Elsewhere, Net, Twice, data, net, settings_of
+from tests.steps import assert_equal, with_fngd
 
 pytestmark = [
     pytest.mark.usefixtures("fresh_compiler"),
@@ -207,8 +208,7 @@ def test_a_weight_that_is_used_elsewhere_is_found_unless_compiled() -> None:
     """A limit, which hf_fngd/engine/backward.py states: the second use is inside of the graph."""
     missed = []
     for make in (lambda model: model, of_one_graph):
-        model = net(cls=Elsewhere)
-        optimizer = FNGD(model)
+        model, optimizer = with_fngd(net(cls=Elsewhere))
         once(make(model), *data(6, 4))
         optimizer.step()
         missed.append(set(optimizer.coverage().missed))

@@ -12,21 +12,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from hf_fngd import FNGD, FNGDPreconditioner, policy_names
+from hf_fngd import FNGD, policy_names
 from hf_fngd.updates import FALLBACK_RULES
-from tests.nets import (
-    EVERY_TYPE,
-    UPDATES_OF,
-    Net,
-    assert_equal,
-    data,
-    loss,
-    net,
-    parameters,
-    settings_of,
-    train,
-    trained,
-)
+from tests.nets import EVERY_TYPE, UPDATES_OF, Net, data, loss, net, settings_of, trained
+from tests.steps import assert_equal, parameters, train, with_engine
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}
 
@@ -94,8 +83,7 @@ def test_a_loaded_state_is_told_of_at_once() -> None:
 
 
 def test_loading_drops_a_half_done_step() -> None:
-    model = net()
-    preconditioner = FNGDPreconditioner(model, sharing="replay")
+    model, preconditioner = with_engine(sharing="replay")
     state = copy.deepcopy(preconditioner.state_dict())
     loss(model, *data(6)).backward()
     preconditioner.load_state_dict(state)

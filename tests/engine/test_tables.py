@@ -34,8 +34,9 @@ from tests.engine.language import (
     losses,
     model,
 )
-from tests.nets import EVERY_TYPE, assert_equal
+from tests.nets import EVERY_TYPE
 from tests.reference import Clipping, uses_of
+from tests.steps import assert_equal
 
 pytestmark = pytest.mark.usefixtures("fresh_compiler")
 

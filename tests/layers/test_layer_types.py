@@ -15,8 +15,9 @@ from torch.utils.checkpoint import checkpoint
 from hf_fngd import FNGDPreconditioner
 from hf_fngd.layers.base import _LAYER_TYPES, find_kernel, layer_type_names, register_layer_type
 from tests.layers.cases import CASES, SAMPLES, Case, inputs, strided
-from tests.nets import EVERY_TYPE, gradient, relative_error
+from tests.nets import EVERY_TYPE
 from tests.reference import Clipping, Dense, float64, per_sample_gradients, uses_of
+from tests.steps import gradient, relative_error
 
 pytestmark = pytest.mark.usefixtures("fresh_compiler")
 FIRST = 30.0  # how often the first sample counts

@@ -10,16 +10,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+import transformers as hf
 from datasets import Dataset
 from torch import Tensor, nn
-from transformers import (
-    BertConfig,
-    BertForSequenceClassification,
-    GPT2Config,
-    GPT2LMHeadModel,
-    LlamaConfig,
-    LlamaForCausalLM,
-)
 
 VOCABULARY, LENGTH, PADDING = 24, 8, 1
 POSITIONS = 16  # of the models
@@ -37,26 +30,26 @@ SIZES = {
 TOKENS = {"bos_token_id": 0, "eos_token_id": PADDING, "pad_token_id": PADDING}
 
 
-def bert(**changes: Any) -> BertForSequenceClassification:
+def bert(**changes: Any) -> hf.BertForSequenceClassification:
     torch.manual_seed(0)
     # The type of the problem is else found out, and written, in the first forward pass.
     config = {"intermediate_size": 12, "num_labels": 3, "problem_type": "single_label_classification"}
     config |= {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
-    return BertForSequenceClassification(BertConfig(**(SIZES | config | changes)))
+    return hf.BertForSequenceClassification(hf.BertConfig(**(SIZES | config | changes)))
 
 
-def gpt2(**changes: Any) -> GPT2LMHeadModel:
+def gpt2(**changes: Any) -> hf.GPT2LMHeadModel:
     torch.manual_seed(0)
     config = {"n_inner": 12, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
-    model = GPT2LMHeadModel(GPT2Config(**(SIZES | TOKENS | config | changes)))
+    model = hf.GPT2LMHeadModel(hf.GPT2Config(**(SIZES | TOKENS | config | changes)))
     model.loss_type = "ForCausalLM"  # else it warns in the first forward pass, which is no graph of its own
     return model
 
 
-def llama() -> LlamaForCausalLM:
+def llama() -> hf.LlamaForCausalLM:
     torch.manual_seed(0)
     config = {"intermediate_size": 12, "num_key_value_heads": 2, "tie_word_embeddings": True}
-    return LlamaForCausalLM(LlamaConfig(**(SIZES | TOKENS | config)))
+    return hf.LlamaForCausalLM(hf.LlamaConfig(**(SIZES | TOKENS | config)))
 
 
 @contextlib.contextmanager

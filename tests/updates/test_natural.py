@@ -8,8 +8,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hf_fngd import FNGD, policy_names
-from tests.nets import UPDATES_OF, assert_equal, net, settings_of, train, trained
+from tests.nets import UPDATES_OF, net, settings_of, trained
 from tests.reference import Dense, per_sample_gradients
+from tests.steps import assert_equal, train
 
 
 def square(width: int) -> nn.Linear:

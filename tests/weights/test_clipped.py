@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from hf_fngd import FNGD, FNGDPreconditioner
-from tests.nets import EVERY_TYPE, LAYER_NAMES, data, dense, gradient, loss, net, relative_error, train
+from tests.nets import EVERY_TYPE, LAYER_NAMES, data, loss, net
+from tests.steps import dense, gradient, one_step, relative_error, train, with_engine, with_fngd
 from tests.weights.harness import of_norms, prepared, step
 
 
@@ -50,8 +51,7 @@ def test_a_norm_that_is_no_number_is_not_hidden(bad: tuple[float, float]) -> Non
 
 
 def test_of_steps_in_one_micro_batch_nothing_is_kept() -> None:
-    model = net()
-    optimizer = FNGD(model)
+    model, optimizer = with_fngd()
     train(model, optimizer, steps=4)
     assert optimizer.preconditioner.policy.state_dict()["means"].count_nonzero() == 0
 
@@ -61,8 +61,7 @@ def test_no_step_forms_a_gram_matrix(monkeypatch: pytest.MonkeyPatch) -> None:
         raise AssertionError
 
     monkeypatch.setattr("hf_fngd.layers.linear.gram", refuse)
-    model = net()
-    optimizer = FNGD(model)
+    model, optimizer = with_fngd()
     train(model, optimizer, steps=9)
     assert set(optimizer.diagnostics()) == {"weight_spread", "skipped"}
     with pytest.raises(AssertionError):
@@ -70,14 +69,12 @@ def test_no_step_forms_a_gram_matrix(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_spread_in_the_log_is_that_of_the_last_batch() -> None:
-    model = net()
-    optimizer = FNGD(model, lr=0)
+    model, optimizer = with_fngd(lr=0)
     assert optimizer.diagnostics()["weight_spread"] == 0
     for scale in (1.0, 1e4):
         x, y = data(7)
         x[3] *= scale
-        loss(model, x, y).backward()
-        optimizer.step()
+        one_step(model, optimizer, x, y)
         exact = dense(net(), x, y, 1.0)
         w = torch.stack([clipped(exact[name].u.norm(dim=0).tolist()) for name in LAYER_NAMES])
         expected = (w.var(dim=1, correction=0) / w.mean(dim=1).square()).mean().sqrt()
@@ -109,20 +106,6 @@ def test_steps_stay_on_the_models_device(monkeypatch: pytest.MonkeyPatch) -> Non
         model(torch.zeros(7, 2, dtype=torch.long, device="meta")).sum().backward()
         preconditioner.step()
     assert len(preconditioner.coverage().weighed) == 6
-
-
-@pytest.mark.parametrize("scale", [2.0**-40, 2.0**16])
-def test_the_scale_of_the_loss_does_not_matter(scale: float) -> None:
-    found = []
-    for factor in (1.0, scale):
-        model = net(dtype=torch.float32)
-        preconditioner = FNGDPreconditioner(model, layer_types=EVERY_TYPE)
-        for seed in range(2):
-            model.zero_grad()
-            (factor * loss(model, *data(7, 3, seed=seed, dtype=torch.float32))).backward()
-            preconditioner.step()
-        found.append(gradient(model) / factor)
-    assert torch.equal(*found)
 
 
 # Steps of several micro-batches: the norms of the last step stand for those of the others ----------------------
@@ -181,8 +164,7 @@ def test_one_shorter_step_is_not_remembered_and_the_second_is() -> None:
 
 @pytest.mark.parametrize("sizes", [(3, 3, 3), (4, 1, 2), (1, 1)])
 def test_gradients_are_the_oracles(sizes: tuple[int, ...]) -> None:
-    model = net()
-    preconditioner = FNGDPreconditioner(model)
+    model, preconditioner = with_engine()
     known: dict[str, float] = {}
     for number in range(3):
         model.zero_grad()
@@ -215,8 +197,7 @@ def micro_batches_of_one(optimizer: FNGD, model: nn.Module, factor: float) -> Te
 
 
 def test_an_outlier_that_is_alone_in_its_micro_batch_is_clipped() -> None:
-    model = net()
-    optimizer = FNGD(model, lr=0.0)
+    model, optimizer = with_fngd(lr=0.0)
     clean = micro_batches_of_one(optimizer, model, 1.0)  # nothing is known yet, all sample weights are 1
     assert relative_error(micro_batches_of_one(optimizer, model, 1e4), clean) > 100
     optimizer.step()
@@ -233,8 +214,7 @@ def test_an_outlier_that_is_alone_in_its_micro_batch_is_clipped() -> None:
 
 
 def test_a_resumed_run_goes_on_with_the_same_bounds() -> None:
-    model = net()
-    optimizer = FNGD(model, lr=1e-2)
+    model, optimizer = with_fngd(lr=1e-2)
     fresh = optimizer.preconditioner.policy.state_dict()
     micro_batches_of_one(optimizer, model, 3.0)
     optimizer.step()
@@ -254,8 +234,7 @@ def test_a_resumed_run_goes_on_with_the_same_bounds() -> None:
 
 
 def test_a_skipped_step_is_not_remembered() -> None:
-    model = net()
-    optimizer = FNGD(model, lr=0.0)
+    model, optimizer = with_fngd(lr=0.0)
     micro_batches_of_one(optimizer, model, 1.0)
     optimizer.step()
     before = optimizer.preconditioner.policy.state_dict()
@@ -263,17 +242,6 @@ def test_a_skipped_step_is_not_remembered() -> None:
     optimizer.step()
     assert optimizer.skipped == 1
     assert torch.equal(optimizer.preconditioner.policy.state_dict()["means"], before["means"])
-
-
-def test_one_micro_batch_of_one_sample_is_warned_of_and_several_are_not(caplog: pytest.LogCaptureFixture) -> None:
-    for count in (1, 2):
-        caplog.clear()
-        model = net()
-        optimizer = FNGD(model)
-        for n in range(count):
-            loss(model, *data(1, seed=n)).backward()
-        optimizer.step()
-        assert ("holds one sample" in caplog.text) == (count == 1)
 
 
 class Twice(nn.Module):
