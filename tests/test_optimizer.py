@@ -38,8 +38,7 @@ def test_seventeen_steps_are_those_of_the_slow_reference(
         one_step(model, optimizer, x, y)
         if step in (7, 15):
             optimizer.end_epoch()
-        for p, q in zip(model.parameters(), expected[step], strict=True):
-            torch.testing.assert_close(p.detach(), q, rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(parameters(model), expected[step], rtol=1e-9, atol=1e-9)
     moved = [(p - q).norm() for p, q in zip(model.parameters(), expected[0], strict=True)]
     assert min(moved) > 1e-3
 
@@ -101,8 +100,7 @@ def test_schedulers_drive_every_group() -> None:
     warm_up = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: step / 2)
     before = parameters(model)
     train(model, optimizer, 1)
-    for p, q in zip(model.parameters(), before, strict=True):
-        assert torch.equal(p, q)  # a warm-up starts at zero
+    assert all(map(torch.equal, model.parameters(), before))  # a warm-up starts at zero
     warm_up.step()
     train(model, optimizer, 1)
     assert [group["lr"] for group in optimizer.param_groups] == [0.05, 0.05, 0.1]
@@ -133,8 +131,7 @@ def test_the_other_parameters_follow_their_own_rule(fallback: str) -> None:
     train(model, optimizer, 5)
     for step in range(5):
         one_step(plain, reference, *data(6, 3, seed=step))
-    for p, q in zip(model.parameters(), plain.parameters(), strict=True):
-        torch.testing.assert_close(p, q, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(parameters(model), parameters(plain), rtol=1e-10, atol=1e-12)
 
 
 def test_configs_and_training_arguments_are_settings_of_their_attributes() -> None:
@@ -161,8 +158,7 @@ def test_zero_gradients_change_nothing(update: str, sharing: str) -> None:
     before = parameters(model)
     (0 * loss(model, *data(6))).backward()
     optimizer.step()
-    for p, q in zip(model.parameters(), before, strict=True):
-        assert torch.equal(p, q)
+    assert all(map(torch.equal, model.parameters(), before))
 
 
 def test_factors_that_half_precision_does_not_hold_scale_small_gradients() -> None:

@@ -318,17 +318,8 @@ family(
 
 
 def swin() -> nn.Module:
-    config = hf.SwinConfig(
-        image_size=16,
-        patch_size=2,
-        embed_dim=8,
-        depths=[2, 1],
-        num_heads=[1, 2],
-        window_size=4,
-        mlp_ratio=2.0,
-        drop_path_rate=0.0,
-        num_labels=CLASSES,
-    )
+    sizes = {"image_size": 16, "patch_size": 2, "embed_dim": 8, "depths": [2, 1], "num_heads": [1, 2]}
+    config = hf.SwinConfig(window_size=4, mlp_ratio=2.0, drop_path_rate=0.0, num_labels=CLASSES, **sizes)
     return hf.SwinForImageClassification(config)
 
 

@@ -154,17 +154,6 @@ def test_a_state_goes_on_in_another_dtype(sharing: str, saved: str, loaded: str)
 # Another model or optimizer ------------------------------------------------------------------------------
 
 
-class Deep(Net):
-    """A third layer."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.middle = nn.Linear(7, 7)
-
-    def hidden(self, x: Tensor) -> Tensor:
-        return self.middle(super().hidden(x))
-
-
 class Turned(Net):
     """The same layers, constructed in another order."""
 
@@ -175,22 +164,23 @@ class Turned(Net):
 
 
 class Longer(Net):
-    """The same layers, and one more norm."""
+    """The same layers, and one more."""
 
-    def __init__(self) -> None:
+    def __init__(self, make: Callable[[], nn.Module]) -> None:
         super().__init__()
-        self.extra = nn.LayerNorm(7)
+        self.extra = make()
 
     def hidden(self, x: Tensor) -> Tensor:
         return self.extra(super().hidden(x))
 
 
+MORE_LAYERS = partial(Longer, lambda: nn.Linear(7, 7))
 OTHERS = [
     *(
-        pytest.param(Deep, {"sharing": name}, {"sharing": name}, "layers|parameter", id=f"layers-{name}")
+        pytest.param(MORE_LAYERS, {"sharing": name}, {"sharing": name}, "layers|parameter", id=f"layers-{name}")
         for name in policy_names()
     ),
-    pytest.param(Longer, {}, {}, "parameter", id="plain-parameters"),
+    pytest.param(partial(Longer, lambda: nn.LayerNorm(7)), {}, {}, "parameter", id="plain-parameters"),
     pytest.param(Net, {"layer_types": ["linear"]}, {}, "differ in norm: build the optimizer with", id="layer-types"),
     pytest.param(
         Net,

@@ -55,16 +55,8 @@ def test_the_factor_that_trainer_leaves_in_the_loss_changes_no_weight(sharing: s
         model = LINEAR.make()
         if accepts is not None:
             model.accepts_loss_kwargs = accepts
-        return train(
-            LINEAR,
-            sharing,
-            tmp_path,
-            model=model,
-            per_device_train_batch_size=3,
-            gradient_accumulation_steps=4,
-            learning_rate=0.0,
-            num_train_epochs=1,
-        )
+        changes = {"per_device_train_batch_size": 3, "gradient_accumulation_steps": 4, "learning_rate": 0.0}
+        return train(LINEAR, sharing, tmp_path, model=model, num_train_epochs=1, **changes)
 
     trapped, right = run(None), run(False)
     for step, expected in zip(trapped.steps, right.steps, strict=True):

@@ -88,6 +88,10 @@ def trains(**changes: Any) -> Drive:
     return lambda run: run.train(**changes)
 
 
+def streams(samples: int = 16, **changes: Any) -> Drive:
+    return trains(max_steps=9, data=Stream(list(classification_data(samples))), **changes)
+
+
 def resumes(step: int) -> Drive:
     """A new process goes on from a checkpoint of a run that was stopped there."""
 
@@ -210,7 +214,6 @@ class Row:
     cap: int | None = None
 
 
-STREAM = {"max_steps": 9, "data": Stream(list(classification_data(16)))}
 ROWS = {
     "three epochs": Row(trains(), first(4)),
     "three epochs, a lower cap": Row(trains(), first(3), cap=3),
@@ -224,23 +227,16 @@ ROWS = {
     "evaluation at every step": Row(trains(eval_strategy="steps", eval_steps=1), first(4)),
     "evaluation at the end of an epoch": Row(trains(eval_strategy="epoch"), first(4)),
     "evaluation first": Row(trains(eval_strategy="epoch", eval_on_start=True), first(4)),
-    "iterable dataset": Row(trains(**STREAM), first(4)),
-    "iterable dataset, a last batch of another size": Row(
-        trains(max_steps=9, data=Stream(list(classification_data(18)))), first(5)
-    ),
-    "iterable dataset with accumulation": Row(trains(gradient_accumulation_steps=2, **STREAM), first(2)),
+    "iterable dataset": Row(streams(), first(4)),
+    "iterable dataset, a last batch of another size": Row(streams(18), first(5)),
+    "iterable dataset with accumulation": Row(streams(gradient_accumulation_steps=2), first(2)),
     # Trainer takes no step with the fifth micro-batch, the last of the epoch: nobody sees the flag that comes with it.
     # Told of the end of the epoch, FNGD has computed the coefficients of that micro-batch all the same.
     "iterable dataset with accumulation and a remainder": Row(
-        trains(max_steps=9, data=Stream(list(classification_data(20))), gradient_accumulation_steps=2),
-        first(9),
-        first(3),
+        streams(20, gradient_accumulation_steps=2), first(9), first(3)
     ),
     "iterable dataset with accumulation and a remainder, a cap": Row(
-        trains(max_steps=9, data=Stream(list(classification_data(20))), gradient_accumulation_steps=2),
-        first(6),
-        first(3),
-        cap=6,
+        streams(20, gradient_accumulation_steps=2), first(6), first(3), cap=6
     ),
     "resumed in mid-epoch": Row(resumes(2), [2, 3]),
     "resumed after all but one step of an epoch": Row(resumes(3), [3]),

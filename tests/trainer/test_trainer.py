@@ -154,13 +154,8 @@ def test_what_is_set_wins_over_what_is_a_default(by: Any, tmp_path: Path, caplog
     assert "default of TrainingArguments" not in caplog.text
     assert made()["lr"] == made("default")["lr"] == FNGDConfig().lr
     assert "learning_rate=5e-05 is the default of TrainingArguments, which nobody chose" in caplog.text
-    set_there = {
-        "learning_rate": 1.0,
-        "weight_decay": 2.0,
-        "adam_beta1": 0.25,
-        "adam_beta2": 0.5,
-        "adam_epsilon": 0.125,
-    }
+    set_there = {"learning_rate": 1.0, "weight_decay": 2.0}
+    set_there |= {"adam_beta1": 0.25, "adam_beta2": 0.5, "adam_epsilon": 0.125}
     found = made(**set_there)
     assert [found[name] for name in ("lr", "weight_decay", "momentum", "beta2", "eps")] == list(set_there.values())
     for name, value in set_there.items():
