@@ -43,13 +43,9 @@ DECEIVED_LATER: set[str] = set()
 
 def families(deceived: Collection[str] = ()) -> list[object]:
     """All families as parameters, with the faults that are known of them."""
-    parameters = []
-    for name, family in FAMILIES.items():
-        marks = []
-        if name in deceived:
-            marks = [pytest.mark.xfail(strict=True, raises=AssertionError, reason=AMBIGUOUS)]
-        parameters.append(pytest.param(family, id=name, marks=marks))
-    return parameters
+    fault = pytest.mark.xfail(strict=True, raises=AssertionError, reason=AMBIGUOUS)
+    marks = {name: [fault] if name in deceived else [] for name in FAMILIES}
+    return [pytest.param(family, id=name, marks=marks[name]) for name, family in FAMILIES.items()]
 
 
 @functools.cache

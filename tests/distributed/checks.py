@@ -81,8 +81,7 @@ def fsdp2() -> dict[str, Any]:
     """FNGD on a sharded model: torch's own order."""
 
     def prepare(conv1d: bool, settings: dict[str, Any]) -> tuple[nn.Module, nn.Module, FNGD, bool]:
-        model = net(width=9, layer_type="Conv1D" if conv1d else "Linear")
-        _shard(model)
+        model = _shard(net(width=9, layer_type="Conv1D" if conv1d else "Linear"))
         return model, model, optimizer(model, **settings), _is_sharded(model)
 
     return against_accumulation(prepare)
@@ -103,9 +102,9 @@ def fsdp2_after() -> dict[str, Any]:
     return against_accumulation(prepare)
 
 
-def _shard(model: nn.Module) -> None:
+def _shard(model: nn.Module) -> nn.Module:
     fully_shard(model.get_submodule("fc1"))  # a layer by itself, and the rest with the root
-    fully_shard(model)
+    return fully_shard(model)
 
 
 def _is_sharded(model: nn.Module) -> bool:
@@ -242,14 +241,12 @@ def distributed_checkpoint() -> dict[str, Any]:
     rank = dist.get_rank()
     found = {}
     for name, settings in SETTINGS.items():
-        model = net(width=9)
-        _shard(model)
+        model = _shard(net(width=9))
         fngd = optimizer(model, **settings)
         run(model, fngd, [rank], range(8))
         weights = {key: value.clone() for key, value in model.state_dict().items()}
         state = copy.deepcopy(get_optimizer_state_dict(model, fngd))
-        again = net(width=9)
-        _shard(again)
+        again = _shard(net(width=9))
         second = optimizer(again, **settings)
         again.load_state_dict(weights)
         set_optimizer_state_dict(again, second, state)

@@ -177,42 +177,17 @@ def test_an_expert_that_got_as_many_tokens_as_there_are_samples_stays_plain(shar
         assert {"fc1.weight", "fc1.bias"} <= set(preconditioner.coverage().missed)
 
 
-class Later(Net):
-    """Calls its first layer twice once it is told to."""
-
-    twice = False
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = super().forward(x)
-        return y + self.fc1(x).sum() if self.twice else y
-
-
-@pytest.mark.parametrize("strict", [False, True])
-def test_what_goes_wrong_later_is_told_then(strict: bool, caplog: pytest.LogCaptureFixture) -> None:
-    (model, preconditioner), (x, y) = with_engine(net(cls=Later), strict=strict, sharing="never"), data(7)
-    for _ in range(2):
-        one_step(model, preconditioner, x, y)
-    assert not caplog.records
-    model.twice = True
-    loss(model, x, y).backward()
-    if strict:
-        with pytest.raises(RuntimeError, match=CALLED_AGAIN):
-            preconditioner.step()
-        return
-    preconditioner.step()
-    one_step(model, preconditioner, x, y)
-    (record,) = caplog.records
-    assert CALLED_AGAIN in record.getMessage()
-    assert "fc2" not in record.getMessage()
-
-
 class Headed(Net):
-    """Its second layer is used in some batches only, or functionally."""
+    """Its second layer is used in some batches only, or functionally; or its first one twice."""
 
     use = "call"
 
+    def hidden(self, x: Tensor) -> Tensor:
+        hidden = super().hidden(x)
+        return hidden + self.fc1(x).sum() if self.use == "twice" else hidden
+
     def head(self, hidden: Tensor) -> Tensor:
-        if self.use == "call":
+        if self.use in ("call", "twice"):
             return self.fc2(hidden).mean(1)
         if self.use == "functional":
             return F.linear(hidden, self.fc2.weight, self.fc2.bias).mean(1)
@@ -236,14 +211,26 @@ def without_the_model(model: Headed) -> None:
     model.forward = lambda x: model.head(torch.tanh(model.fc1(x)))  # type: ignore[method-assign]
 
 
-LATER = {in_evaluation_mode: "all", patched: "all", without_the_model: "all", functionally: "fc2"}
+def twice(model: Headed) -> None:
+    model.use = "twice"
 
 
-@pytest.mark.parametrize(("change", "which"), LATER.items(), ids=[change.__name__ for change in LATER])
+WAYS = {in_evaluation_mode: LAYER_NAMES, patched: LAYER_NAMES, without_the_model: LAYER_NAMES, functionally: ("fc2",)}
+LATER = [(change, sharing, PASSED_BY, layers) for change, layers in WAYS.items() for sharing in ("clipped", "never")]
+LATER += [(twice, "never", CALLED_AGAIN, ("fc1",))]
+
+
 @pytest.mark.parametrize("strict", [False, True])
-@pytest.mark.parametrize("sharing", ["clipped", "never"])
-def test_what_stops_being_weighed_is_told_once(
-    change: Callable[[Headed], None], which: str, strict: bool, sharing: str, caplog: pytest.LogCaptureFixture
+@pytest.mark.parametrize(
+    ("change", "sharing", "reason", "layers"), LATER, ids=[f"{c.__name__}-{s}" for c, s, *_ in LATER]
+)
+def test_what_goes_wrong_later_is_told_then_and_once(
+    change: Callable[[Headed], None],
+    sharing: str,
+    reason: str,
+    layers: tuple[str, ...],
+    strict: bool,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     (model, preconditioner), (x, y) = with_engine(net(cls=Headed), sharing=sharing, strict=strict), data(7, 3)
     for step in range(4):
@@ -254,14 +241,15 @@ def test_what_stops_being_weighed_is_told_once(
         model.zero_grad()
         value(model, x, y).backward()
         if strict and step == 2:
-            with pytest.raises(RuntimeError, match=f"(?s)strict=True: .*{PASSED_BY}"):
+            with pytest.raises(RuntimeError, match=f"(?s)strict=True: .*{reason}"):
                 preconditioner.step()
             return
         preconditioner.step()
     (record,) = caplog.records
-    assert PASSED_BY in record.getMessage()
-    missed = {"fc2.weight", "fc2.bias"} | ({"fc1.weight", "fc1.bias"} if which == "all" else set())
-    assert preconditioner.coverage().missed == dict.fromkeys(missed, PASSED_BY)
+    assert reason in record.getMessage()
+    assert [name for name in LAYER_NAMES if name in record.getMessage()] == list(layers)
+    missed = dict.fromkeys((f"{layer}.{leaf}" for layer in layers for leaf in ("weight", "bias")), reason)
+    assert preconditioner.coverage().missed == missed
 
 
 @pytest.mark.parametrize("set_to_none", [False, True])

@@ -22,18 +22,7 @@ from hf_fngd.engine.layer import ON_TOP_OF_ANOTHER, USED_ELSEWHERE
 from hf_fngd.layers.base import NOT_THE_BATCH
 from hf_fngd.layers.embedding import A_TABLE
 from hf_fngd.weights.clipped import ClippedSharing, ClippedWeights
-from tests.engine.language import (
-    LENGTH,
-    OUTLIER,
-    POSITIONS,
-    TABLE,
-    VOCABULARY,
-    WIDTH,
-    LanguageModel,
-    batch,
-    losses,
-    model,
-)
+from tests.engine.language import LENGTH, OUTLIER, POSITIONS, TABLE, WIDTH, LanguageModel, batch, losses, model
 from tests.nets import EVERY_TYPE
 from tests.reference import Clipping, uses_of
 from tests.steps import assert_equal
@@ -128,7 +117,7 @@ class UsesTheTable(LanguageModel):
 
 class CallsTheHeadOnSomeTokens(LanguageModel):
     def logits(self, y: Tensor) -> Tensor:
-        return self.head(y[:, 1:].flatten(0, 1)).view(len(y), LENGTH - 1, VOCABULARY)[:, [0, 0, 1]]
+        return self.head(y[:, 1:].flatten(0, 1)).unflatten(0, (len(y), LENGTH - 1))[:, [0, 0, 1]]
 
 
 class TimeFirst(LanguageModel):
@@ -153,7 +142,7 @@ class Other(LanguageModel):
 
     def __init__(self, table: type[nn.Embedding]) -> None:
         super().__init__(tied=False)
-        self.tokens = table(VOCABULARY, WIDTH)
+        self.tokens = table(*self.tokens.weight.shape)
 
     def embed(self, x: Tensor) -> Tensor:
         found = self.tokens(places=x) if isinstance(self.tokens, Keyword) else self.tokens(x)
@@ -237,7 +226,7 @@ class Twice(LanguageModel):
 
     def __init__(self) -> None:
         super().__init__()
-        self.sources = nn.Embedding(VOCABULARY, WIDTH)
+        self.sources = nn.Embedding(*self.tokens.weight.shape)
         self.sources.weight = self.tokens.weight
 
     def embed(self, x: Tensor) -> Tensor:

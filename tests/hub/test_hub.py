@@ -77,18 +77,10 @@ def test_a_cached_model_without_a_config_of_ours(seed):
         seed.load()
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        "./no/such/folder",
-        "/no/such/file.json",
-        "a/b/c",
-        "user/re po",
-        "user/" + "r" * 250,
-        "http://localhost:1/x",
-        "--x",
-    ],
-)
+NOWHERE = ["./no/such/folder", "/no/such/file.json", "a/b/c", "user/re po", "user/" + "r" * 250]
+
+
+@pytest.mark.parametrize("name", [*NOWHERE, "http://localhost:1/x", "--x"])
 def test_what_is_neither_local_nor_an_id(seed, name):
     error = refusal(lambda: seed.load(name))
     assert isinstance(error, OSError)

@@ -153,20 +153,10 @@ class OutOfMemory(TrainerCallback):
 
 def arguments(folder: Path, cls: type[TrainingArguments] = TrainingArguments, **changes: Any) -> TrainingArguments:
     """Two epochs of three batches of four, with nothing switched on."""
-    values = {
-        "output_dir": str(folder),
-        "per_device_train_batch_size": BATCH,
-        "num_train_epochs": 2,
-        "max_grad_norm": 0.0,
-        "logging_strategy": "no",
-        "save_strategy": "no",
-        "report_to": [],
-        "disable_tqdm": True,
-        "use_cpu": True,
-        "dataloader_pin_memory": False,
-        "seed": 3,
-    }
-    return cls(**(values | changes))
+    values = {"per_device_train_batch_size": BATCH, "num_train_epochs": 2, "max_grad_norm": 0.0, "seed": 3}
+    values |= {"logging_strategy": "no", "save_strategy": "no", "report_to": [], "disable_tqdm": True}
+    values |= {"use_cpu": True, "dataloader_pin_memory": False}
+    return cls(str(folder), **(values | changes))
 
 
 def optimizer_arguments(sharing: str, **changes: Any) -> dict[str, Any]:

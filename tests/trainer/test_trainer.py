@@ -17,6 +17,7 @@ from tests.nets import UPDATES_OF, settings_of
 
 SAMPLES, BATCH, EPOCHS = 24, 4, 3
 PER_EPOCH = SAMPLES // BATCH
+TOLD = (FNGDCallback,)
 
 
 def arguments(folder: Path, **changes: Any) -> TrainingArguments:
@@ -24,7 +25,7 @@ def arguments(folder: Path, **changes: Any) -> TrainingArguments:
 
 
 def trainer(
-    folder: Path, kind: Kind = LINEAR, callbacks: Any = (), made: Any = None, fngd: Any = None, **changes: Any
+    folder: Path, kind: Kind = LINEAR, callbacks: Any = TOLD, made: Any = None, fngd: Any = None, **changes: Any
 ) -> Trainer:
     """On a model of its own, with FNGD of these arguments, or whatever ``made`` passes to Trainer."""
     model = kind.make()
@@ -40,7 +41,7 @@ def logged(trainer: Trainer) -> list[dict[str, Any]]:
 @pytest.mark.parametrize("sharing", policy_names())
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
 def test_trains_without_a_callback(kind: Kind, sharing: str, tmp_path: Path) -> None:
-    run = trainer(tmp_path, kind, fngd={"lr": 3e-2, "sharing": sharing})
+    run = trainer(tmp_path, kind, (), fngd={"lr": 3e-2, "sharing": sharing})
     run.train()
     losses = [entry["loss"] for entry in logged(run)]
     assert sum(losses[-PER_EPOCH:]) < 0.9 * sum(losses[:PER_EPOCH])
@@ -62,9 +63,7 @@ NAMES = {
 def test_callback_adds_plain_numbers_to_the_logs(
     sharing: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run = trainer(
-        tmp_path, callbacks=[FNGDCallback()], fngd={"lr": 1e-3, "sharing": sharing}, disable_tqdm=sharing != "replay"
-    )
+    run = trainer(tmp_path, fngd={"lr": 1e-3, "sharing": sharing}, disable_tqdm=sharing != "replay")
     run.train()
     for entry in logged(run):
         found = {key.removeprefix("fngd_"): value for key, value in entry.items() if key.startswith("fngd_")}
@@ -80,13 +79,13 @@ def test_callback_adds_plain_numbers_to_the_logs(
 
 def test_callback_measures_for_logs_of_epochs(tmp_path: Path) -> None:
     changes = {"logging_strategy": "epoch", "logging_steps": 500}
-    run = trainer(tmp_path, callbacks=[FNGDCallback()], fngd={"lr": 1e-3, "sharing": "never"}, **changes)
+    run = trainer(tmp_path, fngd={"lr": 1e-3, "sharing": "never"}, **changes)
     run.train()
     assert len({entry["fngd_rho"] for entry in logged(run)}) == len(logged(run)) == EPOCHS
 
 
 def test_callback_refuses_another_optimizer(tmp_path: Path) -> None:
-    run = trainer(tmp_path, callbacks=[FNGDCallback()], made={})
+    run = trainer(tmp_path, made={})
     with pytest.raises(TypeError, match=r"there is no FNGD in this AcceleratedOptimizer, but AdamW: pass optimizers="):
         run.train()
 
@@ -95,9 +94,7 @@ def test_factory_honours_arguments_and_config(tmp_path: Path) -> None:
     changes = {"weight_decay": 0.25, "learning_rate": 0.002, "num_train_epochs": 1}
     config = FNGDConfig.preset("paper", update="adam")
     made = {"args": arguments(tmp_path, **changes), "config": config}
-    run = trainer(
-        tmp_path, made={"optimizer_cls_and_kwargs": (FNGDFactory, made)}, callbacks=[FNGDCallback()], **changes
-    )
+    run = trainer(tmp_path, made={"optimizer_cls_and_kwargs": (FNGDFactory, made)}, **changes)
     run.train()
     optimizer = unwrap(run.optimizer)
     first, *_, last = optimizer.param_groups
@@ -121,7 +118,7 @@ def test_factory_makes_one_optimizer_a_model_init(tmp_path: Path) -> None:
 
 
 def test_class_in_place_of_the_factory_names_the_factory(tmp_path: Path) -> None:
-    run = trainer(tmp_path, made={"optimizer_cls_and_kwargs": (FNGD, {"lr": 1e-3})})
+    run = trainer(tmp_path, callbacks=(), made={"optimizer_cls_and_kwargs": (FNGD, {"lr": 1e-3})})
     with pytest.raises(TypeError, match="FNGDFactory"):
         run.train()
 
@@ -178,7 +175,7 @@ def test_reporters_see_the_values(later: bool, tmp_path: Path, monkeypatch: pyte
     reporters: list[Reporter] = []
     monkeypatch.setattr(Reporter, "on_train_begin", lambda self, *args, **kwargs: reporters.append(self))
     monkeypatch.setattr("transformers.trainer.DEFAULT_CALLBACKS", [*transformers.trainer.DEFAULT_CALLBACKS, Reporter])
-    run = trainer(tmp_path, callbacks=[] if later else [FNGDCallback()], logging_steps=1)
+    run = trainer(tmp_path, callbacks=() if later else TOLD, logging_steps=1)
     if later:
         run.add_callback(FNGDCallback)
     run.train()
@@ -189,7 +186,7 @@ def test_reporters_see_the_values(later: bool, tmp_path: Path, monkeypatch: pyte
 
 
 def test_checkpoints_have_the_settings(tmp_path: Path) -> None:
-    run = trainer(tmp_path, callbacks=[FNGDCallback()], fngd={"lr": 3e-3, "momentum": 0.8}, save_strategy="epoch")
+    run = trainer(tmp_path, fngd={"lr": 3e-3, "momentum": 0.8}, save_strategy="epoch")
     run.train()
     checkpoints = list(tmp_path.glob("checkpoint-*"))
     assert checkpoints
