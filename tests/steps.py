@@ -1,6 +1,7 @@
 """Steps of the small networks, their oracle, and how what came of them is compared."""
 
 import hashlib
+import io
 from collections.abc import Iterator
 from typing import Any
 
@@ -80,6 +81,14 @@ class Watched(NeverSharing):
     @property
     def w(self) -> Tensor:
         return self.batch.w
+
+
+def through_file(value: Any, weights_only: bool = True) -> Any:
+    """As a file gives it back."""
+    file = io.BytesIO()
+    torch.save(value, file)
+    file.seek(0)
+    return torch.load(file, weights_only=weights_only)
 
 
 def graph_nodes(output: Tensor) -> Iterator[str]:

@@ -42,10 +42,7 @@ __all__ = ["FAMILIES", "Family"]
 
 def bert_linears(prefix: str) -> str:
     layer = f"{prefix}.encoder.layer.*"
-    return f"""
-        {layer}.attention.self.(query|key|value) {layer}.attention.output.dense
-        {layer}.intermediate.dense {layer}.output.dense
-    """
+    return f"{layer}.attention.self.(query|key|value) {layer}.(attention.output|intermediate|output).dense"
 
 
 family(
@@ -89,10 +86,7 @@ family(
     "DistilBERT",
     sized(hf.DistilBertForSequenceClassification, num_labels=CLASSES),
     classification,
-    """
-        distilbert.transformer.layer.*.attention.(q|k|v|out)_lin distilbert.transformer.layer.*.ffn.lin(1|2)
-        pre_classifier classifier
-    """,
+    "distilbert.transformer.layer.*.(attention.(q|k|v|out)_lin|ffn.lin(1|2)) pre_classifier classifier",
 )
 
 
@@ -101,10 +95,8 @@ DEBERTA_SIZES = {
     **{"norm_rel_ebd": "layer_norm", "position_biased_input": False, "num_labels": CLASSES},
 }
 DEBERTA = "deberta.encoder.layer.*"
-DEBERTA_REST = f"""
-    {DEBERTA}.attention.self.value_proj {DEBERTA}.attention.output.dense
-    {DEBERTA}.intermediate.dense {DEBERTA}.output.dense pooler.dense classifier
-"""
+DEBERTA_REST = f"{DEBERTA}.attention.self.value_proj {DEBERTA}.(attention.output|intermediate|output).dense"
+DEBERTA_REST += " pooler.dense classifier"
 
 family(
     "DeBERTa-v2",
@@ -150,10 +142,7 @@ family(
     "ELECTRA",
     sized(hf.ElectraForPreTraining, embedding_size=8),
     replaced_tokens,
-    f"""
-        electra.embeddings_project {bert_linears("electra")}
-        discriminator_predictions.(dense|dense_prediction)
-    """,
+    f"electra.embeddings_project {bert_linears('electra')} discriminator_predictions.(dense|dense_prediction)",
 )
 
 
@@ -163,10 +152,7 @@ family(
     "Longformer",
     sized(hf.LongformerForSequenceClassification, attention_window=4, num_labels=CLASSES),
     classification,
-    f"""
-        {LONGFORMER}.attention.output.dense {LONGFORMER}.intermediate.dense {LONGFORMER}.output.dense
-        classifier.(dense|out_proj)
-    """,
+    f"{LONGFORMER}.(attention.output|intermediate|output).dense classifier.(dense|out_proj)",
     # Attention runs on [positions, samples, features], the global queries on [global tokens, samples, features].
     {NOT_THE_BATCH: f"{LONGFORMER}.attention.self.(query|key|value|query_global|key_global|value_global)"},
     remark="attention has positions first",
@@ -191,9 +177,7 @@ family(
 
 # Encoder-decoders. BART's descendants share its names; their heads are tied to the shared embedding. ------------
 
-BART_LINEARS = """
-    model.(en|de)coder.layers.*.(self_attn|encoder_attn).(q|k|v|out)_proj model.(en|de)coder.layers.*.fc(1|2)
-"""
+BART_LINEARS = "model.(en|de)coder.layers.*.((self_attn|encoder_attn).(q|k|v|out)_proj|fc(1|2))"
 for name, cls, remark in (
     ("Marian", hf.MarianMTModel, "sinusoidal positions are not trained"),
     ("BART", hf.BartForConditionalGeneration, ""),
@@ -206,10 +190,7 @@ family(
     "T5",
     sized(hf.T5ForConditionalGeneration, d_kv=8, decoder_start_token_id=PAD),
     language,
-    """
-        (en|de)coder.block.*.layer.*.(SelfAttention|EncDecAttention).(q|k|v|o)
-        (en|de)coder.block.*.layer.*.DenseReluDense.w(i|o)
-    """,
+    "(en|de)coder.block.*.layer.*.((SelfAttention|EncDecAttention).(q|k|v|o)|DenseReluDense.w(i|o))",
     tied="lm_head",
 )
 
@@ -236,10 +217,7 @@ family(
     "GPT-NeoX",
     sized(hf.GPTNeoXForCausalLM),
     language,
-    """
-        gpt_neox.layers.*.attention.(query_key_value|dense) gpt_neox.layers.*.mlp.(dense_h_to_4h|dense_4h_to_h)
-        lm_head
-    """,
+    "gpt_neox.layers.*.(attention.(query_key_value|dense)|mlp.(dense_h_to_4h|dense_4h_to_h)) lm_head",
 )
 
 family(
@@ -373,10 +351,7 @@ family(
     "CLIP",
     clip,
     captions,
-    """
-        (text|vision)_model.encoder.layers.*.self_attn.(q|k|v|out)_proj
-        (text|vision)_model.encoder.layers.*.mlp.fc(1|2) (text|visual)_projection
-    """,
+    "(text|vision)_model.encoder.layers.*.(self_attn.(q|k|v|out)_proj|mlp.fc(1|2)) (text|visual)_projection",
     oracle="captured",
     square=10,
     remark="the contrastive loss couples the samples",
@@ -405,9 +380,7 @@ family(
     "Whisper",
     sized(hf.WhisperForConditionalGeneration, **WHISPER_SIZES),
     speech,
-    """
-        model.(en|de)coder.layers.*.(self_attn|encoder_attn).(q|k|v|out)_proj model.(en|de)coder.layers.*.fc(1|2)
-    """,
+    BART_LINEARS,
     tied="proj_out",
     remark="sinusoidal positions of the encoder are frozen",
 )

@@ -2,7 +2,6 @@
 
 import copy
 import inspect
-import io
 import pickle
 from collections.abc import Callable
 from typing import Any
@@ -15,7 +14,7 @@ from torch.distributed.fsdp import FSDPModule
 from hf_fngd import FNGD, FNGDPreconditioner, detach
 from tests.modes.nets import bert, gpt2
 from tests.nets import Net, data, loss, net
-from tests.steps import assert_equal, gradient, graph_nodes, one_step, parameters, train, with_fngd
+from tests.steps import assert_equal, gradient, graph_nodes, one_step, parameters, through_file, train, with_fngd
 
 
 def snapshot(model: nn.Module) -> list[tuple[str, type, dict[str, object]]]:
@@ -79,14 +78,11 @@ def through_pickle(model: nn.Module) -> nn.Module:
     return pickle.loads(pickle.dumps(model))
 
 
-def through_torch_save(model: nn.Module) -> nn.Module:
-    file = io.BytesIO()
-    torch.save(model, file)
-    file.seek(0)
-    return torch.load(file, weights_only=False)
-
-
-COPIES = {"pickle": through_pickle, "torch.save": through_torch_save, "deepcopy": copy.deepcopy}
+COPIES = {
+    "pickle": through_pickle,
+    "torch.save": lambda model: through_file(model, weights_only=False),
+    "deepcopy": copy.deepcopy,
+}
 
 
 @pytest.mark.parametrize("clone", COPIES.values(), ids=COPIES)

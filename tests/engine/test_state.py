@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import io
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -15,7 +14,7 @@ from torch import Tensor, nn
 from hf_fngd import FNGD, policy_names
 from hf_fngd.updates import FALLBACK_RULES
 from tests.nets import EVERY_TYPE, UPDATES_OF, Net, data, loss, net, settings_of, trained
-from tests.steps import assert_equal, parameters, train, with_engine
+from tests.steps import assert_equal, parameters, through_file, train, with_engine
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}
 
@@ -33,13 +32,6 @@ def own_state(optimizer: FNGD) -> dict[str, Tensor]:
 
 
 # Resuming --------------------------------------------------------------------------------------------------
-
-
-def saved(state: dict[str, Any]) -> dict[str, Any]:
-    file = io.BytesIO()
-    torch.save(state, file)
-    file.seek(0)
-    return torch.load(file, weights_only=True)
 
 
 STATES = [
@@ -62,7 +54,7 @@ def test_a_resumed_run_goes_on_as_it_would_have(update: str, fallback: str, shar
     arguments = {"weight_decay": 0.1, "update": update, "fallback": fallback}
     model, optimizer = made(sharing, **arguments)
     train(model, optimizer, steps)
-    checkpoint, weights = saved(optimizer.state_dict()), saved(model.state_dict())
+    checkpoint, weights = through_file(optimizer.state_dict()), through_file(model.state_dict())
     other, resumed = made(sharing, seed=1, lr=0.5, **arguments)
     other.load_state_dict(weights)
     resumed.load_state_dict(checkpoint)
