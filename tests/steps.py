@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from hf_fngd import FNGD, FNGDPreconditioner
 from hf_fngd.weights.base import MicroBatchWeights
@@ -89,6 +91,21 @@ def through_file(value: Any, weights_only: bool = True) -> Any:
     torch.save(value, file)
     file.seek(0)
     return torch.load(file, weights_only=weights_only)
+
+
+class Allocations(TorchDispatchMode):
+    """Records the bytes of the largest tensor that any operation makes, apart from the given ones."""
+
+    def __init__(self, *inputs: Tensor) -> None:
+        super().__init__()
+        self.inputs = {x.untyped_storage().data_ptr() for x in inputs}
+        self.largest = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        storages = [x.untyped_storage() for x in tree_leaves(result) if isinstance(x, Tensor)]
+        self.largest = max(self.largest, *(x.nbytes() for x in storages if x.data_ptr() not in self.inputs), 0)
+        return result
 
 
 def graph_nodes(output: Tensor) -> Iterator[str]:

@@ -10,6 +10,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -98,12 +99,8 @@ def make_model() -> BertForSequenceClassification:
 @pytest.fixture
 def registries() -> Iterator[None]:
     """What a page registers is gone after it."""
-    tables: list[dict[str, Any]] = [layers._LAYER_TYPES, weights._POLICIES, updates.RULES]
-    before = [dict(table) for table in tables]
-    yield
-    for table, old in zip(tables, before, strict=True):
-        table.clear()
-        table.update(old)
+    with mock.patch.dict(layers._LAYER_TYPES), mock.patch.dict(weights._POLICIES), mock.patch.dict(updates.RULES):
+        yield
 
 
 @pytest.mark.usefixtures("registries")

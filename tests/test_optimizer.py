@@ -84,15 +84,12 @@ def test_a_closure_is_evaluated_once_and_its_loss_returned() -> None:
 
 def test_the_first_group_and_the_defaults_are_what_schedulers_read() -> None:
     optimizer = FNGD(net(), lr=0.3, momentum=0.8, fallback_lr=0.1, weight_decay=0.01)
-    assert [group["name"] for group in optimizer.param_groups] == [
-        "preconditioned",
-        "preconditioned_no_decay",
-        "plain_no_decay",
-    ]
+    groups = optimizer.param_groups
+    assert [group["name"] for group in groups] == ["preconditioned", "preconditioned_no_decay", "plain_no_decay"]
     assert optimizer.defaults["lr"] == 0.3
     assert optimizer.defaults["momentum"] == 0.8
-    assert [group["lr"] for group in optimizer.param_groups] == [0.3, 0.3, 0.1]
-    assert all(group["momentum"] == 0.8 for group in optimizer.param_groups)
+    assert [group["lr"] for group in groups] == [0.3, 0.3, 0.1]
+    assert all(group["momentum"] == 0.8 for group in groups)
 
 
 def test_schedulers_drive_every_group() -> None:
@@ -328,16 +325,12 @@ def test_moments_of_the_rows_that_stay_are_kept(update: str, rows: int, caplog: 
     torch.testing.assert_close(after[:kept], 0.9 * before[:kept] + 0.1 * table.grad[:kept])
     assert (after[kept:] == 0).all()
     assert f"0.weight had 7 rows in an earlier step and has {rows}" in caplog.text
-    model[3].weight.data = model[3].weight.new_ones(2, 7)
-    group = {"params": [with_gradient(model[3].weight)], "param_names": ["3.weight"]}
+    weight = model[3].weight
+    weight.data, weight.grad = weight.new_ones(2, 7), None
+    weight.grad = torch.ones_like(weight)
+    group = {"params": [weight], "param_names": ["3.weight"]}
     with pytest.raises(RuntimeError, match=r"3.weight has the shape \(2, 7\) and had \(2, 8\) in an earlier step"):
         optimizer._update_group(optimizer.param_groups[0] | group, None)
-
-
-def with_gradient(p: nn.Parameter) -> nn.Parameter:
-    p.grad = None
-    p.grad = torch.ones_like(p)
-    return p
 
 
 @pytest.mark.parametrize("after", [0, 2])

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from itertools import product
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -152,15 +153,12 @@ def _collectives(sharing: str) -> list[int]:
     rank = dist.get_rank()
     model, fngd = make(sharing=sharing)
     called = DistributedDataParallel(model)
-    originals = {name: getattr(dist, name) for name in ("all_gather", "all_reduce", "all_gather_object", "broadcast")}
-    for name, function in originals.items():
-        setattr(dist, name, counting(function))
-    for step in range(STEPS):
-        run(called, fngd, [rank], range(step, step + 1))
-        fngd.state_dict()
-        counts.append(0)
-    for name, function in originals.items():
-        setattr(dist, name, function)
+    names = ("all_gather", "all_reduce", "all_gather_object", "broadcast")
+    with mock.patch.multiple(dist, **{name: counting(getattr(dist, name)) for name in names}):
+        for step in range(STEPS):
+            run(called, fngd, [rank], range(step, step + 1))
+            fngd.state_dict()
+            counts.append(0)
     return counts[:-1]
 
 

@@ -5,6 +5,7 @@ import pickle
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -31,11 +32,8 @@ STATES: dict[str, tuple[dict[str, Any], str]] = {
 @pytest.fixture
 def state() -> Iterator[dict[str, Any]]:
     """Accelerate's state, to write a mode into."""
-    shared = AcceleratorState._shared_state
-    before = dict(shared)
-    yield shared
-    shared.clear()
-    shared.update(before)
+    with mock.patch.dict(AcceleratorState._shared_state) as shared:
+        yield shared
 
 
 @pytest.mark.parametrize("mode", STATES)
