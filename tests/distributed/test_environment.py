@@ -36,9 +36,8 @@ def state() -> Iterator[dict[str, Any]]:
         yield shared
 
 
-@pytest.mark.parametrize("mode", STATES)
-def test_a_mode_is_refused_at_construction(mode: str, state: dict[str, Any]) -> None:
-    values, message = STATES[mode]
+@pytest.mark.parametrize(("values", "message"), STATES.values(), ids=STATES)
+def test_a_mode_is_refused_at_construction(values: dict[str, Any], message: str, state: dict[str, Any]) -> None:
     state.update(values)
     model = net()
     with pytest.raises(RuntimeError, match=message):
@@ -47,9 +46,10 @@ def test_a_mode_is_refused_at_construction(mode: str, state: dict[str, Any]) -> 
     assert not [name for name in model.__dict__ if name.startswith("_fngd")]
 
 
-@pytest.mark.parametrize("mode", STATES)
-def test_a_mode_that_comes_later_is_refused_by_the_first_forward_pass(mode: str, state: dict[str, Any]) -> None:
-    values, message = STATES[mode]
+@pytest.mark.parametrize(("values", "message"), STATES.values(), ids=STATES)
+def test_a_mode_that_comes_later_is_refused_by_the_first_forward_pass(
+    values: dict[str, Any], message: str, state: dict[str, Any]
+) -> None:
     model, optimizer = with_fngd()
     state.update(values)
     before = [p.clone() for p in model.parameters()]

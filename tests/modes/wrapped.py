@@ -145,13 +145,8 @@ class RecordingSFT(Recording, SFTTrainer):
 @functools.cache
 def tokenizer() -> PreTrainedTokenizerFast:
     words = {f"t{n}": n for n in range(VOCABULARY)}
-    return PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer(WordLevel(words, unk_token="t2")),
-        bos_token="t0",
-        eos_token=f"t{PADDING}",
-        pad_token=f"t{PADDING}",
-        unk_token="t2",
-    )
+    special = {"bos_token": "t0", "eos_token": f"t{PADDING}", "pad_token": f"t{PADDING}", "unk_token": "t2"}
+    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel(words, unk_token="t2")), **special)
 
 
 def fine_tuned(kind: Kind, sharing: str, folder: Path, config: peft.LoraConfig | None) -> Record:

@@ -7,7 +7,7 @@ what Accelerate's data loaders show; where they show nothing, the cap ends the f
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -40,7 +40,6 @@ class Watched(ReplaySharing):
         return super().begin(size, offset)
 
 
-@dataclass
 class Run:
     """A model, its optimizer, and Trainers on them.
 
@@ -50,15 +49,10 @@ class Run:
         cap: `coefficient_steps`.
     """
 
-    folder: Path
-    told: bool
-    cap: int | None = None
-    model: nn.Module = field(init=False)
-    optimizer: FNGD = field(init=False)
-    policy: Watched = field(init=False)
     other: Trainer | None = None
 
-    def __post_init__(self) -> None:
+    def __init__(self, folder: Path, told: bool, cap: int | None = None) -> None:
+        self.folder, self.told, self.cap = folder, told, cap
         self.renew()
 
     def renew(self) -> None:
