@@ -2,7 +2,7 @@
 
 import hashlib
 import io
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -61,13 +61,15 @@ def assert_equal(model: nn.Module, other: nn.Module) -> None:
         assert torch.equal(p, q), name
 
 
-def dense(model: nn.Module, x: Tensor, y: Tensor, damping: float) -> dict[str, Dense]:
-    """The oracle for both layers of a plain `Net`."""
+def dense(
+    model: nn.Module, x: Tensor, y: Tensor, damping: float, names: Iterable[str] = LAYER_NAMES
+) -> dict[str, Dense]:
+    """The oracle for layers of a plain model, those of a `Net` where no names are given."""
 
     def alone(model: nn.Module, n: int) -> Tensor:
         return loss(model, x[n : n + 1], y[n : n + 1])
 
-    layers = {name: trained(model.get_submodule(name)) for name in LAYER_NAMES}
+    layers = {name: trained(model.get_submodule(name)) for name in names}
     return {name: Dense(per_sample_gradients(model, of, alone, len(x)), damping) for name, of in layers.items()}
 
 

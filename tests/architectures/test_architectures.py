@@ -92,9 +92,7 @@ def test_the_report_names_every_trainable_parameter_once(family: Family) -> None
     model(**family.batch(*FIRST)).loss.backward()
     with silent():
         engine.step()
-    every = {
-        name: parameter for name, parameter in model.named_parameters(remove_duplicate=False) if parameter.requires_grad
-    }
+    every = {name: p for name, p in model.named_parameters(remove_duplicate=False) if p.requires_grad}
     for report in (before, engine.coverage()):
         groups = [set(report.preconditioned), set(report.plain), set(report.missed)]
         assert sum(map(len, groups)) == len(set.union(*groups)) == len(every)

@@ -81,9 +81,8 @@ def compare(
             error = float((flat(step.gradients, names) - target).norm() / target.norm())
             found.error = max(found.error, error if math.isfinite(error) else math.inf)
             if layer in stores:
-                found.contrast = max(
-                    found.contrast, float((factor * flat(plain, names) - target).norm() / target.norm())
-                )
+                contrast = float((factor * flat(plain, names) - target).norm() / target.norm())
+                found.contrast = max(found.contrast, contrast)
         place += len(step.batches)
         found.clipped += factor < 1
         found.coefficient_steps += step.computes

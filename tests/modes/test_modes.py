@@ -107,6 +107,5 @@ def test_the_committed_table_is_of_these_modes() -> None:
     written = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("|")]
     assert [row[0] for row in written[2:]] == list(MODES)
     for (_, *cells), mode in zip(written[2:], MODES.values(), strict=True):
-        assert all(cell.startswith("equal, error" if mode.refused is None else "refused: ") for cell in cells), (
-            mode.name
-        )
+        begin = "equal, error" if mode.refused is None else "refused: "
+        assert all(cell.startswith(begin) for cell in cells), mode.name

@@ -140,9 +140,8 @@ def test_from_training_args(tmp_path: Path) -> None:
 )
 def test_what_is_set_wins_over_what_is_a_default(by: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     def made(config: FNGDConfig | str | None = None, **changes: Any) -> dict[str, Any]:
-        return by(
-            bert(), TrainingArguments(str(tmp_path), report_to=[], use_cpu=True, **changes), config
-        ).settings.values()
+        args = TrainingArguments(str(tmp_path), report_to=[], use_cpu=True, **changes)
+        return by(bert(), args, config).settings.values()
 
     config = FNGDConfig(lr=0.25, weight_decay=0.5, momentum=0.5, beta2=0.75, eps=1e-3)
     for name, value in made(config).items():
