@@ -1,7 +1,5 @@
 """Shared by all tests."""
 
-from __future__ import annotations
-
 import gc
 import os
 from collections.abc import Iterator

@@ -3,8 +3,6 @@
 ``python -m tests.test_docs`` writes the table of arguments anew.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import re
 from collections.abc import Iterator

@@ -1,7 +1,5 @@
 """Batches that go wrong: no state may be poisoned by them, whatever the update rule, the fallback and the policy."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

@@ -6,8 +6,6 @@ prints, of each run that `RUNS` names, what differs from the same run that nobod
 own, since it forks and may have no other threads.
 """
 
-from __future__ import annotations
-
 import contextlib
 import io
 import json

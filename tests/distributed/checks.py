@@ -3,8 +3,6 @@
 Run by `tests.distributed.launch`: ``python -m tests.distributed.checks NAME... RESULT``.
 """
 
-from __future__ import annotations
-
 import copy
 import json
 import os

@@ -1,7 +1,5 @@
 """What the checks of several processes share: nets, batches, the training loop, and how states are compared."""
 
-from __future__ import annotations
-
 from contextlib import nullcontext
 from typing import Any
 from unittest import mock

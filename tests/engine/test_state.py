@@ -1,7 +1,5 @@
 """States: a run goes on from its own as it would have; those of another dtype, another model, another optimizer."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Callable
 from functools import partial

@@ -3,8 +3,6 @@
 All in one language model with one outlier a batch; its gradients by the oracle.
 """
 
-from __future__ import annotations
-
 import copy
 import gc
 import weakref

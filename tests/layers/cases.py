@@ -1,7 +1,5 @@
 """The modules that the suite of the layer types goes through: a new type is a few rows of `CASES`."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any

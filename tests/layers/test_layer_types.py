@@ -1,7 +1,5 @@
 """The suite that every layer type inherits, on the modules of `CASES`. And the registry."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Callable
 from typing import Any

@@ -1,7 +1,5 @@
 """Which batches there are, how many make a step, where a run begins and ends."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

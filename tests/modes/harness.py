@@ -5,8 +5,6 @@ parameter before a step, and every ``p.grad`` that the optimizer finds. `tests.m
 from the definitions.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field

@@ -1,7 +1,5 @@
 """The two kinds of models that every mode is tried on, their data, and their losses by hand."""
 
-from __future__ import annotations
-
 import contextlib
 import warnings
 from collections.abc import Callable, Iterator, Mapping

@@ -4,8 +4,6 @@ Per-sample gradients of a float64 copy of the model; sample weights from `tests.
 and the rows that those left in shared steps; or, with the default sharing, from the norms (`tests.reference.Clipping`).
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Precision, loss scaling, smoothing, clipping, recomputation, compilation."""
 
-from __future__ import annotations
-
 import warnings
 from pathlib import Path
 

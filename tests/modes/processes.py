@@ -1,7 +1,5 @@
 """Several processes that FNGD trains in."""
 
-from __future__ import annotations
-
 import functools
 import tempfile
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Modes of several processes that FNGD refuses."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 from unittest import mock

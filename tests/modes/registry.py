@@ -9,8 +9,6 @@ has to start processes of its own may do so and return what they found. A new ro
         return checked(kind, sharing, train(kind, sharing, folder, bf16=True))
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path

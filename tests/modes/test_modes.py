@@ -1,7 +1,5 @@
 """Every mode of Trainer against the dense float64 oracle, and what Trainer makes of the loss."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

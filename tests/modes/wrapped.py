@@ -1,7 +1,5 @@
 """Somebody else makes, wraps or freezes the model: PEFT, hyperparameter search, TRL."""
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Callable
 from pathlib import Path

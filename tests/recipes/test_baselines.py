@@ -1,7 +1,5 @@
 """The optimizers that FNGD is compared with, each on a case whose answer is known."""
 
-from __future__ import annotations
-
 import math
 
 import pytest

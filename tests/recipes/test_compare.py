@@ -1,7 +1,5 @@
 """The comparison: what it runs, what it never runs twice, what it selects, what it says."""
 
-from __future__ import annotations
-
 import json
 import os
 import signal

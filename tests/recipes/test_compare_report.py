@@ -1,7 +1,5 @@
 """The report's sections, of records that were never run: time, the gap, the grids."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

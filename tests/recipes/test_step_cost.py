@@ -1,7 +1,5 @@
 """What a shared step is made of: SGD's own matrix products, and nothing per sample."""
 
-from __future__ import annotations
-
 import argparse
 import sys
 from functools import partial

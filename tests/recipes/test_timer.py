@@ -1,7 +1,5 @@
 """The clock of the recipes: whole steps, and their parts."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from torch import nn

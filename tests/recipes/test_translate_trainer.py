@@ -1,7 +1,5 @@
 """Model, scores, plot of the translation recipe."""
 
-from __future__ import annotations
-
 import math
 
 import pytest

@@ -4,8 +4,6 @@ Epochs have four steps (of batches of four) where a row says nothing else. Witho
 what Accelerate's data loaders show; where they show nothing, the cap ends the first phase.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path

@@ -1,7 +1,5 @@
 """FNGD under the Hugging Face Trainer."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 
