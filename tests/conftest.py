@@ -1,10 +1,10 @@
 """Shared by all tests."""
 
-from __future__ import annotations
-
 import gc
 import os
+from collections.abc import Iterator
 
+import pytest
 from hypothesis import HealthCheck, settings
 
 # Before torch is imported: one thread a worker, or the workers of a parallel run wait for each other's threads.
@@ -21,3 +21,13 @@ def pytest_collection_finish() -> None:
     """What was imported until now stays: no collection need go through it again."""
     gc.collect()
     gc.freeze()
+
+
+@pytest.fixture
+def fresh_compiler() -> Iterator[None]:
+    """Nothing is compiled yet, and nothing stays compiled."""
+    import torch
+
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()

@@ -1,22 +1,16 @@
-"""Small networks, their data, their training and their oracle, shared by several tests."""
+"""Small networks, their data, and settings that go with a policy, shared by several tests."""
 
-import hashlib
-from collections.abc import Iterator
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 from transformers.pytorch_utils import Conv1D
 
-from hf_fngd import FNGD
 from hf_fngd.layers.base import layer_type_names
 from hf_fngd.updates import RULES
-from hf_fngd.weights.base import MicroBatchWeights, policy_class, policy_names
-from hf_fngd.weights.solved import NeverSharing
-from tests.reference import Dense, per_sample_gradients
+from hf_fngd.weights.base import policy_class, policy_names
 
 FEATURES, CLASSES = 5, 4
 LAYER_NAMES = ("fc1", "fc2")
@@ -108,40 +102,6 @@ def trained(module: nn.Module) -> list[nn.Parameter]:
     return [p for p in module.parameters() if p.requires_grad]
 
 
-def parameters(module: nn.Module) -> list[Tensor]:
-    """Copies of their values."""
-    return [p.detach().clone() for p in module.parameters()]
-
-
-def gradient(module: nn.Module) -> Tensor:
-    """That of all trained parameters, flat and in float64."""
-    return torch.cat([p.grad.flatten() for p in trained(module)]).double()
-
-
-def assert_equal(model: nn.Module, other: nn.Module) -> None:
-    for (name, p), q in zip(model.named_parameters(), other.parameters(), strict=True):
-        assert torch.equal(p, q), name
-
-
-def train(model: nn.Module, optimizer: FNGD, steps: int, first: int = 0, scale: float = 1.0) -> None:
-    """Steps that depend on their number alone; ``scale`` is that of the loss."""
-    for step in range(first, first + steps):
-        x, y = data(6, 3, seed=step, dtype=trained(model)[0].dtype)
-        optimizer.zero_grad()
-        (scale * loss(model, x, y)).backward()
-        optimizer.step()
-
-
-def dense(model: nn.Module, x: Tensor, y: Tensor, damping: float) -> dict[str, Dense]:
-    """The oracle for both layers of a plain `Net`."""
-
-    def alone(model: nn.Module, n: int) -> Tensor:
-        return loss(model, x[n : n + 1], y[n : n + 1])
-
-    layers = {name: trained(model.get_submodule(name)) for name in LAYER_NAMES}
-    return {name: Dense(per_sample_gradients(model, of, alone, len(x)), damping) for name, of in layers.items()}
-
-
 EVERY_TYPE = list(layer_type_names())
 """Of layers, those that are weighed by default and the others."""
 
@@ -157,47 +117,3 @@ UPDATES_OF = {
     name: [update for update in UPDATES if update != "momentum" or policy_class(name).solves] for name in policy_names()
 }
 """The update rules that go with each policy."""
-
-
-class Watched(NeverSharing):
-    """``never``, for a test that looks at a micro-batch's sample weights ``[L, N]`` before the step."""
-
-    batch: Any = None
-
-    def begin(self, size: int, offset: int) -> MicroBatchWeights:
-        self.batch = super().begin(size, offset)
-        return self.batch
-
-    @property
-    def w(self) -> Tensor:
-        return self.batch.w
-
-
-def graph_nodes(output: Tensor) -> Iterator[str]:
-    """The names of the autograd nodes behind a tensor."""
-    seen, stack = set(), [output.grad_fn]
-    while stack:
-        node = stack.pop()
-        if node is not None and node not in seen:
-            seen.add(node)
-            yield type(node).__name__
-            stack += [following for following, _ in node.next_functions]
-
-
-def digest(value: Any) -> str:
-    """Of tensors, numbers, lists and dictionaries, bit for bit."""
-    if isinstance(value, dict):
-        return hashlib.sha256(
-            "".join(f"{k}:{digest(v)}" for k, v in sorted(value.items(), key=str)).encode()
-        ).hexdigest()
-    if isinstance(value, list | tuple):
-        return digest(dict(enumerate(value)) | {"type": "list"}) if value else "[]"
-    if isinstance(value, DTensor):
-        value = value.full_tensor()
-    if isinstance(value, Tensor):
-        return hashlib.sha256(value.contiguous().numpy().tobytes()).hexdigest() + str(value.dtype)
-    return repr(value)
-
-
-def relative_error(found: Tensor, expected: Tensor) -> float:
-    return float(torch.linalg.vector_norm(found - expected) / torch.linalg.vector_norm(expected))

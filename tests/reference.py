@@ -52,7 +52,6 @@ def per_sample_gradients(model: nn.Module, parameters: Sequence[Tensor], loss: S
     return torch.stack(columns, dim=1)
 
 
-@dataclass
 class Dense:
     """Everything that follows from U and the damping alpha, by dense linear algebra.
 
@@ -64,24 +63,15 @@ class Dense:
         rho: ``||K||_F / ||p||^2``.
     """
 
-    u: Tensor
-    alpha: float
-    k: Tensor = field(init=False)
-    lam: Tensor = field(init=False)
-    lam_prime: Tensor = field(init=False)
-    w: Tensor = field(init=False)
-    p: Tensor = field(init=False)
-    rho: Tensor = field(init=False)
-
-    def __post_init__(self) -> None:
-        samples = self.u.shape[1]
-        ones = torch.ones(samples, dtype=self.u.dtype)
-        self.k = self.u.t() @ self.u / samples
-        self.lam = self.alpha * torch.linalg.matrix_norm(self.k)
-        solution = torch.linalg.solve(self.k + self.lam * torch.eye(samples, dtype=self.u.dtype), ones)
+    def __init__(self, u: Tensor, alpha: float) -> None:
+        self.u, samples = u, u.shape[1]
+        self.k = u.t() @ u / samples
+        self.lam = alpha * torch.linalg.matrix_norm(self.k)
+        damped = self.k + self.lam * torch.eye(samples, dtype=u.dtype)
+        solution = torch.linalg.solve(damped, torch.ones(samples, dtype=u.dtype))
         self.lam_prime = samples / solution.sum()
         self.w = self.lam_prime * solution
-        self.p = self.u @ self.w / samples
+        self.p = u @ self.w / samples
         self.rho = torch.linalg.matrix_norm(self.k) / self.p.square().sum()
 
     def natural_gradient(self) -> Tensor:

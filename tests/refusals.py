@@ -1,7 +1,5 @@
 """A refusal has to be a clear error, in bounded time and memory, and nothing may be executed, written or sent."""
 
-from __future__ import annotations
-
 import os
 import pickle
 import sys

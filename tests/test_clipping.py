@@ -1,7 +1,5 @@
 """Samples' gradients clipped at one tensor."""
 
-from __future__ import annotations
-
 import math
 
 import pytest

@@ -160,25 +160,11 @@ def test_another_version_is_refused(version: Any, error: type[Exception], messag
 
 # What hf_fngd 0.1.0 wrote: every argument.
 VERSION_1 = {
-    "config_version": "1.0",
-    "lr": 0.001,
-    "momentum": 0.9,
-    "damping": 0.1,
-    "weight_decay": 0.0,
-    "sharing": "clipped",
-    "refresh": None,
-    "coefficient_steps": None,
-    "step_scale": "rms",
-    "update": "muon",
-    "fallback": "adamw",
-    "fallback_lr": None,
-    "beta2": 0.999,
-    "eps": 1e-08,
-    "memory_budget": 268435456,
-    "target_modules": "all-linear",
-    "exclude_modules": None,
-    "weigh_rest": True,
-    "strict": False,
+    **{"config_version": "1.0", "lr": 0.001, "momentum": 0.9, "damping": 0.1, "weight_decay": 0.0},
+    **{"sharing": "clipped", "refresh": None, "coefficient_steps": None, "step_scale": "rms"},
+    **{"update": "muon", "fallback": "adamw", "fallback_lr": None, "beta2": 0.999, "eps": 1e-08},
+    **{"memory_budget": 268435456, "target_modules": "all-linear", "exclude_modules": None},
+    **{"weigh_rest": True, "strict": False},
 }
 PAPER_1 = {"sharing": "replay", "refresh": 0, "damping": 0.003, "step_scale": "ngd", "update": "momentum"}
 

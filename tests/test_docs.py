@@ -3,13 +3,12 @@
 ``python -m tests.test_docs`` writes the table of arguments anew.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -91,27 +90,15 @@ def blocks(page: str) -> list[str]:
 
 
 def make_model() -> BertForSequenceClassification:
-    return BertForSequenceClassification(
-        BertConfig(
-            vocab_size=16,
-            hidden_size=16,
-            num_hidden_layers=1,
-            num_attention_heads=2,
-            intermediate_size=16,
-            num_labels=2,
-        )
-    )
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    return BertForSequenceClassification(BertConfig(vocab_size=16, num_labels=2, **sizes))
 
 
 @pytest.fixture
 def registries() -> Iterator[None]:
     """What a page registers is gone after it."""
-    tables: list[dict[str, Any]] = [layers._LAYER_TYPES, weights._POLICIES, updates.RULES]
-    before = [dict(table) for table in tables]
-    yield
-    for table, old in zip(tables, before, strict=True):
-        table.clear()
-        table.update(old)
+    with mock.patch.dict(layers._LAYER_TYPES), mock.patch.dict(weights._POLICIES), mock.patch.dict(updates.RULES):
+        yield
 
 
 @pytest.mark.usefixtures("registries")

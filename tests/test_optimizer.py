@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from hf_fngd import FNGD, FNGDConfig, FNGDFactory, FNGDPreconditioner, policy_names
-from tests.nets import LAYER_NAMES, UPDATES_OF, assert_equal, data, loss, net, parameters, settings_of, train
+from tests.nets import LAYER_NAMES, UPDATES_OF, data, loss, net, settings_of
 from tests.reference import run
+from tests.steps import assert_equal, one_step, parameters, train, with_fngd
 
 RULES = [(update, sharing) for sharing in policy_names() for update in UPDATES_OF[sharing]]
 
@@ -34,13 +35,10 @@ def test_seventeen_steps_are_those_of_the_slow_reference(
     expected = run(model, LAYER_NAMES, batches, loss, epoch=8, **settings)
     optimizer = FNGD(model, update="momentum", fallback="sgd", **settings)
     for step, (x, y) in enumerate(batches):
-        optimizer.zero_grad()
-        loss(model, x, y).backward()
-        optimizer.step()
+        one_step(model, optimizer, x, y)
         if step in (7, 15):
             optimizer.end_epoch()
-        for p, q in zip(model.parameters(), expected[step], strict=True):
-            torch.testing.assert_close(p.detach(), q, rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(parameters(model), expected[step], rtol=1e-9, atol=1e-9)
     moved = [(p - q).norm() for p, q in zip(model.parameters(), expected[0], strict=True)]
     assert min(moved) > 1e-3
 
@@ -86,25 +84,20 @@ def test_a_closure_is_evaluated_once_and_its_loss_returned() -> None:
 
 def test_the_first_group_and_the_defaults_are_what_schedulers_read() -> None:
     optimizer = FNGD(net(), lr=0.3, momentum=0.8, fallback_lr=0.1, weight_decay=0.01)
-    assert [group["name"] for group in optimizer.param_groups] == [
-        "preconditioned",
-        "preconditioned_no_decay",
-        "plain_no_decay",
-    ]
+    groups = optimizer.param_groups
+    assert [group["name"] for group in groups] == ["preconditioned", "preconditioned_no_decay", "plain_no_decay"]
     assert optimizer.defaults["lr"] == 0.3
     assert optimizer.defaults["momentum"] == 0.8
-    assert [group["lr"] for group in optimizer.param_groups] == [0.3, 0.3, 0.1]
-    assert all(group["momentum"] == 0.8 for group in optimizer.param_groups)
+    assert [group["lr"] for group in groups] == [0.3, 0.3, 0.1]
+    assert all(group["momentum"] == 0.8 for group in groups)
 
 
 def test_schedulers_drive_every_group() -> None:
-    model = net()
-    optimizer = FNGD(model, lr=0.1, fallback_lr=0.2)
+    model, optimizer = with_fngd(lr=0.1, fallback_lr=0.2)
     warm_up = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: step / 2)
     before = parameters(model)
     train(model, optimizer, 1)
-    for p, q in zip(model.parameters(), before, strict=True):
-        assert torch.equal(p, q)  # a warm-up starts at zero
+    assert all(map(torch.equal, model.parameters(), before))  # a warm-up starts at zero
     warm_up.step()
     train(model, optimizer, 1)
     assert [group["lr"] for group in optimizer.param_groups] == [0.05, 0.05, 0.1]
@@ -112,8 +105,7 @@ def test_schedulers_drive_every_group() -> None:
 
 
 def test_one_cycle_may_cycle_the_momentum() -> None:
-    model = net()
-    optimizer = FNGD(model, lr=0.01)
+    model, optimizer = with_fngd(lr=0.01)
     scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=0.1, total_steps=4)
     for step in range(4):
         train(model, optimizer, 1, step)
@@ -135,11 +127,8 @@ def test_the_other_parameters_follow_their_own_rule(fallback: str) -> None:
     )
     train(model, optimizer, 5)
     for step in range(5):
-        plain.zero_grad()
-        loss(plain, *data(6, 3, seed=step)).backward()
-        reference.step()
-    for p, q in zip(model.parameters(), plain.parameters(), strict=True):
-        torch.testing.assert_close(p, q, rtol=1e-10, atol=1e-12)
+        one_step(plain, reference, *data(6, 3, seed=step))
+    torch.testing.assert_close(parameters(model), parameters(plain), rtol=1e-10, atol=1e-12)
 
 
 def test_configs_and_training_arguments_are_settings_of_their_attributes() -> None:
@@ -162,13 +151,11 @@ def test_configs_and_training_arguments_are_settings_of_their_attributes() -> No
 
 @pytest.mark.parametrize(("update", "sharing"), RULES)
 def test_zero_gradients_change_nothing(update: str, sharing: str) -> None:
-    model = net()
-    optimizer = FNGD(model, update=update, sharing=sharing)
+    model, optimizer = with_fngd(update=update, sharing=sharing)
     before = parameters(model)
     (0 * loss(model, *data(6))).backward()
     optimizer.step()
-    for p, q in zip(model.parameters(), before, strict=True):
-        assert torch.equal(p, q)
+    assert all(map(torch.equal, model.parameters(), before))
 
 
 def test_factors_that_half_precision_does_not_hold_scale_small_gradients() -> None:
@@ -205,8 +192,7 @@ def test_a_step_that_no_backward_went_before_does_not_count() -> None:
 
 
 def test_parameters_without_a_gradient_are_left_alone() -> None:
-    model = net()
-    optimizer = FNGD(model, weight_decay=0.1)
+    model, optimizer = with_fngd(weight_decay=0.1)
     before = parameters(model)
     model.fc1(data(4)[0]).sum().backward()
     optimizer.step()
@@ -247,8 +233,7 @@ def test_another_model_than_the_optimizers_is_seen_in_any_step(
         model.fc1.requires_grad_(False)
     optimizer = FNGD(model)
     for _ in range(steps):
-        loss(model, *data(6)).backward()
-        optimizer.step()
+        one_step(model, optimizer, *data(6))
         optimizer.zero_grad()
     if steps and change is copy.deepcopy:
         return  # its gradients are nowhere to be seen, as those of a step without a backward pass
@@ -267,9 +252,7 @@ def test_layers_may_be_frozen_and_unfrozen(sharing: str) -> None:
     model.norm.requires_grad_(False)
     before = [p.detach().clone() for p in (model.fc1.weight, model.norm.weight, model.fc2.weight)]
     for seed in range(3):
-        optimizer.zero_grad()
-        loss(model, *data(6, seed=seed)).backward()
-        optimizer.step()
+        one_step(model, optimizer, *data(6, seed=seed))
     now = [model.fc1.weight, model.norm.weight, model.fc2.weight]
     assert [torch.equal(a, b) for a, b in zip(before, now, strict=True)] == [True, True, False]
     report = optimizer.coverage()
@@ -292,13 +275,11 @@ def test_a_compiled_model_is_attached_to_what_it_runs() -> None:
     model = net()
     optimizer = FNGD(torch.compile(model, backend="eager"))
     assert optimizer.preconditioner.model is model
-    loss(model, *data(6)).backward()
-    optimizer.step()
+    one_step(model, optimizer, *data(6))
 
 
 def test_a_step_before_any_backward_is_an_error() -> None:
-    model = net()
-    optimizer = FNGD(model)
+    _model, optimizer = with_fngd()
     with pytest.raises(RuntimeError, match=r"or step\(\) came before backward\(\)"):
         optimizer.step()
 
@@ -344,16 +325,12 @@ def test_moments_of_the_rows_that_stay_are_kept(update: str, rows: int, caplog: 
     torch.testing.assert_close(after[:kept], 0.9 * before[:kept] + 0.1 * table.grad[:kept])
     assert (after[kept:] == 0).all()
     assert f"0.weight had 7 rows in an earlier step and has {rows}" in caplog.text
-    model[3].weight.data = model[3].weight.new_ones(2, 7)
-    group = {"params": [with_gradient(model[3].weight)], "param_names": ["3.weight"]}
+    weight = model[3].weight
+    weight.data, weight.grad = weight.new_ones(2, 7), None
+    weight.grad = torch.ones_like(weight)
+    group = {"params": [weight], "param_names": ["3.weight"]}
     with pytest.raises(RuntimeError, match=r"3.weight has the shape \(2, 7\) and had \(2, 8\) in an earlier step"):
         optimizer._update_group(optimizer.param_groups[0] | group, None)
-
-
-def with_gradient(p: nn.Parameter) -> nn.Parameter:
-    p.grad = None
-    p.grad = torch.ones_like(p)
-    return p
 
 
 @pytest.mark.parametrize("after", [0, 2])
@@ -363,8 +340,7 @@ def test_without_its_optimizer_a_model_is_plain_again(sharing: str, after: int) 
     classes = [type(module) for module in model.modules()]
     optimizer = FNGD(model, sharing=sharing)
     for seed in range(after):
-        loss(model, *data(6, seed=seed)).backward()
-        optimizer.step()
+        one_step(model, optimizer, *data(6, seed=seed))
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
     assert [type(module) for module in model.modules()] != classes
     del optimizer, scheduler

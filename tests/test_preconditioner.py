@@ -8,9 +8,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from hf_fngd import FNGD, FNGDPreconditioner, policy_names
+from hf_fngd import FNGDPreconditioner, policy_names
 from hf_fngd.engine.layer import NEVER_CALLED
-from tests.nets import LAYER_NAMES, Watched, data, dense, gradient, loss, net, relative_error
+from tests.nets import LAYER_NAMES, data, loss, net
+from tests.steps import Watched, dense, gradient, one_step, relative_error, with_engine, with_fngd
 
 # Steps and phases ------------------------------------------------------------------------------------------
 
@@ -53,8 +54,7 @@ def test_micro_batches_that_share_a_backward_pass_are_told_apart() -> None:
     """Coefficient steps and shared ones equal those with a backward pass for each."""
     found = []
     for together in (True, False):
-        model = net()
-        optimizer = FNGD(model, sharing="replay", lr=1e-2, damping=0.01, coefficient_steps=2)
+        model, optimizer = with_fngd(sharing="replay", lr=1e-2, damping=0.01, coefficient_steps=2)
         for step in range(6):
             losses = [loss(model, *data(6, 4, seed=10 * step + part)) for part in range(2)]
             for each in [sum(losses)] if together else losses:
@@ -67,8 +67,7 @@ def test_micro_batches_that_share_a_backward_pass_are_told_apart() -> None:
 
 
 def test_forwards_without_a_backward_count_for_nothing() -> None:
-    model = net()
-    preconditioner = FNGDPreconditioner(model, sharing="replay")
+    model, preconditioner = with_engine(sharing="replay")
     for _ in range(3):
         model(data(4)[0])
         loss(model, *data(4)).backward()
@@ -91,8 +90,7 @@ def test_accumulation_outside_of_the_parameters_keeps_the_last_micro_batch() -> 
 @pytest.mark.parametrize(("to_none", "recorded"), [(True, 1), (False, 2)])
 def test_a_step_that_was_left_out_is_seen_where_gradients_are_set_to_none(to_none: bool, recorded: int) -> None:
     """As a loss scaler leaves one out. Zeroed in place, they hide it: a limit, which `Window.make_room` states."""
-    model = net()
-    preconditioner = FNGDPreconditioner(model, sharing="replay")
+    model, preconditioner = with_engine(sharing="replay")
     for _ in range(2):
         model.zero_grad(set_to_none=to_none)
         loss(model, *data(6, 4)).backward()
@@ -150,16 +148,13 @@ def test_a_step_that_a_loss_scaler_skipped_does_not_count(fused: bool) -> None:
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 @pytest.mark.parametrize("sharing", policy_names())
 def test_a_batch_that_is_not_finite_leaves_store_and_ratio_alone(sharing: str, value: float) -> None:
-    model, (x, y) = net(), data(7, 3)
-    preconditioner = FNGDPreconditioner(model, sharing=sharing)
-    loss(model, x, y).backward()
-    preconditioner.step()
+    (model, preconditioner), (x, y) = with_engine(sharing=sharing), data(7, 3)
+    one_step(model, preconditioner, x, y)
     before = copy.deepcopy(preconditioner.state_dict()["policy"])
     rho = preconditioner.policy.rho.clone() if preconditioner.policy.solves else None
     spoilt = x.clone()
     spoilt[2] = value
-    loss(model, spoilt, y).backward()
-    preconditioner.step()
+    one_step(model, preconditioner, spoilt, y)
     after = preconditioner.state_dict()["policy"]
     assert rho is None or torch.equal(preconditioner.policy.rho, rho)
     if "rows" in before:  # the spoilt batch has a row of its own
@@ -230,7 +225,6 @@ def test_the_preconditioner_does_not_keep_its_model_alive() -> None:
 
 
 def test_an_optimizer_of_another_model_is_not_followed() -> None:
-    model = net()
-    preconditioner = FNGDPreconditioner(model)
+    _model, preconditioner = with_engine()
     with pytest.raises(ValueError, match="this SGD has no parameter of the preconditioner's model"):
         preconditioner.follow(torch.optim.SGD(net().parameters(), lr=0.1))

@@ -123,7 +123,7 @@ def fngd(**values: Any) -> FNGD:
 OWNERS = (Settings, FNGDConfig, lambda **values: FNGDConfig.from_dict(values), fngd)
 
 
-def refused(owners: Any, error: type[Exception], match: str, **values: Any) -> None:
+def refused(error: type[Exception], match: str, owners: Any = OWNERS, **values: Any) -> None:
     """All of them refuse it in the same words, and in the bounds of a refusal."""
     found = [refusal(lambda make=make: make(**values), longest=600) for make in owners]
     assert {(type(raised), str(raised)) for raised in found} == {(error, str(found[0]))}
@@ -149,12 +149,12 @@ def test_a_good_value_is_kept_as_json_gives_it_back(key: str, value: Any) -> Non
 
 @pytest.mark.parametrize(("key", "value"), rows({key: [*WRONG_TYPES[key], *ODD] for key in WRONG_TYPES}))
 def test_a_wrong_type_is_refused_by_name(key: str, value: Any) -> None:
-    refused(OWNERS, TypeError, rf"^{key}(\[\d\])? must be .*, got .* of type ", **READ | {key: value})
+    refused(TypeError, rf"^{key}(\[\d\])? must be .*, got .* of type ", **READ | {key: value})
 
 
 @pytest.mark.parametrize(("key", "value"), rows(WRONG_VALUES))
 def test_a_wrong_value_is_refused_by_name(key: str, value: Any) -> None:
-    refused(OWNERS, ValueError, rf"^{key}(\[\d\])? must .*, got ", **READ | {key: value})
+    refused(ValueError, rf"^{key}(\[\d\])? must .*, got ", **READ | {key: value})
 
 
 json_values = st.recursive(
@@ -209,15 +209,13 @@ def test_what_the_policy_does_not_read_is_refused_by_naming_who_does(sharing: st
             make(sharing=sharing, **{key: value})
         return
     named = " or ".join(map(repr, readers))
-    refused(OWNERS, ValueError, f"^{key}={value} has no effect .*use sharing={named}", sharing=sharing, **{key: value})
+    refused(ValueError, f"^{key}={value} has no effect .*use sharing={named}", sharing=sharing, **{key: value})
 
 
 @pytest.mark.parametrize("key", ["beta2", "eps"])
 def test_what_neither_rule_reads_is_refused(key: str) -> None:
     rules = {"sharing": "never", "update": "momentum", "fallback": "sgd"}
-    refused(
-        OWNERS, ValueError, rf"^{key}=0\.5 has no effect .*use update='adam' or fallback='adamw'", **rules, **{key: 0.5}
-    )
+    refused(ValueError, rf"^{key}=0\.5 has no effect .*use update='adam' or fallback='adamw'", **rules, **{key: 0.5})
     for change in ({"update": "muon"}, {"fallback": "adamw"}):  # muon leaves the biases to adam
         Settings(**rules | change | {key: 0.5})
 
@@ -227,9 +225,7 @@ def test_the_papers_step_needs_a_policy_that_measures_it(sharing: str) -> None:
     if policy_class(sharing).solves:
         assert fngd(sharing=sharing, update="momentum").param_groups[0]["rule"] == "momentum"
     else:
-        refused(
-            OWNERS, ValueError, "update='momentum' steps by .*use update='muon'", sharing=sharing, update="momentum"
-        )
+        refused(ValueError, "update='momentum' steps by .*use update='muon'", sharing=sharing, update="momentum")
 
 
 @pytest.mark.parametrize(("owner", "engine"), [(FNGD, False), (FNGDPreconditioner, True)])
@@ -283,11 +279,11 @@ def test_settings_cannot_be_changed() -> None:
 def test_a_policy_of_ones_own_is_a_value_like_ours(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("hf_fngd.weights.base._POLICIES", dict(_POLICIES))
     mine = type("Mine", (policy_class("uniform"),), {"name": "mine", "reads": ("damping",)})
-    refused(OWNERS, ValueError, "sharing must be one of .*got 'mine'", sharing="mine")
+    refused(ValueError, "sharing must be one of .*got 'mine'", sharing="mine")
     policy = mine()
     assert FNGD(net(), sharing=policy, damping=0.2).preconditioner.policy is policy
     with pytest.raises(TypeError, match="sharing must be a policy's name in a config, got a Mine"):
         FNGDConfig(sharing=policy)
     register_policy(mine)
     assert FNGDConfig.from_dict(FNGDConfig(sharing="mine").to_dict()).sharing == "mine"
-    refused(OWNERS[:1], ValueError, "use sharing='mine' or 'never' or 'replay'", sharing="clipped", damping=0.1)
+    refused(ValueError, "use sharing='mine' or 'never' or 'replay'", OWNERS[:1], sharing="clipped", damping=0.1)

@@ -1,6 +1,5 @@
 """Tiny models of many families, and what is expected of their parameters."""
 
-import warnings
 from collections.abc import Callable
 from types import SimpleNamespace
 
@@ -26,7 +25,6 @@ from tests.architectures.registry import (
     family,
     images,
     labels,
-    language,
     padded,
     signal,
     sized,
@@ -34,6 +32,7 @@ from tests.architectures.registry import (
     token_labels,
     tokens,
 )
+from tests.modes.nets import older_names
 
 __all__ = ["FAMILIES", "Family"]
 
@@ -42,16 +41,12 @@ __all__ = ["FAMILIES", "Family"]
 
 def bert_linears(prefix: str) -> str:
     layer = f"{prefix}.encoder.layer.*"
-    return f"""
-        {layer}.attention.self.(query|key|value) {layer}.attention.output.dense
-        {layer}.intermediate.dense {layer}.output.dense
-    """
+    return f"{layer}.attention.self.(query|key|value) {layer}.(attention.output|intermediate|output).dense"
 
 
 family(
     "BERT (masked language model)",
     sized(hf.BertForMaskedLM),
-    language,
     f"{bert_linears('bert')} cls.predictions.transform.dense",
     tied="cls.predictions.decoder",  # its weight is the word embedding, its bias that of the prediction head
 )
@@ -59,8 +54,8 @@ family(
 family(
     "BERT (token classification)",
     sized(hf.BertForTokenClassification, num_labels=CLASSES),
-    token_classification,
     f"{bert_linears('bert')} classifier",
+    batch=token_classification,
 )
 
 
@@ -72,27 +67,24 @@ def choices(n: int, t: int) -> Batch:
 family(
     "BERT (multiple choice)",
     sized(hf.BertForMultipleChoice),
-    choices,
     "",
     {NOT_THE_BATCH: f"{bert_linears('bert')} bert.pooler.dense classifier"},
+    batch=choices,
     remark="the choices are folded into the batch: nothing is preconditioned",
 )
 
 family(
     "RoBERTa",
     sized(hf.RobertaForSequenceClassification, num_labels=CLASSES),
-    classification,
     f"{bert_linears('roberta')} classifier.(dense|out_proj)",
+    batch=classification,
 )
 
 family(
     "DistilBERT",
     sized(hf.DistilBertForSequenceClassification, num_labels=CLASSES),
-    classification,
-    """
-        distilbert.transformer.layer.*.attention.(q|k|v|out)_lin distilbert.transformer.layer.*.ffn.lin(1|2)
-        pre_classifier classifier
-    """,
+    "distilbert.transformer.layer.*.(attention.(q|k|v|out)_lin|ffn.lin(1|2)) pre_classifier classifier",
+    batch=classification,
 )
 
 
@@ -101,28 +93,26 @@ DEBERTA_SIZES = {
     **{"norm_rel_ebd": "layer_norm", "position_biased_input": False, "num_labels": CLASSES},
 }
 DEBERTA = "deberta.encoder.layer.*"
-DEBERTA_REST = f"""
-    {DEBERTA}.attention.self.value_proj {DEBERTA}.attention.output.dense
-    {DEBERTA}.intermediate.dense {DEBERTA}.output.dense pooler.dense classifier
-"""
+DEBERTA_REST = f"{DEBERTA}.attention.self.value_proj {DEBERTA}.(attention.output|intermediate|output).dense"
+DEBERTA_REST += " pooler.dense classifier"
 
 family(
     "DeBERTa-v2",
     sized(hf.DebertaV2ForSequenceClassification, **DEBERTA_SIZES, share_att_key=False),
-    classification,
     f"{DEBERTA}.attention.self.(query|key)_proj {DEBERTA_REST}",
     # They project the table of relative positions, [1, 2 * span, features], which has no batch.
     {NOT_THE_BATCH: f"{DEBERTA}.attention.self.pos_(query|key)_proj"},
+    batch=classification,
     remark="the projections of the table of relative positions have no batch",
 )
 
 family(
     "DeBERTa-v2 (shared keys, as in v3)",
     sized(hf.DebertaV2ForSequenceClassification, **DEBERTA_SIZES, share_att_key=True),
-    classification,
     DEBERTA_REST,
     # They project the tokens, and once more the table of relative positions.
     {CALLED_AGAIN: f"{DEBERTA}.attention.self.(query|key)_proj"},
+    batch=classification,
     remark="queries and keys serve tokens and relative positions",
 )
 
@@ -132,10 +122,10 @@ ALBERT_LAYER = "albert.encoder.albert_layer_groups.*.albert_layers.*"
 family(
     "ALBERT",
     sized(hf.AlbertForSequenceClassification, embedding_size=8, inner_group_num=1, num_labels=CLASSES),
-    classification,
     "albert.encoder.embedding_hidden_mapping_in albert.pooler classifier",
     # One layer's weights serve all layers.
     {CALLED_AGAIN: f"{ALBERT_LAYER}.attention.(query|key|value|dense) {ALBERT_LAYER}.(ffn|ffn_output)"},
+    batch=classification,
     remark="its layers share their weights",
 )
 
@@ -149,11 +139,8 @@ def replaced_tokens(n: int, t: int) -> Batch:
 family(
     "ELECTRA",
     sized(hf.ElectraForPreTraining, embedding_size=8),
-    replaced_tokens,
-    f"""
-        electra.embeddings_project {bert_linears("electra")}
-        discriminator_predictions.(dense|dense_prediction)
-    """,
+    f"electra.embeddings_project {bert_linears('electra')} discriminator_predictions.(dense|dense_prediction)",
+    batch=replaced_tokens,
 )
 
 
@@ -162,13 +149,10 @@ LONGFORMER = "longformer.encoder.layer.*"
 family(
     "Longformer",
     sized(hf.LongformerForSequenceClassification, attention_window=4, num_labels=CLASSES),
-    classification,
-    f"""
-        {LONGFORMER}.attention.output.dense {LONGFORMER}.intermediate.dense {LONGFORMER}.output.dense
-        classifier.(dense|out_proj)
-    """,
+    f"{LONGFORMER}.(attention.output|intermediate|output).dense classifier.(dense|out_proj)",
     # Attention runs on [positions, samples, features], the global queries on [global tokens, samples, features].
     {NOT_THE_BATCH: f"{LONGFORMER}.attention.self.(query|key|value|query_global|key_global|value_global)"},
+    batch=classification,
     remark="attention has positions first",
 )
 
@@ -181,56 +165,29 @@ def segments(n: int, t: int) -> Batch:
 family(
     "XLNet",
     sized(hf.XLNetForSequenceClassification, num_labels=CLASSES),
-    segments,
     "sequence_summary.summary logits_proj",
     # [positions, samples, features] throughout the Transformer.
     {NOT_THE_BATCH: "transformer.layer.*.ff.layer_(1|2)"},
+    batch=segments,
     remark="the Transformer has positions first, and attention has no Linear",
 )
 
 
 # Encoder-decoders. BART's descendants share its names; their heads are tied to the shared embedding. ------------
 
-BART_LINEARS = """
-    model.(en|de)coder.layers.*.(self_attn|encoder_attn).(q|k|v|out)_proj model.(en|de)coder.layers.*.fc(1|2)
-"""
-family(
-    "Marian",
-    sized(hf.MarianMTModel, forced_eos_token_id=None),
-    language,
-    BART_LINEARS,
-    tied="lm_head",
-    remark="sinusoidal positions are not trained",
-)
-
-family("BART", sized(hf.BartForConditionalGeneration, forced_eos_token_id=None), language, BART_LINEARS, tied="lm_head")
-
-family(
-    "Pegasus",
-    sized(hf.PegasusForConditionalGeneration, forced_eos_token_id=None),
-    language,
-    BART_LINEARS,
-    tied="lm_head",
-    remark="sinusoidal positions are not trained",
-)
-
-family(
-    "M2M100",
-    sized(hf.M2M100ForConditionalGeneration, forced_eos_token_id=None),
-    language,
-    BART_LINEARS,
-    tied="lm_head",
-    remark="sinusoidal positions are a buffer",
-)
+BART_LINEARS = "model.(en|de)coder.layers.*.((self_attn|encoder_attn).(q|k|v|out)_proj|fc(1|2))"
+for name, cls, remark in (
+    ("Marian", hf.MarianMTModel, "sinusoidal positions are not trained"),
+    ("BART", hf.BartForConditionalGeneration, ""),
+    ("Pegasus", hf.PegasusForConditionalGeneration, "sinusoidal positions are not trained"),
+    ("M2M100", hf.M2M100ForConditionalGeneration, "sinusoidal positions are a buffer"),
+):
+    family(name, sized(cls, forced_eos_token_id=None), BART_LINEARS, tied="lm_head", remark=remark)
 
 family(
     "T5",
     sized(hf.T5ForConditionalGeneration, d_kv=8, decoder_start_token_id=PAD),
-    language,
-    """
-        (en|de)coder.block.*.layer.*.(SelfAttention|EncDecAttention).(q|k|v|o)
-        (en|de)coder.block.*.layer.*.DenseReluDense.w(i|o)
-    """,
+    "(en|de)coder.block.*.layer.*.((SelfAttention|EncDecAttention).(q|k|v|o)|DenseReluDense.w(i|o))",
     tied="lm_head",
 )
 
@@ -240,7 +197,6 @@ family(
 family(
     "GPT-2",
     sized(hf.GPT2LMHeadModel),
-    language,
     "transformer.h.*.attn.(c_attn|c_proj) transformer.h.*.mlp.(c_fc|c_proj)",
     tied="lm_head",
     remark="Conv1D layers",
@@ -256,33 +212,27 @@ GATED = "model.layers.*.mlp.(gate|up|down)_proj"
 family(
     "GPT-NeoX",
     sized(hf.GPTNeoXForCausalLM),
-    language,
-    """
-        gpt_neox.layers.*.attention.(query_key_value|dense) gpt_neox.layers.*.mlp.(dense_h_to_4h|dense_4h_to_h)
-        lm_head
-    """,
+    "gpt_neox.layers.*.(attention.(query_key_value|dense)|mlp.(dense_h_to_4h|dense_4h_to_h)) lm_head",
 )
 
 family(
     "OPT",
     sized(hf.OPTForCausalLM, word_embed_proj_dim=WIDTH),
-    language,
     "model.decoder.layers.*.self_attn.(q|k|v|out)_proj",
     {NOT_THE_BATCH: "model.decoder.layers.*.fc(1|2)"},
     tied="lm_head",
     remark="fc1 and fc2 run on samples and positions folded together",
 )
 
-family("Llama", LLAMA, language, f"{ATTENTION} {GATED} lm_head")
+family("Llama", LLAMA, f"{ATTENTION} {GATED} lm_head")
 
-family("Qwen3", sized(hf.Qwen3ForCausalLM, **GROUPED_QUERIES), language, f"{ATTENTION} {GATED} lm_head")
+family("Qwen3", sized(hf.Qwen3ForCausalLM, **GROUPED_QUERIES), f"{ATTENTION} {GATED} lm_head")
 
-family("Gemma", sized(hf.GemmaForCausalLM, **GROUPED_QUERIES), language, f"{ATTENTION} {GATED}", tied="lm_head")
+family("Gemma", sized(hf.GemmaForCausalLM, **GROUPED_QUERIES), f"{ATTENTION} {GATED}", tied="lm_head")
 
 family(
     "Mixtral",
     sized(hf.MixtralForCausalLM, **GROUPED_QUERIES, **EXPERTS),
-    language,
     f"{ATTENTION} lm_head",
     oracle="captured",
     remark="experts and router are no Linear; the balancing loss couples the samples",
@@ -291,7 +241,6 @@ family(
 family(
     "Mamba",
     sized(hf.MambaForCausalLM, "intermediate_size", state_size=4, time_step_rank=3),
-    language,
     "backbone.layers.*.mixer.(in|x|out)_proj",
     {NEVER_CALLED: "backbone.layers.*.mixer.dt_proj"},
     tied="lm_head",
@@ -309,20 +258,17 @@ def adapted(**options: bool) -> Callable[[], nn.Module]:
     def build() -> nn.Module:
         targets = ["q_proj", "v_proj"]
         config = peft.LoraConfig(r=3, target_modules=targets, lora_dropout=0.0, task_type="CAUSAL_LM", **options)
-        with warnings.catch_warnings():
-            # peft asks for an attribute that transformers is about to rename.
-            warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+        with older_names():
             return peft.get_peft_model(LLAMA(), config)
 
     return build
 
 
-family("PEFT LoRA on Llama", adapted(), language, ADAPTERS, remark="the base weights are frozen")
+family("PEFT LoRA on Llama", adapted(), ADAPTERS, remark="the base weights are frozen")
 
 family(
     "PEFT DoRA on Llama",
     adapted(use_dora=True),
-    language,
     "",
     {CALLED_AGAIN: ADAPTERS},  # once more for the norm of the adapted weight, on an identity matrix
     remark="the adapters are called twice: nothing is preconditioned",
@@ -334,31 +280,21 @@ family(
 family(
     "ViT",
     sized(hf.ViTForImageClassification, image_size=(8, 16), patch_size=4, num_labels=CLASSES),
-    images(8, 16),
     "vit.layers.*.attention.(q|k|v|o)_proj vit.layers.*.mlp.fc(1|2) classifier",
+    batch=images(8, 16),
     square=9,
 )
 
 
 def swin() -> nn.Module:
-    config = hf.SwinConfig(
-        image_size=16,
-        patch_size=2,
-        embed_dim=8,
-        depths=[2, 1],
-        num_heads=[1, 2],
-        window_size=4,
-        mlp_ratio=2.0,
-        drop_path_rate=0.0,
-        num_labels=CLASSES,
-    )
+    sizes = {"image_size": 16, "patch_size": 2, "embed_dim": 8, "depths": [2, 1], "num_heads": [1, 2]}
+    config = hf.SwinConfig(window_size=4, mlp_ratio=2.0, drop_path_rate=0.0, num_labels=CLASSES, **sizes)
     return hf.SwinForImageClassification(config)
 
 
 family(
     "Swin",
     swin,
-    images(16, 16),
     # The second stage has a single window, so that its attention sees whole samples.
     """
         swin.encoder.layers.*.blocks.*.mlp.fc(1|2) swin.encoder.layers.0.downsample.reduction
@@ -366,6 +302,7 @@ family(
     """,
     # Attention runs on [samples * windows, positions of a window, features]: four windows.
     {NOT_THE_BATCH: "swin.encoder.layers.0.blocks.*.attention.(q|k|v|o)_proj"},
+    batch=images(16, 16),
     square=16,
     remark="attention folds the windows into the batch, where a stage has several",
 )
@@ -381,8 +318,8 @@ def resnet() -> nn.Module:
 family(
     "ResNet",
     resnet,
-    images(16, 16),
     "classifier.1",
+    batch=images(16, 16),
     oracle="captured",
     remark="convolutions are not preconditioned; the batch statistics couple the samples",
 )
@@ -404,11 +341,8 @@ def clip() -> nn.Module:
 family(
     "CLIP",
     clip,
-    captions,
-    """
-        (text|vision)_model.encoder.layers.*.self_attn.(q|k|v|out)_proj
-        (text|vision)_model.encoder.layers.*.mlp.fc(1|2) (text|visual)_projection
-    """,
+    "(text|vision)_model.encoder.layers.*.(self_attn.(q|k|v|out)_proj|mlp.fc(1|2)) (text|visual)_projection",
+    batch=captions,
     oracle="captured",
     square=10,
     remark="the contrastive loss couples the samples",
@@ -436,10 +370,8 @@ def speech(n: int, t: int) -> Batch:
 family(
     "Whisper",
     sized(hf.WhisperForConditionalGeneration, **WHISPER_SIZES),
-    speech,
-    """
-        model.(en|de)coder.layers.*.(self_attn|encoder_attn).(q|k|v|out)_proj model.(en|de)coder.layers.*.fc(1|2)
-    """,
+    BART_LINEARS,
+    batch=speech,
     tied="proj_out",
     remark="sinusoidal positions of the encoder are frozen",
 )
@@ -453,11 +385,11 @@ def recordings(n: int, t: int) -> Batch:
 family(
     "Wav2Vec2 (CTC)",
     sized(hf.Wav2Vec2ForCTC, **WAV2VEC2_SIZES),
-    recordings,
     """
         wav2vec2.feature_projection.projection wav2vec2.encoder.layers.*.attention.(q|k|v|out)_proj
         wav2vec2.encoder.layers.*.feed_forward.(intermediate|output)_dense lm_head
     """,
+    batch=recordings,
 )
 
 
@@ -488,17 +420,17 @@ def series(n: int, t: int) -> Batch:
 family(
     "nn.TransformerEncoder",
     lambda: Encoder(batch_first=True),
-    series,
     "project encoder.layers.*.linear(1|2) classify",
+    batch=series,
     remark="nn.MultiheadAttention multiplies by its weights itself",
 )
 
 family(
     "nn.TransformerEncoder (batch_first=False)",
     lambda: Encoder(batch_first=False),
-    series,
     "project classify",
     {NOT_THE_BATCH: "encoder.layers.*.linear(1|2)"},
+    batch=series,
     remark="the encoder has positions first",
 )
 
@@ -522,8 +454,8 @@ class Table(nn.Module):
 family(
     "projected table",
     Table,
-    series,
     "embed classify",
     {NOT_THE_BATCH: "project"},
+    batch=series,
     remark="as many rows in the table as samples look like samples",
 )

@@ -109,19 +109,22 @@ FAMILIES: dict[str, Family] = {}
 def family(
     name: str,
     build: Callable[[], nn.Module],
-    batch: Callable[[int, int], Batch],
     preconditioned: str,
     others: Mapping[str, str] | None = None,
     *,
+    batch: Callable[[int, int], Batch] | None = None,
     tied: str = "",
     oracle: Oracle = "alone",
     square: int = 8,
     remark: str = "",
 ) -> None:
-    """Register a family: the patterns of what is preconditioned, of those that share a weight, and other outcomes."""
+    """Register a family: the patterns of what is preconditioned, of those that share a weight, and other outcomes.
+
+    Its batches are those of language models where it has none of its own.
+    """
     assert name not in FAMILIES
     outcomes = {PRECONDITIONED: preconditioned, TIED: tied} | (others or {})
-    FAMILIES[name] = Family(name, build, batch, outcomes, oracle, square, remark)
+    FAMILIES[name] = Family(name, build, batch or language, outcomes, oracle, square, remark)
 
 
 # Sizes of all models that have a size of this name.

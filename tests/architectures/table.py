@@ -17,20 +17,8 @@ from tests.architectures.registry import MISSED, POSITIONS, PRECONDITIONED, TIED
 
 TABLE = Path(__file__).parents[2] / "recipes" / "results" / "architectures.md"
 FIRST, SMALLER, LONGER = (5, POSITIONS), (3, POSITIONS), (5, POSITIONS + 1)
-COLUMNS = (
-    "family",
-    "model class",
-    "tensors",
-    "preconditioned",
-    "plain",
-    "missed",
-    "oracle",
-    "error",
-    "clipped",
-    "error, clipped",
-    "N = T, first / later",
-    "remark",
-)
+COLUMNS = ("family", "model class", "tensors", "preconditioned", "plain", "missed", "oracle")
+COLUMNS += ("error", "clipped", "error, clipped", "N = T, first / later", "remark")
 SHORT = dict(
     zip(MISSED, ("batch not first", "batch ambiguous", "called again", "used elsewhere", "never called"), strict=True)
 )

@@ -43,13 +43,9 @@ DECEIVED_LATER: set[str] = set()
 
 def families(deceived: Collection[str] = ()) -> list[object]:
     """All families as parameters, with the faults that are known of them."""
-    parameters = []
-    for name, family in FAMILIES.items():
-        marks = []
-        if name in deceived:
-            marks = [pytest.mark.xfail(strict=True, raises=AssertionError, reason=AMBIGUOUS)]
-        parameters.append(pytest.param(family, id=name, marks=marks))
-    return parameters
+    fault = pytest.mark.xfail(strict=True, raises=AssertionError, reason=AMBIGUOUS)
+    marks = {name: [fault] if name in deceived else [] for name in FAMILIES}
+    return [pytest.param(family, id=name, marks=marks[name]) for name, family in FAMILIES.items()]
 
 
 @functools.cache
@@ -96,9 +92,7 @@ def test_the_report_names_every_trainable_parameter_once(family: Family) -> None
     model(**family.batch(*FIRST)).loss.backward()
     with silent():
         engine.step()
-    every = {
-        name: parameter for name, parameter in model.named_parameters(remove_duplicate=False) if parameter.requires_grad
-    }
+    every = {name: p for name, p in model.named_parameters(remove_duplicate=False) if p.requires_grad}
     for report in (before, engine.coverage()):
         groups = [set(report.preconditioned), set(report.plain), set(report.missed)]
         assert sum(map(len, groups)) == len(set.union(*groups)) == len(every)

@@ -6,8 +6,6 @@ prints, of each run that `RUNS` names, what differs from the same run that nobod
 own, since it forks and may have no other threads.
 """
 
-from __future__ import annotations
-
 import contextlib
 import io
 import json
@@ -35,7 +33,8 @@ from transformers import Trainer, TrainerCallback, TrainerState
 from hf_fngd import FNGD, FNGDCallback, last_complete_checkpoint
 from tests.modes.harness import arguments
 from tests.modes.nets import CONV1D, LINEAR
-from tests.nets import digest, settings_of
+from tests.nets import settings_of
+from tests.steps import digest
 
 
 @dataclass(frozen=True)
@@ -165,13 +164,8 @@ def train(run: Run, folder: Path, resume: str | None, death: Death | None) -> di
     events.watch_files()
     values = {"num_train_epochs": 2, "save_strategy": "steps", "save_steps": 1, "logging_strategy": "steps"}
     args = arguments(folder, **(values | {"logging_steps": 1, "lr_scheduler_type": "cosine"} | dict(run.trainer)))
-    trainer = Trainer(
-        model=model,
-        args=args,
-        train_dataset=kind.data(12),
-        optimizers=(optimizer, None),
-        callbacks=[events, FNGDCallback()],
-    )
+    callbacks = [events, FNGDCallback()]
+    trainer = Trainer(model, args, train_dataset=kind.data(12), optimizers=(optimizer, None), callbacks=callbacks)
     trainer.train(resume_from_checkpoint=resume)
     return {
         "parameters": {name: value.detach() for name, value in model.named_parameters()},

@@ -1,7 +1,5 @@
 """Runs that were killed and resumed equal those that nobody killed, and a state that is not whole would be noticed."""
 
-from __future__ import annotations
-
 import json
 import subprocess
 import sys

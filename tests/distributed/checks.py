@@ -3,8 +3,6 @@
 Run by `tests.distributed.launch`: ``python -m tests.distributed.checks NAME... RESULT``.
 """
 
-from __future__ import annotations
-
 import copy
 import json
 import os
@@ -14,6 +12,7 @@ from collections.abc import Callable
 from itertools import product
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -27,21 +26,11 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import Trainer
 
 from hf_fngd import FNGD, FNGDCallback
-from tests.distributed.harness import (
-    SETTINGS,
-    STEPS,
-    agree,
-    alone,
-    batch,
-    engine_state,
-    flat,
-    make,
-    optimizer,
-    run,
-)
+from tests.distributed.harness import SETTINGS, STEPS, agree, alone, batch, engine_state, flat, make, optimizer, run
 from tests.modes.harness import arguments
 from tests.modes.nets import LINEAR
-from tests.nets import data, digest, loss, net
+from tests.nets import data, loss, net
+from tests.steps import digest
 
 
 def against_accumulation(prepare: Callable[..., tuple[nn.Module, nn.Module, FNGD, bool]]) -> dict[str, Any]:
@@ -91,8 +80,7 @@ def fsdp2() -> dict[str, Any]:
     """FNGD on a sharded model: torch's own order."""
 
     def prepare(conv1d: bool, settings: dict[str, Any]) -> tuple[nn.Module, nn.Module, FNGD, bool]:
-        model = net(width=9, layer_type="Conv1D" if conv1d else "Linear")
-        _shard(model)
+        model = _shard(net(width=9, layer_type="Conv1D" if conv1d else "Linear"))
         return model, model, optimizer(model, **settings), _is_sharded(model)
 
     return against_accumulation(prepare)
@@ -113,9 +101,9 @@ def fsdp2_after() -> dict[str, Any]:
     return against_accumulation(prepare)
 
 
-def _shard(model: nn.Module) -> None:
+def _shard(model: nn.Module) -> nn.Module:
     fully_shard(model.get_submodule("fc1"))  # a layer by itself, and the rest with the root
-    fully_shard(model)
+    return fully_shard(model)
 
 
 def _is_sharded(model: nn.Module) -> bool:
@@ -163,15 +151,12 @@ def _collectives(sharing: str) -> list[int]:
     rank = dist.get_rank()
     model, fngd = make(sharing=sharing)
     called = DistributedDataParallel(model)
-    originals = {name: getattr(dist, name) for name in ("all_gather", "all_reduce", "all_gather_object", "broadcast")}
-    for name, function in originals.items():
-        setattr(dist, name, counting(function))
-    for step in range(STEPS):
-        run(called, fngd, [rank], range(step, step + 1))
-        fngd.state_dict()
-        counts.append(0)
-    for name, function in originals.items():
-        setattr(dist, name, function)
+    names = ("all_gather", "all_reduce", "all_gather_object", "broadcast")
+    with mock.patch.multiple(dist, **{name: counting(getattr(dist, name)) for name in names}):
+        for step in range(STEPS):
+            run(called, fngd, [rank], range(step, step + 1))
+            fngd.state_dict()
+            counts.append(0)
     return counts[:-1]
 
 
@@ -252,14 +237,12 @@ def distributed_checkpoint() -> dict[str, Any]:
     rank = dist.get_rank()
     found = {}
     for name, settings in SETTINGS.items():
-        model = net(width=9)
-        _shard(model)
+        model = _shard(net(width=9))
         fngd = optimizer(model, **settings)
         run(model, fngd, [rank], range(8))
         weights = {key: value.clone() for key, value in model.state_dict().items()}
         state = copy.deepcopy(get_optimizer_state_dict(model, fngd))
-        again = net(width=9)
-        _shard(again)
+        again = _shard(net(width=9))
         second = optimizer(again, **settings)
         again.load_state_dict(weights)
         set_optimizer_state_dict(again, second, state)

@@ -1,10 +1,8 @@
 """What the checks of several processes share: nets, batches, the training loop, and how states are compared."""
 
-from __future__ import annotations
-
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -12,7 +10,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from hf_fngd import FNGD
-from tests.nets import data, digest, loss, net, settings_of
+from tests.nets import data, loss, net, settings_of
+from tests.steps import digest
 
 STEPS, EPOCH = 12, 6
 
@@ -60,15 +59,9 @@ def run(model: nn.Module, fngd: FNGD, ranks: list[int], steps: range = range(STE
             fngd.end_epoch()
 
 
-@contextmanager
-def alone() -> Iterator[None]:
+def alone() -> Any:
     """This process by itself: what it does is no part of the group's work."""
-    initialized = dist.is_initialized
-    dist.is_initialized = lambda: False
-    try:
-        yield
-    finally:
-        dist.is_initialized = initialized
+    return mock.patch.object(dist, "is_initialized", return_value=False)
 
 
 def flat(model: nn.Module) -> Tensor:

@@ -17,9 +17,8 @@ CHECKS = "tests.distributed.checks"
 @pytest.mark.timeout(600)
 def test_two_processes(subtests: pytest.Subtests, tmp_path: Path) -> None:
     names = ["ddp", "fsdp2", "fsdp2_after", "uniform_gradients", "collectives", "empty_ranks", "uneven_ranks", "resume"]
-    found = launch(
-        CHECKS, 2, tmp_path, *names, "distributed_checkpoint", "fsdp2_accumulation", "tensor_parallel", "trainer"
-    )
+    names += ["distributed_checkpoint", "fsdp2_accumulation", "tensor_parallel", "trainer"]
+    found = launch(CHECKS, 2, tmp_path, *names)
     with subtests.test("ddp"):
         equal_to_accumulation(found["ddp"], tolerance=0.0)
         assert all(outcome["same state"] for outcome in found["ddp"].values())

@@ -5,6 +5,7 @@ import pickle
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from torch import nn
 
 from hf_fngd import FNGD, FNGDPreconditioner
 from tests.nets import data, loss, net
+from tests.steps import with_fngd
 
 # What Accelerate's state says of a mode, and what the refusal says: the mode, and a way out.
 STATES: dict[str, tuple[dict[str, Any], str]] = {
@@ -30,16 +32,12 @@ STATES: dict[str, tuple[dict[str, Any], str]] = {
 @pytest.fixture
 def state() -> Iterator[dict[str, Any]]:
     """Accelerate's state, to write a mode into."""
-    shared = AcceleratorState._shared_state
-    before = dict(shared)
-    yield shared
-    shared.clear()
-    shared.update(before)
+    with mock.patch.dict(AcceleratorState._shared_state) as shared:
+        yield shared
 
 
-@pytest.mark.parametrize("mode", STATES)
-def test_a_mode_is_refused_at_construction(mode: str, state: dict[str, Any]) -> None:
-    values, message = STATES[mode]
+@pytest.mark.parametrize(("values", "message"), STATES.values(), ids=STATES)
+def test_a_mode_is_refused_at_construction(values: dict[str, Any], message: str, state: dict[str, Any]) -> None:
     state.update(values)
     model = net()
     with pytest.raises(RuntimeError, match=message):
@@ -48,11 +46,11 @@ def test_a_mode_is_refused_at_construction(mode: str, state: dict[str, Any]) -> 
     assert not [name for name in model.__dict__ if name.startswith("_fngd")]
 
 
-@pytest.mark.parametrize("mode", STATES)
-def test_a_mode_that_comes_later_is_refused_by_the_first_forward_pass(mode: str, state: dict[str, Any]) -> None:
-    values, message = STATES[mode]
-    model = net()
-    optimizer = FNGD(model)
+@pytest.mark.parametrize(("values", "message"), STATES.values(), ids=STATES)
+def test_a_mode_that_comes_later_is_refused_by_the_first_forward_pass(
+    values: dict[str, Any], message: str, state: dict[str, Any]
+) -> None:
+    model, optimizer = with_fngd()
     state.update(values)
     before = [p.clone() for p in model.parameters()]
     with pytest.raises(RuntimeError, match=message):

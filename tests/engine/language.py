@@ -1,7 +1,5 @@
 """A language model with tables, a tied head and one outlier a batch."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

@@ -2,7 +2,6 @@
 
 import copy
 import inspect
-import io
 import pickle
 from collections.abc import Callable
 from typing import Any
@@ -14,7 +13,8 @@ from torch.distributed.fsdp import FSDPModule
 
 from hf_fngd import FNGD, FNGDPreconditioner, detach
 from tests.modes.nets import bert, gpt2
-from tests.nets import Net, assert_equal, data, gradient, graph_nodes, loss, net, parameters, train
+from tests.nets import Net, data, loss, net
+from tests.steps import assert_equal, gradient, graph_nodes, one_step, parameters, through_file, train, with_fngd
 
 
 def snapshot(model: nn.Module) -> list[tuple[str, type, dict[str, object]]]:
@@ -49,8 +49,7 @@ def test_a_model_that_is_itself_a_layer_can_be_attached() -> None:
     torch.manual_seed(0)
     model = nn.Linear(5, 4, dtype=torch.float64)
     preconditioner = FNGDPreconditioner(model)
-    loss(model, *data(6)).backward()
-    preconditioner.step()
+    one_step(model, preconditioner, *data(6))
     assert preconditioner.coverage().preconditioned == ("weight", "bias")
     assert type(pickle.loads(pickle.dumps(model))) is type(copy.deepcopy(model)) is nn.Linear
     preconditioner.detach()
@@ -79,14 +78,11 @@ def through_pickle(model: nn.Module) -> nn.Module:
     return pickle.loads(pickle.dumps(model))
 
 
-def through_torch_save(model: nn.Module) -> nn.Module:
-    file = io.BytesIO()
-    torch.save(model, file)
-    file.seek(0)
-    return torch.load(file, weights_only=False)
-
-
-COPIES = {"pickle": through_pickle, "torch.save": through_torch_save, "deepcopy": copy.deepcopy}
+COPIES = {
+    "pickle": through_pickle,
+    "torch.save": lambda model: through_file(model, weights_only=False),
+    "deepcopy": copy.deepcopy,
+}
 
 
 @pytest.mark.parametrize("clone", COPIES.values(), ids=COPIES)
@@ -94,8 +90,7 @@ def test_copies_are_plain_models_that_train_on_their_own(clone: Callable[[nn.Mod
     model = net()
     expected = [(name, kind) for name, kind, _ in snapshot(model)]
     optimizer = FNGD(model)
-    loss(model, *data(6)).backward()
-    optimizer.step()
+    one_step(model, optimizer, *data(6))
     optimizer.zero_grad()
     values = parameters(model)
     copied = clone(model)
@@ -149,8 +144,7 @@ def test_a_class_that_somebody_put_on_top_meanwhile_stays_and_can_be_attached_ag
     assert torch.equal(gradient(model), gradient(plain))
     if base is FSDPModule:  # which is looked through; another subclass of Linear may compute something else
         again = FNGDPreconditioner(model)
-        loss(model, *data(6)).backward()
-        again.step()
+        one_step(model, again, *data(6))
         assert again.coverage().missed == {}
         assert len(again.layers) == 2
 
@@ -180,8 +174,7 @@ SECOND: dict[str, tuple[Callable[[Net], nn.Module], dict[str, Any], dict[str, An
 def test_a_second_one_on_the_model_is_refused_and_changes_nothing(
     choose: Callable[[Net], nn.Module], first: dict[str, Any], second: dict[str, Any], attach: type
 ) -> None:
-    model = net()
-    optimizer = FNGD(model, **first)
+    model, optimizer = with_fngd(**first)
     other = choose(model)
     types = [type(module) for module in other.modules()]
     with pytest.raises(RuntimeError, match=r"attached to another FNGD already; call hf_fngd.detach\(model\) first"):
@@ -207,8 +200,7 @@ def test_detaching_a_second_time_leaves_another_preconditioner_alone() -> None:
     detach(model)
     second = FNGDPreconditioner(model, sharing="never")
     first.detach()
-    loss(model, *data(6, 3)).backward()
-    second.step()
+    one_step(model, second, *data(6, 3))
     assert second.coverage().missed == {}
     assert torch.isfinite(second.policy.rho).all()
 

@@ -13,24 +13,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from hf_fngd import FNGDPreconditioner, policy_names
-from tests.nets import (
-    FEATURES,
-    LAYER_NAMES,
-    LAYERS,
-    Checkpointed,
-    Net,
-    Watched,
-    data,
-    dense,
-    gradient,
-    layer,
-    loss,
-    net,
-    relative_error,
-    settings_of,
-    trained,
-)
+from tests.nets import FEATURES, LAYER_NAMES, LAYERS, Checkpointed, Net, data, layer, loss, net, settings_of, trained
 from tests.reference import Dense, per_sample_gradients
+from tests.steps import Watched, dense, gradient, one_step, relative_error, with_engine
 from tests.weights.samples import Layer, budgets, layers
 
 DAMPINGS = [1e-3, 1e-2, 0.1, 1.0, 30.0]
@@ -111,9 +96,7 @@ def test_huge_damping_is_sgd() -> None:
         if attached:
             FNGDPreconditioner(model, damping=1e12, sharing="never").follow(optimizer)
         for step in range(20):
-            optimizer.zero_grad()
-            loss(model, *data(7, 3, seed=step)).backward()
-            optimizer.step()
+            one_step(model, optimizer, *data(7, 3, seed=step))
         trajectories.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
     torch.testing.assert_close(*trajectories, rtol=1e-9, atol=1e-10)
 
@@ -156,8 +139,7 @@ def test_sample_weights_belong_to_one_backward_pass(sharing: str) -> None:
 def test_powers_of_two_in_the_loss_change_no_bit(sharing: str, power: int) -> None:
     found = []
     for scale in (1.0, 2.0**power):
-        model = net(dtype=torch.float32)
-        preconditioner = FNGDPreconditioner(model, **settings_of(sharing, coefficient_steps=1))
+        model, preconditioner = with_engine(net(dtype=torch.float32), **settings_of(sharing, coefficient_steps=1))
         for seed in range(2):
             model.zero_grad()
             (scale * loss(model, *data(7, 3, seed=seed, dtype=torch.float32))).backward()
@@ -181,8 +163,7 @@ def test_other_scales_leave_the_weights_to_rounding(scale: float) -> None:
 @pytest.mark.parametrize("sharing", policy_names())
 @pytest.mark.parametrize("x", [torch.zeros(0, FEATURES), torch.zeros(0, 3, FEATURES), torch.zeros(4, 0, FEATURES)])
 def test_empty_batches_pass_through(x: Tensor, sharing: str) -> None:
-    model = net()
-    preconditioner = FNGDPreconditioner(model, sharing=sharing)
+    model, preconditioner = with_engine(sharing=sharing)
     model.fc1(x.double()).sum().backward()
     model(x.double()).nansum().backward()
     preconditioner.step()

@@ -1,7 +1,7 @@
 """torch.compile: one graph, no break, no recompilation from step to step, and the eager run's numbers."""
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import NamedTuple
 
 import pytest
@@ -12,22 +12,17 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from hf_fngd import FNGD, FNGDPreconditioner
 from hf_fngd.weights.base import policy_names
-from tests.nets import LAYERS, Checkpointed, Elsewhere, Net, Twice, assert_equal, data, net, settings_of
+from tests.nets import LAYERS, Checkpointed, Elsewhere, Net, Twice, data, net, settings_of
+from tests.steps import assert_equal, with_fngd
 
-# Raised and ignored by the compiler itself.
 pytestmark = [
+    pytest.mark.usefixtures("fresh_compiler"),
+    # Raised and ignored by the compiler itself.
     pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning"),
     pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning"),
 ]
 
 Called = Callable[[Tensor], Tensor]
-
-
-@pytest.fixture(autouse=True)
-def fresh_compiler() -> Iterator[None]:
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
 
 
 # Models ----------------------------------------------------------------------------------------------------
@@ -205,16 +200,14 @@ def test_backward_is_plain_after_the_step_and_after_detaching() -> None:
         else:
             optimizer.detach()  # the model compiles anew
             once(called, x, y)
-        for p, q in zip(model.parameters(), plain.parameters(), strict=True):
-            torch.testing.assert_close(p.grad, q.grad)
+        torch.testing.assert_close([p.grad for p in model.parameters()], [p.grad for p in plain.parameters()])
 
 
 def test_a_weight_that_is_used_elsewhere_is_found_unless_compiled() -> None:
     """A limit, which hf_fngd/engine/backward.py states: the second use is inside of the graph."""
     missed = []
     for make in (lambda model: model, of_one_graph):
-        model = net(cls=Elsewhere)
-        optimizer = FNGD(model)
+        model, optimizer = with_fngd(net(cls=Elsewhere))
         once(make(model), *data(6, 4))
         optimizer.step()
         missed.append(set(optimizer.coverage().missed))

@@ -1,6 +1,7 @@
 """Layers that cannot be preconditioned: they get plain gradients, and the coverage report says so, once."""
 
 import logging
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +15,7 @@ from hf_fngd import CoverageReport, FNGDPreconditioner
 from hf_fngd.engine.layer import CALLED_AGAIN, NEVER_CALLED, PASSED_BY, USED_ELSEWHERE
 from hf_fngd.layers.base import AMBIGUOUS, NOT_THE_BATCH
 from tests.nets import CLASSES, EVERY_TYPE, LAYER_NAMES, Elsewhere, Net, Twice, data, loss, net, settings_of
+from tests.steps import one_step, with_engine
 
 # How the report reads --------------------------------------------------------------------------------------
 
@@ -34,11 +36,9 @@ def test_reasons_are_grouped_and_long_lists_cut() -> None:
 
 
 def test_the_report_tells_what_became_of_every_parameter() -> None:
-    model = net()
-    preconditioner = FNGDPreconditioner(model, exclude_modules="fc1", layer_types=["linear"])
+    model, preconditioner = with_engine(exclude_modules="fc1", layer_types=["linear"])
     before = preconditioner.coverage()
-    loss(model, *data(4)).backward()
-    preconditioner.step()
+    one_step(model, preconditioner, *data(4))
     report = preconditioner.coverage()
     assert before == report
     assert report.preconditioned == ("fc2.weight", "fc2.bias")
@@ -143,8 +143,7 @@ def test_layers_that_cannot_be_weighed_get_plain_gradients_and_a_report(
 def test_strict_raises_in_the_first_step(
     model_type: type[Net], between: tuple[int, ...], reasons: dict[str, str]
 ) -> None:
-    model = net(cls=model_type)
-    preconditioner = FNGDPreconditioner(model, strict=True, sharing="never")
+    model, preconditioner = with_engine(net(cls=model_type), strict=True, sharing="never")
     value(model, *data(7, *between)).backward()
     with pytest.raises(RuntimeError, match=r"(?s)strict=True: .*exclude_modules"):
         preconditioner.step()
@@ -169,56 +168,26 @@ class Routed(Net):
 
 @pytest.mark.parametrize("sharing", ["never", "clipped"])
 def test_an_expert_that_got_as_many_tokens_as_there_are_samples_stays_plain(sharing: str) -> None:
-    model, (x, y) = net(cls=Routed), data(7, 3)
-    preconditioner = FNGDPreconditioner(model, sharing=sharing)
+    (model, preconditioner), (x, y) = with_engine(net(cls=Routed), sharing=sharing), data(7, 3)
     for model.tokens in (9, 7, 8):
         model.zero_grad()
         expected = torch.autograd.grad(loss(model, x, y), [*model.fc1.parameters()])
-        loss(model, x, y).backward()
-        preconditioner.step()
+        one_step(model, preconditioner, x, y)
         torch.testing.assert_close([p.grad for p in model.fc1.parameters()], [*expected], rtol=1e-12, atol=1e-14)
         assert {"fc1.weight", "fc1.bias"} <= set(preconditioner.coverage().missed)
 
 
-class Later(Net):
-    """Calls its first layer twice once it is told to."""
-
-    twice = False
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = super().forward(x)
-        return y + self.fc1(x).sum() if self.twice else y
-
-
-@pytest.mark.parametrize("strict", [False, True])
-def test_what_goes_wrong_later_is_told_then(strict: bool, caplog: pytest.LogCaptureFixture) -> None:
-    model, (x, y) = net(cls=Later), data(7)
-    preconditioner = FNGDPreconditioner(model, strict=strict, sharing="never")
-    for _ in range(2):
-        loss(model, x, y).backward()
-        preconditioner.step()
-    assert not caplog.records
-    model.twice = True
-    loss(model, x, y).backward()
-    if strict:
-        with pytest.raises(RuntimeError, match=CALLED_AGAIN):
-            preconditioner.step()
-        return
-    preconditioner.step()
-    loss(model, x, y).backward()
-    preconditioner.step()
-    (record,) = caplog.records
-    assert CALLED_AGAIN in record.getMessage()
-    assert "fc2" not in record.getMessage()
-
-
 class Headed(Net):
-    """Its second layer is used in some batches only, or functionally."""
+    """Its second layer is used in some batches only, or functionally; or its first one twice."""
 
     use = "call"
 
+    def hidden(self, x: Tensor) -> Tensor:
+        hidden = super().hidden(x)
+        return hidden + self.fc1(x).sum() if self.use == "twice" else hidden
+
     def head(self, hidden: Tensor) -> Tensor:
-        if self.use == "call":
+        if self.use in ("call", "twice"):
             return self.fc2(hidden).mean(1)
         if self.use == "functional":
             return F.linear(hidden, self.fc2.weight, self.fc2.bias).mean(1)
@@ -242,17 +211,28 @@ def without_the_model(model: Headed) -> None:
     model.forward = lambda x: model.head(torch.tanh(model.fc1(x)))  # type: ignore[method-assign]
 
 
-LATER = {in_evaluation_mode: "all", patched: "all", without_the_model: "all", functionally: "fc2"}
+def twice(model: Headed) -> None:
+    model.use = "twice"
 
 
-@pytest.mark.parametrize(("change", "which"), LATER.items(), ids=[change.__name__ for change in LATER])
+WAYS = {in_evaluation_mode: LAYER_NAMES, patched: LAYER_NAMES, without_the_model: LAYER_NAMES, functionally: ("fc2",)}
+LATER = [(change, sharing, PASSED_BY, layers) for change, layers in WAYS.items() for sharing in ("clipped", "never")]
+LATER += [(twice, "never", CALLED_AGAIN, ("fc1",))]
+
+
 @pytest.mark.parametrize("strict", [False, True])
-@pytest.mark.parametrize("sharing", ["clipped", "never"])
-def test_what_stops_being_weighed_is_told_once(
-    change: Callable[[Headed], None], which: str, strict: bool, sharing: str, caplog: pytest.LogCaptureFixture
+@pytest.mark.parametrize(
+    ("change", "sharing", "reason", "layers"), LATER, ids=[f"{c.__name__}-{s}" for c, s, *_ in LATER]
+)
+def test_what_goes_wrong_later_is_told_then_and_once(
+    change: Callable[[Headed], None],
+    sharing: str,
+    reason: str,
+    layers: tuple[str, ...],
+    strict: bool,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
-    model, (x, y) = net(cls=Headed), data(7, 3)
-    preconditioner = FNGDPreconditioner(model, sharing=sharing, strict=strict)
+    (model, preconditioner), (x, y) = with_engine(net(cls=Headed), sharing=sharing, strict=strict), data(7, 3)
     for step in range(4):
         if step == 2:
             assert not caplog.records
@@ -261,14 +241,15 @@ def test_what_stops_being_weighed_is_told_once(
         model.zero_grad()
         value(model, x, y).backward()
         if strict and step == 2:
-            with pytest.raises(RuntimeError, match=f"(?s)strict=True: .*{PASSED_BY}"):
+            with pytest.raises(RuntimeError, match=f"(?s)strict=True: .*{reason}"):
                 preconditioner.step()
             return
         preconditioner.step()
     (record,) = caplog.records
-    assert PASSED_BY in record.getMessage()
-    missed = {"fc2.weight", "fc2.bias"} | ({"fc1.weight", "fc1.bias"} if which == "all" else set())
-    assert preconditioner.coverage().missed == dict.fromkeys(missed, PASSED_BY)
+    assert reason in record.getMessage()
+    assert [name for name in LAYER_NAMES if name in record.getMessage()] == list(layers)
+    missed = dict.fromkeys((f"{layer}.{leaf}" for layer in layers for leaf in ("weight", "bias")), reason)
+    assert preconditioner.coverage().missed == missed
 
 
 @pytest.mark.parametrize("set_to_none", [False, True])
@@ -276,8 +257,7 @@ def test_what_stops_being_weighed_is_told_once(
 def test_a_head_that_a_batch_does_not_use_is_not_missed(
     first: str, set_to_none: bool, caplog: pytest.LogCaptureFixture
 ) -> None:
-    model, (x, y) = net(cls=Headed), data(7, 3)
-    preconditioner = FNGDPreconditioner(model, strict=True)
+    (model, preconditioner), (x, y) = with_engine(net(cls=Headed), strict=True), data(7, 3)
     for model.use in (first, "unused", "call", "unused", "unused"):
         model.zero_grad(set_to_none=set_to_none)
         value(model, x, y).backward()
@@ -308,8 +288,7 @@ def in_a_circle(x: Tensor) -> list[Any]:
 
 @pytest.mark.parametrize("wrap", [in_a_circle, lambda x: [x], lambda x: (x, 1), Inputs, lambda x: {"x": [Inputs(x)]}])
 def test_a_batch_is_found_in_what_holds_it(wrap: Callable[[Tensor], Any]) -> None:
-    model, (x, y) = net(cls=Wrapped), data(7, 3)
-    preconditioner = FNGDPreconditioner(model, strict=True)
+    (model, preconditioner), (x, y) = with_engine(net(cls=Wrapped), strict=True), data(7, 3)
     F.cross_entropy(model(wrap(x)), y).backward()
     preconditioner.step()
     assert preconditioner.diagnostics()["weight_spread"] > 0
@@ -352,8 +331,7 @@ def test_strict_and_the_log_are_about_other_layers_too(strict: bool, caplog: pyt
 def test_training_in_evaluation_mode_is_reported() -> None:
     model = net().eval()
     preconditioner = FNGDPreconditioner(model)
-    loss(model, *data(6, 3)).backward()
-    preconditioner.step()
+    one_step(model, preconditioner, *data(6, 3))
     assert set(preconditioner.coverage().missed.values()) == {NEVER_CALLED}
     preconditioner.detach()
 
@@ -363,11 +341,14 @@ def test_training_in_evaluation_mode_is_reported() -> None:
         strict.step()
 
 
-@pytest.mark.parametrize(("samples", "warned"), [(1, 1), (2, 0)])
-def test_a_single_sample_is_remarked_once(samples: int, warned: int, caplog: pytest.LogCaptureFixture) -> None:
-    model = net()
-    preconditioner = FNGDPreconditioner(model)
+@pytest.mark.parametrize(("samples", "parts", "warned"), [(1, 1, 1), (2, 1, 0), (1, 2, 0)])
+def test_a_single_sample_is_remarked_once_unless_there_are_other_micro_batches(
+    samples: int, parts: int, warned: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    model, preconditioner = with_engine()
     for _ in range(3):
-        loss(model, *data(samples, 3)).backward()
+        for seed in range(parts):
+            loss(model, *data(samples, 3, seed=seed)).backward()
         preconditioner.step()
-    assert sum("without packing" in record.message for record in caplog.records) == warned
+    remark = "the first micro-batch holds one sample.* train without packing"
+    assert len(re.findall(remark, caplog.text)) == warned

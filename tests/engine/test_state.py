@@ -1,9 +1,6 @@
 """States: a run goes on from its own as it would have; those of another dtype, another model, another optimizer."""
 
-from __future__ import annotations
-
 import copy
-import io
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -12,21 +9,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from hf_fngd import FNGD, FNGDPreconditioner, policy_names
+from hf_fngd import FNGD, policy_names
 from hf_fngd.updates import FALLBACK_RULES
-from tests.nets import (
-    EVERY_TYPE,
-    UPDATES_OF,
-    Net,
-    assert_equal,
-    data,
-    loss,
-    net,
-    parameters,
-    settings_of,
-    train,
-    trained,
-)
+from tests.nets import EVERY_TYPE, UPDATES_OF, Net, data, loss, net, settings_of, trained
+from tests.steps import assert_equal, parameters, through_file, train, with_engine
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}
 
@@ -44,13 +30,6 @@ def own_state(optimizer: FNGD) -> dict[str, Tensor]:
 
 
 # Resuming --------------------------------------------------------------------------------------------------
-
-
-def saved(state: dict[str, Any]) -> dict[str, Any]:
-    file = io.BytesIO()
-    torch.save(state, file)
-    file.seek(0)
-    return torch.load(file, weights_only=True)
 
 
 STATES = [
@@ -73,7 +52,7 @@ def test_a_resumed_run_goes_on_as_it_would_have(update: str, fallback: str, shar
     arguments = {"weight_decay": 0.1, "update": update, "fallback": fallback}
     model, optimizer = made(sharing, **arguments)
     train(model, optimizer, steps)
-    checkpoint, weights = saved(optimizer.state_dict()), saved(model.state_dict())
+    checkpoint, weights = through_file(optimizer.state_dict()), through_file(model.state_dict())
     other, resumed = made(sharing, seed=1, lr=0.5, **arguments)
     other.load_state_dict(weights)
     resumed.load_state_dict(checkpoint)
@@ -94,8 +73,7 @@ def test_a_loaded_state_is_told_of_at_once() -> None:
 
 
 def test_loading_drops_a_half_done_step() -> None:
-    model = net()
-    preconditioner = FNGDPreconditioner(model, sharing="replay")
+    model, preconditioner = with_engine(sharing="replay")
     state = copy.deepcopy(preconditioner.state_dict())
     loss(model, *data(6)).backward()
     preconditioner.load_state_dict(state)
@@ -166,17 +144,6 @@ def test_a_state_goes_on_in_another_dtype(sharing: str, saved: str, loaded: str)
 # Another model or optimizer ------------------------------------------------------------------------------
 
 
-class Deep(Net):
-    """A third layer."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.middle = nn.Linear(7, 7)
-
-    def hidden(self, x: Tensor) -> Tensor:
-        return self.middle(super().hidden(x))
-
-
 class Turned(Net):
     """The same layers, constructed in another order."""
 
@@ -187,22 +154,23 @@ class Turned(Net):
 
 
 class Longer(Net):
-    """The same layers, and one more norm."""
+    """The same layers, and one more."""
 
-    def __init__(self) -> None:
+    def __init__(self, make: Callable[[], nn.Module]) -> None:
         super().__init__()
-        self.extra = nn.LayerNorm(7)
+        self.extra = make()
 
     def hidden(self, x: Tensor) -> Tensor:
         return self.extra(super().hidden(x))
 
 
+MORE_LAYERS = partial(Longer, lambda: nn.Linear(7, 7))
 OTHERS = [
     *(
-        pytest.param(Deep, {"sharing": name}, {"sharing": name}, "layers|parameter", id=f"layers-{name}")
+        pytest.param(MORE_LAYERS, {"sharing": name}, {"sharing": name}, "layers|parameter", id=f"layers-{name}")
         for name in policy_names()
     ),
-    pytest.param(Longer, {}, {}, "parameter", id="plain-parameters"),
+    pytest.param(partial(Longer, lambda: nn.LayerNorm(7)), {}, {}, "parameter", id="plain-parameters"),
     pytest.param(Net, {"layer_types": ["linear"]}, {}, "differ in norm: build the optimizer with", id="layer-types"),
     pytest.param(
         Net,

@@ -3,12 +3,10 @@
 All in one language model with one outlier a batch; its gradients by the oracle.
 """
 
-from __future__ import annotations
-
 import copy
 import gc
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
 import pytest
@@ -22,20 +20,12 @@ from hf_fngd.engine.layer import ON_TOP_OF_ANOTHER, USED_ELSEWHERE
 from hf_fngd.layers.base import NOT_THE_BATCH
 from hf_fngd.layers.embedding import A_TABLE
 from hf_fngd.weights.clipped import ClippedSharing, ClippedWeights
-from tests.engine.language import (
-    LENGTH,
-    OUTLIER,
-    POSITIONS,
-    TABLE,
-    VOCABULARY,
-    WIDTH,
-    LanguageModel,
-    batch,
-    losses,
-    model,
-)
-from tests.nets import EVERY_TYPE, assert_equal
+from tests.engine.language import LENGTH, OUTLIER, POSITIONS, TABLE, WIDTH, LanguageModel, batch, losses, model
+from tests.nets import EVERY_TYPE
 from tests.reference import Clipping, uses_of
+from tests.steps import assert_equal
+
+pytestmark = pytest.mark.usefixtures("fresh_compiler")
 
 
 def gradients(net: nn.Module) -> dict[str, Tensor]:
@@ -86,13 +76,6 @@ def reasons(preconditioner: FNGDPreconditioner, name: str = TABLE) -> str:
     return preconditioner.coverage().plain[name]
 
 
-@pytest.fixture(autouse=True)
-def fresh_compiler() -> Iterator[None]:
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
-
-
 # What is weighed, and what stays plain ---------------------------------------------------------------------
 
 
@@ -132,7 +115,7 @@ class UsesTheTable(LanguageModel):
 
 class CallsTheHeadOnSomeTokens(LanguageModel):
     def logits(self, y: Tensor) -> Tensor:
-        return self.head(y[:, 1:].flatten(0, 1)).view(len(y), LENGTH - 1, VOCABULARY)[:, [0, 0, 1]]
+        return self.head(y[:, 1:].flatten(0, 1)).unflatten(0, (len(y), LENGTH - 1))[:, [0, 0, 1]]
 
 
 class TimeFirst(LanguageModel):
@@ -155,14 +138,12 @@ class Relative(LanguageModel):
 class Other(LanguageModel):
     """Another embedding for the tokens."""
 
-    table: ClassVar[type[nn.Embedding]]
-
-    def __init__(self, **kwargs: Any) -> None:
+    def __init__(self, table: type[nn.Embedding]) -> None:
         super().__init__(tied=False)
-        self.tokens = self.table(VOCABULARY, WIDTH)
+        self.tokens = table(*self.tokens.weight.shape)
 
     def embed(self, x: Tensor) -> Tensor:
-        found = self.tokens(places=x) if self.table is Keyword else self.tokens(x)
+        found = self.tokens(places=x) if isinstance(self.tokens, Keyword) else self.tokens(x)
         return (found[0] if isinstance(found, tuple) else found) + self.positions(torch.arange(LENGTH)[None])
 
 
@@ -187,18 +168,6 @@ class Double(nn.Embedding):
         return super().forward(ids), None
 
 
-class WithKeyword(Other):
-    table = Keyword
-
-
-class WithNormed(Other):
-    table = Normed
-
-
-class WithDouble(Other):
-    table = Double
-
-
 EXCLUDED, NO_TYPE = "among exclude_modules", "Embedding is not a preconditioned layer type"
 EVERYTHING = ("fc", "norm", "tokens", "positions", "head")
 NOT_TABLE, NOT_POSITIONS = ("fc", "norm", "positions"), ("fc", "norm", "tokens", "head")
@@ -219,9 +188,9 @@ CASES: dict[str, Case] = {
     "time first": (TimeFirst, {}, NOT_TABLE, {TABLE: NOT_THE_BATCH}),
     "an excluded table": (LanguageModel, {"exclude_modules": ["left_out", "tokens"]}, NOT_TABLE, {TABLE: EXCLUDED}),
     "an excluded head": (LanguageModel, {"exclude_modules": ["left_out", "head"]}, NOT_TABLE, {}),
-    "an embedding of one's own": (WithKeyword, {}, EVERYTHING, {}),
-    "an embedding that does more": (WithNormed, {}, ("fc", "norm", "positions", "head"), {}),
-    "an embedding that returns more": (WithDouble, {}, ("fc", "norm", "positions", "head"), {}),
+    "an embedding of one's own": (Other, {"table": Keyword}, EVERYTHING, {}),
+    "an embedding that does more": (Other, {"table": Normed}, ("fc", "norm", "positions", "head"), {}),
+    "an embedding that returns more": (Other, {"table": Double}, ("fc", "norm", "positions", "head"), {}),
     "without a layer type": (LanguageModel, {"layer_types": ["linear"]}, ("fc",), {TABLE: NO_TYPE, POSITIONS: NO_TYPE}),
     "with a Gram matrix": (LanguageModel, {"sharing": "never"}, (), {TABLE: NO_TYPE, POSITIONS: NO_TYPE}),
 }
@@ -231,7 +200,7 @@ CASES: dict[str, Case] = {
 def test_what_is_weighed_and_what_stays_plain(
     cls: type[LanguageModel], options: dict[str, Any], weighed: tuple[str, ...], plainly: dict[str, str]
 ) -> None:
-    of_model = {key: options[key] for key in ("tied", "checkpointing") if key in options}
+    of_model = {key: options[key] for key in ("tied", "checkpointing", "table") if key in options}
     net, own = model(cls, **of_model), model(cls, **of_model)
     preconditioner = attach(net, **{key: value for key, value in options.items() if key not in of_model})
     # An empty batch tells nothing; a single sample is all of its batch; as many samples as positions, once it is known.
@@ -255,7 +224,7 @@ class Twice(LanguageModel):
 
     def __init__(self) -> None:
         super().__init__()
-        self.sources = nn.Embedding(VOCABULARY, WIDTH)
+        self.sources = nn.Embedding(*self.tokens.weight.shape)
         self.sources.weight = self.tokens.weight
 
     def embed(self, x: Tensor) -> Tensor:

@@ -6,15 +6,7 @@ from types import SimpleNamespace
 
 import huggingface_hub.constants
 import pytest
-from huggingface_hub import ModelCard
-from huggingface_hub.errors import (
-    EntryNotFoundError,
-    GatedRepoError,
-    HfHubHTTPError,
-    LocalEntryNotFoundError,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
+from huggingface_hub import ModelCard, errors
 
 from hf_fngd import hub
 from hf_fngd.config import FNGDConfig
@@ -85,18 +77,10 @@ def test_a_cached_model_without_a_config_of_ours(seed):
         seed.load()
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        "./no/such/folder",
-        "/no/such/file.json",
-        "a/b/c",
-        "user/re po",
-        "user/" + "r" * 250,
-        "http://localhost:1/x",
-        "--x",
-    ],
-)
+NOWHERE = ["./no/such/folder", "/no/such/file.json", "a/b/c", "user/re po", "user/" + "r" * 250]
+
+
+@pytest.mark.parametrize("name", [*NOWHERE, "http://localhost:1/x", "--x"])
 def test_what_is_neither_local_nor_an_id(seed, name):
     error = refusal(lambda: seed.load(name))
     assert isinstance(error, OSError)
@@ -128,10 +112,15 @@ def http_error(kind):
     [
         *(
             (http_error(kind), "no such local folder .* the Hub says: .*from the Hub")
-            for kind in (RepositoryNotFoundError, GatedRepoError, RevisionNotFoundError, HfHubHTTPError)
+            for kind in (
+                errors.RepositoryNotFoundError,
+                errors.GatedRepoError,
+                errors.RevisionNotFoundError,
+                errors.HfHubHTTPError,
+            )
         ),
-        (EntryNotFoundError("from the client"), "the Hub says: from the client"),
-        (LocalEntryNotFoundError("from the client"), "not in the Hub's cache"),
+        (errors.EntryNotFoundError("from the client"), "the Hub says: from the client"),
+        (errors.LocalEntryNotFoundError("from the client"), "not in the Hub's cache"),
         (RuntimeError("connection lost"), "the Hub says: connection lost"),
     ],
 )

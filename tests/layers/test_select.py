@@ -12,6 +12,7 @@ from hf_fngd.layers.base import find_kernel
 from hf_fngd.layers.select import Modules, select_layers
 from tests.nets import EVERY_TYPE, data, loss, net
 from tests.refusals import refusal
+from tests.steps import one_step, with_fngd
 
 
 class Block(nn.Module):
@@ -195,15 +196,13 @@ def test_a_weight_that_was_pruned_before_is_plain_and_reported() -> None:
     model = net()
     prune.l1_unstructured(model.fc1, "weight", amount=0.5)
     optimizer = FNGD(model)
-    loss(model, *data(6, 4)).backward()
-    optimizer.step()
+    one_step(model, optimizer, *data(6, 4))
     assert "computed from other parameters" in optimizer.coverage().plain["fc1.weight_orig"]
     assert set(optimizer.coverage().preconditioned) == {"fc2.weight", "fc2.bias"}
 
 
 def test_a_weight_that_is_pruned_meanwhile_stays_preconditioned() -> None:
-    model = net()
-    optimizer = FNGD(model, sharing="replay")
+    model, optimizer = with_fngd(sharing="replay")
     for layer in (model.fc1, model.fc2):
         prune.l1_unstructured(layer, "weight", amount=0.5)
     for seed in (1, 2):

@@ -5,8 +5,6 @@ parameter before a step, and every ``p.grad`` that the optimizer finds. `tests.m
 from the definitions.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -153,20 +151,10 @@ class OutOfMemory(TrainerCallback):
 
 def arguments(folder: Path, cls: type[TrainingArguments] = TrainingArguments, **changes: Any) -> TrainingArguments:
     """Two epochs of three batches of four, with nothing switched on."""
-    values = {
-        "output_dir": str(folder),
-        "per_device_train_batch_size": BATCH,
-        "num_train_epochs": 2,
-        "max_grad_norm": 0.0,
-        "logging_strategy": "no",
-        "save_strategy": "no",
-        "report_to": [],
-        "disable_tqdm": True,
-        "use_cpu": True,
-        "dataloader_pin_memory": False,
-        "seed": 3,
-    }
-    return cls(**(values | changes))
+    values = {"per_device_train_batch_size": BATCH, "num_train_epochs": 2, "max_grad_norm": 0.0, "seed": 3}
+    values |= {"logging_strategy": "no", "save_strategy": "no", "report_to": [], "disable_tqdm": True}
+    values |= {"use_cpu": True, "dataloader_pin_memory": False}
+    return cls(str(folder), **(values | changes))
 
 
 def optimizer_arguments(sharing: str, **changes: Any) -> dict[str, Any]:
@@ -174,7 +162,7 @@ def optimizer_arguments(sharing: str, **changes: Any) -> dict[str, Any]:
     return {"lr": 1e-2, "update": "adam"} | settings_of(sharing, damping=DAMPING, **changes)
 
 
-def train(
+def recording(
     kind: Kind,
     sharing: str,
     folder: Path,
@@ -184,19 +172,22 @@ def train(
     data: Any = None,
     collator: Any = None,
     fngd: dict[str, Any] | None = None,
-    callbacks: Iterable[TrainerCallback] = (),
     **changes: Any,
-) -> Record:
-    """A recorded run through Trainer; ``changes`` are `TrainingArguments`."""
+) -> RecordingTrainer:
+    """A Trainer on a model of its own; ``changes`` are `TrainingArguments`."""
     model = kind.make() if model is None else model
-    trainer = RecordingTrainer(
+    return RecordingTrainer(
         model=model,
         args=arguments(folder, **changes),
         train_dataset=kind.data(samples) if data is None else data,
         data_collator=collator,
         optimizers=(FNGD(model, **optimizer_arguments(sharing, **(fngd or {}))), None),
     )
-    return run(trainer, callbacks)
+
+
+def train(kind: Kind, sharing: str, folder: Path, callbacks: Iterable[TrainerCallback] = (), **options: Any) -> Record:
+    """A recorded run; ``options`` are those of `recording`."""
+    return run(recording(kind, sharing, folder, **options), callbacks)
 
 
 def run(trainer: Any, callbacks: Iterable[TrainerCallback] = (), record: Record | None = None) -> Record:

@@ -1,23 +1,16 @@
 """The two kinds of models that every mode is tried on, their data, and their losses by hand."""
 
-from __future__ import annotations
-
-from collections.abc import Callable, Mapping
+import contextlib
+import warnings
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+import transformers as hf
 from datasets import Dataset
 from torch import Tensor, nn
-from transformers import (
-    BertConfig,
-    BertForSequenceClassification,
-    GPT2Config,
-    GPT2LMHeadModel,
-    LlamaConfig,
-    LlamaForCausalLM,
-)
 
 VOCABULARY, LENGTH, PADDING = 24, 8, 1
 POSITIONS = 16  # of the models
@@ -28,63 +21,41 @@ Inputs = Mapping[str, Tensor]
 SampleLoss = Callable[[nn.Module, Inputs, float], Tensor]
 
 
-def bert(**changes: Any) -> BertForSequenceClassification:
-    torch.manual_seed(0)
-    config = {
-        "vocab_size": VOCABULARY,
-        "hidden_size": 8,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "intermediate_size": 12,
-        "max_position_embeddings": POSITIONS,
-        "hidden_dropout_prob": 0.0,
-        "attention_probs_dropout_prob": 0.0,
-        "initializer_range": INITIAL,
-        "num_labels": 3,
-        "problem_type": "single_label_classification",  # else found out, and written, in the first forward pass
-    }
-    return BertForSequenceClassification(BertConfig(**(config | changes)))
+SIZES = {
+    **{"vocab_size": VOCABULARY, "max_position_embeddings": POSITIONS, "initializer_range": INITIAL},
+    **{"hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2},
+}
+TOKENS = {"bos_token_id": 0, "eos_token_id": PADDING, "pad_token_id": PADDING}
 
 
-def gpt2(**changes: Any) -> GPT2LMHeadModel:
+def bert(**changes: Any) -> hf.BertForSequenceClassification:
     torch.manual_seed(0)
-    config = {
-        "vocab_size": VOCABULARY,
-        "n_positions": POSITIONS,
-        "n_embd": 8,
-        "n_layer": 2,
-        "n_head": 2,
-        "n_inner": 12,
-        "resid_pdrop": 0.0,
-        "embd_pdrop": 0.0,
-        "attn_pdrop": 0.0,
-        "initializer_range": INITIAL,
-        "bos_token_id": 0,
-        "eos_token_id": PADDING,
-        "pad_token_id": PADDING,
-    }
-    model = GPT2LMHeadModel(GPT2Config(**(config | changes)))
+    # The type of the problem is else found out, and written, in the first forward pass.
+    config = {"intermediate_size": 12, "num_labels": 3, "problem_type": "single_label_classification"}
+    config |= {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    return hf.BertForSequenceClassification(hf.BertConfig(**(SIZES | config | changes)))
+
+
+def gpt2(**changes: Any) -> hf.GPT2LMHeadModel:
+    torch.manual_seed(0)
+    config = {"n_inner": 12, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+    model = hf.GPT2LMHeadModel(hf.GPT2Config(**(SIZES | TOKENS | config | changes)))
     model.loss_type = "ForCausalLM"  # else it warns in the first forward pass, which is no graph of its own
     return model
 
 
-def llama() -> LlamaForCausalLM:
+def llama() -> hf.LlamaForCausalLM:
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=8,
-        intermediate_size=12,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        max_position_embeddings=POSITIONS,
-        initializer_range=INITIAL,
-        tie_word_embeddings=True,
-        bos_token_id=0,
-        eos_token_id=PADDING,
-        pad_token_id=PADDING,
-    )
-    return LlamaForCausalLM(config)
+    config = {"intermediate_size": 12, "num_key_value_heads": 2, "tie_word_embeddings": True}
+    return hf.LlamaForCausalLM(hf.LlamaConfig(**(SIZES | TOKENS | config)))
+
+
+@contextlib.contextmanager
+def older_names() -> Iterator[None]:
+    """PEFT reads a property that transformers renamed."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+        yield
 
 
 def classification_loss(model: nn.Module, samples: Inputs, smoothing: float) -> Tensor:

@@ -4,8 +4,6 @@ Per-sample gradients of a float64 copy of the model; sample weights from `tests.
 and the rows that those left in shared steps; or, with the default sharing, from the norms (`tests.reference.Clipping`).
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -81,9 +79,8 @@ def compare(
             error = float((flat(step.gradients, names) - target).norm() / target.norm())
             found.error = max(found.error, error if math.isfinite(error) else math.inf)
             if layer in stores:
-                found.contrast = max(
-                    found.contrast, float((factor * flat(plain, names) - target).norm() / target.norm())
-                )
+                contrast = float((factor * flat(plain, names) - target).norm() / target.norm())
+                found.contrast = max(found.contrast, contrast)
         place += len(step.batches)
         found.clipped += factor < 1
         found.coefficient_steps += step.computes

@@ -9,14 +9,12 @@ has to start processes of its own may do so and return what they found. A new ro
         return checked(kind, sharing, train(kind, sharing, folder, bf16=True))
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tests.modes.harness import Record
+from tests.modes.harness import Record, Stream, train
 from tests.modes.nets import Kind
 from tests.modes.oracle import compare
 
@@ -80,3 +78,25 @@ def checked(kind: Kind, sharing: str, record: Record, *, shares: bool = True, **
     assert found.coefficient_steps > 0 or sharing == "clipped"
     assert (found.shared_steps > 0) == (sharing == "clipped" or (shares and sharing != "never"))
     return found.error
+
+
+def simple(
+    sizes: list[list[int]] | None = None,
+    smoothing: float = 0.0,
+    shares: bool = True,
+    stream: bool = False,
+    **changes: Any,
+) -> Run:
+    """A run with other `TrainingArguments`, and the batch sizes of each of its steps."""
+
+    def run(kind: Kind, sharing: str, folder: Path) -> float:
+        data = Stream(kind.data(changes["samples"])) if stream else None
+        record = train(kind, sharing, folder, data=data, **changes)
+        assert sizes is None or sizes_of(record) == sizes
+        return checked(kind, sharing, record, shares=shares, smoothing=smoothing)
+
+    return run
+
+
+def sizes_of(record: Record) -> list[list[int]]:
+    return [[len(batch.inputs["input_ids"]) for batch in step.batches] for step in record.steps]

@@ -1,7 +1,5 @@
 """Writes recipes/results/modes.md: ``python -m tests.modes.table``, from the root of the repository."""
 
-from __future__ import annotations
-
 import contextlib
 import io
 import tempfile

@@ -1,7 +1,5 @@
 """Every mode of Trainer against the dense float64 oracle, and what Trainer makes of the loss."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest
@@ -55,16 +53,8 @@ def test_the_factor_that_trainer_leaves_in_the_loss_changes_no_weight(sharing: s
         model = LINEAR.make()
         if accepts is not None:
             model.accepts_loss_kwargs = accepts
-        return train(
-            LINEAR,
-            sharing,
-            tmp_path,
-            model=model,
-            per_device_train_batch_size=3,
-            gradient_accumulation_steps=4,
-            learning_rate=0.0,
-            num_train_epochs=1,
-        )
+        changes = {"per_device_train_batch_size": 3, "gradient_accumulation_steps": 4, "learning_rate": 0.0}
+        return train(LINEAR, sharing, tmp_path, model=model, num_train_epochs=1, **changes)
 
     trapped, right = run(None), run(False)
     for step, expected in zip(trapped.steps, right.steps, strict=True):
@@ -115,6 +105,5 @@ def test_the_committed_table_is_of_these_modes() -> None:
     written = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("|")]
     assert [row[0] for row in written[2:]] == list(MODES)
     for (_, *cells), mode in zip(written[2:], MODES.values(), strict=True):
-        assert all(cell.startswith("equal, error" if mode.refused is None else "refused: ") for cell in cells), (
-            mode.name
-        )
+        begin = "equal, error" if mode.refused is None else "refused: "
+        assert all(cell.startswith(begin) for cell in cells), mode.name

@@ -1,7 +1,5 @@
 """A comparison of the fake recipe, for the tests."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

@@ -1,13 +1,11 @@
 """The optimizers that FNGD is compared with, each on a case whose answer is known."""
 
-from __future__ import annotations
-
 import math
 
 import pytest
 import torch
 from torch import nn
-from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainingArguments
+from transformers import GPT2Config, GPT2LMHeadModel, Trainer
 
 from baselines import BASELINES, BaselineFactory
 from baselines.eva import Eva
@@ -15,6 +13,7 @@ from baselines.factory import baseline_layers
 from baselines.kfac import KFAC
 from baselines.muon import Muon
 from baselines.shampoo import Shampoo, inverse_fourth_root
+from tests.modes.harness import arguments
 from tests.nets import CLASSES, data, net
 
 LAYER_TYPES = ["Linear", "Conv1D"]
@@ -186,8 +185,7 @@ def test_muon_is_torchs():
             q.grad = p.grad.clone()
         muon.step()
         reference.step()
-    for p, q in zip(ours, theirs, strict=True):
-        torch.testing.assert_close(p, q, rtol=0.02, atol=0.01)  # theirs is in bfloat16
+    torch.testing.assert_close(ours, theirs, rtol=0.02, atol=0.01)  # theirs is in bfloat16
     update = (before * (1 - 0.01) - ours[0].detach()) / (0.1 * 0.2 * 8**0.5)
     values = torch.linalg.svdvals(update)
     assert values.min() > 0.5
@@ -279,24 +277,12 @@ class Lossy(nn.Module):
 
 def trained(folder, name, **options):
     x, y = data(48, dtype=torch.float32)
-    args = TrainingArguments(
-        str(folder),
-        per_device_train_batch_size=4,
-        gradient_accumulation_steps=2,
-        num_train_epochs=2,
-        save_steps=5,
-        max_grad_norm=0.1,
-        lr_scheduler_type="linear",
-        report_to="none",
-        disable_tqdm=True,
-        dataloader_pin_memory=False,
-        use_cpu=True,
-    )
+    changes = {"gradient_accumulation_steps": 2, "max_grad_norm": 0.1, "lr_scheduler_type": "linear"}
     intervals = {"statistics_every": 2, "inverse_every": 4}
     kwargs = {option: intervals[option] for option in intervals if option in BASELINES[name].options}
     trainer = Trainer(
         Lossy(),
-        args,
+        arguments(folder, save_strategy="steps", save_steps=5, **changes),
         train_dataset=[{"x": a, "labels": b} for a, b in zip(x, y, strict=True)],
         optimizer_cls_and_kwargs=(BaselineFactory, {"name": name, "lr": 0.01, "weight_decay": 0.1, **kwargs}),
     )

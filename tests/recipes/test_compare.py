@@ -1,7 +1,5 @@
 """The comparison: what it runs, what it never runs twice, what it selects, what it says."""
 
-from __future__ import annotations
-
 import json
 import os
 import signal
@@ -61,13 +59,8 @@ def test_the_best_point_by_validation_goes_on_with_more_seeds(toy, capsys):
 def test_the_report_has_means_spreads_and_seconds(toy):
     toy.run()
     # Seeds 1, 2, 4 add themselves to the score 10 lr; the curve's best epoch is the second one, of the same score.
-    assert toy.row("optimizer")[4:] == [
-        "eval_score",
-        "eval_score, best epoch",
-        "test_score",
-        "seconds",
-        "seconds a step",
-    ]
+    scores = ["eval_score", "eval_score, best epoch", "test_score"]
+    assert toy.row("optimizer")[4:] == [*scores, "seconds", "seconds a step"]
     spread = "5.333 ± 1.5 (4 to 7)"
     assert toy.row("a") == ["a", "lr 0.3", "3", "3", spread, spread, "-5.333 ± 1.5 (-7 to -4)", "6", "0.5"]
     assert toy.row("b")[6] == "-6.333 ± 1.5 (-8 to -5)"

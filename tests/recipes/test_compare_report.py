@@ -1,7 +1,5 @@
 """The report's sections, of records that were never run: time, the gap, the grids."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest
@@ -11,12 +9,8 @@ from comparison.report import report
 from comparison.results import Results
 from tests.recipes.comparison_setting import Setting, row
 
-TARGETS, STEP, GAP, GRIDS = (
-    "## Epochs and seconds to a target",
-    "## Time of a step",
-    "## Training and validation loss",
-    "## Grids",
-)
+TARGETS, STEP = "## Epochs and seconds to a target", "## Time of a step"
+GAP, GRIDS = "## Training and validation loss", "## Grids"
 ONE_POINT = {"a": {"options": {"optimizer": "a"}}, "b": {"options": {"optimizer": "b"}}}
 
 

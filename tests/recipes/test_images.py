@@ -1,7 +1,5 @@
 """Whole runs of the image recipe, on synthetic images."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 

@@ -1,7 +1,5 @@
 """Synthetic images, the way from a dataset to tensors, and the options of the image recipe."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 import torch

@@ -1,7 +1,5 @@
 """The language modeling recipe: its loss, its perplexity, whole runs."""
 
-from __future__ import annotations
-
 import itertools
 import math
 import statistics

@@ -1,7 +1,5 @@
 """The training loss, outsized losses, and the bound against them."""
 
-from __future__ import annotations
-
 import math
 
 import pytest

@@ -1,7 +1,5 @@
 """The optimizers of the recipes: what Trainer is handed, and what is reported of it."""
 
-from __future__ import annotations
-
 from types import SimpleNamespace
 
 import pytest

@@ -1,16 +1,14 @@
 """What a shared step is made of: SGD's own matrix products, and nothing per sample."""
 
-from __future__ import annotations
-
 import argparse
 import sys
 from functools import partial
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import step_cost
+from tests.steps import Allocations
 
 SHARED = "engine + SGD-m, replay, shared step"
 
@@ -45,26 +43,13 @@ def test_coefficient_step_solves_once_a_layer() -> None:
     assert counts["aten::linalg_cholesky_ex"] == counts["aten::cholesky_solve"] == layers
 
 
-class LargestSize(TorchDispatchMode):
-    """The largest tensor that any operation returned."""
-
-    size = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
-        out = func(*args, **(kwargs or {}))
-        for tensor in out if isinstance(out, tuple | list) else [out]:
-            if isinstance(tensor, torch.Tensor):
-                self.size = max(self.size, tensor.untyped_storage().nbytes())
-        return out
-
-
 def test_shared_step_forms_no_tensor_larger_than_sgds() -> None:
     sizes = []
     for arm in ("SGD-m", SHARED):
         run = run_of(arm)
-        with LargestSize() as mode:
+        with Allocations() as allocations:
             run()
-        sizes.append(mode.size)
+        sizes.append(allocations.largest)
     assert sizes[0] >= sizes[1]
 
 

@@ -1,7 +1,5 @@
 """The results that are kept beside the recipes: they can be read, and the plot of the README is drawn from them."""
 
-from __future__ import annotations
-
 import json
 import shutil
 

@@ -1,7 +1,5 @@
 """The classification recipe: its embedded data, labels, whole runs."""
 
-from __future__ import annotations
-
 import json
 
 import pytest

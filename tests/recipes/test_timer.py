@@ -1,14 +1,13 @@
 """The clock of the recipes: whole steps, and their parts."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from torch import nn
-from transformers import TrainerCallback, TrainingArguments
+from transformers import TrainerCallback
 
 from common.timer import PARTS, StepTimer, hardware
 from common.trainer import RecipeTrainer
+from tests.modes.harness import arguments
 
 
 class Clock:
@@ -82,26 +81,14 @@ def test_parts_of_a_step_are_those_of_its_micro_batches(tmp_path, monkeypatch, a
             return {"x": torch.ones(1)}
 
     net = Net(clock)
-    args = TrainingArguments(
-        output_dir=str(tmp_path),
-        use_cpu=True,
-        max_steps=3,
-        per_device_train_batch_size=1,
-        gradient_accumulation_steps=accumulation,
-        max_grad_norm=0,
-        report_to=[],
-        disable_tqdm=True,
-        dataloader_pin_memory=False,
-        eval_strategy="steps",  # forward passes that are no part of a step
-        eval_steps=1,
-    )
-    optimizer = SlowSGD(net.parameters(), lr=0.1)
+    sizes = {"max_steps": 3, "per_device_train_batch_size": 1, "gradient_accumulation_steps": accumulation}
+    evaluation = {"eval_strategy": "steps", "eval_steps": 1}  # forward passes that are no part of a step
     trainer = RecipeTrainer(
         model=net,
-        args=args,
+        args=arguments(tmp_path, **sizes, **evaluation),
         train_dataset=Rows(),
         eval_dataset=Rows(),
-        optimizers=(optimizer, None),
+        optimizers=(SlowSGD(net.parameters(), lr=0.1), None),
         callbacks=[SlowCallback(clock)],
     )
     trainer.train()

@@ -1,7 +1,5 @@
 """Whole runs of the translation recipe."""
 
-from __future__ import annotations
-
 import subprocess
 import sys
 

@@ -1,7 +1,5 @@
 """Options of the translation recipe: types, precedence, and errors that name the fix."""
 
-from __future__ import annotations
-
 import dataclasses
 from pathlib import Path
 

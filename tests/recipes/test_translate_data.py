@@ -1,7 +1,5 @@
 """Datasets, tokenizer, batches of the translation recipe."""
 
-from __future__ import annotations
-
 from functools import partial
 
 import pytest

@@ -1,7 +1,5 @@
 """64 sentence pairs for the tests of the translation recipe."""
 
-from __future__ import annotations
-
 import itertools
 import json
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Checkpoints that a kill cut off, file by file, and layouts that are not to be rejected."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from pathlib import Path

@@ -4,10 +4,8 @@ Epochs have four steps (of batches of four) where a row says nothing else. Witho
 what Accelerate's data loaders show; where they show nothing, the cap ends the first phase.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -40,7 +38,6 @@ class Watched(ReplaySharing):
         return super().begin(size, offset)
 
 
-@dataclass
 class Run:
     """A model, its optimizer, and Trainers on them.
 
@@ -50,15 +47,10 @@ class Run:
         cap: `coefficient_steps`.
     """
 
-    folder: Path
-    told: bool
-    cap: int | None = None
-    model: nn.Module = field(init=False)
-    optimizer: FNGD = field(init=False)
-    policy: Watched = field(init=False)
     other: Trainer | None = None
 
-    def __post_init__(self) -> None:
+    def __init__(self, folder: Path, told: bool, cap: int | None = None) -> None:
+        self.folder, self.told, self.cap = folder, told, cap
         self.renew()
 
     def renew(self) -> None:
@@ -86,6 +78,10 @@ Drive = Callable[[Run], None]
 
 def trains(**changes: Any) -> Drive:
     return lambda run: run.train(**changes)
+
+
+def streams(samples: int = 16, **changes: Any) -> Drive:
+    return trains(max_steps=9, data=Stream(list(classification_data(samples))), **changes)
 
 
 def resumes(step: int) -> Drive:
@@ -210,7 +206,6 @@ class Row:
     cap: int | None = None
 
 
-STREAM = {"max_steps": 9, "data": Stream(list(classification_data(16)))}
 ROWS = {
     "three epochs": Row(trains(), first(4)),
     "three epochs, a lower cap": Row(trains(), first(3), cap=3),
@@ -224,23 +219,16 @@ ROWS = {
     "evaluation at every step": Row(trains(eval_strategy="steps", eval_steps=1), first(4)),
     "evaluation at the end of an epoch": Row(trains(eval_strategy="epoch"), first(4)),
     "evaluation first": Row(trains(eval_strategy="epoch", eval_on_start=True), first(4)),
-    "iterable dataset": Row(trains(**STREAM), first(4)),
-    "iterable dataset, a last batch of another size": Row(
-        trains(max_steps=9, data=Stream(list(classification_data(18)))), first(5)
-    ),
-    "iterable dataset with accumulation": Row(trains(gradient_accumulation_steps=2, **STREAM), first(2)),
+    "iterable dataset": Row(streams(), first(4)),
+    "iterable dataset, a last batch of another size": Row(streams(18), first(5)),
+    "iterable dataset with accumulation": Row(streams(gradient_accumulation_steps=2), first(2)),
     # Trainer takes no step with the fifth micro-batch, the last of the epoch: nobody sees the flag that comes with it.
     # Told of the end of the epoch, FNGD has computed the coefficients of that micro-batch all the same.
     "iterable dataset with accumulation and a remainder": Row(
-        trains(max_steps=9, data=Stream(list(classification_data(20))), gradient_accumulation_steps=2),
-        first(9),
-        first(3),
+        streams(20, gradient_accumulation_steps=2), first(9), first(3)
     ),
     "iterable dataset with accumulation and a remainder, a cap": Row(
-        trains(max_steps=9, data=Stream(list(classification_data(20))), gradient_accumulation_steps=2),
-        first(6),
-        first(3),
-        cap=6,
+        streams(20, gradient_accumulation_steps=2), first(6), first(3), cap=6
     ),
     "resumed in mid-epoch": Row(resumes(2), [2, 3]),
     "resumed after all but one step of an epoch": Row(resumes(3), [3]),

@@ -1,7 +1,5 @@
 """FNGD under the Hugging Face Trainer."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +15,7 @@ from tests.nets import UPDATES_OF, settings_of
 
 SAMPLES, BATCH, EPOCHS = 24, 4, 3
 PER_EPOCH = SAMPLES // BATCH
+TOLD = (FNGDCallback,)
 
 
 def arguments(folder: Path, **changes: Any) -> TrainingArguments:
@@ -24,7 +23,7 @@ def arguments(folder: Path, **changes: Any) -> TrainingArguments:
 
 
 def trainer(
-    folder: Path, kind: Kind = LINEAR, callbacks: Any = (), made: Any = None, fngd: Any = None, **changes: Any
+    folder: Path, kind: Kind = LINEAR, callbacks: Any = TOLD, made: Any = None, fngd: Any = None, **changes: Any
 ) -> Trainer:
     """On a model of its own, with FNGD of these arguments, or whatever ``made`` passes to Trainer."""
     model = kind.make()
@@ -40,7 +39,7 @@ def logged(trainer: Trainer) -> list[dict[str, Any]]:
 @pytest.mark.parametrize("sharing", policy_names())
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
 def test_trains_without_a_callback(kind: Kind, sharing: str, tmp_path: Path) -> None:
-    run = trainer(tmp_path, kind, fngd={"lr": 3e-2, "sharing": sharing})
+    run = trainer(tmp_path, kind, (), fngd={"lr": 3e-2, "sharing": sharing})
     run.train()
     losses = [entry["loss"] for entry in logged(run)]
     assert sum(losses[-PER_EPOCH:]) < 0.9 * sum(losses[:PER_EPOCH])
@@ -62,9 +61,7 @@ NAMES = {
 def test_callback_adds_plain_numbers_to_the_logs(
     sharing: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run = trainer(
-        tmp_path, callbacks=[FNGDCallback()], fngd={"lr": 1e-3, "sharing": sharing}, disable_tqdm=sharing != "replay"
-    )
+    run = trainer(tmp_path, fngd={"lr": 1e-3, "sharing": sharing}, disable_tqdm=sharing != "replay")
     run.train()
     for entry in logged(run):
         found = {key.removeprefix("fngd_"): value for key, value in entry.items() if key.startswith("fngd_")}
@@ -80,13 +77,13 @@ def test_callback_adds_plain_numbers_to_the_logs(
 
 def test_callback_measures_for_logs_of_epochs(tmp_path: Path) -> None:
     changes = {"logging_strategy": "epoch", "logging_steps": 500}
-    run = trainer(tmp_path, callbacks=[FNGDCallback()], fngd={"lr": 1e-3, "sharing": "never"}, **changes)
+    run = trainer(tmp_path, fngd={"lr": 1e-3, "sharing": "never"}, **changes)
     run.train()
     assert len({entry["fngd_rho"] for entry in logged(run)}) == len(logged(run)) == EPOCHS
 
 
 def test_callback_refuses_another_optimizer(tmp_path: Path) -> None:
-    run = trainer(tmp_path, callbacks=[FNGDCallback()], made={})
+    run = trainer(tmp_path, made={})
     with pytest.raises(TypeError, match=r"there is no FNGD in this AcceleratedOptimizer, but AdamW: pass optimizers="):
         run.train()
 
@@ -95,9 +92,7 @@ def test_factory_honours_arguments_and_config(tmp_path: Path) -> None:
     changes = {"weight_decay": 0.25, "learning_rate": 0.002, "num_train_epochs": 1}
     config = FNGDConfig.preset("paper", update="adam")
     made = {"args": arguments(tmp_path, **changes), "config": config}
-    run = trainer(
-        tmp_path, made={"optimizer_cls_and_kwargs": (FNGDFactory, made)}, callbacks=[FNGDCallback()], **changes
-    )
+    run = trainer(tmp_path, made={"optimizer_cls_and_kwargs": (FNGDFactory, made)}, **changes)
     run.train()
     optimizer = unwrap(run.optimizer)
     first, *_, last = optimizer.param_groups
@@ -121,7 +116,7 @@ def test_factory_makes_one_optimizer_a_model_init(tmp_path: Path) -> None:
 
 
 def test_class_in_place_of_the_factory_names_the_factory(tmp_path: Path) -> None:
-    run = trainer(tmp_path, made={"optimizer_cls_and_kwargs": (FNGD, {"lr": 1e-3})})
+    run = trainer(tmp_path, callbacks=(), made={"optimizer_cls_and_kwargs": (FNGD, {"lr": 1e-3})})
     with pytest.raises(TypeError, match="FNGDFactory"):
         run.train()
 
@@ -143,9 +138,8 @@ def test_from_training_args(tmp_path: Path) -> None:
 )
 def test_what_is_set_wins_over_what_is_a_default(by: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     def made(config: FNGDConfig | str | None = None, **changes: Any) -> dict[str, Any]:
-        return by(
-            bert(), TrainingArguments(str(tmp_path), report_to=[], use_cpu=True, **changes), config
-        ).settings.values()
+        args = TrainingArguments(str(tmp_path), report_to=[], use_cpu=True, **changes)
+        return by(bert(), args, config).settings.values()
 
     config = FNGDConfig(lr=0.25, weight_decay=0.5, momentum=0.5, beta2=0.75, eps=1e-3)
     for name, value in made(config).items():
@@ -154,13 +148,8 @@ def test_what_is_set_wins_over_what_is_a_default(by: Any, tmp_path: Path, caplog
     assert "default of TrainingArguments" not in caplog.text
     assert made()["lr"] == made("default")["lr"] == FNGDConfig().lr
     assert "learning_rate=5e-05 is the default of TrainingArguments, which nobody chose" in caplog.text
-    set_there = {
-        "learning_rate": 1.0,
-        "weight_decay": 2.0,
-        "adam_beta1": 0.25,
-        "adam_beta2": 0.5,
-        "adam_epsilon": 0.125,
-    }
+    set_there = {"learning_rate": 1.0, "weight_decay": 2.0}
+    set_there |= {"adam_beta1": 0.25, "adam_beta2": 0.5, "adam_epsilon": 0.125}
     found = made(**set_there)
     assert [found[name] for name in ("lr", "weight_decay", "momentum", "beta2", "eps")] == list(set_there.values())
     for name, value in set_there.items():
@@ -183,7 +172,7 @@ def test_reporters_see_the_values(later: bool, tmp_path: Path, monkeypatch: pyte
     reporters: list[Reporter] = []
     monkeypatch.setattr(Reporter, "on_train_begin", lambda self, *args, **kwargs: reporters.append(self))
     monkeypatch.setattr("transformers.trainer.DEFAULT_CALLBACKS", [*transformers.trainer.DEFAULT_CALLBACKS, Reporter])
-    run = trainer(tmp_path, callbacks=[] if later else [FNGDCallback()], logging_steps=1)
+    run = trainer(tmp_path, callbacks=() if later else TOLD, logging_steps=1)
     if later:
         run.add_callback(FNGDCallback)
     run.train()
@@ -194,7 +183,7 @@ def test_reporters_see_the_values(later: bool, tmp_path: Path, monkeypatch: pyte
 
 
 def test_checkpoints_have_the_settings(tmp_path: Path) -> None:
-    run = trainer(tmp_path, callbacks=[FNGDCallback()], fngd={"lr": 3e-3, "momentum": 0.8}, save_strategy="epoch")
+    run = trainer(tmp_path, fngd={"lr": 3e-3, "momentum": 0.8}, save_strategy="epoch")
     run.train()
     checkpoints = list(tmp_path.glob("checkpoint-*"))
     assert checkpoints

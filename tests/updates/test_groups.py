@@ -53,11 +53,8 @@ def test_the_groups_of_a_small_network(update: str, of_biases: str) -> None:
         ["preconditioned_no_decay", of_biases, 0.1, 0.0, [0, 1]],
         ["plain_no_decay", "adam", 0.2, 0.0, []],
     ]
-    expected = [
-        [model.fc1.weight, model.fc2.weight],
-        [model.fc1.bias, model.fc2.bias],
-        [model.norm.weight, model.norm.bias],
-    ]
+    fc1, fc2, norm = model.fc1, model.fc2, model.norm
+    expected = [[fc1.weight, fc2.weight], [fc1.bias, fc2.bias], [norm.weight, norm.bias]]
     for group, parameters in zip(groups, expected, strict=True):
         assert all(p is q for p, q in zip(group["params"], parameters, strict=True))
 

@@ -1,7 +1,5 @@
 """Policies as the engine uses them, on samples that are given by their gradients."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any

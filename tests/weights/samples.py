@@ -1,7 +1,5 @@
 """Inputs and output gradients of a layer, of any shape, dtype and likeness of the samples, for hypothesis."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch

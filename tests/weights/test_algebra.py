@@ -7,12 +7,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from hf_fngd.layers.linear import LinearKernel
 from hf_fngd.weights.algebra import accumulation_dtype, weighted_bias_sum, weighted_sum
 from hf_fngd.weights.gram import Route, cheaper_route, gram, normalize
 from tests.reference import gram_from_layer
+from tests.steps import Allocations
 from tests.weights.samples import Layer, budgets, layers, seeds
 
 ROUTES = ["ghost", "formed", None]
@@ -39,21 +39,6 @@ def test_every_route_yields_the_dense_gram(of: Layer, bias: bool, budget: int, r
     # What the terms of an entry add up to, where they do not cancel.
     terms = gram_from_layer(of.a.double().abs(), of.g.double().abs(), bias).max()
     assert (found.double() - expected).abs().max() <= 100 * rounding(found.dtype) * terms
-
-
-class Allocations(TorchDispatchMode):
-    """Records the bytes of the largest tensor that any operation makes, apart from the given ones."""
-
-    def __init__(self, *inputs: Tensor) -> None:
-        super().__init__()
-        self.inputs = {x.untyped_storage().data_ptr() for x in inputs}
-        self.largest = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        if isinstance(result, Tensor) and result.untyped_storage().data_ptr() not in self.inputs:
-            self.largest = max(self.largest, result.untyped_storage().nbytes())
-        return result
 
 
 @pytest.mark.parametrize("budget", [1, 2**12, 2**14])

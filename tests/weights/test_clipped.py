@@ -1,5 +1,6 @@
 """Clipped: sample weights from norms, those of the oracle's per-sample gradients or the cheap ones."""
 
+import copy
 import math
 
 import pytest
@@ -7,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from hf_fngd import FNGD, FNGDPreconditioner
-from tests.nets import EVERY_TYPE, LAYER_NAMES, data, dense, gradient, loss, net, train
+from tests.nets import EVERY_TYPE, LAYER_NAMES, data, loss, net
+from tests.steps import dense, gradient, one_step, relative_error, train, with_engine, with_fngd
 from tests.weights.harness import of_norms, prepared, step
 
 
@@ -49,8 +51,7 @@ def test_a_norm_that_is_no_number_is_not_hidden(bad: tuple[float, float]) -> Non
 
 
 def test_of_steps_in_one_micro_batch_nothing_is_kept() -> None:
-    model = net()
-    optimizer = FNGD(model)
+    model, optimizer = with_fngd()
     train(model, optimizer, steps=4)
     assert optimizer.preconditioner.policy.state_dict()["means"].count_nonzero() == 0
 
@@ -60,8 +61,7 @@ def test_no_step_forms_a_gram_matrix(monkeypatch: pytest.MonkeyPatch) -> None:
         raise AssertionError
 
     monkeypatch.setattr("hf_fngd.layers.linear.gram", refuse)
-    model = net()
-    optimizer = FNGD(model)
+    model, optimizer = with_fngd()
     train(model, optimizer, steps=9)
     assert set(optimizer.diagnostics()) == {"weight_spread", "skipped"}
     with pytest.raises(AssertionError):
@@ -69,14 +69,12 @@ def test_no_step_forms_a_gram_matrix(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_spread_in_the_log_is_that_of_the_last_batch() -> None:
-    model = net()
-    optimizer = FNGD(model, lr=0)
+    model, optimizer = with_fngd(lr=0)
     assert optimizer.diagnostics()["weight_spread"] == 0
     for scale in (1.0, 1e4):
         x, y = data(7)
         x[3] *= scale
-        loss(model, x, y).backward()
-        optimizer.step()
+        one_step(model, optimizer, x, y)
         exact = dense(net(), x, y, 1.0)
         w = torch.stack([clipped(exact[name].u.norm(dim=0).tolist()) for name in LAYER_NAMES])
         expected = (w.var(dim=1, correction=0) / w.mean(dim=1).square()).mean().sqrt()
@@ -110,15 +108,176 @@ def test_steps_stay_on_the_models_device(monkeypatch: pytest.MonkeyPatch) -> Non
     assert len(preconditioner.coverage().weighed) == 6
 
 
-@pytest.mark.parametrize("scale", [2.0**-40, 2.0**16])
-def test_the_scale_of_the_loss_does_not_matter(scale: float) -> None:
-    found = []
-    for factor in (1.0, scale):
-        model = net(dtype=torch.float32)
-        preconditioner = FNGDPreconditioner(model, layer_types=EVERY_TYPE)
-        for seed in range(2):
-            model.zero_grad()
-            (factor * loss(model, *data(7, 3, seed=seed, dtype=torch.float32))).backward()
-            preconditioner.step()
-        found.append(gradient(model) / factor)
-    assert torch.equal(*found)
+# Steps of several micro-batches: the norms of the last step stand for those of the others ----------------------
+
+ONES = 3 * [[1.0]]
+
+
+def test_the_bound_is_the_mean_of_own_and_remembered_norms() -> None:
+    policy = prepared("clipped")
+    norms = [1.0, 2.0, 9.0, 0.0]
+    (alone,) = step(policy, of_norms(*3 * [norms]))
+    torch.testing.assert_close(alone, torch.tensor([1, 1, 4 / 9, 1], dtype=torch.float64).expand(3, 4))
+    # Two layers of three micro-batches; the third has none but its own.
+    first, second, third = of_norms([1.0], [2.0], []), of_norms([3.0, 0.0], [0.5, 0.0], []), of_norms([5, 7], [], [])
+    step(policy, first, second, third)
+    found, *_ = step(policy, of_norms(*3 * [norms]), second, third)
+    norms = torch.tensor(norms, dtype=torch.float64)
+    for place, known in enumerate((4.0, 1.25, 4.0)):
+        bound = (4 + 2 * known) / 3
+        torch.testing.assert_close(found[place], torch.where(norms > 0, bound / norms, 1).clamp(max=1))
+
+
+def test_a_layer_without_norms_keeps_its_last_ones() -> None:
+    policy = prepared("clipped")
+    step(policy, of_norms([], [1.0], [4.0]), of_norms([], [3.0], [math.inf]))
+    torch.testing.assert_close(policy.means.double(), torch.tensor([0.0, 2.0, 0.0]).double())
+    step(policy, of_norms([5.0], [], []), of_norms([7.0], [], [2.0]))
+    torch.testing.assert_close(policy.means.double(), torch.tensor([6.0, 2.0, 2.0]).double())
+
+
+def test_a_micro_batch_without_gradients_is_clipped_by_nothing() -> None:
+    policy = prepared("clipped")
+    step(policy, of_norms(*ONES), of_norms(*ONES))
+    found, _ = step(policy, of_norms(*3 * [[0.0, 0.0]]), of_norms(*ONES))
+    assert torch.equal(found, torch.ones(3, 2, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("bad", [math.inf, math.nan])
+def test_a_norm_that_overflows_is_not_hidden_by_what_is_remembered(bad: float) -> None:
+    policy = prepared("clipped")
+    step(policy, of_norms(*ONES), of_norms(*ONES))
+    found, _ = step(policy, of_norms(*3 * [[1.0, bad]]), of_norms(*ONES))
+    assert not (torch.tensor([1.0, bad]) * found[0]).isfinite().all()
+
+
+def test_one_shorter_step_is_not_remembered_and_the_second_is() -> None:
+    policy = prepared("clipped")
+    full, short = 4 * [of_norms(*ONES)], 2 * [of_norms(*3 * [[8.0]])]
+    for steps, parts, mean in (((full,), 4, 1.0), ((short,), 4, 1.0), ((full, short), 4, 1.0), ((short,), 2, 8.0)):
+        for batches in steps:
+            step(policy, *batches)
+        assert (policy.parts, float(policy.means[0])) == (parts, mean)
+    step(policy, *full)
+    assert (policy.parts, float(policy.means[0])) == (4, 1.0)
+
+
+@pytest.mark.parametrize("sizes", [(3, 3, 3), (4, 1, 2), (1, 1)])
+def test_gradients_are_the_oracles(sizes: tuple[int, ...]) -> None:
+    model, preconditioner = with_engine()
+    known: dict[str, float] = {}
+    for number in range(3):
+        model.zero_grad()
+        expected = dict.fromkeys(LAYER_NAMES, 0.0)
+        means: dict[str, list[float]] = {name: [] for name in LAYER_NAMES}
+        for place, size in enumerate(sizes):
+            x, y = data(size, seed=10 * number + place)
+            if number == 2 and place == 0:
+                x[0] *= 1e3
+            for name, oracle in dense(net(), x, y, 1.0).items():
+                norms = oracle.u.norm(dim=0) / size  # of the gradients of the micro-batch's mean loss
+                bound = mean = float(norms.mean())
+                if number > 0:
+                    bound = (mean + (len(sizes) - 1) * known[name]) / len(sizes)
+                means[name] += norms.tolist()
+                expected[name] = expected[name] + oracle.u @ (bound / norms).clamp(max=1) / size
+            loss(model, x, y).backward()
+        for name in LAYER_NAMES:
+            assert relative_error(gradient(model.get_submodule(name)), expected[name]) < 1e-9
+        preconditioner.step()
+        known = {name: sum(mean) / len(mean) for name, mean in means.items()}
+
+
+def micro_batches_of_one(optimizer: FNGD, model: nn.Module, factor: float) -> Tensor:
+    """The gradient of sixteen samples one by one, one of which counts more."""
+    optimizer.zero_grad()
+    for n, (x, y) in enumerate(zip(*data(16), strict=True)):
+        (loss(model, x[None], y[None]) * (factor if n == 5 else 1.0)).backward()
+    return gradient(model.fc1)
+
+
+def test_an_outlier_that_is_alone_in_its_micro_batch_is_clipped() -> None:
+    model, optimizer = with_fngd(lr=0.0)
+    clean = micro_batches_of_one(optimizer, model, 1.0)  # nothing is known yet, all sample weights are 1
+    assert relative_error(micro_batches_of_one(optimizer, model, 1e4), clean) > 100
+    optimizer.step()
+    assert relative_error(micro_batches_of_one(optimizer, model, 1e4), clean) > 100  # the outlier was among the last
+    assert optimizer.diagnostics()["weight_spread"] == 0
+    optimizer = FNGD(model := net(), lr=0.0)
+    micro_batches_of_one(optimizer, model, 1.0)
+    optimizer.step()
+    bounded = micro_batches_of_one(optimizer, model, 1.0)
+    with_outlier = micro_batches_of_one(optimizer, model, 16.0)
+    assert relative_error(with_outlier, bounded) < 0.5
+    optimizer.step()
+    assert optimizer.diagnostics()["weight_spread"] > 0.1  # over all micro-batches, each of which has one sample
+
+
+def test_a_resumed_run_goes_on_with_the_same_bounds() -> None:
+    model, optimizer = with_fngd(lr=1e-2)
+    fresh = optimizer.preconditioner.policy.state_dict()
+    micro_batches_of_one(optimizer, model, 3.0)
+    optimizer.step()
+    # A sharded checkpoint is loaded into the state of an optimizer that has done nothing yet.
+    later = optimizer.preconditioner.policy.state_dict()
+    assert fresh.keys() == later.keys()
+    assert fresh["means"].shape == later["means"].shape
+    resumed_model = net()
+    resumed = FNGD(resumed_model, lr=1e-2)
+    resumed_model.load_state_dict(model.state_dict())
+    resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    for _ in range(2):
+        found = [micro_batches_of_one(o, m, 3.0) for o, m in ((optimizer, model), (resumed, resumed_model))]
+        assert torch.equal(*found)
+        optimizer.step()
+        resumed.step()
+
+
+def test_a_skipped_step_is_not_remembered() -> None:
+    model, optimizer = with_fngd(lr=0.0)
+    micro_batches_of_one(optimizer, model, 1.0)
+    optimizer.step()
+    before = optimizer.preconditioner.policy.state_dict()
+    micro_batches_of_one(optimizer, model, math.inf)
+    optimizer.step()
+    assert optimizer.skipped == 1
+    assert torch.equal(optimizer.preconditioner.policy.state_dict()["means"], before["means"])
+
+
+class Twice(nn.Module):
+    """A table that is used twice, the second time with much smaller gradients."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(9, 6)
+        self.head = nn.Linear(12, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head((self.table(x) + 1e-3 * self.table(x.flip(1))).flatten(1))
+
+
+def test_of_a_module_that_is_called_twice_no_norms_are_remembered() -> None:
+    torch.manual_seed(0)
+    model = Twice()
+    optimizer = FNGD(model)
+    for _ in range(2):
+        for _ in range(3):
+            nn.functional.cross_entropy(model(torch.randint(9, (5, 2))), torch.randint(4, (5,))).backward()
+        optimizer.step()
+    head, table = optimizer.preconditioner.policy.means
+    assert head > 0
+    assert table == 0
+
+
+@pytest.mark.parametrize(("saved", "loaded", "factor"), [(1, 1, 1.0), (4, 4, 1.0), (2, 1, 0.5), (1, 4, 4.0)])
+def test_norms_are_those_of_as_many_processes_as_go_on(
+    monkeypatch: pytest.MonkeyPatch, saved: int, loaded: int, factor: float
+) -> None:
+    policy = prepared("clipped")
+    step(policy, *4 * [of_norms([3.0], [1.0], [0.5])])
+    monkeypatch.setattr("hf_fngd.weights.clipped.rank_and_world", lambda: (0, saved))
+    state = policy.state_dict()
+    monkeypatch.setattr("hf_fngd.weights.clipped.rank_and_world", lambda: (0, loaded))
+    resumed = prepared("clipped")
+    resumed.load_state_dict(state)
+    assert torch.equal(resumed.means, factor * policy.means)

@@ -1,7 +1,5 @@
 """The suite that every registered sharing policy inherits, and the registry. A policy of one's own is one more row."""
 
-from __future__ import annotations
-
 import io
 import math
 from typing import Any
