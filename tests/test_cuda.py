@@ -18,7 +18,8 @@ from hf_fngd.weights.base import policy_names
 from tests.architectures.families import FAMILIES, Family
 from tests.architectures.oracle import outcomes
 from tests.modes.nets import bert
-from tests.nets import EVERY_TYPE, UPDATES_OF, Checkpointed, Net, data, gradient, loss, net, relative_error, settings_of
+from tests.nets import EVERY_TYPE, UPDATES_OF, Checkpointed, Net, data, loss, net, settings_of
+from tests.steps import gradient, relative_error
 
 pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),

@@ -11,7 +11,8 @@ from torch.utils.checkpoint import checkpoint
 from transformers.trainer_pt_utils import LayerWiseDummyOptimizer
 
 from hf_fngd import FNGDPreconditioner
-from tests.nets import Net, assert_equal, data, digest, loss, net, settings_of
+from tests.nets import Net, data, loss, net, settings_of
+from tests.steps import assert_equal, digest
 
 EPOCH, STEPS = 3, 7
 

@@ -15,7 +15,8 @@ from transformers import Trainer, TrainingArguments
 
 from hf_fngd import FNGD, FNGDConfig, FNGDFactory, unwrap
 from hf_fngd.updates import RULES, Update
-from tests.nets import assert_equal, data, digest, loss, net, train
+from tests.nets import data, loss, net
+from tests.steps import assert_equal, digest, train
 
 
 class Deep(nn.Module):
