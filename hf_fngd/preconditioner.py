@@ -167,8 +167,8 @@ class FNGDPreconditioner(Joins):
         def close(optimizer: torch.optim.Optimizer, *_: Any) -> None:
             if in_backward():
                 if self._closing != (now := torch._C._current_graph_task_id()):
-                    self._closing = now
                     after_backward(self.step)
+                    self._closing = now
                 return
             # torch's GradScaler calls a fused optimizer all the same, which then leaves the parameters as they are.
             if getattr(optimizer, "found_inf", None):

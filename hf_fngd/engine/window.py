@@ -1,11 +1,13 @@
 """The micro-batches of the optimizer step under way."""
 
 import logging
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
 from torch.autograd import Variable
+from torch.utils.checkpoint import CheckpointFunction
 
 from hf_fngd.distributed.environment import rank_and_world
 from hf_fngd.weights.base import MicroBatchWeights
@@ -22,7 +24,19 @@ def in_backward() -> bool:
 
 
 def after_backward(call: Callable[[], None]) -> None:
-    """Call it when the backward pass under way is over, and its micro-batches are complete."""
+    """Call it when the backward pass under way is over, and its micro-batches are complete.
+
+    Raises RuntimeError within a pass of reentrant checkpointing, which is over before the one around it.
+    """
+    frame = sys._getframe(1)
+    while frame.f_back is not None:
+        frame = frame.f_back
+        if frame.f_code is CheckpointFunction.backward.__code__:
+            raise RuntimeError(
+                "an optimizer that FNGD follows stepped inside backward, within layers that reentrant checkpointing "
+                "recomputes, where the end of the pass is not known: set use_reentrant=False, or follow none of these "
+                "optimizers and call preconditioner.step() after each backward pass"
+            )
     queue = Variable._execution_engine.queue_callback
     queue(lambda: queue(call))  # behind what completes micro-batches that backward has yet to reach
 

@@ -63,7 +63,8 @@ def scaled(x: Tensor, w: Tensor | None) -> Tensor:
 
 def mean_norm(norms: Tensor) -> Tensor:
     """The mean of norms ``[N]`` that are not 0, a scalar; NaN where all of them are."""
-    return norms.sum() / torch.linalg.vector_norm(norms, 0)  # which counts them, in one kernel
+    count: Tensor = torch.linalg.vector_norm(norms, 0)  # in one kernel
+    return norms.sum() / count
 
 
 def clip(norms: Tensor, bound: Tensor) -> Tensor:

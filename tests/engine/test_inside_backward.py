@@ -7,11 +7,10 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 from transformers.trainer_pt_utils import LayerWiseDummyOptimizer
 
 from hf_fngd import FNGDPreconditioner
-from tests.nets import Net, data, loss, net, settings_of
+from tests.nets import Checkpointed, Net, data, loss, net, settings_of
 from tests.steps import assert_equal, digest
 
 EPOCH, STEPS = 3, 7
@@ -92,10 +91,6 @@ def test_a_plain_parameter_may_step_before_any_layer_is_reached() -> None:
 
 
 def test_checkpointed_layers_and_a_pass_that_breaks_off() -> None:
-    class Checkpointed(Net):
-        def hidden(self, x: torch.Tensor) -> torch.Tensor:
-            return checkpoint(super().hidden, x, use_reentrant=False)
-
     model = net(cls=Checkpointed)
     preconditioner = FNGDPreconditioner(model, **settings_of("replay", damping=0.1))
     optimizers = inside(model)
@@ -116,6 +111,37 @@ def test_checkpointed_layers_and_a_pass_that_breaks_off() -> None:
     train(model, preconditioner, lambda: None)
     assert preconditioner.policy.steps == STEPS
     assert_equal(model, reference("replay", Checkpointed)[0])
+
+
+class Reentrant(Checkpointed):
+    reentrant = True
+
+
+def test_within_reentrant_checkpointing_it_is_refused_and_the_cure_is_right() -> None:
+    def train_with_gradients_of_inputs(model: nn.Module, after: Callable[[], Any]) -> None:
+        for step in range(4):
+            x, y = data(6, 3, seed=step)
+            loss(model, x.requires_grad_(), y).backward()
+            after()
+
+    model = net(cls=Reentrant)
+    preconditioner = FNGDPreconditioner(model, **settings_of("replay", damping=0.1))
+    for optimizer in inside(model).values():
+        preconditioner.follow(optimizer)
+    with pytest.raises(
+        RuntimeError, match=r"reentrant checkpointing .*use_reentrant=False, or .*preconditioner.step\(\)"
+    ):
+        train_with_gradients_of_inputs(model, lambda: None)
+    cured, expected = net(cls=Reentrant), net(cls=Reentrant)
+    settings = settings_of("replay", damping=0.1, coefficient_steps=2)
+    preconditioner, other = FNGDPreconditioner(cured, **settings), FNGDPreconditioner(expected, **settings)
+    inside(cured)
+    train_with_gradients_of_inputs(cured, preconditioner.step)
+    optimizer = torch.optim.SGD(expected.parameters(), lr=0.1, momentum=0.9)
+    other.follow(optimizer)
+    train_with_gradients_of_inputs(expected, lambda: (optimizer.step(), optimizer.zero_grad()))
+    assert_equal(cured, expected)
+    assert digest(preconditioner.state_dict()) == digest(other.state_dict())
 
 
 def test_what_is_never_closed_is_told_once_with_the_cure(caplog: pytest.LogCaptureFixture) -> None:
