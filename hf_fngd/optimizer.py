@@ -133,8 +133,9 @@ class FNGD(torch.optim.Optimizer, Joins):
         if self._checked != (now := trainable(self.preconditioner.model)):
             check_parameters(self.preconditioner.model, self.param_groups)
             self._checked = now
-        squared = squared_norms(self.param_groups)
-        # Finite, and so when an update rule squares them in float32? This waits for the device.
+        natural = "momentum" in self.settings.updates
+        squared = squared_norms(self.param_groups, exact=natural)
+        # Finite, and so when an update rule squares them in float32? Here the host waits for the device.
         if squared is not None and not squared.sum() <= torch.finfo(torch.float32).max:
             self.preconditioner.skip()
             self.skipped += 1
@@ -147,7 +148,7 @@ class FNGD(torch.optim.Optimizer, Joins):
             return loss
         self.preconditioner.step()
         scales = None
-        if squared is not None and "momentum" in self.settings.updates:
+        if squared is not None and natural:
             policy = self.preconditioner.policy
             assert isinstance(policy, SolvedPolicy)
             norms, sizes = of_layers(squared, self.param_groups, len(self.preconditioner.layers))

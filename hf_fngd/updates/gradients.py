@@ -11,13 +11,16 @@ from hf_fngd.distributed.sharded import local, sum_over_parts
 Groups = Sequence[dict[str, Any]]
 
 
-def squared_norms(groups: Groups) -> Tensor | None:
-    """``||p||^2`` of each parameter's gradient ``[P]``, else 0; None where none has one. A collective under FSDP2."""
+def squared_norms(groups: Groups, exact: bool = True) -> Tensor | None:
+    """``||p||^2`` of each parameter's gradient ``[P]``, else 0; None where none has one. A collective under FSDP2.
+
+    Without ``exact`` the host does not wait for the device, and gradients below 1e-15 may count too little.
+    """
     params = [p for group in groups for p in group["params"]]
     live = [place for place, p in enumerate(params) if p.grad is not None]
     if not live:
         return None
-    norms = _norms([local(params[place].grad) for place in live])
+    norms = _norms([local(params[place].grad) for place in live], exact)
     squared = sum_over_parts(norms.square(), [params[place] for place in live])
     if len(live) == len(params):
         return squared
@@ -35,7 +38,7 @@ def of_layers(squared: Tensor, groups: Groups, layers: int) -> tuple[Tensor, Ten
     return totals[0], totals[1]
 
 
-def _norms(grads: list[Tensor]) -> Tensor:
+def _norms(grads: list[Tensor], exact: bool) -> Tensor:
     """The 2-norms of tensors ``[P]``, in float64 where the device has it."""
     device = grads[0].device
     kinds = {grad.dtype for grad in grads}
@@ -48,7 +51,7 @@ def _norms(grads: list[Tensor]) -> Tensor:
         return found
     found = found.double()
     # Below this, squares in float32 lose digits; float64 from the start is many times slower on a CPU.
-    for place, norm in enumerate(found.tolist()):
+    for place, norm in enumerate(found.tolist() if exact else ()):
         if norm < 1e-15:
             found[place] = torch.linalg.vector_norm(grads[place], dtype=torch.float64)
     return found
