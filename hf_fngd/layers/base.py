@@ -12,7 +12,7 @@ module that it takes. There are two ways to form a weighted gradient:
 import functools
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +25,42 @@ AMBIGUOUS = (
     "two dimensions of its input have the size of the batch, and no batch so far told which of them holds the samples "
     "(another batch size or sequence length does)"
 )
+
+
+class View(NamedTuple):
+    """Where the samples are in a layer's input, as a probe told.
+
+    They are in one dimension, of N entries or of several times as many: "one" entry each, or each sample's entries in a
+    row ("first": the sample counts before its positions), or those of a position ("last"). Of another dimension than
+    the first the order is "last", once it is flattened with those before it.
+    """
+
+    dim: int
+    order: str
+
+    @property
+    def plain(self) -> bool:
+        """Whether it is the layout that every kernel knows."""
+        return self.dim == 0 and self.order == "one"
+
+    def fits(self, rows: int, samples: int) -> bool:
+        """Whether so many rows, flattened, can be those of so many samples."""
+        return rows == samples if self.order == "one" else samples > 0 and rows % samples == 0
+
+    def samples_first(self, x: Tensor, samples: int, rows: int) -> Tensor:
+        """A tensor ``[rows ..., *]`` as ``[N, T, *]``."""
+        if self.order == "one":
+            return x
+        x = x if len(x) == rows else x.unflatten(0, (rows, -1))
+        return x.unflatten(0, (samples, -1)) if self.order == "first" else x.unflatten(0, (-1, samples)).transpose(0, 1)
+
+    def of_rows(self, w: Tensor, rows: int) -> Tensor:
+        """Something for each sample, for each row."""
+        if self.order == "one":
+            return w
+        times = rows // len(w)
+        return w.repeat_interleave(times, 0) if self.order == "first" else w.repeat(times, *[1] * (w.dim() - 1))
+
 
 Forward = functools.partial[Any]
 Layout = tuple[bool | None, str | None]
@@ -53,10 +89,11 @@ class LayerKernel(ABC):
 
     Of an `ExplicitKernel` g has the shape of what its `forward` returned. Behind `Call.weigh`, g is the gradient of the
     tensor that was weighed, and x what was given as ``like``, or None. ``fault`` says why the samples of no call can be
-    weighed, once a call has told.
+    weighed, once a call has told. ``folds`` tells whether the kernel's arithmetic is right for a `View` of any kind.
     """
 
     fault: str | None = None
+    folds: ClassVar[bool] = False
 
     def takes(self, x: Any, *others: Any) -> bool:
         """Whether the samples of a call's arguments can be weighed at all; otherwise the module's own forward runs."""
