@@ -68,7 +68,7 @@ class FNGDPreconditioner:
         self._hooks: list[RemovableHandle] = []
         self._coverage = Coverage(selection, self._attached, own.strict)
         self._forwards = Forwards(model, self._attached, self._window, weakref.WeakMethod(self._begin), own.batch_dim)
-        self._coverage.note = lambda samples=self._forwards.samples: samples.note
+        self._coverage.note = self._forwards.samples.told
         # The model keeps none of this alive: without the optimizer it is plain again.
         weakref.finalize(self, self._forwards.drop).atexit = False
 

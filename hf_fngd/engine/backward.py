@@ -93,15 +93,15 @@ class LayerCall:
         dim = 0 if self.view is None else self.view.dim
         rows = x.flatten(0, dim)
         # No leaf: of that the engine does not say whether a pass of autograd.grad asks for it.
-        y: Tensor = WeighedLayer.apply(rows, weight.view_as(weight), bias, number, self)
-        return y.unflatten(0, x.shape[: dim + 1]) if dim and y.shape[:-1] == rows.shape[:-1] else y
+        y: Tensor = WeighedLayer.apply(rows, weight.view_as(weight), bias, number, self)  # type: ignore
+        return y.view(*x.shape[: dim + 1], *y.shape[1:]) if dim and y.shape[:-1] == rows.shape[:-1] else y
 
     def weigh(self, y: Tensor, like: Tensor | None = None) -> Tensor:
         """See `Call.weigh`. The tensor that is returned is a copy, which a model may change in place."""
         number = self.batch if isinstance(self.batch, Tensor) else None
         dim = 0 if self.view is None else self.view.dim
-        weighed: Tensor = WeighedTensor.apply(y.flatten(0, dim), like, number, self)
-        return weighed.unflatten(0, y.shape[: dim + 1]) if dim else weighed
+        weighed: Tensor = WeighedTensor.apply(y.flatten(0, dim), like, number, self)  # type: ignore
+        return weighed.view(y.shape) if dim else weighed
 
     def remember(self, ctx: Any) -> None:
         """Leave to a backward pass what it needs of the call beside tensors."""

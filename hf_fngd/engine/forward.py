@@ -116,7 +116,7 @@ class Forwards:
         if unfit is None and view is not None and (x[0].dim() <= view.dim or (compiling and not view.plain)):
             unfit = NOT_THE_BATCH
         if unfit is not None:
-            if not compiling:
+            if not isinstance(batch, Tensor):
                 batch.calls[layer.place] += self._inside or not recomputes
                 layer.shared.reasons.add(unfit)
             return own(*args, **kwargs)

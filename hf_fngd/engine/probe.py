@@ -119,7 +119,7 @@ def _compare(full: Digest, fewer: Digest, samples: int, trusted: int | None) -> 
             return View(dim, "last" if dim else "one")
         return NOT_VERIFIED
     first = _close(values[share:], values_fewer)
-    last = _close(values.unflatten(0, (share, samples))[:, 1:].flatten(0, 1), values_fewer)
+    last = _close(values.view(share, samples, *values.shape[1:])[:, 1:].flatten(0, 1), values_fewer)
     if first == last:  # where both are right, all rows are equal
         return NOT_VERIFIED
     return View(0, "first" if first else "last")
@@ -158,7 +158,7 @@ def untouched(model: nn.Module) -> Iterator[None]:
     buffers = [(buffer, buffer._version, buffer.clone()) for buffer in model.buffers()]
     numpy = sys.modules.get("numpy")
     states = random.getstate(), numpy.random.get_state() if numpy else None
-    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
+    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []  # type: ignore[no-untyped-call]
     fast = torch.backends.mha.get_fastpath_enabled()
     try:
         torch.backends.mha.set_fastpath_enabled(False)  # which calls no Linear
@@ -209,9 +209,9 @@ def resized(value: Any, samples: int, dim: int) -> Any:
     if isinstance(value, Mapping):
         items = {key: resized(one, samples, dim) for key, one in value.items()}
         if isinstance(value, UserDict):  # BatchEncoding
-            made = copy.copy(value)
-            made.data = items
-            return made
+            encoding = copy.copy(value)
+            encoding.data = items
+            return encoding
         return items if type(value) is dict else type(value)(**items)
     if is_dataclass(value) and not isinstance(value, type):
         made = copy.copy(value)

@@ -30,6 +30,10 @@ class Samples:
         self.seen: Calls | None = None  # what the layers see, while a probe is under way
         self._layers, self._batch_dim = layers, batch_dim
 
+    def told(self) -> str:
+        """The note."""
+        return self.note
+
     def see(self, layer: Layer, inputs: Sequence[Any]) -> None:
         """A layer is called in a probe."""
         if self.seen is not None and inputs and isinstance(inputs[0], Tensor):
@@ -73,7 +77,8 @@ class Samples:
 
     def _run(self, own: Callable[..., Any]) -> Callable[[Any, Any], Calls]:
         def run(args: Any, kwargs: Any) -> Calls:
-            self.seen = seen = {}
+            seen: Calls = {}
+            self.seen = seen
             own(*args, **kwargs)
             return seen
 

@@ -51,8 +51,10 @@ class View(NamedTuple):
         """A tensor ``[rows ..., *]`` as ``[N, T, *]``."""
         if self.order == "one":
             return x
-        x = x if len(x) == rows else x.unflatten(0, (rows, -1))
-        return x.unflatten(0, (samples, -1)) if self.order == "first" else x.unflatten(0, (-1, samples)).transpose(0, 1)
+        own = x.shape[1:] if len(x) == rows else (len(x) // rows, *x.shape[1:])
+        if self.order == "first":
+            return x.reshape(samples, rows // samples, *own)
+        return x.reshape(rows // samples, samples, *own).transpose(0, 1)
 
     def of_rows(self, w: Tensor, rows: int) -> Tensor:
         """Something for each sample, for each row."""
