@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from hf_fngd.engine.layer import NEVER_CALLED, Layer
 from hf_fngd.layers.base import weight_of
@@ -27,7 +27,7 @@ class CoverageReport:
     plain: dict[str, str]
     missed: dict[str, str]
     weighed: tuple[str, ...] = ()
-    note: str = ""
+    note: str = field(default="", compare=False)
 
     def __str__(self) -> str:
         lines = [f"FNGD preconditions {len(self.preconditioned)} parameters."]

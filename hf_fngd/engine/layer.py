@@ -116,7 +116,10 @@ class Layer:
         if view is None:
             self.batch_first, reason = self.kernel.layout(self.batch_first, x, g, batch.size)
         else:
-            reason = None if view.fits(len(g if x is None else x), batch.size) else NOT_THE_BATCH
+            fits = view.fits(len(g if x is None else x), batch.size)
+            reason = None if fits else NOT_THE_BATCH
+            if fits and view.plain and batch.size > 1:
+                self.batch_first = True  # for compiled graphs and checkpoints
             self.shared.ambiguous.discard(self.place)
         if self.solves and self._called_again(batch, again):
             reason = CALLED_AGAIN

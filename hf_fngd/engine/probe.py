@@ -81,8 +81,6 @@ def _try(
     run: Callable[[Any, Any], Calls], inputs: tuple[Any, Any], samples: int, dim: int, trusted: bool
 ) -> tuple[dict[int, Verdict], int, int]:
     """The verdicts for one dimension; of how many calls the values were right, and how many grow with the batch."""
-    if samples == 0:
-        raise CannotProbeError("the batch is empty")
     other: tuple[Any, Any] = resized(inputs, samples, dim)
     full, fewer = (inputs, other) if samples > 1 else (other, inputs)
     samples = max(samples, 2)
@@ -97,7 +95,8 @@ def _try(
         verdicts = [_compare(a, b, samples, dim if trusted else None) for a, b in zip(calls, others, strict=True)]
         grown += sum(verdict is not None for verdict in verdicts)
         passed += sum(isinstance(verdict, View) for verdict in verdicts)
-        found[place] = verdicts[0] if len(set(verdicts)) == 1 else NOT_THE_BATCH
+        if len(set(verdicts)) == 1:  # where calls differ, sizes have to tell them apart
+            found[place] = verdicts[0]
     return found, passed, grown
 
 

@@ -48,7 +48,7 @@ class Samples:
         sample: Tensor,
     ) -> None:
         """Before the first training forward pass, with these arguments."""
-        if in_backward():
+        if in_backward() or not len(sample):
             return
         self.probed = True
         reason = _obstacle(model)

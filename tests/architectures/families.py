@@ -73,9 +73,8 @@ family(
     "BERT (multiple choice)",
     sized(hf.BertForMultipleChoice),
     choices,
-    "",
-    {NOT_THE_BATCH: f"{bert_linears('bert')} bert.pooler.dense classifier"},
-    remark="the choices are folded into the batch: nothing is preconditioned",
+    f"{bert_linears('bert')} bert.pooler.dense classifier",
+    remark="the choices are folded into the batch",
 )
 
 family(
@@ -165,10 +164,9 @@ family(
     classification,
     f"""
         {LONGFORMER}.attention.output.dense {LONGFORMER}.intermediate.dense {LONGFORMER}.output.dense
-        classifier.(dense|out_proj)
+        {LONGFORMER}.attention.self.(query|key|value|query_global|key_global|value_global) classifier.(dense|out_proj)
     """,
     # Attention runs on [positions, samples, features], the global queries on [global tokens, samples, features].
-    {NOT_THE_BATCH: f"{LONGFORMER}.attention.self.(query|key|value|query_global|key_global|value_global)"},
     remark="attention has positions first",
 )
 
@@ -182,9 +180,8 @@ family(
     "XLNet",
     sized(hf.XLNetForSequenceClassification, num_labels=CLASSES),
     segments,
-    "sequence_summary.summary logits_proj",
     # [positions, samples, features] throughout the Transformer.
-    {NOT_THE_BATCH: "transformer.layer.*.ff.layer_(1|2)"},
+    "sequence_summary.summary logits_proj transformer.layer.*.ff.layer_(1|2)",
     remark="the Transformer has positions first, and attention has no Linear",
 )
 
@@ -267,8 +264,7 @@ family(
     "OPT",
     sized(hf.OPTForCausalLM, word_embed_proj_dim=WIDTH),
     language,
-    "model.decoder.layers.*.self_attn.(q|k|v|out)_proj",
-    {NOT_THE_BATCH: "model.decoder.layers.*.fc(1|2)"},
+    "model.decoder.layers.*.self_attn.(q|k|v|out)_proj model.decoder.layers.*.fc(1|2)",
     tied="lm_head",
     remark="fc1 and fc2 run on samples and positions folded together",
 )
@@ -362,10 +358,9 @@ family(
     # The second stage has a single window, so that its attention sees whole samples.
     """
         swin.encoder.layers.*.blocks.*.mlp.fc(1|2) swin.encoder.layers.0.downsample.reduction
-        swin.encoder.layers.1.blocks.*.attention.(q|k|v|o)_proj classifier
+        swin.encoder.layers.*.blocks.*.attention.(q|k|v|o)_proj classifier
     """,
     # Attention runs on [samples * windows, positions of a window, features]: four windows.
-    {NOT_THE_BATCH: "swin.encoder.layers.0.blocks.*.attention.(q|k|v|o)_proj"},
     square=16,
     remark="attention folds the windows into the batch, where a stage has several",
 )
@@ -497,8 +492,7 @@ family(
     "nn.TransformerEncoder (batch_first=False)",
     lambda: Encoder(batch_first=False),
     series,
-    "project classify",
-    {NOT_THE_BATCH: "encoder.layers.*.linear(1|2)"},
+    "project classify encoder.layers.*.linear(1|2)",
     remark="the encoder has positions first",
 )
 
@@ -525,5 +519,5 @@ family(
     series,
     "embed classify",
     {NOT_THE_BATCH: "project"},
-    remark="as many rows in the table as samples look like samples",
+    remark="the table has no batch, but may have as many rows as there are samples",
 )
