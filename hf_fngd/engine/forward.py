@@ -76,7 +76,7 @@ class Forwards:
             return own(*args, **kwargs)
         refuse_replica(module)
         sample = _find_sample(args, kwargs)
-        if not torch.compiler.is_compiling() and not self.samples.probed and sample is not None:
+        if not torch.compiler.is_compiling() and self.samples.left and sample is not None:
             self.samples.probe(module, own, args, kwargs, sample)
         if sample is not None and self.samples.dim < sample.dim():
             sample = sample.movedim(self.samples.dim, 0)

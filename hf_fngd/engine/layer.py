@@ -67,8 +67,11 @@ class Layer:
 
     def told(self, verdict: View | str | None) -> None:
         """A probe called it, with this verdict; None where its input does not grow with the batch."""
+        if self.view is not None:
+            return
         table = isinstance(self.kernel, EmbeddingKernel | TableKernel)  # these tell by themselves
         if isinstance(verdict, View) and not isinstance(self.kernel, TableKernel):
+            # Reasons that earlier batches gave stay in the report.
             self.view = verdict if verdict.plain or self.kernel.folds else None
             self.unfit = None if self.view else NOT_THE_BATCH
         elif not table or (verdict is not None and not isinstance(verdict, View)):

@@ -45,7 +45,12 @@ class CannotProbeError(Exception):
 
 
 def probe(
-    model: nn.Module, run: Callable[[Any, Any], Calls], inputs: tuple[Any, Any], sample: Tensor, batch_dim: int | None
+    model: nn.Module,
+    run: Callable[[Any, Any], Calls],
+    inputs: tuple[Any, Any],
+    sample: Tensor,
+    batch_dim: int | None,
+    known: int | None = None,
 ) -> Found:
     """Tell the samples of a model's layers.
 
@@ -55,8 +60,10 @@ def probe(
         inputs: the positional and named arguments of the forward pass under way.
         sample: the one among them that counts the samples.
         batch_dim: the dimension of it that does, where somebody has said so.
+        known: the one that an earlier probe found.
     """
-    dims = [batch_dim] if batch_dim is not None else [0, 1][: sample.dim()]
+    only = known if batch_dim is None else batch_dim
+    dims = [only] if only is not None else [0, 1][: 1 if len(sample) == 1 else sample.dim()]
     best, most = Found(dims[0], {}), -1
     with untouched(model):
         for dim in dims:
@@ -67,7 +74,9 @@ def probe(
                     raise
                 continue
             enough = passed == grown if dim or sample.dim() < 2 else 2 * passed > grown
-            if not (enough or batch_dim is not None):
+            if len(sample) == 1:  # all of it is that sample's, however its copies get on
+                found = {place: one for place, one in found.items() if one is None or isinstance(one, View)}
+            elif not (enough or only is not None):
                 found = {place: one if one is None else UNSURE for place, one in found.items()}
                 passed = 0
             if passed > most:
