@@ -149,7 +149,8 @@ def digest(x: Tensor) -> Digest:
     values = x.detach()
     values = values.to(torch.float64 if x.dtype == torch.float64 or not x.is_floating_point() else torch.float32)
     if x.is_floating_point() and x.dim() > 1:
-        values = values @ torch.cos(1.7 * torch.arange(x.shape[-1], device=x.device, dtype=values.dtype) + 1)
+        with torch.autocast(x.device.type, enabled=False):
+            values = values @ torch.cos(1.7 * torch.arange(x.shape[-1], device=x.device, dtype=values.dtype) + 1)
     return tuple(x.shape), values.to(x.dtype) if x.is_floating_point() else values
 
 
@@ -167,8 +168,9 @@ def untouched(model: nn.Module) -> Iterator[None]:
     numpy = sys.modules.get("numpy")
     states = random.getstate(), numpy.random.get_state() if numpy else None
     devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []  # type: ignore[no-untyped-call]
-    fast = torch.backends.mha.get_fastpath_enabled()
+    fast, cached = torch.backends.mha.get_fastpath_enabled(), torch.is_autocast_cache_enabled()
     try:
+        torch.set_autocast_cache_enabled(False)  # the training forward pass would find casts without a graph in it
         torch.backends.mha.set_fastpath_enabled(False)  # which calls no Linear
         for module in modules:
             module.training = False
@@ -176,6 +178,7 @@ def untouched(model: nn.Module) -> Iterator[None]:
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
+        torch.set_autocast_cache_enabled(cached)
         random.setstate(states[0])
         if numpy:
             numpy.random.set_state(states[1])
@@ -186,17 +189,17 @@ def untouched(model: nn.Module) -> Iterator[None]:
                 own[name].clear()
                 own[name].update(entries)
             for name, value in copies.items():
-                if own[name] != value:
-                    _refill(own[name], value)
+                _refill(own[name], value)
         with torch.no_grad():
             for buffer, version, value in buffers:
                 if buffer._version != version:
                     buffer.copy_(value)
 
 
-def _refill(container: Any, value: Any) -> None:
+def _refill(container: Any, before: Any) -> None:
+    """Bring a list, dict or set back to what it held."""
     container.clear()
-    container.extend(value) if isinstance(container, list) else container.update(value)
+    container.extend(before) if isinstance(container, list) else container.update(before)
 
 
 def resized(value: Any, samples: int, dim: int) -> Any:

@@ -216,6 +216,14 @@ def test_nothing_of_a_probe_remains(fails: bool) -> None:
     assert ("batch_dim" in str(preconditioner.coverage())) == fails
 
 
+def test_a_probe_leaves_no_casts_without_a_graph_behind() -> None:
+    model = Trained()
+    FNGDPreconditioner(model, exclude_modules=["fc2"])
+    with torch.autocast("cpu", torch.bfloat16):
+        model(torch.randn(5, WIDTH)).sum().backward()
+    assert model.fc2.weight.grad is not None
+
+
 @pytest.mark.parametrize("batch_dim", [None, 0])
 def test_where_no_probe_can_run_an_argument_tells_what_sizes_do_not(batch_dim: int | None) -> None:
     class Closed(Attention):
