@@ -139,7 +139,7 @@ def test_a_good_value_is_kept_as_json_gives_it_back(key: str, value: Any) -> Non
         found = getattr(make(**READ | {key: value}), key)
         assert found == (list(value) if isinstance(value, tuple) else value)
         assert type(found) in (type(None), str, bool, int, float, list)
-        assert type(found) is not int or key in ("coefficient_steps", "memory_budget")
+        assert type(found) is not int or key in ("coefficient_steps", "memory_budget", "batch_dim")
         assert found is not value or not isinstance(value, list)
 
 

@@ -41,7 +41,7 @@ class Found(NamedTuple):
 
 
 class CannotProbeError(Exception):
-    """The inputs have a structure that the probe does not know."""
+    """The inputs have a structure that the probe does not know, or numbers that tell nothing."""
 
 
 def probe(
@@ -140,7 +140,10 @@ def _close(a: Tensor, b: Tensor) -> bool:
     elif a.is_cuda and a.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32:
         tolerance = 5e-3
     a, b = (values if values.dtype == torch.float64 else values.float() for values in (a, b))
-    return bool(torch.linalg.vector_norm(a - b) <= tolerance * torch.linalg.vector_norm(a))
+    size = torch.linalg.vector_norm(a)
+    if not torch.isfinite(size):
+        raise CannotProbeError("the batch is not finite")
+    return bool(torch.linalg.vector_norm(a - b) <= tolerance * size)
 
 
 @torch.no_grad()
