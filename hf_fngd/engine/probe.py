@@ -28,6 +28,13 @@ NOT_VERIFIED = (
 )
 UNSURE = "no dimension of the batch holds samples that leave each other alone; batch_dim=0 or 1 says which one it is"
 
+_REGISTRIES = (
+    *("_buffers", "_modules", "_forward_hooks", "_forward_pre_hooks"),
+    *("_forward_hooks_with_kwargs", "_forward_pre_hooks_with_kwargs", "_forward_hooks_always_called"),
+)
+# Whose hooks are a part of a model's forward pass. Those of others watch it, and must see none of a probe.
+_LIBRARIES = ("torch", "transformers", "peft", "accelerate")
+
 Digest = tuple[tuple[int, ...], Tensor]
 Calls = dict[int, list[Digest]]  # by the layer's place, in the order of its calls
 Verdict = View | str | None  # a view, or the reason why there is none; None: it does not grow with the batch
@@ -162,7 +169,7 @@ def untouched(model: nn.Module) -> Iterator[None]:
     """Run in eval mode and without gradients; afterwards modules and random states are what they were."""
     modules = list(model.modules())
     attributes = [dict(module.__dict__) for module in modules]
-    registries = [{name: dict(module.__dict__[name]) for name in ("_buffers", "_modules")} for module in modules]
+    registries = [{name: dict(module.__dict__[name]) for name in _REGISTRIES} for module in modules]
     containers = [
         {name: copy.copy(value) for name, value in own.items() if type(value) in (list, dict, set)}
         for own in ({k: v for k, v in of.items() if not k.startswith("_")} for of in attributes)
@@ -177,6 +184,9 @@ def untouched(model: nn.Module) -> Iterator[None]:
         torch.backends.mha.set_fastpath_enabled(False)  # which calls no Linear
         for module in modules:
             module.training = False
+            for hooks in (module._forward_hooks, module._forward_pre_hooks):
+                for key in [key for key, hook in hooks.items() if not _belongs(hook)]:
+                    del hooks[key]
         with torch.random.fork_rng(devices), torch.no_grad():
             yield
     finally:
@@ -197,6 +207,11 @@ def untouched(model: nn.Module) -> Iterator[None]:
             for buffer, version, value in buffers:
                 if buffer._version != version:
                     buffer.copy_(value)
+
+
+def _belongs(hook: Any) -> bool:
+    module = getattr(hook, "__module__", None) or type(hook).__module__
+    return module.split(".")[0] in _LIBRARIES
 
 
 def _refill(container: Any, before: Any) -> None:

@@ -200,6 +200,9 @@ def test_nothing_of_a_probe_remains(fails: bool) -> None:
     model.drop.eval()
     model.drop.p = 0.5
     other = copy.deepcopy(model)
+    watched: list[int] = []
+    for net in (model, other):
+        net.fc1.register_forward_hook(lambda _, args, output: watched.append(len(args[0])))
     preconditioner = FNGDPreconditioner(model)
     outputs = []
     for net in (model, other):
@@ -210,6 +213,7 @@ def test_nothing_of_a_probe_remains(fails: bool) -> None:
     assert [module.training for module in model.modules()] == [module.training for module in other.modules()]
     for (name, a), b in zip(model.state_dict().items(), other.state_dict().values(), strict=True):
         assert torch.equal(a, b), name
+    assert watched == [5, 5]
     assert model.seen == [5]
     assert model.cache is x
     assert ("training only" in preconditioner.coverage().note) == fails
