@@ -45,7 +45,7 @@ class View(NamedTuple):
 
     def fits(self, rows: int, samples: int) -> bool:
         """Whether so many rows, flattened, can be those of so many samples."""
-        return rows == samples if self.order == "one" else samples > 0 and rows % samples == 0
+        return rows == samples if self.order == "one" else samples > 0 <= rows and rows % samples == 0
 
     def samples_first(self, x: Tensor, samples: int, rows: int) -> Tensor:
         """A tensor ``[rows ..., *]`` as ``[N, T, *]``."""
@@ -71,10 +71,13 @@ Layout = tuple[bool | None, str | None]
 class Call(Protocol):
     """What the engine offers a kernel for one call of a layer in a training forward pass.
 
-    ``samples`` is their number N; None in a graph of torch.compile, which does not know it before it runs.
+    ``samples`` is their number N; None in a graph of torch.compile, which does not know it before it runs. ``view`` is
+    where they are in the input, where a probe has told. It is a dataclass.
     """
 
+    __dataclass_fields__: ClassVar[dict[str, Any]]
     samples: int | None
+    view: View | None
 
     def apply(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """`ExplicitKernel.forward`, with the kernel's own backward behind it."""

@@ -28,23 +28,23 @@ class Attention(nn.Module):
     def __init__(self, order: str = "batch first") -> None:
         super().__init__()
         self.order = order
-        self.norm = nn.LayerNorm(WIDTH)
+        self.norm, self.rms = nn.LayerNorm(WIDTH), nn.RMSNorm(WIDTH)
         self.fc1, self.fc2, self.fc3 = nn.Linear(WIDTH, 5), nn.Linear(5, WIDTH), nn.Linear(WIDTH, CLASSES)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.order == "time first":
             y = self.fc1(self.norm(x))
             scores = torch.einsum("tnd,snd->nts", y, y).softmax(-1)
-            y = self.fc2(torch.einsum("nts,snd->tnd", scores, y)).tanh()
+            y = self.rms(self.fc2(torch.einsum("nts,snd->tnd", scores, y))).tanh()
             return self.fc3(y).mean(0)
         n, t = x.shape[:2]
         y = self.fc1(self.norm(x))
         y = torch.einsum("nts,nsd->ntd", torch.einsum("ntd,nsd->nts", y, y).softmax(-1), y)
         if self.order == "folded, samples first":
-            return self.fc3(self.fc2(y.flatten(0, 1)).tanh()).view(n, t, -1).mean(1)
+            return self.fc3(self.rms(self.fc2(y.flatten(0, 1))).tanh()).view(n, t, -1).mean(1)
         if self.order == "folded, positions first":
-            return self.fc3(self.fc2(y.transpose(0, 1).flatten(0, 1)).tanh()).view(t, n, -1).mean(0)
-        return self.fc3(self.fc2(y).tanh()).mean(1)
+            return self.fc3(self.rms(self.fc2(y.transpose(0, 1).flatten(0, 1))).tanh()).view(t, n, -1).mean(0)
+        return self.fc3(self.rms(self.fc2(y)).tanh()).mean(1)
 
 
 def build(order: str) -> Attention:
@@ -93,7 +93,7 @@ def test_samples_are_weighed_wherever_they_are(
     plain = copy.deepcopy(model)
     settings = settings_of(sharing, damping=DAMPING)
     preconditioner = FNGDPreconditioner(model, strict=True, **settings)
-    modules = ["fc1", "fc2", "fc3"] + ["norm"] * (sharing == "clipped")
+    modules = ["fc1", "fc2", "fc3"] + ["norm", "rms"] * (sharing == "clipped")
     for sizes in (first, later):
         x, y = batch(*sizes, order)
         x.select(dim, 0).mul_(20)
