@@ -72,13 +72,13 @@ def probe(
     only = known if batch_dim is None else batch_dim
     dims = [only] if only is not None else [0, 1][: 1 if len(sample) == 1 else sample.dim()]
     best, most = Found(dims[0], {}), -1
+    failure: Exception | None = None
     with untouched(model):
         for dim in dims:
             try:
                 found, passed, grown = _try(run, inputs, sample.shape[dim], dim, trusted=batch_dim is not None)
-            except Exception:
-                if dim == dims[0]:
-                    raise
+            except Exception as error:  # whatever a model does with inputs of other sizes
+                failure = error if dim == dims[0] else failure
                 continue
             enough = passed == grown if dim or sample.dim() < 2 else 2 * passed > grown
             if len(sample) == 1:  # all of it is that sample's, however its copies get on
@@ -90,6 +90,8 @@ def probe(
                 best, most = Found(dim, found), passed
             if passed == grown:
                 break
+    if failure is not None and not most > 0:
+        raise failure
     return best
 
 

@@ -106,6 +106,43 @@ def test_samples_are_weighed_wherever_they_are(
     assert preconditioner.coverage().note == ""
 
 
+class Transformer(nn.Module):
+    """torch's own, with positions first, and a mask with the batch first: a position less is an error."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.both = nn.Transformer(8, 2, 1, 1, 8, dropout=0.0)
+
+    def forward(self, source: Tensor, target: Tensor, mask: Tensor) -> Tensor:
+        y: Tensor = self.both(source, target, src_key_padding_mask=mask)
+        return y
+
+
+@pytest.mark.filterwarnings("ignore:enable_nested_tensor is True:UserWarning")
+def test_the_second_dimension_is_tried_where_the_first_one_fails() -> None:
+    torch.manual_seed(0)
+    model = Transformer().double()
+    plain = copy.deepcopy(model)
+    source, target = torch.randn(7, 5, 8).double(), torch.randn(6, 5, 8).double()
+    target[:, 2] *= 30
+    mask = torch.zeros(5, 7, dtype=torch.bool)
+    preconditioner = FNGDPreconditioner(model, sharing="never", damping=DAMPING, strict=True)
+    weights = torch.tensor([1.0, 1, 9, 1, 1], dtype=torch.float64)
+
+    def alone(model: nn.Module, n: int) -> Tensor:
+        return weights[n] * model(source[:, n : n + 1], target[:, n : n + 1], mask[n : n + 1]).sin().sum()
+
+    (model(source, target, mask).sin().sum((0, 2)) * weights).mean().backward()
+    preconditioner.step()
+    layers = [layer.name for layer in preconditioner.layers]
+    assert len(layers) == 4
+    for name in layers:
+        own = list(plain.get_submodule(name).parameters())
+        p = Dense(per_sample_gradients(plain, own, alone, 5), DAMPING).p
+        found = torch.cat([q.grad.flatten() for q in model.get_submodule(name).parameters()])
+        torch.testing.assert_close(found, p.flatten(), rtol=1e-7, atol=1e-10)
+
+
 class Stream(nn.Module):
     """Texts one behind the other in one row of tokens, ``[tokens]``, with attention within each text."""
 
@@ -222,10 +259,13 @@ def test_nothing_of_a_probe_remains(fails: bool) -> None:
 
 def test_a_probe_leaves_no_casts_without_a_graph_behind() -> None:
     model = Trained()
-    FNGDPreconditioner(model, exclude_modules=["fc2"])
+    preconditioner = FNGDPreconditioner(model, exclude_modules=["fc2"])
     with torch.autocast("cpu", torch.bfloat16):
         model(torch.randn(5, WIDTH)).sum().backward()
     assert model.fc2.weight.grad is not None
+    preconditioner.step()
+    assert preconditioner.coverage().preconditioned == ("fc1.weight", "fc1.bias")
+    assert preconditioner.coverage().note == ""
 
 
 @pytest.mark.parametrize("batch_dim", [None, 0])
