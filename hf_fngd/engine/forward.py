@@ -113,7 +113,8 @@ class Forwards:
         if batch is None or (not compiling and USED_ELSEWHERE in layer.shared.reasons):
             return own(*args, **kwargs)
         view, unfit = layer.view, layer.unfit
-        if unfit is None and view is not None and not view.plain:
+        empty = isinstance(batch, MicroBatch) and batch.size == 0
+        if unfit is None and view is not None and not view.plain and not empty:
             rows = x[0].shape[: view.dim + 1].numel() if x[0].dim() > view.dim else -1
             fits = not isinstance(batch, Tensor) and view.fits(rows, batch.size)
             unfit = None if fits else NOT_THE_BATCH

@@ -66,7 +66,7 @@ class Layer:
         return {*self.shared.reasons, *own, *([self.kernel.fault] if self.kernel.fault else [])}
 
     def told(self, verdict: View | str | None) -> None:
-        """A probe called it, with this verdict; None where its input does not grow with the batch."""
+        """A probe called it, with this verdict; None where the whole batch shares its input."""
         if self.view is not None:
             return
         table = isinstance(self.kernel, EmbeddingKernel | TableKernel)  # these tell by themselves

@@ -37,7 +37,7 @@ _LIBRARIES = ("torch", "transformers", "peft", "accelerate")
 
 Digest = tuple[tuple[int, ...], Tensor]
 Calls = dict[int, list[Digest]]  # by the layer's place, in the order of its calls
-Verdict = View | str | None  # a view, or the reason why there is none; None: it does not grow with the batch
+Verdict = View | str | None  # a view, or the reason why there is none; None: the batch shares it
 
 
 class Found(NamedTuple):
@@ -111,7 +111,7 @@ def _try(
             found[place] = NOT_THE_BATCH
             continue
         verdicts = [_compare(a, b, samples, dim if trusted else None) for a, b in zip(calls, others, strict=True)]
-        grown += sum(verdict is not None for verdict in verdicts)
+        grown += sum(a[0] != b[0] for a, b in zip(calls, others, strict=True))
         passed += sum(isinstance(verdict, View) for verdict in verdicts)
         if len(set(verdicts)) == 1:  # where calls differ, sizes have to tell them apart
             found[place] = verdicts[0]
@@ -121,8 +121,8 @@ def _try(
 def _compare(full: Digest, fewer: Digest, samples: int, trusted: int | None) -> Verdict:
     """The verdict on one call of a layer, in a batch of so many samples and in one without the first of them."""
     (shape, values), (shape_fewer, values_fewer) = full, fewer
-    if shape == shape_fewer:
-        return None
+    if shape == shape_fewer:  # of one row of ids for all samples an embedding knows what to do
+        return None if len(shape) < 2 or shape[0] == 1 else NOT_THE_BATCH
     grown = [dim for dim, size in enumerate(shape) if len(shape) == len(shape_fewer) and size != shape_fewer[dim]]
     if len(grown) != 1 or grown[0] >= values.dim():
         return NOT_THE_BATCH

@@ -301,6 +301,29 @@ def test_an_argument_says_that_positions_come_first_where_nothing_else_can() -> 
     preconditioner.step()
 
 
+class Pairs(nn.Module):
+    """Looks up a table of ids of its own, which has as many rows as there are samples."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.fc = nn.Embedding(9, WIDTH), nn.Linear(WIDTH, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(x + self.table(torch.arange(10).view(5, 2) % 9).mean((0, 1)))
+
+
+def test_rows_of_ids_of_the_models_own_are_no_samples() -> None:
+    model = Pairs().double()
+    plain = copy.deepcopy(model)
+    preconditioner = FNGDPreconditioner(model)
+    x = torch.randn(5, WIDTH, dtype=torch.float64)
+    for net in (model, plain):
+        net(x).square().sum().backward()
+    preconditioner.step()
+    torch.testing.assert_close(model.table.weight.grad, plain.table.weight.grad)
+    assert preconditioner.coverage().plain == {"table.weight": NOT_THE_BATCH}
+
+
 @dataclasses.dataclass
 class Inputs:
     x: Tensor
