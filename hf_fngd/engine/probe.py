@@ -26,6 +26,7 @@ from hf_fngd.layers.base import NOT_THE_BATCH, View
 NOT_VERIFIED = (
     "leaving out a sample of the first batch changed what the layer saw of the others, so its rows cannot be told apart"
 )
+EQUAL_ROWS = "samples and positions are folded, in an order that the first batches did not tell, as all rows were equal"
 UNSURE = "no dimension of the batch holds samples that leave each other alone; batch_dim=0 or 1 says which one it is"
 
 _REGISTRIES = (
@@ -137,8 +138,8 @@ def _compare(full: Digest, fewer: Digest, samples: int, trusted: int | None) -> 
         return NOT_VERIFIED
     first = _close(values[share:], values_fewer)
     last = _close(values.view(share, samples, *values.shape[1:])[:, 1:].flatten(0, 1), values_fewer)
-    if first == last:  # where both are right, all rows are equal
-        return NOT_VERIFIED
+    if first == last:
+        return EQUAL_ROWS if first else NOT_VERIFIED
     return View(0, "first" if first else "last")
 
 
