@@ -70,10 +70,10 @@ def real(accepted: str, holds: Callable[[float], bool]) -> Check:
     return _number(numbers.Real, float, accepted, holds)
 
 
-def integer(lowest: int) -> Check:
-    """An integer, not below the lowest and within an int64."""
-    accepted = f"an integer from {lowest} to {MAX_INTEGER}"
-    return _number(numbers.Integral, int, accepted, lambda number: lowest <= number <= MAX_INTEGER)
+def integer(lowest: int, highest: int = MAX_INTEGER) -> Check:
+    """An integer, not below the lowest, not above the highest and within an int64."""
+    accepted = f"an integer from {lowest} to {highest}"
+    return _number(numbers.Integral, int, accepted, lambda number: lowest <= number <= highest)
 
 
 def choice(names: Collection[str]) -> Check:

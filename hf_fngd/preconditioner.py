@@ -74,7 +74,8 @@ class FNGDPreconditioner(Joins):
         self._fsdp: bool | None = None  # not known before the first forward pass
         self._hooks: list[RemovableHandle] = []
         self._coverage = Coverage(selection, self._attached, own.strict)
-        self._forwards = Forwards(model, self._attached, self._window, weakref.WeakMethod(self._begin))
+        self._forwards = Forwards(model, self._attached, self._window, weakref.WeakMethod(self._begin), own.batch_dim)
+        self._coverage.note = self._forwards.samples.told
         # The model keeps none of this alive: without the optimizer it is plain again.
         weakref.finalize(self, self._forwards.drop).atexit = False
 

@@ -37,7 +37,7 @@ _NAMES = "a regular expression or a list of module names"
 # What only some policies, or some update rules, read: where nothing does, a value is an error.
 READ_BY_POLICIES = ("damping", "coefficient_steps", "memory_budget")
 READ_BY_RULES = ("beta2", "eps")
-_OF_ENGINE = ("sharing", *READ_BY_POLICIES, "target_modules", "exclude_modules", "layer_types", "strict")
+_OF_ENGINE = ("sharing", *READ_BY_POLICIES, "target_modules", "exclude_modules", "layer_types", "strict", "batch_dim")
 # What other optimizers call some of them.
 _ELSEWHERE = {"learning_rate": "lr", "betas": "momentum and beta2", "beta1": "momentum", "params": "the model"}
 _MEANT_BY_NONE = {"damping": 0.1, "beta2": 0.999, "eps": 1e-8, "memory_budget": 2**28}
@@ -133,6 +133,13 @@ class Settings:
     )
     strict: bool = _setting(
         False, flag, "Raise where the coverage report would only tell of a layer that cannot be weighed."
+    )
+
+    batch_dim: int | None = _setting(
+        None,
+        integer(0, 1),
+        "The dimension of the model's inputs that counts the samples, 0 or 1; None: found on the first training batch, "
+        "by forward passes with a sample fewer.",
     )
 
     def __post_init__(self) -> None:

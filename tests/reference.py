@@ -6,6 +6,7 @@ layer, F = U U^T / N is the Fisher matrix, K = U^T U / N the Gram matrix, g the 
 
 import contextlib
 import copy
+import functools
 import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -132,6 +133,14 @@ def norm_of(module: nn.Module, a: Tensor, g: Tensor, gradients: Sequence[Tensor]
     return float(gradients[0].norm())  # a norm that multiplies by one vector
 
 
+def _catch(
+    caught: list[tuple[str, nn.Module, Tensor, Tensor]], name: str, module: nn.Module, args: Any, kwargs: Any, y: Any
+) -> Any:
+    """A forward hook. The model goes on with a copy of the output, which it may change in place."""
+    caught.append((name, module, (*args, *kwargs.values())[0].detach(), y))
+    return y.clone() if isinstance(y, Tensor) else None
+
+
 def uses_of(
     model: nn.Module, modules: Iterable[str], alone: SampleLoss, n: int, trained: Collection[str]
 ) -> dict[tuple[str, int], Use]:
@@ -150,9 +159,7 @@ def uses_of(
     caught: list[tuple[str, nn.Module, Tensor, Tensor]] = []
     handles = [
         model.get_submodule(name).register_forward_hook(
-            lambda module, args, kwargs, output, name=name: caught.append(
-                (name, module, (*args, *kwargs.values())[0].detach(), output)
-            ),
+            functools.partial(_catch, caught, name),
             with_kwargs=True,
         )
         for name in modules

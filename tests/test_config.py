@@ -81,7 +81,7 @@ def test_round_trip(given_values: dict[str, Any]) -> None:
 def test_json_is_sorted_and_ends_in_a_newline() -> None:
     text = FNGDConfig().to_json_string()
     assert list(json.loads(text)) == sorted([*setting_names(), "config_version"])
-    assert text.startswith('{\n  "beta2": null,\n')
+    assert text.startswith('{\n  "batch_dim": null,\n')
     assert text.endswith("\n}\n")
 
 

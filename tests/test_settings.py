@@ -63,6 +63,7 @@ GOOD: dict[str, list[Any]] = {
     "exclude_modules": [None, "lm_head", [], ["lm_head"]],
     "layer_types": [None, ["linear"], ("linear", "norm"), list(layer_type_names())],
     "strict": [True, False],
+    "batch_dim": [None, 0, 1, numpy.int64(1)],
 }
 WRONG_TYPES: dict[str, list[Any]] = {
     "lr": [None, *NOT_A_REAL],
@@ -82,6 +83,7 @@ WRONG_TYPES: dict[str, list[Any]] = {
     "exclude_modules": NOT_MODULES,
     "layer_types": ["linear", [], {}, [1], ["linear", None]],
     "strict": [None, 0, 1, "true"],
+    "batch_dim": NOT_AN_INTEGER,
 }
 WRONG_VALUES: dict[str, list[Any]] = {
     "lr": [-1e-9, -1, *NOT_FINITE],
@@ -101,6 +103,7 @@ WRONG_VALUES: dict[str, list[Any]] = {
     "exclude_modules": BAD_MODULES,
     "layer_types": [["Linear"], ["linear", "tables"]],
     "strict": [],  # both values of a bool are right
+    "batch_dim": [-1, 2, 10**5000],
 }
 # Under which every argument is read.
 READ = {"sharing": "replay"}
@@ -143,7 +146,7 @@ def test_a_good_value_is_kept_as_json_gives_it_back(key: str, value: Any) -> Non
         found = getattr(make(**READ | {key: value}), key)
         assert found == (list(value) if isinstance(value, tuple) else value)
         assert type(found) in (type(None), str, bool, int, float, list)
-        assert type(found) is not int or key in ("coefficient_steps", "memory_budget")
+        assert type(found) is not int or key in ("coefficient_steps", "memory_budget", "batch_dim")
         assert found is not value or not isinstance(value, list)
 
 

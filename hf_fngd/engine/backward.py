@@ -20,7 +20,7 @@ from torch import Tensor, library
 
 from hf_fngd.engine.layer import Layer
 from hf_fngd.engine.window import MicroBatch
-from hf_fngd.layers.base import LayerKernel, Saved
+from hf_fngd.layers.base import LayerKernel, Saved, View
 from hf_fngd.weights.algebra import scaled
 
 # In a CUDA graph the operators would not run again, and would read the sample weights of the step that was captured.
@@ -67,7 +67,7 @@ def sample_weights(x: Tensor | None, g: Tensor, batch: Tensor, engine: int, plac
     w = None
     if found is not None:
         again = found.complete and place in found.of_graphs
-        w = _engines[engine].layers[place].weights(x, g, has_bias, found, again)
+        w = _engines[engine].layers[place].weights(x, g, has_bias, found, again, None)
         found.of_graphs.add(place)
     return g.new_ones(len(g if x is None else x)) if w is None else w.to(g.dtype, copy=True)
 
@@ -86,22 +86,29 @@ class LayerCall:
     batch: MicroBatch | Tensor  # in a traced graph what `begin` returned
     engine: int  # its number
     samples: int | None
+    view: View | None = None  # where the samples are, as far as a probe has told
 
     def apply(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         number = self.batch if isinstance(self.batch, Tensor) else None
+        dim = 0 if self.view is None else self.view.dim
+        rows = x.flatten(0, dim)
         # No leaf: of that the engine does not say whether a pass of autograd.grad asks for it.
-        return WeighedLayer.apply(x, weight.view_as(weight), bias, number, self)  # type: ignore
+        y: Tensor = WeighedLayer.apply(rows, weight.view_as(weight), bias, number, self)  # type: ignore
+        return y.view(*x.shape[: dim + 1], *y.shape[1:]) if dim and y.shape[:-1] == rows.shape[:-1] else y
 
     def weigh(self, y: Tensor, like: Tensor | None = None) -> Tensor:
         """See `Call.weigh`. The tensor that is returned is a copy, which a model may change in place."""
         number = self.batch if isinstance(self.batch, Tensor) else None
-        return WeighedTensor.apply(y, like, number, self)  # type: ignore
+        dim = 0 if self.view is None else self.view.dim
+        weighed: Tensor = WeighedTensor.apply(y.flatten(0, dim), like, number, self)  # type: ignore
+        return weighed.view(y.shape) if dim else weighed
 
     def remember(self, ctx: Any) -> None:
         """Leave to a backward pass what it needs of the call beside tensors."""
         # The micro-batch itself is not saved as tensors are: checkpointing would bring back that of its last forward.
         ctx.batch = None if isinstance(self.batch, Tensor) else self.batch
         ctx.layer, ctx.engine, ctx.place, ctx.again = self.layer, self.engine, self.place, False
+        ctx.view = self.view
 
 
 def _weights(ctx: Any, x: Tensor | None, g: Tensor, number: Tensor | None, has_bias: bool) -> Tensor | None:
@@ -114,7 +121,7 @@ def _weights(ctx: Any, x: Tensor | None, g: Tensor, number: Tensor | None, has_b
         return w
     again, ctx.again = ctx.again, True
     layer: Layer = ctx.layer
-    return layer.weights(x, g, has_bias, ctx.batch, again) if g.numel() else None
+    return layer.weights(x, g, has_bias, ctx.batch, again, ctx.view) if g.numel() else None
 
 
 class WeighedLayer(torch.autograd.Function):

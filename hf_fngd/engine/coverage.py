@@ -1,8 +1,8 @@
 """The coverage report: which parameters are preconditioned or weighed, which are plain, and why."""
 
 import logging
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 
 from hf_fngd.engine.layer import NEVER_CALLED, Layer
 from hf_fngd.layers.base import weight_of
@@ -20,12 +20,14 @@ class CoverageReport:
         plain: with a plain gradient, and why; the fallback rule steps them.
         missed: of preconditioned layers that were not weighed in some or all steps, and why.
         weighed: all others whose samples are weighed; the fallback rule steps them.
+        note: how the samples were told, where the sizes of tensors had to do; empty otherwise.
     """
 
     preconditioned: tuple[str, ...]
     plain: dict[str, str]
     missed: dict[str, str]
     weighed: tuple[str, ...] = ()
+    note: str = field(default="", compare=False)
 
     def __str__(self) -> str:
         lines = [f"FNGD preconditions {len(self.preconditioned)} parameters."]
@@ -36,7 +38,7 @@ class CoverageReport:
             for name, reason in group.items():
                 reasons.setdefault(reason, []).append(name)
             lines += [f"{len(names)} {title}: {reason} ({_listed(names)})" for reason, names in reasons.items()]
-        return "\n  ".join(lines)
+        return "\n  ".join([*lines, self.note] if self.note else lines)
 
 
 def _listed(names: Sequence[str]) -> str:
@@ -53,6 +55,7 @@ class Coverage:
         self._selection, self._layers, self._strict = selection, layers, strict
         self._told = False
         self._told_reasons = 0
+        self.note: Callable[[], str] = str
 
     def report(self) -> CoverageReport:
         """What became of every trainable parameter; before the first step, what is going to."""
@@ -74,7 +77,7 @@ class Coverage:
             else:
                 weighed.update(dict.fromkeys(names))
         plain = {name: reason for name, reason in plain.items() if name not in weighed}
-        return CoverageReport(tuple(preconditioned), plain, missed, tuple(weighed))
+        return CoverageReport(tuple(preconditioned), plain, missed, tuple(weighed), self.note())
 
     def tell(self, samples: int) -> None:
         """A step was taken, whose sample weights compared so many samples: log the report, if it says more than before.

@@ -15,8 +15,9 @@ from hf_fngd.engine.attach import Attachment, unsupported
 from hf_fngd.engine.backward import Engine, LayerCall, begin, numbered
 from hf_fngd.engine.graph import uses_in_graph
 from hf_fngd.engine.layer import ON_TOP_OF_ANOTHER, USED_ELSEWHERE, Layer
+from hf_fngd.engine.samples import Samples
 from hf_fngd.engine.window import MicroBatch, Window, in_backward
-from hf_fngd.layers.base import weight_of
+from hf_fngd.layers.base import NOT_THE_BATCH, weight_of
 from hf_fngd.layers.embedding import EmbeddingKernel
 
 logger = logging.getLogger(__name__)
@@ -38,12 +39,14 @@ class Forwards:
         layers: list[Layer],
         window: Window,
         opened: Callable[[], Callable[[int], MicroBatch] | None],
+        batch_dim: int | None = None,
     ) -> None:
         self.batch: MicroBatch | None = None
         self._layers, self._window, self._opened = layers, window, opened
         self._engine = Engine(layers, self._begin)
         self._number: Tensor | None = None
         self._inspected = self._inside = False
+        self.samples = Samples(layers, batch_dim)
         handlers = [(layer.selected.module, partial(self._layer_forward, layer)) for layer in layers]
         self._attachment = Attachment(model, self._model_forward, handlers)
 
@@ -73,6 +76,10 @@ class Forwards:
             return own(*args, **kwargs)
         refuse_replica(module)
         sample = _find_sample(args, kwargs)
+        if not torch.compiler.is_compiling() and self.samples.left and sample is not None:
+            self.samples.probe(module, own, args, kwargs, sample)
+        if sample is not None and self.samples.dim < sample.dim():
+            sample = sample.movedim(self.samples.dim, 0)
         if torch.compiler.is_compiling():
             self._number = None if sample is None else begin(sample, self._engine.number)
             return own(*args, **kwargs)
@@ -91,6 +98,9 @@ class Forwards:
     def _layer_forward(
         self, layer: Layer, module: nn.Module, own: Callable[..., Any], *args: Any, **kwargs: Any
     ) -> Any:
+        if self.samples.seen is not None:
+            self.samples.see(layer, (*args, *kwargs.values()))
+            return own(*args, **kwargs)
         weight, x = weight_of(module), (*args, *kwargs.values())
         trains = module.training and torch.is_grad_enabled() and weight is not None and weight.requires_grad
         if not trains or not x or not layer.kernel.takes(*x):
@@ -101,6 +111,17 @@ class Forwards:
         if not compiling and not (layer.selected.matrix or self._inside or recomputes):
             layer.shared.reasons.add(USED_ELSEWHERE)  # which batch the call belongs to is not known
         if batch is None or (not compiling and USED_ELSEWHERE in layer.shared.reasons):
+            return own(*args, **kwargs)
+        view, unfit = layer.view, layer.unfit
+        empty = isinstance(batch, MicroBatch) and batch.size == 0
+        if unfit is None and view is not None and not view.plain and not empty:
+            rows = x[0].shape[: view.dim + 1].numel() if x[0].dim() > view.dim else -1
+            fits = not isinstance(batch, Tensor) and view.fits(rows, batch.size)
+            unfit = None if fits else NOT_THE_BATCH
+        if unfit is not None:
+            if not isinstance(batch, Tensor):
+                batch.calls[layer.place] += self._inside or not recomputes
+                layer.shared.reasons.add(unfit)
             return own(*args, **kwargs)
         own = partial(own, *args, **kwargs)
         if isinstance(batch, Tensor):
@@ -116,7 +137,7 @@ class Forwards:
         # What checkpointing recomputes is no call of its own, unless it recomputes the forward pass of the whole model.
         batch.calls[layer.place] += self._inside or not recomputes
         return layer.kernel.run(
-            module, own, x[0], LayerCall(layer, layer.place, batch, self._engine.number, batch.size)
+            module, own, x[0], LayerCall(layer, layer.place, batch, self._engine.number, batch.size, view)
         )
 
     def _inspect(self, output: Any, batch: MicroBatch) -> None:

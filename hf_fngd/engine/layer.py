@@ -8,9 +8,10 @@ from torch import Tensor
 
 from hf_fngd.distributed.sharded import local
 from hf_fngd.engine.window import MicroBatch
-from hf_fngd.layers.base import AMBIGUOUS, GramKernel, LayerKernel, weight_of
+from hf_fngd.layers.base import AMBIGUOUS, NOT_THE_BATCH, GramKernel, LayerKernel, View, weight_of
 from hf_fngd.layers.embedding import EmbeddingKernel
 from hf_fngd.layers.select import Selected
+from hf_fngd.layers.table import TableKernel
 
 CALLED_AGAIN = "it is called more than once in a forward pass"
 NEVER_CALLED = "it was never called in a forward pass of the model in training mode"
@@ -45,6 +46,8 @@ class Layer:
     weighed: bool = False  # whether its samples ever were
     repeated: bool = False  # whether a backward pass found a call that forward did not count
     seen: MicroBatch | None = None  # the last one whose backward reached it
+    view: View | None = None  # where the samples are, as a probe told; None: sizes tell
+    unfit: str | None = None  # why the samples of its input cannot be told, where a probe has found that
 
     def __post_init__(self) -> None:
         self.kernel: LayerKernel = self.selected.kernel
@@ -62,6 +65,18 @@ class Layer:
         own = [AMBIGUOUS] if self.shared.ambiguous else []
         return {*self.shared.reasons, *own, *([self.kernel.fault] if self.kernel.fault else [])}
 
+    def told(self, verdict: View | str | None) -> None:
+        """A probe called it, with this verdict; None where the whole batch shares its input."""
+        if self.view is not None:
+            return
+        table = isinstance(self.kernel, EmbeddingKernel | TableKernel)  # these tell by themselves
+        if isinstance(verdict, View) and not isinstance(self.kernel, TableKernel):
+            # Reasons that earlier batches gave stay in the report.
+            self.view = verdict if verdict.plain or self.kernel.folds else None
+            self.unfit = None if self.view else NOT_THE_BATCH
+        elif not table or (verdict is not None and not isinstance(verdict, View)):
+            self.unfit = verdict if isinstance(verdict, str) else NOT_THE_BATCH
+
     def close(self) -> None:
         """The optimizer steps: was the weight's gradient made without this layer's backward?"""
         shared = self.shared
@@ -74,23 +89,41 @@ class Layer:
             # Zero gradients are those of an unused layer, or of a loader that initializes the optimizer's state.
             shared.passed_by = grad is not None and bool(local(grad).any())
 
-    def weights(self, x: Tensor | None, g: Tensor, has_bias: bool, batch: MicroBatch, again: bool) -> Tensor | None:
+    def weights(
+        self, x: Tensor | None, g: Tensor, has_bias: bool, batch: MicroBatch, again: bool, view: View | None
+    ) -> Tensor | None:
         """The sample weights ``[N]`` of one call in a backward pass, None for ones; x and g as the kernel takes them.
 
         ``has_bias`` tells whether a trained bias belongs to h_n, and ``again`` whether an earlier backward pass of a
-        retained graph has been here: then they are new ones, which nothing remembers.
+        retained graph has been here: then they are new ones, which nothing remembers. With a ``view`` the first
+        dimension counts rows, and so do the sample weights that are returned.
         """
         batch.reach()
         self.shared.reached = self.shared.ever = True
-        if batch.size == 0 or self._is_plain(x, g, batch, again) or len(g if x is None else x) != batch.size:
+        rows = len(g if x is None else x)
+        if batch.size == 0 or self._is_plain(x, g, batch, again, view):
+            return None
+        if view is not None:
+            x = None if x is None else view.samples_first(x, batch.size, rows)
+            g = view.samples_first(g, batch.size, rows)
+        elif rows != batch.size:
             return None
         self.weighed = True
         weights = batch.begin() if again or batch.weights is None else batch.weights
-        return weights.weigh(self.place, _Samples(self.kernel, x, g, has_bias))
+        w = weights.weigh(self.place, _Samples(self.kernel, x, g, has_bias))
+        return w if w is None or view is None else view.of_rows(w, rows)
 
-    def _is_plain(self, x: Tensor | None, g: Tensor, batch: MicroBatch, again: bool) -> bool:
+    def _is_plain(self, x: Tensor | None, g: Tensor, batch: MicroBatch, again: bool, view: View | None) -> bool:
         """Whether the samples cannot be weighed in this call; the reason goes to `Shared`."""
-        self.batch_first, reason = self.kernel.layout(self.batch_first, x, g, batch.size)
+        reason: str | None
+        if view is None:
+            self.batch_first, reason = self.kernel.layout(self.batch_first, x, g, batch.size)
+        else:
+            fits = view.fits(len(g if x is None else x), batch.size)
+            reason = None if fits else NOT_THE_BATCH
+            if fits and view.plain and batch.size > 1:
+                self.batch_first = True  # for compiled graphs and checkpoints
+            self.shared.ambiguous.discard(self.place)
         if self.solves and self._called_again(batch, again):
             reason = CALLED_AGAIN
         if self.batch_first is not None:

@@ -12,7 +12,7 @@ module that it takes. There are two ways to form a weighted gradient:
 import functools
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +26,44 @@ AMBIGUOUS = (
     "(another batch size or sequence length does)"
 )
 
+
+class View(NamedTuple):
+    """Where the samples are in a layer's input, as a probe told.
+
+    They are in one dimension, of N entries or of several times as many: "one" entry each, or each sample's entries in a
+    row ("first": the sample counts before its positions), or those of a position ("last"). Of another dimension than
+    the first the order is "last", once it is flattened with those before it.
+    """
+
+    dim: int
+    order: str
+
+    @property
+    def plain(self) -> bool:
+        """Whether it is the layout that every kernel knows."""
+        return self.dim == 0 and self.order == "one"
+
+    def fits(self, rows: int, samples: int) -> bool:
+        """Whether so many rows, flattened, can be those of so many samples."""
+        return rows == samples if self.order == "one" else samples > 0 <= rows and rows % samples == 0
+
+    def samples_first(self, x: Tensor, samples: int, rows: int) -> Tensor:
+        """A tensor ``[rows ..., *]`` as ``[N, T, *]``."""
+        if self.order == "one":
+            return x
+        own = x.shape[1:] if len(x) == rows else (len(x) // rows, *x.shape[1:])
+        if self.order == "first":
+            return x.reshape(samples, rows // samples, *own)
+        return x.reshape(rows // samples, samples, *own).transpose(0, 1)
+
+    def of_rows(self, w: Tensor, rows: int) -> Tensor:
+        """Something for each sample, for each row."""
+        if self.order == "one":
+            return w
+        times = rows // len(w)
+        return w.repeat_interleave(times, 0) if self.order == "first" else w.repeat(times, *[1] * (w.dim() - 1))
+
+
 Forward = functools.partial[Any]
 Layout = tuple[bool | None, str | None]
 
@@ -33,10 +71,13 @@ Layout = tuple[bool | None, str | None]
 class Call(Protocol):
     """What the engine offers a kernel for one call of a layer in a training forward pass.
 
-    ``samples`` is their number N; None in a graph of torch.compile, which does not know it before it runs.
+    ``samples`` is their number N; None in a graph of torch.compile, which does not know it before it runs. ``view`` is
+    where they are in the input, where a probe has told. It is a dataclass.
     """
 
+    __dataclass_fields__: ClassVar[dict[str, Any]]
     samples: int | None
+    view: View | None
 
     def apply(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """`ExplicitKernel.forward`, with the kernel's own backward behind it."""
@@ -53,10 +94,11 @@ class LayerKernel(ABC):
 
     Of an `ExplicitKernel` g has the shape of what its `forward` returned. Behind `Call.weigh`, g is the gradient of the
     tensor that was weighed, and x what was given as ``like``, or None. ``fault`` says why the samples of no call can be
-    weighed, once a call has told.
+    weighed, once a call has told. ``folds`` tells whether the kernel's arithmetic is right for a `View` of any kind.
     """
 
     fault: str | None = None
+    folds: ClassVar[bool] = False
 
     def takes(self, x: Any, *others: Any) -> bool:
         """Whether the samples of a call's arguments can be weighed at all; otherwise the module's own forward runs."""

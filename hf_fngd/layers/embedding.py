@@ -18,6 +18,8 @@ A_TABLE = "the whole batch shares its output, as that of a table of positions, a
 class EmbeddingKernel(LayerKernel):
     """``y = W[x]``."""
 
+    folds = True
+
     def __init__(self) -> None:
         self.expands = False  # whether it is a table whose output is expanded to the batch
         self.output: Any = None  # the first output that the whole batch shares, as a node of the graph, for `inspect`

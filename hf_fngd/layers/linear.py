@@ -21,6 +21,7 @@ class LinearKernel(GramKernel):
     """
 
     tied: bool = False
+    folds = True
 
     def run(self, module: nn.Module, own: Forward, x: Tensor, call: Call) -> Tensor:
         y = call.apply(*operands(module, x))
@@ -57,7 +58,7 @@ class LinearKernel(GramKernel):
             return of_g
         of_x = tensor_norms(x)
         if has_bias:
-            of_x = torch.hypot(of_x, of_x.new_full((), (len(g) // len(x)) ** 0.5))
+            of_x = torch.hypot(of_x, of_x.new_full((), (g.numel() // g.shape[-1] // len(x)) ** 0.5))
         return of_x * of_g
 
     def gram(self, x: Tensor, g: Tensor, has_bias: bool, memory_budget: int) -> Tensor:

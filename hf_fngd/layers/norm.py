@@ -5,7 +5,7 @@ parameter, a vector, runs its own forward on that vector expanded to one row a s
 vector has the samples apart, so its norms are exact.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from hf_fngd.layers.base import (
     Forward,
     LayerKernel,
     Saved,
+    View,
     With,
     parameters,
     plain_class,
@@ -35,6 +36,7 @@ class LayerNormKernel(ExplicitKernel):
 
     shape: tuple[int, ...]
     eps: float
+    folds = True
 
     def takes(self, x: Any, *others: Any) -> bool:
         return isinstance(x, Tensor) and x.dim() > len(self.shape) and not others
@@ -65,12 +67,16 @@ class LayerNormKernel(ExplicitKernel):
 class VectorKernel(LayerKernel):
     """A norm that multiplies by a vector ``W`` of the size of the last dimension, by its own forward."""
 
+    folds = True
+
     def run(self, module: nn.Module, own: Forward, x: Tensor, call: Call) -> Any:
         return plain_class(module).forward(With(module, weight=_expanded(module, x, call)), x)
 
 
 class RMSNormKernel(LayerKernel):
     """torch's RMSNorm, whose function takes a vector of its shape alone: it runs without, and the product is ours."""
+
+    folds = True
 
     def run(self, module: nn.Module, own: Forward, x: Tensor, call: Call) -> Tensor:
         assert isinstance(module, nn.RMSNorm)
@@ -83,6 +89,11 @@ class RMSNormKernel(LayerKernel):
 def _expanded(module: nn.Module, x: Tensor, call: Call) -> Tensor:
     """The vector in one row a sample, ``[N, 1, ..., d]``, whose gradient is weighed."""
     weight, _ = parameters(module)
+    if call.view is not None and not call.view.plain:  # a sample has several rows: expanded to samples first
+        of_samples = replace(call, view=View(0, "one")).weigh(weight.expand(call.samples or 0, -1))
+        own = x.shape[: call.view.dim + 1]
+        rows = call.view.of_rows(of_samples, own.numel())
+        return rows.view(*own, *[1] * (x.dim() - len(own) - 1), -1)
     return call.weigh(weight.expand(x.shape[0], *[1] * (x.dim() - 2), *weight.shape), like=x)
 
 

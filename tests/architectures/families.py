@@ -67,10 +67,9 @@ def choices(n: int, t: int) -> Batch:
 family(
     "BERT (multiple choice)",
     sized(hf.BertForMultipleChoice),
-    "",
-    {NOT_THE_BATCH: f"{bert_linears('bert')} bert.pooler.dense classifier"},
+    f"{bert_linears('bert')} bert.pooler.dense classifier",
     batch=choices,
-    remark="the choices are folded into the batch: nothing is preconditioned",
+    remark="the choices are folded into the batch",
 )
 
 family(
@@ -149,9 +148,11 @@ LONGFORMER = "longformer.encoder.layer.*"
 family(
     "Longformer",
     sized(hf.LongformerForSequenceClassification, attention_window=4, num_labels=CLASSES),
-    f"{LONGFORMER}.(attention.output|intermediate|output).dense classifier.(dense|out_proj)",
+    f"""
+        {LONGFORMER}.(attention.output|intermediate|output).dense classifier.(dense|out_proj)
+        {LONGFORMER}.attention.self.(query|key|value|query_global|key_global|value_global)
+    """,
     # Attention runs on [positions, samples, features], the global queries on [global tokens, samples, features].
-    {NOT_THE_BATCH: f"{LONGFORMER}.attention.self.(query|key|value|query_global|key_global|value_global)"},
     batch=classification,
     remark="attention has positions first",
 )
@@ -165,9 +166,8 @@ def segments(n: int, t: int) -> Batch:
 family(
     "XLNet",
     sized(hf.XLNetForSequenceClassification, num_labels=CLASSES),
-    "sequence_summary.summary logits_proj",
     # [positions, samples, features] throughout the Transformer.
-    {NOT_THE_BATCH: "transformer.layer.*.ff.layer_(1|2)"},
+    "sequence_summary.summary logits_proj transformer.layer.*.ff.layer_(1|2)",
     batch=segments,
     remark="the Transformer has positions first, and attention has no Linear",
 )
@@ -218,8 +218,7 @@ family(
 family(
     "OPT",
     sized(hf.OPTForCausalLM, word_embed_proj_dim=WIDTH),
-    "model.decoder.layers.*.self_attn.(q|k|v|out)_proj",
-    {NOT_THE_BATCH: "model.decoder.layers.*.fc(1|2)"},
+    "model.decoder.layers.*.self_attn.(q|k|v|out)_proj model.decoder.layers.*.fc(1|2)",
     tied="lm_head",
     remark="fc1 and fc2 run on samples and positions folded together",
 )
@@ -298,10 +297,9 @@ family(
     # The second stage has a single window, so that its attention sees whole samples.
     """
         swin.encoder.layers.*.blocks.*.mlp.fc(1|2) swin.encoder.layers.0.downsample.reduction
-        swin.encoder.layers.1.blocks.*.attention.(q|k|v|o)_proj classifier
+        swin.encoder.layers.*.blocks.*.attention.(q|k|v|o)_proj classifier
     """,
     # Attention runs on [samples * windows, positions of a window, features]: four windows.
-    {NOT_THE_BATCH: "swin.encoder.layers.0.blocks.*.attention.(q|k|v|o)_proj"},
     batch=images(16, 16),
     square=16,
     remark="attention folds the windows into the batch, where a stage has several",
@@ -428,8 +426,7 @@ family(
 family(
     "nn.TransformerEncoder (batch_first=False)",
     lambda: Encoder(batch_first=False),
-    "project classify",
-    {NOT_THE_BATCH: "encoder.layers.*.linear(1|2)"},
+    "project classify encoder.layers.*.linear(1|2)",
     batch=series,
     remark="the encoder has positions first",
 )
@@ -457,5 +454,5 @@ family(
     "embed classify",
     {NOT_THE_BATCH: "project"},
     batch=series,
-    remark="as many rows in the table as samples look like samples",
+    remark="the table has no batch, but may have as many rows as there are samples",
 )

@@ -90,7 +90,8 @@ def judge(name: str, outcome: str, grad: Tensor | None, plain: Gradients, weight
         return Verdict(outcome, distance(name, grad, plain), PLAIN_TOLERANCE)
     if name not in weighted:
         return Verdict(outcome, math.inf, TOLERANCE)
-    return Verdict(outcome, distance(name, grad, weighted), TOLERANCE, distance(name, weighted[name], plain))
+    shift = distance(name, weighted[name], plain) if plain[name].any() else math.inf  # no gradient has no shift
+    return Verdict(outcome, distance(name, grad, weighted), TOLERANCE, shift)
 
 
 def distance(name: str, found: Tensor | None, expected: Gradients) -> float:

@@ -67,6 +67,18 @@ class Folded(Net):
         return self.fc2(hidden.flatten(0, 1)).view(*hidden.shape[:2], CLASSES).mean(1)
 
 
+class Unprobed(Net):
+    """Cannot run in evaluation, as a probe wants it to: sizes have to tell."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        assert self.training
+        return super().forward(x)
+
+
+class UnprobedFolded(Folded, Unprobed):
+    pass
+
+
 class Unused(Net):
     """Never calls its second layer."""
 
@@ -94,9 +106,9 @@ def value(model: Net, x: Tensor, y: Tensor) -> Tensor:
 
 OBSTACLES: dict[str, tuple[type[Net], tuple[int, ...], dict[str, str]]] = {
     "called twice": (Twice, (), {"again": CALLED_AGAIN}),
-    "folded": (Folded, (3,), {"fc2": NOT_THE_BATCH}),
+    "folded": (UnprobedFolded, (3,), {"fc2": NOT_THE_BATCH}),
     "unused": (Unused, (), {"fc2": NEVER_CALLED}),
-    "as many positions as samples": (Net, (7,), {"fc1": AMBIGUOUS, "fc2": AMBIGUOUS}),
+    "as many positions as samples": (Unprobed, (7,), {"fc1": AMBIGUOUS, "fc2": AMBIGUOUS}),
     "used elsewhere": (Elsewhere, (), {"fc2": USED_ELSEWHERE}),
     "used elsewhere, behind a dataclass": (Behind, (), {"fc2": USED_ELSEWHERE}),
 }

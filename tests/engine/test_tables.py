@@ -184,7 +184,7 @@ CASES: dict[str, Case] = {
     "a table of pairs": (Relative, {}, EVERYTHING, {"pairs.weight": NOT_THE_BATCH}),
     # A weight is plain in all of its uses or in none.
     "a table that is used": (UsesTheTable, {}, NOT_TABLE, {TABLE: USED_ELSEWHERE}),
-    "a head that is called on some tokens": (CallsTheHeadOnSomeTokens, {}, NOT_TABLE, {TABLE: NOT_THE_BATCH}),
+    "a head that is called on some tokens": (CallsTheHeadOnSomeTokens, {}, EVERYTHING, {}),
     "time first": (TimeFirst, {}, NOT_TABLE, {TABLE: NOT_THE_BATCH}),
     "an excluded table": (LanguageModel, {"exclude_modules": ["left_out", "tokens"]}, NOT_TABLE, {TABLE: EXCLUDED}),
     "an excluded head": (LanguageModel, {"exclude_modules": ["left_out", "head"]}, NOT_TABLE, {}),
@@ -231,7 +231,19 @@ class Twice(LanguageModel):
         return super().embed(x) + self.sources(torch.cat([x, x], dim=1)).mean(1, keepdim=True)
 
 
-@pytest.mark.parametrize("cls", [LanguageModel, Twice])
+class Unprobed(LanguageModel):
+    """Cannot run in evaluation, as a probe wants it to: sizes have to tell."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        assert self.training
+        return super().forward(x)
+
+
+class UnprobedTwice(Twice, Unprobed):
+    pass
+
+
+@pytest.mark.parametrize("cls", [Unprobed, UnprobedTwice])
 def test_a_batch_with_as_many_positions_as_samples_waits_for_one_that_tells_of_every_use(
     cls: type[LanguageModel],
 ) -> None:

@@ -1,0 +1,263 @@
+"""The probe: which rows of a layer's input belong to which sample, told by a forward pass with a sample fewer.
+
+Sizes alone do not tell: a batch may be as large as a sequence is long, or be folded into another dimension. So the
+model runs twice on the first training batch, as it is and without its first sample, without gradients, in eval mode.
+The one dimension of a layer's input that shrinks in proportion holds the samples; and the rows that stay have to keep
+their values, in one of the orders that a `View` has. A batch of one sample is compared with two copies of it.
+
+Where the samples of dimension 0 change each other's values (as positions do in attention), dimension 1 is tried.
+Nothing of a pass remains: random states, flags, buffers and attributes are put back.
+"""
+
+import contextlib
+import copy
+import random
+import sys
+from collections import UserDict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import fields, is_dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from hf_fngd.layers.base import NOT_THE_BATCH, View
+
+NOT_VERIFIED = (
+    "leaving out a sample of the first batch changed what the layer saw of the others, so its rows cannot be told apart"
+)
+EQUAL_ROWS = "samples and positions are folded, in an order that the first batches did not tell, as all rows were equal"
+UNSURE = "no dimension of the batch holds samples that leave each other alone; batch_dim=0 or 1 says which one it is"
+
+_REGISTRIES = (
+    *("_buffers", "_modules", "_forward_hooks", "_forward_pre_hooks"),
+    *("_forward_hooks_with_kwargs", "_forward_pre_hooks_with_kwargs", "_forward_hooks_always_called"),
+)
+# Whose hooks are a part of a model's forward pass. Those of others watch it, and must see none of a probe.
+_LIBRARIES = ("torch", "transformers", "peft", "accelerate")
+
+Digest = tuple[tuple[int, ...], Tensor]
+Calls = dict[int, list[Digest]]  # by the layer's place, in the order of its calls
+Verdict = View | str | None  # a view, or the reason why there is none; None: the batch shares it
+
+
+class Found(NamedTuple):
+    """What a probe told: the batch's dimension in the model's inputs, and of each layer that was called a verdict."""
+
+    dim: int
+    verdicts: dict[int, Verdict]
+
+
+class CannotProbeError(Exception):
+    """The inputs have a structure that the probe does not know, or numbers that tell nothing."""
+
+
+def probe(
+    model: nn.Module,
+    run: Callable[[Any, Any], Calls],
+    inputs: tuple[Any, Any],
+    sample: Tensor,
+    batch_dim: int | None,
+    known: int | None = None,
+) -> Found:
+    """Tell the samples of a model's layers.
+
+    Args:
+        model: the model.
+        run: runs it on other positional and named arguments, and returns what its layers saw.
+        inputs: the positional and named arguments of the forward pass under way.
+        sample: the one among them that counts the samples.
+        batch_dim: the dimension of it that does, where somebody has said so.
+        known: the one that an earlier probe found.
+    """
+    only = known if batch_dim is None else batch_dim
+    dims = [only] if only is not None else [0, 1][: 1 if len(sample) == 1 else sample.dim()]
+    best, most = Found(dims[0], {}), -1
+    failure: Exception | None = None
+    with untouched(model):
+        for dim in dims:
+            try:
+                found, passed, grown = _try(run, inputs, sample.shape[dim], dim, trusted=batch_dim is not None)
+            except Exception as error:  # whatever a model does with inputs of other sizes
+                failure = error if dim == dims[0] else failure
+                continue
+            enough = passed == grown if dim or sample.dim() < 2 else 2 * passed > grown
+            if len(sample) == 1:  # all of it is that sample's, however its copies get on
+                found = {place: one for place, one in found.items() if one is None or isinstance(one, View)}
+            elif not (enough or only is not None):
+                found = {place: one if one is None else UNSURE for place, one in found.items()}
+                passed = 0
+            if passed > most:
+                best, most = Found(dim, found), passed
+            if passed == grown:
+                break
+    if failure is not None and not most > 0:
+        raise failure
+    return best
+
+
+def _try(
+    run: Callable[[Any, Any], Calls], inputs: tuple[Any, Any], samples: int, dim: int, trusted: bool
+) -> tuple[dict[int, Verdict], int, int]:
+    """The verdicts for one dimension; of how many calls the values were right, and how many grow with the batch."""
+    other: tuple[Any, Any] = resized(inputs, samples, dim)
+    full, fewer = (inputs, other) if samples > 1 else (other, inputs)
+    samples = max(samples, 2)
+    seen, seen_fewer = run(*full), run(*fewer)
+    found: dict[int, Verdict] = {}
+    passed = grown = 0
+    for place, calls in seen.items():
+        others = seen_fewer.get(place, [])
+        if len(others) != len(calls):
+            found[place] = NOT_THE_BATCH
+            continue
+        verdicts = [_compare(a, b, samples, dim if trusted else None) for a, b in zip(calls, others, strict=True)]
+        grown += sum(a[0] != b[0] for a, b in zip(calls, others, strict=True))
+        passed += sum(isinstance(verdict, View) for verdict in verdicts)
+        if len(set(verdicts)) == 1:  # where calls differ, sizes have to tell them apart
+            found[place] = verdicts[0]
+    return found, passed, grown
+
+
+def _compare(full: Digest, fewer: Digest, samples: int, trusted: int | None) -> Verdict:
+    """The verdict on one call of a layer, in a batch of so many samples and in one without the first of them."""
+    (shape, values), (shape_fewer, values_fewer) = full, fewer
+    if shape == shape_fewer:  # of one row of ids for all samples an embedding knows what to do
+        return None if len(shape) < 2 or shape[0] == 1 else NOT_THE_BATCH
+    grown = [dim for dim, size in enumerate(shape) if len(shape) == len(shape_fewer) and size != shape_fewer[dim]]
+    if len(grown) != 1 or grown[0] >= values.dim():
+        return NOT_THE_BATCH
+    dim = grown[0]
+    share, rest = divmod(shape[dim], samples)
+    if rest or shape_fewer[dim] != share * (samples - 1) or (dim and share > 1):
+        return NOT_THE_BATCH
+    if share == 1:
+        same = _close(values.narrow(dim, 1, samples - 1), values_fewer)
+        if same or dim == trusted:
+            return View(dim, "last" if dim else "one")
+        return NOT_VERIFIED
+    first = _close(values[share:], values_fewer)
+    last = _close(values.view(share, samples, *values.shape[1:])[:, 1:].flatten(0, 1), values_fewer)
+    if first == last:
+        return EQUAL_ROWS if first else NOT_VERIFIED
+    return View(0, "first" if first else "last")
+
+
+def _close(a: Tensor, b: Tensor) -> bool:
+    tolerance = 1e-9 if a.dtype == torch.float64 else 1e-4
+    if torch.is_autocast_enabled(a.device.type) or a.dtype in (torch.float16, torch.bfloat16):
+        tolerance = 2e-2
+    elif a.is_cuda and a.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32:
+        tolerance = 5e-3
+    a, b = (values if values.dtype == torch.float64 else values.float() for values in (a, b))
+    size = torch.linalg.vector_norm(a)
+    if not torch.isfinite(size):
+        raise CannotProbeError("the batch is not finite")
+    return bool(torch.linalg.vector_norm(a - b) <= tolerance * size)
+
+
+@torch.no_grad()
+def digest(x: Tensor) -> Digest:
+    """The shape of a layer's input, and a number for each of its rows."""
+    values = x.detach()
+    values = values.to(torch.float64 if x.dtype == torch.float64 or not x.is_floating_point() else torch.float32)
+    if x.is_floating_point() and x.dim() > 1:
+        with torch.autocast(x.device.type, enabled=False):
+            values = values @ torch.cos(1.7 * torch.arange(x.shape[-1], device=x.device, dtype=values.dtype) + 1)
+    return tuple(x.shape), values.to(x.dtype) if x.is_floating_point() else values
+
+
+@contextlib.contextmanager
+def untouched(model: nn.Module) -> Iterator[None]:
+    """Run in eval mode and without gradients; afterwards modules and random states are what they were."""
+    modules = list(model.modules())
+    attributes = [dict(module.__dict__) for module in modules]
+    registries = [{name: dict(module.__dict__[name]) for name in _REGISTRIES} for module in modules]
+    containers = [
+        {name: copy.copy(value) for name, value in own.items() if type(value) in (list, dict, set)}
+        for own in ({k: v for k, v in of.items() if not k.startswith("_")} for of in attributes)
+    ]
+    buffers = [(buffer, buffer._version, buffer.clone()) for buffer in model.buffers()]
+    numpy = sys.modules.get("numpy")
+    states = random.getstate(), numpy.random.get_state() if numpy else None
+    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []  # type: ignore[no-untyped-call]
+    fast, cached = torch.backends.mha.get_fastpath_enabled(), torch.is_autocast_cache_enabled()
+    try:
+        torch.set_autocast_cache_enabled(False)  # the training forward pass would find casts without a graph in it
+        torch.backends.mha.set_fastpath_enabled(False)  # which calls no Linear
+        for module in modules:
+            module.training = False
+            for hooks in (module._forward_hooks, module._forward_pre_hooks):
+                for key in [key for key, hook in hooks.items() if not _belongs(hook)]:
+                    del hooks[key]
+        with torch.random.fork_rng(devices), torch.no_grad():
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
+        torch.set_autocast_cache_enabled(cached)
+        random.setstate(states[0])
+        if numpy:
+            numpy.random.set_state(states[1])
+        for module, own, registered, copies in zip(modules, attributes, registries, containers, strict=True):
+            module.__dict__.clear()
+            module.__dict__.update(own)
+            for name, entries in registered.items():
+                own[name].clear()
+                own[name].update(entries)
+            for name, value in copies.items():
+                _refill(own[name], value)
+        with torch.no_grad():
+            for buffer, version, value in buffers:
+                if buffer._version != version:
+                    buffer.copy_(value)
+
+
+def _belongs(hook: Any) -> bool:
+    module = getattr(hook, "__module__", None) or type(hook).__module__
+    return module.split(".")[0] in _LIBRARIES
+
+
+def _refill(container: Any, before: Any) -> None:
+    """Bring a list, dict or set back to what it held."""
+    container.clear()
+    container.extend(before) if isinstance(container, list) else container.update(before)
+
+
+def resized(value: Any, samples: int, dim: int) -> Any:
+    """The inputs without their first sample, or twice where they hold one.
+
+    Of every tensor with so many entries in that dimension, of others with so many in dimension 0, and of lists of so
+    many items that are no such tensors. Raises CannotProbeError at objects that may hold samples unseen.
+    """
+    if isinstance(value, Tensor):
+        for own in dict.fromkeys((dim, 0)):
+            if value.dim() > own and value.shape[own] == samples:
+                return torch.cat([value, value], own) if samples == 1 else value.narrow(own, 1, samples - 1)
+        return value
+    if value is None or isinstance(value, int | float | complex | str | bytes | torch.dtype | torch.device):
+        return value
+    if isinstance(value, list | tuple):
+        return _resized_sequence(value, samples, dim)
+    if isinstance(value, Mapping):
+        items = {key: resized(one, samples, dim) for key, one in value.items()}
+        if isinstance(value, UserDict):  # BatchEncoding
+            encoding = copy.copy(value)
+            encoding.data = items
+            return encoding
+        return items if type(value) is dict else type(value)(**items)
+    if is_dataclass(value) and not isinstance(value, type):
+        made = copy.copy(value)
+        for field in fields(value):
+            if hasattr(value, field.name):
+                object.__setattr__(made, field.name, resized(getattr(value, field.name), samples, dim))
+        return made
+    raise CannotProbeError(f"an input is of type {type(value).__name__}")
+
+
+def _resized_sequence(value: Sequence[Any], samples: int, dim: int) -> Any:
+    items = [resized(one, samples, dim) for one in value]
+    if all(a is b for a, b in zip(items, value, strict=True)) and len(value) == samples > 1:
+        items = items[1:]
+    if isinstance(value, list):
+        return items
+    return type(value)(*items) if hasattr(value, "_fields") else tuple(items)

@@ -1,0 +1,115 @@
+"""When the probe of `hf_fngd.engine.probe` runs, what it tells the layers, and what stands in for it."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+
+from hf_fngd.engine.layer import Layer
+from hf_fngd.engine.probe import Calls, digest, probe
+from hf_fngd.engine.window import in_backward
+from hf_fngd.layers.base import View
+from hf_fngd.layers.embedding import EmbeddingKernel
+
+PACKED = "the batch is one row of tokens, of which no dimension counts the samples"
+
+
+class Samples:
+    """Where the samples are: in which dimension ``dim`` of the model's inputs, and in which view of its layers'.
+
+    The probe runs once, before the first training forward pass of the model, and again before the next ones, three
+    times in all, where it failed or found layers whose samples cannot be told: that batch may have been an odd one.
+    Where it cannot run, sizes tell, and ``note`` says why.
+    """
+
+    PROBES = 3
+
+    def __init__(self, layers: Sequence[Layer], batch_dim: int | None) -> None:
+        self.dim, self.note = batch_dim or 0, ""
+        self.left = self.PROBES  # how often it may run
+        self._found: int | None = None  # the dimension that a probe found
+        self.seen: Calls | None = None  # what the layers see, while a probe is under way
+        self._layers, self._batch_dim = layers, batch_dim
+
+    def told(self) -> str:
+        """The note."""
+        return self.note
+
+    def see(self, layer: Layer, inputs: Sequence[Any]) -> None:
+        """A layer is called in a probe."""
+        if self.seen is not None and inputs and isinstance(inputs[0], Tensor):
+            self.seen.setdefault(layer.place, []).append(digest(inputs[0]))
+
+    def probe(
+        self,
+        model: nn.Module,
+        own: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+        sample: Tensor,
+    ) -> None:
+        """Before the first training forward pass, with these arguments."""
+        if in_backward() or not len(sample):
+            return
+        self.left -= 1
+        if any(isinstance(key, str) and key.startswith("cu_seq") for key in kwargs) and sample.dim() == 1:
+            for layer in self._layers:
+                layer.unfit = PACKED
+            self.left = 0
+            return
+        reason = _obstacle(model)
+        if reason is None:
+            try:
+                inputs = (args, dict(kwargs))
+                found = probe(model, self._run(own), inputs, sample, self._batch_dim, self._found)
+            except Exception as error:  # whatever a model does with a batch that is not its trainer's
+                text = " ".join(str(error).split())[:200]
+                reason = f"a forward pass on a batch of another size failed ({type(error).__name__}: {text})"
+            else:
+                self.note = ""
+                self.dim = found.dim
+                if any(isinstance(one, View) for one in found.verdicts.values()):
+                    self._found = found.dim
+                for layer in self._layers:
+                    if layer.place in found.verdicts:
+                        layer.told(found.verdicts[layer.place])
+                if not any(layer.unfit for layer in self._layers):
+                    self.left = 0
+                return
+            finally:
+                self.seen = None
+        else:
+            self.left = 0
+        if self._found is not None:
+            return
+        self.note = f"which rows are whose sample was told by sizes alone, as {reason}"
+        if self._batch_dim is None:
+            self.note += "; batch_dim=0 or 1 says it for sure"
+        else:
+            for layer in self._layers:
+                if not isinstance(layer.kernel, EmbeddingKernel):
+                    layer.told(View(self._batch_dim, "last" if self._batch_dim else "one"))
+            self.left = 0
+
+    def _run(self, own: Callable[..., Any]) -> Callable[[Any, Any], Calls]:
+        def run(args: Any, kwargs: Any) -> Calls:
+            seen: Calls = {}
+            self.seen = seen
+            own(*args, **kwargs)
+            return seen
+
+        return run
+
+
+def _obstacle(model: nn.Module) -> str | None:
+    """Why the model must not run more often than its trainer says; None where it may."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            return "FSDP2 exchanges parameters in every forward pass"
+        if module._compiled_call_impl is not None or hasattr(module, "_orig_mod"):
+            return "a part of the model is compiled"
+    if torch._C._are_functorch_transforms_active():
+        return "a transform of torch.func is under way"
+    return None

@@ -1,0 +1,350 @@
+"""Who is a sample: what the probe tells of batches that sizes get wrong, against the oracle, and what it leaves."""
+
+import copy
+import dataclasses
+import random
+from collections import UserDict
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from hf_fngd import FNGDPreconditioner
+from hf_fngd.engine.probe import CannotProbeError, resized
+from hf_fngd.engine.samples import PACKED
+from hf_fngd.layers.base import AMBIGUOUS, NOT_THE_BATCH
+from tests.nets import EVERY_TYPE, settings_of
+from tests.reference import Clipping, Dense, per_sample_gradients, uses_of
+
+WIDTH, CLASSES = 6, 3
+DAMPING = 0.03
+
+
+class Attention(nn.Module):
+    """Two Linear layers with attention over the positions between them, ``[N, T, d]`` whatever the input's order."""
+
+    def __init__(self, order: str = "batch first") -> None:
+        super().__init__()
+        self.order = order
+        self.norm, self.rms = nn.LayerNorm(WIDTH), nn.RMSNorm(WIDTH)
+        self.fc1, self.fc2, self.fc3 = nn.Linear(WIDTH, 5), nn.Linear(5, WIDTH), nn.Linear(WIDTH, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.order == "time first":
+            y = self.fc1(self.norm(x))
+            scores = torch.einsum("tnd,snd->nts", y, y).softmax(-1)
+            y = self.rms(self.fc2(torch.einsum("nts,snd->tnd", scores, y))).tanh()
+            return self.fc3(y).mean(0)
+        n, t = x.shape[:2]
+        y = self.fc1(self.norm(x))
+        y = torch.einsum("nts,nsd->ntd", torch.einsum("ntd,nsd->nts", y, y).softmax(-1), y)
+        if self.order == "folded, samples first":
+            return self.fc3(self.rms(self.fc2(y.flatten(0, 1))).tanh()).view(n, t, -1).mean(1)
+        if self.order == "folded, positions first":
+            return self.fc3(self.rms(self.fc2(y.transpose(0, 1).flatten(0, 1))).tanh()).view(t, n, -1).mean(0)
+        return self.fc3(self.rms(self.fc2(y)).tanh()).mean(1)
+
+
+def build(order: str) -> Attention:
+    torch.manual_seed(0)
+    return Attention(order).double()
+
+
+def batch(n: int, t: int, order: str) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(n + 100 * t)
+    x = torch.randn(n, t, WIDTH, generator=generator, dtype=torch.float64)
+    y = torch.randint(CLASSES, (n,), generator=generator)
+    return (x.transpose(0, 1).contiguous() if order == "time first" else x), y
+
+
+def expected(model: nn.Module, x: Tensor, y: Tensor, sharing: str, dim: int, modules: list[str]) -> dict[str, Tensor]:
+    """The weighted gradients of these modules, by the oracle."""
+
+    def alone(model: nn.Module, n: int) -> Tensor:
+        return F.cross_entropy(model(x.narrow(dim, n, 1)), y[n : n + 1])
+
+    found: dict[str, Tensor] = {}
+    if sharing == "clipped":
+        trained = {name for name, _ in model.named_parameters()}
+
+        def share(model: nn.Module, n: int) -> Tensor:
+            return alone(model, n) / len(y)
+
+        found, _ = Clipping().gradients([uses_of(model, modules, share, n, trained) for n in range(len(y))])
+    else:
+        for name in modules:
+            own = dict(model.get_submodule(name).named_parameters(name))
+            p = Dense(per_sample_gradients(model, list(own.values()), alone, len(y)), DAMPING).p
+            found.update(zip(own, p.split([q.numel() for q in own.values()]), strict=True))
+    return {name: g.view_as(model.get_parameter(name)) for name, g in found.items()}
+
+
+@pytest.mark.parametrize("sharing", ["never", "clipped"])
+@pytest.mark.parametrize(("first", "later"), [((5, 7), (3, 4)), ((6, 6), (6, 6)), ((1, 4), (5, 3)), ((2, 2), (4, 1))])
+@pytest.mark.parametrize("order", ["batch first", "time first", "folded, samples first", "folded, positions first"])
+def test_samples_are_weighed_wherever_they_are(
+    order: str, first: tuple[int, int], later: tuple[int, int], sharing: str
+) -> None:
+    if order == "time first" and first[0] == 1:
+        pytest.skip("the batch begins with positions, and is no batch of one")
+    model, dim = build(order), int(order == "time first")
+    plain = copy.deepcopy(model)
+    settings = settings_of(sharing, damping=DAMPING)
+    preconditioner = FNGDPreconditioner(model, strict=True, **settings)
+    modules = ["fc1", "fc2", "fc3"] + ["norm", "rms"] * (sharing == "clipped")
+    for sizes in (first, later):
+        x, y = batch(*sizes, order)
+        x.select(dim, 0).mul_(20)
+        model.zero_grad()
+        F.cross_entropy(model(x), y).backward()
+        preconditioner.step()
+        for name, g in expected(plain, x, y, sharing, dim, modules).items():
+            torch.testing.assert_close(model.get_parameter(name).grad, g, rtol=1e-7, atol=1e-10, msg=name)
+    assert preconditioner.coverage().missed == {}
+    assert preconditioner.coverage().note == ""
+
+
+class Transformer(nn.Module):
+    """torch's own, with positions first, and a mask with the batch first: a position less is an error."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.both = nn.Transformer(8, 2, 1, 1, 8, dropout=0.0)
+
+    def forward(self, source: Tensor, target: Tensor, mask: Tensor) -> Tensor:
+        y: Tensor = self.both(source, target, src_key_padding_mask=mask)
+        return y
+
+
+@pytest.mark.filterwarnings("ignore:enable_nested_tensor is True:UserWarning")
+def test_the_second_dimension_is_tried_where_the_first_one_fails() -> None:
+    torch.manual_seed(0)
+    model = Transformer().double()
+    plain = copy.deepcopy(model)
+    source, target = torch.randn(7, 5, 8).double(), torch.randn(6, 5, 8).double()
+    target[:, 2] *= 30
+    mask = torch.zeros(5, 7, dtype=torch.bool)
+    preconditioner = FNGDPreconditioner(model, sharing="never", damping=DAMPING, strict=True)
+    weights = torch.tensor([1.0, 1, 9, 1, 1], dtype=torch.float64)
+
+    def alone(model: nn.Module, n: int) -> Tensor:
+        return weights[n] * model(source[:, n : n + 1], target[:, n : n + 1], mask[n : n + 1]).sin().sum()
+
+    (model(source, target, mask).sin().sum((0, 2)) * weights).mean().backward()
+    preconditioner.step()
+    layers = [layer.name for layer in preconditioner.layers]
+    assert len(layers) == 4
+    for name in layers:
+        own = list(plain.get_submodule(name).parameters())
+        p = Dense(per_sample_gradients(plain, own, alone, 5), DAMPING).p
+        found = torch.cat([q.grad.flatten() for q in model.get_submodule(name).parameters()])
+        torch.testing.assert_close(found, p.flatten(), rtol=1e-7, atol=1e-10)
+
+
+class Stream(nn.Module):
+    """Texts one behind the other in one row of tokens, ``[tokens]``, with attention within each text."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.fc, self.head = nn.Embedding(9, WIDTH), nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, CLASSES)
+
+    def forward(self, input_ids: Tensor, ends: Tensor | None = None, cu_seqlens: Tensor | None = None) -> Tensor:
+        ends = cu_seqlens[1:] if ends is None and cu_seqlens is not None else ends
+        text = torch.searchsorted(ends, torch.arange(len(input_ids)), right=True)
+        y = self.fc(self.table(input_ids))
+        scores = (y @ y.t()).masked_fill(text[:, None] != text, -torch.inf).softmax(-1)
+        return self.head(torch.tanh(scores @ y)).mean(0, keepdim=True)
+
+
+@pytest.mark.parametrize("key", ["ends", "cu_seqlens"])
+def test_tokens_of_a_row_are_no_samples(key: str) -> None:
+    model = Stream().double()
+    preconditioner = FNGDPreconditioner(model)
+    ids, ends = torch.arange(11) % 9, torch.tensor([4, 7, 11])
+    ends = F.pad(ends, (1, 0)) if key == "cu_seqlens" else ends
+    plain = torch.autograd.grad(model(ids, **{key: ends}).square().sum(), list(model.parameters()))
+    model(ids, **{key: ends}).square().sum().backward()
+    preconditioner.step()
+    for p, g in zip(model.parameters(), plain, strict=True):
+        torch.testing.assert_close(p.grad, g)
+    report = preconditioner.coverage()
+    assert not report.preconditioned
+    assert not report.weighed
+    assert (PACKED in report.missed.values()) == (key == "cu_seqlens")
+
+
+class Rows(nn.Module):
+    """A layer that sees some rows of its own in the first step, which are as many as there are samples, or fewer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rows = 0
+        self.fc1, self.fc2 = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, CLASSES)
+        self.register_buffer("table", torch.randn(20, WIDTH))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.fc1(self.table[: self.rows].to(x)).mean(0) if self.rows else self.fc1(x)
+        return self.fc2(y.tanh() + x)
+
+
+@pytest.mark.parametrize("rows", [5, 3])
+def test_an_odd_first_batch_is_neither_believed_nor_the_last_word(rows: int) -> None:
+    model = Rows().double()
+    plain = copy.deepcopy(model)
+    preconditioner = FNGDPreconditioner(model, sharing="never", damping=DAMPING)
+    x, y = torch.randn(5, WIDTH, dtype=torch.float64), torch.arange(5) % CLASSES
+    for model.rows in (rows, 0):
+        plain.rows = model.rows
+        model.zero_grad()
+        F.cross_entropy(model(x), y).backward()
+        preconditioner.step()
+        if model.rows:
+            (g,) = torch.autograd.grad(F.cross_entropy(plain(x), y), [plain.fc1.weight])
+        else:
+            g = expected(plain, x, y, "never", 0, ["fc1"])["fc1.weight"]
+        torch.testing.assert_close(model.fc1.weight.grad, g)
+        assert preconditioner.coverage().missed["fc1.weight"] == NOT_THE_BATCH
+
+
+class Trained(nn.Module):
+    """Keeps counts, draws numbers, and cannot stand another batch size in evaluation where it is told so."""
+
+    def __init__(self, fails: bool = False) -> None:
+        super().__init__()
+        self.fc1, self.fc2 = nn.Linear(WIDTH, 5), nn.Linear(5, CLASSES)
+        self.norm, self.drop = nn.BatchNorm1d(5), nn.Dropout()
+        self.register_buffer("calls", torch.zeros(()))
+        self.seen: list[int] = []
+        self.cache: Tensor | None = None
+        self.fails = fails
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.fails and not self.training:
+            raise ValueError("training only")
+        self.calls += 1
+        self.seen.append(len(x))
+        self.cache = x
+        random.random()
+        noise = torch.rand(())
+        return self.fc2(self.drop(self.norm(self.fc1(x)))) + 0 * noise
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_nothing_of_a_probe_remains(fails: bool) -> None:
+    model, x = Trained(fails), torch.randn(5, WIDTH)
+    model.drop.eval()
+    model.drop.p = 0.5
+    other = copy.deepcopy(model)
+    watched: list[int] = []
+    for net in (model, other):
+        net.fc1.register_forward_hook(lambda _, args, output: watched.append(len(args[0])))
+    preconditioner = FNGDPreconditioner(model)
+    outputs = []
+    for net in (model, other):
+        torch.manual_seed(3)
+        random.seed(3)
+        outputs.append((net(x), torch.rand(2), random.random()))
+    assert all(torch.equal(torch.as_tensor(a), torch.as_tensor(b)) for a, b in zip(*outputs, strict=True))
+    assert [module.training for module in model.modules()] == [module.training for module in other.modules()]
+    for (name, a), b in zip(model.state_dict().items(), other.state_dict().values(), strict=True):
+        assert torch.equal(a, b), name
+    assert watched == [5, 5]
+    assert model.seen == [5]
+    assert model.cache is x
+    assert ("training only" in preconditioner.coverage().note) == fails
+    assert ("batch_dim" in str(preconditioner.coverage())) == fails
+
+
+def test_a_probe_leaves_no_casts_without_a_graph_behind() -> None:
+    model = Trained()
+    preconditioner = FNGDPreconditioner(model, exclude_modules=["fc2"])
+    with torch.autocast("cpu", torch.bfloat16):
+        model(torch.randn(5, WIDTH)).sum().backward()
+    assert model.fc2.weight.grad is not None
+    preconditioner.step()
+    assert preconditioner.coverage().preconditioned == ("fc1.weight", "fc1.bias")
+    assert preconditioner.coverage().note == ""
+
+
+@pytest.mark.parametrize("batch_dim", [None, 0])
+def test_where_no_probe_can_run_an_argument_tells_what_sizes_do_not(batch_dim: int | None) -> None:
+    class Closed(Attention):
+        def forward(self, x: Tensor) -> Tensor:
+            assert self.training
+            return super().forward(x)
+
+    model = Closed().double()
+    preconditioner = FNGDPreconditioner(model, batch_dim=batch_dim)
+    x, y = batch(4, 4, "batch first")
+    F.cross_entropy(model(x), y).backward()
+    preconditioner.step()
+    assert set(preconditioner.coverage().missed.values()) == ({AMBIGUOUS} if batch_dim is None else set())
+
+
+def test_an_argument_says_that_positions_come_first_where_nothing_else_can() -> None:
+    model = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Tanh(), nn.Linear(WIDTH, CLASSES)).double()
+    plain = copy.deepcopy(model)
+    preconditioner = FNGDPreconditioner(model, batch_dim=1, layer_types=EVERY_TYPE)
+    x = torch.randn(4, 5, WIDTH, dtype=torch.float64)
+    x[:, 2] *= 10
+    (model(x).square().sum((0, 2)).mean()).backward()
+
+    def alone(model: nn.Module, n: int) -> Tensor:
+        return model(x[:, n : n + 1]).square().sum() / 5
+
+    trained = {name for name, _ in plain.named_parameters()}
+    found, _ = Clipping().gradients([uses_of(plain, ["0", "2"], alone, n, trained) for n in range(5)])
+    for name, g in found.items():
+        torch.testing.assert_close(model.get_parameter(name).grad.flatten(), g)
+    preconditioner.step()
+
+
+class Pairs(nn.Module):
+    """Looks up a table of ids of its own, which has as many rows as there are samples."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.fc = nn.Embedding(9, WIDTH), nn.Linear(WIDTH, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(x + self.table(torch.arange(10).view(5, 2) % 9).mean((0, 1)))
+
+
+def test_rows_of_ids_of_the_models_own_are_no_samples() -> None:
+    model = Pairs().double()
+    plain = copy.deepcopy(model)
+    preconditioner = FNGDPreconditioner(model)
+    x = torch.randn(5, WIDTH, dtype=torch.float64)
+    for net in (model, plain):
+        net(x).square().sum().backward()
+    preconditioner.step()
+    torch.testing.assert_close(model.table.weight.grad, plain.table.weight.grad)
+    assert preconditioner.coverage().plain == {"table.weight": NOT_THE_BATCH}
+
+
+@dataclasses.dataclass
+class Inputs:
+    x: Tensor
+    more: Any = None
+
+
+def test_what_holds_a_batch_is_made_smaller_or_larger() -> None:
+    x = torch.arange(6).view(3, 2)
+    holds = {
+        "a": [x, "text"],
+        "b": (x, None, 1.5),
+        "c": Inputs(x, {"ids": x}),
+        "d": UserDict(x=x),
+        "e": ["p", "q", "r"],
+    }
+    found = resized(holds, 3, 0)
+    for one in (found["a"][0], found["b"][0], found["c"].x, found["c"].more["ids"], found["d"]["x"]):
+        assert torch.equal(one, x[1:])
+    assert found["e"] == ["q", "r"]
+    assert holds["d"]["x"] is x
+    assert torch.equal(resized(x[:1], 1, 0), torch.cat([x[:1], x[:1]]))
+    assert torch.equal(resized(x, 2, 1), x[:, 1:])
+    with pytest.raises(CannotProbeError, match="generator"):
+        resized([iter(x) for _ in [0]] and (n for n in x), 3, 0)
