@@ -1,5 +1,6 @@
 """clip_samples: each sample's gradient at one tensor, brought down to the mean norm of its batch."""
 
+import functools
 from typing import Any
 
 import torch
@@ -8,7 +9,7 @@ from torch import Tensor
 from hf_fngd.weights.algebra import clip, mean_norm, scaled, tensor_norms
 
 
-def clip_samples(x: Tensor) -> Tensor:
+def clip_samples(x: Tensor, sample_ids: Tensor | None = None) -> Tensor:
     """Clip the gradient of a tensor ``[N, ...]`` in backward, sample by sample, at the mean norm of its batch.
 
     Take the logits, before the loss: there one sample weight reaches the whole model, also what FNGD leaves plain,
@@ -16,8 +17,14 @@ def clip_samples(x: Tensor) -> Tensor:
     layer by layer. The batch is one process's micro-batch; scaling the loss changes no sample weight. A gradient that
     is not finite makes all others NaN, except those that are 0.
 
-    Returns the tensor itself; in a graph of torch.compile a copy. Raises TypeError for what is no tensor, and
-    ValueError for a scalar.
+    Args:
+        x: the tensor.
+        sample_ids: which sample each row belongs to, where a row is not a sample: integers of the shape of the first
+            dimensions of ``x``, ``[B T]`` for flattened logits ``[B T, V]``, ``[B, T]`` for packed sequences
+            ``[B, T, V]``. Equal ones are one sample; to tell them the host waits for the device.
+
+    Returns the tensor itself; in a graph of torch.compile a copy. Raises TypeError for what is no tensor, or for ids
+    that are no integers, and ValueError for a scalar, or for ids of another shape.
     """
     if not isinstance(x, Tensor):
         raise TypeError(
@@ -29,27 +36,49 @@ def clip_samples(x: Tensor) -> Tensor:
             "clip_samples takes a tensor whose first dimension is the sample, as the logits, and got a scalar: call "
             "it before the loss is averaged"
         )
+    if sample_ids is not None:
+        if not isinstance(sample_ids, Tensor) or sample_ids.is_floating_point() or sample_ids.is_complex():
+            raise TypeError("sample_ids takes a tensor of integers, one for each row: which sample the row belongs to")
+        if sample_ids.dim() == 0 or sample_ids.shape != x.shape[: sample_ids.dim()]:
+            raise ValueError(
+                f"sample_ids has the shape {tuple(sample_ids.shape)}, which is not that of the first dimensions of a "
+                f"tensor of the shape {tuple(x.shape)}: give one for each of its rows"
+            )
     if not (x.requires_grad and torch.is_grad_enabled()):
         return x
+    places = None if sample_ids is None else torch.unique(sample_ids, return_inverse=True)[1].to(x.device)
     if torch.compiler.is_compiling():
-        return _Clipping.apply(x)  # type: ignore[no-untyped-call, no-any-return]
+        return _Clipping.apply(x, places)  # type: ignore[no-untyped-call, no-any-return]
     # A hook, since a model may change x in place, but not the output of a Function.
-    x.register_hook(_clipped)  # type: ignore[no-untyped-call]
+    x.register_hook(functools.partial(_clipped, places))  # type: ignore[no-untyped-call]
     return x
 
 
-def _clipped(g: Tensor) -> Tensor:
+def _clipped(places: Tensor | None, g: Tensor) -> Tensor:
     with torch.no_grad():  # sample weights are constants of a second derivative
-        norms = tensor_norms(g)
-        w = clip(norms, mean_norm(norms))
-    return scaled(g, w)
+        rows = g if places is None else g.flatten(0, places.dim() - 1)
+        norms = tensor_norms(rows)
+        if places is None:
+            w = clip(norms, mean_norm(norms))
+        else:
+            of_samples = _summed(norms, places.flatten())
+            w = clip(of_samples, mean_norm(of_samples))[places.flatten()]
+    return scaled(rows, w).view(g.shape)
+
+
+def _summed(norms: Tensor, places: Tensor) -> Tensor:
+    """From the norms of rows ``[R]`` to those of their samples ``[R]``, behind which there are zeros."""
+    largest = norms.max().clamp(min=torch.finfo(norms.dtype).tiny) if len(norms) else 1  # squares may overflow
+    return torch.zeros_like(norms).index_add(0, places, (norms / largest).square()).sqrt() * largest
 
 
 class _Clipping(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, places: Tensor | None) -> Tensor:
+        ctx.save_for_backward(places)
         return x.clone()
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor) -> Tensor:
-        return _clipped(g)
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:
+        (places,) = ctx.saved_tensors
+        return _clipped(places, g), None

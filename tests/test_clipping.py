@@ -56,6 +56,40 @@ def test_a_gradient_that_is_not_finite_is_not_hidden(bad: float) -> None:
     assert not gradient((4, 3), g).isfinite().all()
 
 
+@pytest.mark.parametrize("shape", [(12,), (12, 3), (3, 4, 5)])
+def test_rows_with_one_id_are_one_sample(shape: tuple[int, ...]) -> None:
+    generator = torch.Generator().manual_seed(0)
+    g = torch.randn(shape, generator=generator, dtype=torch.float64)
+    ids = torch.randint(0, 4, shape[: max(1, len(shape) - 1)], generator=generator) * 1000 - 7
+    leaf = torch.zeros(shape, dtype=torch.float64, requires_grad=True)
+    clip_samples(leaf, ids).backward(g)
+    norms = {int(one): float(g[ids == one].norm()) for one in ids.unique()}
+    bound = sum(norms.values()) / len(norms)
+    expected = torch.stack(
+        [w * row for row, w in ((g[at], min(1.0, bound / norms[int(ids[at])])) for at in places(ids))]
+    )
+    torch.testing.assert_close(leaf.grad, expected.view(shape))
+
+
+def places(ids: Tensor) -> list[tuple[int, ...]]:
+    return [tuple(index.tolist()) for index in torch.ones_like(ids).nonzero()]
+
+
+def test_flattened_logits_are_clipped_as_those_of_the_batch() -> None:
+    g = torch.randn(4, 6, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    flat = torch.zeros(24, 5, dtype=torch.float64, requires_grad=True)
+    clip_samples(flat, torch.arange(4).repeat_interleave(6)).backward(g.flatten(0, 1))
+    torch.testing.assert_close(flat.grad, gradient((4, 6, 5), g).flatten(0, 1))
+
+
+def test_ids_of_another_shape_or_type_are_refused() -> None:
+    logits = torch.ones(3, 2, requires_grad=True)
+    with pytest.raises(ValueError, match=r"sample_ids has the shape \(2,\).*\(3, 2\): give one for each of its rows"):
+        clip_samples(logits, torch.arange(2))
+    with pytest.raises(TypeError, match="a tensor of integers"):
+        clip_samples(logits, torch.ones(3))
+
+
 def test_no_gradient_is_asked_of_what_has_none() -> None:
     logits = torch.ones(3, 2)
     assert not clip_samples(logits).requires_grad
