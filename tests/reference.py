@@ -125,11 +125,12 @@ def norm_of(module: nn.Module, a: Tensor, g: Tensor, gradients: Sequence[Tensor]
     if isinstance(module, nn.Embedding | nn.LayerNorm) or (tied and isinstance(module, nn.Linear)):
         return float(g.norm())
     if isinstance(module, nn.Linear | Conv1D):
-        return math.sqrt(float(a.double().square().sum()) + ones * a[..., 0].numel()) * float(g.norm())
+        of_a = (a.double().square().sum(-1) + ones).sqrt().flatten()
+        return float(of_a @ g.double().flatten(0, -2).norm(dim=1))
     if isinstance(module, _ConvNd):
         if module.padding_mode != "zeros":
             a = F.pad(a, module._reversed_padding_repeated_twice, mode=module.padding_mode)
-        return float(a.norm() * g.norm())
+        return float((a.flatten(1).norm(dim=1) * g.flatten(1).norm(dim=1)).sum())
     return float(gradients[0].norm())  # a norm that multiplies by one vector
 
 

@@ -48,18 +48,18 @@ class LinearKernel(GramKernel):
         return weighted_sum(a, g, w)
 
     def norms(self, x: Tensor | None, g: Tensor, has_bias: bool) -> Tensor:
-        """``||a_n|| ||g_n||``, where a has a column of ones for a trained bias; of a tied head ``||g_n||``.
+        """``sum_t ||a_nt|| ||g_nt||``, where a has a column of ones for a trained bias; of a tied head ``||g_n||``.
 
-        Equal to ``||h_n||`` where T = 1, otherwise a bound. Inputs count at positions without a gradient (padding) too.
+        Equal to ``||h_n||`` where T = 1, otherwise a bound. Positions without a gradient (padding) do not count.
         """
         assert x is not None
-        of_g = tensor_norms(g.reshape(len(x), -1))
         if self.tied:  # as of the table that it shares its weight with
-            return of_g
-        of_x = tensor_norms(x)
+            return tensor_norms(g.reshape(len(x), -1))
+        of_g = tensor_norms(g.reshape(-1, g.shape[-1]))
+        of_x = tensor_norms(x.reshape(len(of_g), -1))
         if has_bias:
-            of_x = torch.hypot(of_x, of_x.new_full((), (g.numel() // g.shape[-1] // len(x)) ** 0.5))
-        return of_x * of_g
+            of_x = torch.hypot(of_x, of_x.new_ones(()))
+        return (of_x * of_g).view(len(x), -1).sum(dim=1)
 
     def gram(self, x: Tensor, g: Tensor, has_bias: bool, memory_budget: int) -> Tensor:
         a, g = (rows.reshape(len(x), -1, rows.shape[-1]) for rows in (x, g))
