@@ -18,6 +18,7 @@ from hf_fngd.engine.attach import refuse_attached
 from hf_fngd.engine.coverage import Coverage, CoverageReport
 from hf_fngd.engine.epochs import EpochEdge
 from hf_fngd.engine.forward import Forwards
+from hf_fngd.engine.ids import Ids
 from hf_fngd.engine.layer import attached_layers
 from hf_fngd.engine.state import check_state
 from hf_fngd.engine.window import MicroBatch, Window, after_backward, in_backward
@@ -199,8 +200,8 @@ class FNGDPreconditioner(Joins):
         while self._hooks:
             self._hooks.pop().remove()
 
-    def _begin(self, size: int) -> MicroBatch:
-        """A training forward pass of ``size`` samples begins."""
+    def _begin(self, size: int, ids: Ids | None) -> MicroBatch:
+        """A training forward pass of ``size`` samples begins; ids tell which rows are theirs, where they are given."""
         if self._fsdp is None:
             refuse_environment(self.model)  # again, now that Accelerate has prepared it
             self._fsdp = any(isinstance(module, FSDPModule) for module in self.model.modules())
@@ -212,7 +213,7 @@ class FNGDPreconditioner(Joins):
         version = weight._version if isinstance(weight, Tensor) else 0
         self._window.make_room(self._has_gradients(), version)
         begin = functools.partial(self.policy.begin, size, self._window.next_offset)
-        batch = MicroBatch(size, begin, [0] * len(self._attached), version, recomputed=in_backward())
+        batch = MicroBatch(size, begin, [0] * len(self._attached), version, ids, recomputed=in_backward())
         self._window.add(batch)
         return batch
 

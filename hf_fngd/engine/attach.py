@@ -15,6 +15,8 @@ from typing import Any
 
 from torch import nn
 
+from hf_fngd.engine.ids import COLUMN
+
 Handler = Callable[..., Any]
 _LAYER = "_fngd_layer"
 _MODEL = "_fngd_model"
@@ -134,6 +136,11 @@ def _make_subclass(base: Any, attribute: str, signature: inspect.Signature) -> A
         handler = self.__dict__.get(attribute)
         return own(*args, **kwargs) if handler is None else handler(self, own, *args, **kwargs)
 
+    if attribute == _MODEL and COLUMN not in signature.parameters:  # or else Trainer drops the column
+        parameters = list(signature.parameters.values())
+        place = next((n for n, one in enumerate(parameters) if one.kind is one.VAR_KEYWORD), len(parameters))
+        parameters.insert(place, inspect.Parameter(COLUMN, inspect.Parameter.KEYWORD_ONLY, default=None))
+        signature = signature.replace(parameters=parameters)
     # Not functools.wraps: accelerate follows __wrapped__ when it unwraps a model, past this function.
     forward.__signature__ = signature  # type: ignore[attr-defined]
     forward.__doc__ = base.forward.__doc__

@@ -18,9 +18,11 @@ from typing import Any
 import torch
 from torch import Tensor, library
 
+from hf_fngd.engine.ids import Ids, of_tokens, read_ids
 from hf_fngd.engine.layer import Layer
 from hf_fngd.engine.window import MicroBatch
-from hf_fngd.layers.base import LayerKernel, Saved, View
+from hf_fngd.layers.base import LayerKernel, Saved
+from hf_fngd.layers.rows import Rows
 from hf_fngd.weights.algebra import scaled
 
 # In a CUDA graph the operators would not run again, and would read the sample weights of the step that was captured.
@@ -35,7 +37,7 @@ _batches: weakref.WeakValueDictionary[int, MicroBatch] = weakref.WeakValueDictio
 class Engine:
     """What a graph knows of a preconditioner: a number, by which the operators find its layers."""
 
-    def __init__(self, layers: list[Layer], begin: Callable[[int], MicroBatch]) -> None:
+    def __init__(self, layers: list[Layer], begin: Callable[[int, Ids | None], MicroBatch]) -> None:
         self.layers, self.begin = layers, begin
         self.number = next(_numbers)
         _engines[self.number] = self
@@ -49,13 +51,19 @@ def numbered(batch: MicroBatch) -> Tensor:
 
 
 @library.custom_op("hf_fngd::begin", mutates_args=(), **_TAGS)
-def begin(sample: Tensor, engine: int) -> Tensor:
-    """Begin a forward pass with a batch as large as ``sample``; returns the micro-batch's number."""
-    return numbered(_engines[engine].begin(sample.shape[0]))
+def begin(sample: Tensor, engine: int, by: str, ids: list[Tensor]) -> Tensor:
+    """Begin a forward pass with a batch as large as ``sample``; returns the micro-batch's number.
+
+    The last two are what `find_ids` found; an empty string and list where it found nothing.
+    """
+    found = read_ids(by, ids, sample) if by else None
+    batch = _engines[engine].begin(sample.shape[0] if found is None else found.samples, found)
+    batch.tokens = bool(by) and of_tokens(by, ids, sample)
+    return numbered(batch)
 
 
 @begin.register_fake
-def _(sample: Tensor, engine: int) -> Tensor:
+def _(sample: Tensor, engine: int, by: str, ids: list[Tensor]) -> Tensor:
     return torch.empty((), dtype=torch.int64, device="cpu")
 
 
@@ -67,7 +75,8 @@ def sample_weights(x: Tensor | None, g: Tensor, batch: Tensor, engine: int, plac
     w = None
     if found is not None:
         again = found.complete and place in found.of_graphs
-        w = _engines[engine].layers[place].weights(x, g, has_bias, found, again, None)
+        rows = found.traced(len(g if x is None else x))
+        w = _engines[engine].layers[place].weights(x, g, has_bias, found, again, rows)
         found.of_graphs.add(place)
     return g.new_ones(len(g if x is None else x)) if w is None else w.to(g.dtype, copy=True)
 
@@ -85,12 +94,21 @@ class LayerCall:
     place: int
     batch: MicroBatch | Tensor  # in a traced graph what `begin` returned
     engine: int  # its number
-    samples: int | None
-    view: View | None = None  # where the samples are, as far as a probe has told
+    rows: Rows | None = None  # where the samples are, as far as a probe or ids have told
+
+    @property
+    def samples(self) -> int | None:
+        """See `Call`."""
+        return None if isinstance(self.batch, Tensor) else self.batch.size
+
+    @property
+    def batch_rows(self) -> int | None:
+        """See `Call`."""
+        return None if isinstance(self.batch, Tensor) else self.batch.rows
 
     def apply(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         number = self.batch if isinstance(self.batch, Tensor) else None
-        dim = 0 if self.view is None else self.view.dim
+        dim = 0 if self.rows is None else self.rows.dim
         rows = x.flatten(0, dim)
         # No leaf: of that the engine does not say whether a pass of autograd.grad asks for it.
         y: Tensor = WeighedLayer.apply(rows, weight.view_as(weight), bias, number, self)  # type: ignore
@@ -99,7 +117,7 @@ class LayerCall:
     def weigh(self, y: Tensor, like: Tensor | None = None) -> Tensor:
         """See `Call.weigh`. The tensor that is returned is a copy, which a model may change in place."""
         number = self.batch if isinstance(self.batch, Tensor) else None
-        dim = 0 if self.view is None else self.view.dim
+        dim = 0 if self.rows is None else self.rows.dim
         weighed: Tensor = WeighedTensor.apply(y.flatten(0, dim), like, number, self)  # type: ignore
         return weighed.view(y.shape) if dim else weighed
 
@@ -108,7 +126,7 @@ class LayerCall:
         # The micro-batch itself is not saved as tensors are: checkpointing would bring back that of its last forward.
         ctx.batch = None if isinstance(self.batch, Tensor) else self.batch
         ctx.layer, ctx.engine, ctx.place, ctx.again = self.layer, self.engine, self.place, False
-        ctx.view = self.view
+        ctx.rows = self.rows
 
 
 def _weights(ctx: Any, x: Tensor | None, g: Tensor, number: Tensor | None, has_bias: bool) -> Tensor | None:
@@ -121,7 +139,7 @@ def _weights(ctx: Any, x: Tensor | None, g: Tensor, number: Tensor | None, has_b
         return w
     again, ctx.again = ctx.again, True
     layer: Layer = ctx.layer
-    return layer.weights(x, g, has_bias, ctx.batch, again, ctx.view) if g.numel() else None
+    return layer.weights(x, g, has_bias, ctx.batch, again, ctx.rows) if g.numel() else None
 
 
 class WeighedLayer(torch.autograd.Function):

@@ -1,5 +1,6 @@
 """What the attached forwards do: that of the model begins a micro-batch, those of its layers find it."""
 
+import inspect
 import logging
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -14,11 +15,13 @@ from hf_fngd.distributed.environment import refuse_replica, refuse_split_weight
 from hf_fngd.engine.attach import Attachment, unsupported
 from hf_fngd.engine.backward import Engine, LayerCall, begin, numbered
 from hf_fngd.engine.graph import uses_in_graph
+from hf_fngd.engine.ids import COLUMN, Ids, find_ids, is_one_row, of_tokens, read_ids
 from hf_fngd.engine.layer import ON_TOP_OF_ANOTHER, USED_ELSEWHERE, Layer
 from hf_fngd.engine.samples import Samples
 from hf_fngd.engine.window import MicroBatch, Window, in_backward
-from hf_fngd.layers.base import NOT_THE_BATCH, weight_of
+from hf_fngd.layers.base import ExplicitKernel, weight_of
 from hf_fngd.layers.embedding import EmbeddingKernel
+from hf_fngd.layers.rows import TOKENS
 
 logger = logging.getLogger(__name__)
 
@@ -38,13 +41,15 @@ class Forwards:
         model: nn.Module,
         layers: list[Layer],
         window: Window,
-        opened: Callable[[], Callable[[int], MicroBatch] | None],
+        opened: Callable[[], Callable[[int, Ids | None], MicroBatch] | None],
         batch_dim: int | None = None,
     ) -> None:
         self.batch: MicroBatch | None = None
         self._layers, self._window, self._opened = layers, window, opened
         self._engine = Engine(layers, self._begin)
         self._number: Tensor | None = None
+        self._tokens = False  # whether a traced graph has the batch's tokens for rows
+        self._own_ids = COLUMN in inspect.signature(model.forward).parameters
         self._inspected = self._inside = False
         self.samples = Samples(layers, batch_dim)
         handlers = [(layer.selected.module, partial(self._layer_forward, layer)) for layer in layers]
@@ -64,26 +69,35 @@ class Forwards:
             )
         self.detach()
 
-    def _begin(self, size: int) -> MicroBatch:
+    def _begin(self, size: int, ids: Ids | None = None) -> MicroBatch:
         # Also for layers outside of a graph that began in one.
         opened = self._opened()
         assert opened is not None  # or else the model would be plain again
-        self.batch = opened(size)
+        self.batch = opened(size, ids)
         return self.batch
 
-    def _model_forward(self, module: nn.Module, own: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    def _model_forward(self, module: nn.Module, own: Callable[..., Any], *args: Any, **given: Any) -> Any:
+        kwargs = given if self._own_ids else {key: value for key, value in given.items() if key != COLUMN}
         if not (module.training and torch.is_grad_enabled()):
             return own(*args, **kwargs)
         refuse_replica(module)
         sample = _find_sample(args, kwargs)
-        if not torch.compiler.is_compiling() and self.samples.left and sample is not None:
+        compiling = torch.compiler.is_compiling()
+        if not compiling and self.samples.left and sample is not None and not is_one_row(given, sample):
             self.samples.probe(module, own, args, kwargs, sample)
-        if sample is not None and self.samples.dim < sample.dim():
-            sample = sample.movedim(self.samples.dim, 0)
-        if torch.compiler.is_compiling():
-            self._number = None if sample is None else begin(sample, self._engine.number)
+        dim = self.samples.dim
+        if sample is not None and dim < sample.dim():
+            sample = sample.movedim(dim, 0)
+        told = None if sample is None else find_ids(given, sample, dim)
+        self._tokens = sample is not None and told is not None and of_tokens(*told, sample)
+        if compiling:
+            self._number = None if sample is None else begin(sample, self._engine.number, *(told or ("", [])))
             return own(*args, **kwargs)
-        batch = self.batch = None if sample is None else self._begin(len(sample))
+        batch = self.batch = None
+        if sample is not None:
+            ids = None if told is None else read_ids(*told, sample)
+            batch = self.batch = self._begin(len(sample) if ids is None else ids.samples, ids)
+            batch.tokens = self._tokens
         # For layers that are compiled by themselves.
         self._number = None if batch is None else numbered(batch)
         self._inside = True
@@ -112,21 +126,20 @@ class Forwards:
             layer.shared.reasons.add(USED_ELSEWHERE)  # which batch the call belongs to is not known
         if batch is None or (not compiling and USED_ELSEWHERE in layer.shared.reasons):
             return own(*args, **kwargs)
-        view, unfit = layer.view, layer.unfit
-        empty = isinstance(batch, MicroBatch) and batch.size == 0
-        if unfit is None and view is not None and not view.plain and not empty:
-            rows = x[0].shape[: view.dim + 1].numel() if x[0].dim() > view.dim else -1
-            fits = not isinstance(batch, Tensor) and view.fits(rows, batch.size)
-            unfit = None if fits else NOT_THE_BATCH
-        if unfit is not None:
-            if not isinstance(batch, Tensor):
-                batch.calls[layer.place] += self._inside or not recomputes
-                layer.shared.reasons.add(unfit)
-            return own(*args, **kwargs)
         own = partial(own, *args, **kwargs)
         if isinstance(batch, Tensor):
-            call = LayerCall(layer.kernel, layer.place, batch, self._engine.number, None)
+            if layer.unfit is not None or not (layer.view is None or layer.view.plain):
+                return own()
+            table = isinstance(layer.kernel, EmbeddingKernel)
+            # Of another kernel the gradient has the tokens of a row summed up.
+            counts = self._tokens and (table or isinstance(layer.kernel, ExplicitKernel)) and x[0].dim() + table > 2
+            call = LayerCall(layer.kernel, layer.place, batch, self._engine.number, TOKENS if counts else None)
             return layer.kernel.run(module, own, x[0], call)
+        rows, unfit = layer.locate(x[0], batch)
+        if unfit is not None:
+            batch.calls[layer.place] += self._inside or not recomputes
+            layer.shared.reasons.add(unfit)
+            return own()
         assert weight is not None
         refuse_split_weight(weight)
         if torch._C._are_functorch_transforms_active():
@@ -136,9 +149,7 @@ class Forwards:
             return own()
         # What checkpointing recomputes is no call of its own, unless it recomputes the forward pass of the whole model.
         batch.calls[layer.place] += self._inside or not recomputes
-        return layer.kernel.run(
-            module, own, x[0], LayerCall(layer, layer.place, batch, self._engine.number, batch.size, view)
-        )
+        return layer.kernel.run(module, own, x[0], LayerCall(layer, layer.place, batch, self._engine.number, rows))
 
     def _inspect(self, output: Any, batch: MicroBatch) -> None:
         """Look through the first graph for weights that are used outside of their layers' forward, and for tables."""
@@ -147,7 +158,7 @@ class Forwards:
         tables = [kernel for kernel in kernels if isinstance(kernel, EmbeddingKernel) and kernel.output is not None]
         leaves, consumers = uses_in_graph(output, {table.output for table in tables})
         for table in tables:
-            table.inspect(consumers[table.output], batch.size)
+            table.inspect(consumers[table.output], batch.rows)
         keys = [[id(parameter) for parameter in layer.selected.module.parameters(False)] for layer in self._layers]
         calls = Counter[int]()
         for layer, own in zip(self._layers, keys, strict=True):

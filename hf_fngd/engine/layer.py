@@ -4,18 +4,21 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from hf_fngd.distributed.sharded import local
 from hf_fngd.engine.window import MicroBatch
-from hf_fngd.layers.base import AMBIGUOUS, NOT_THE_BATCH, GramKernel, LayerKernel, View, weight_of
+from hf_fngd.layers.base import AMBIGUOUS, NOT_THE_BATCH, GramKernel, LayerKernel, weight_of
 from hf_fngd.layers.embedding import EmbeddingKernel
+from hf_fngd.layers.rows import Rows, View
 from hf_fngd.layers.select import Selected
 from hf_fngd.layers.table import TableKernel
 
 CALLED_AGAIN = "it is called more than once in a forward pass"
 NEVER_CALLED = "it was never called in a forward pass of the model in training mode"
 PASSED_BY = "in some steps its gradient came from no forward pass of the model in training mode"
+NOT_ITS_ROWS = "its input has neither the batch's rows nor its tokens, for which ids tell the samples"
 USED_ELSEWHERE = "its weight is used outside of its forward as well"
 ON_TOP_OF_ANOTHER = "reentrant activation checkpointing ran several forward passes before a backward pass"
 
@@ -89,39 +92,59 @@ class Layer:
             # Zero gradients are those of an unused layer, or of a loader that initializes the optimizer's state.
             shared.passed_by = grad is not None and bool(local(grad).any())
 
+    def locate(self, x: Tensor, batch: MicroBatch) -> tuple[Rows | None, str | None]:
+        """Whose the rows of a call's input are, None where sizes have to tell; and why its samples cannot be told."""
+        if self.unfit is not None:
+            return None, self.unfit
+        if batch.ids is None:
+            if self.view is None or self.view.plain or batch.size == 0:
+                return self.view, None
+            rows = x.shape[: self.view.dim + 1].numel() if x.dim() > self.view.dim else -1
+            return self.view, None if self.view.fits(rows, batch.size) else NOT_THE_BATCH
+        shape = x.shape[:-1]
+        if isinstance(self.kernel, EmbeddingKernel):
+            shape = x.shape
+            if len(x) == 1 < batch.rows:
+                if not self.kernel.expands:
+                    return None, None
+                shape = torch.Size((batch.rows, *x.shape[1:]))
+        found = batch.ids.locate(shape, self.view)
+        if found is None or not (self.kernel.folds or (found.dim == 0 and len(found.ids) == batch.rows)):
+            return None, NOT_ITS_ROWS
+        return found, None
+
     def weights(
-        self, x: Tensor | None, g: Tensor, has_bias: bool, batch: MicroBatch, again: bool, view: View | None
+        self, x: Tensor | None, g: Tensor, has_bias: bool, batch: MicroBatch, again: bool, rows: Rows | None
     ) -> Tensor | None:
         """The sample weights ``[N]`` of one call in a backward pass, None for ones; x and g as the kernel takes them.
 
         ``has_bias`` tells whether a trained bias belongs to h_n, and ``again`` whether an earlier backward pass of a
-        retained graph has been here: then they are new ones, which nothing remembers. With a ``view`` the first
-        dimension counts rows, and so do the sample weights that are returned.
+        retained graph has been here: then they are new ones, which nothing remembers. Where ``rows`` are given, the
+        sample weights that are returned are those of the rows ``[R]``.
         """
         batch.reach()
         self.shared.reached = self.shared.ever = True
-        rows = len(g if x is None else x)
-        if batch.size == 0 or self._is_plain(x, g, batch, again, view):
+        count = len(g if x is None else x)
+        if batch.size == 0 or self._is_plain(x, g, batch, again, rows):
             return None
-        if view is not None:
-            x = None if x is None else view.samples_first(x, batch.size, rows)
-            g = view.samples_first(g, batch.size, rows)
-        elif rows != batch.size:
+        if rows is None and (count != batch.size or batch.ids is not None):
             return None
         self.weighed = True
         weights = batch.begin() if again or batch.weights is None else batch.weights
-        w = weights.weigh(self.place, _Samples(self.kernel, x, g, has_bias))
-        return w if w is None or view is None else view.of_rows(w, rows)
+        w = weights.weigh(self.place, _Samples(self.kernel, x, g, has_bias, rows, batch.size))
+        return w if w is None or rows is None else rows.of_rows(w, count)
 
-    def _is_plain(self, x: Tensor | None, g: Tensor, batch: MicroBatch, again: bool, view: View | None) -> bool:
+    def _is_plain(self, x: Tensor | None, g: Tensor, batch: MicroBatch, again: bool, rows: Rows | None) -> bool:
         """Whether the samples cannot be weighed in this call; the reason goes to `Shared`."""
         reason: str | None
-        if view is None:
-            self.batch_first, reason = self.kernel.layout(self.batch_first, x, g, batch.size)
+        if rows is None:
+            self.batch_first, reason = self.kernel.layout(self.batch_first, x, g, batch.rows)
+            if batch.ids is not None and reason is None and len(g if x is None else x) == batch.rows:
+                reason = NOT_ITS_ROWS
         else:
-            fits = view.fits(len(g if x is None else x), batch.size)
+            fits = rows.fits(len(g if x is None else x), batch.size)
             reason = None if fits else NOT_THE_BATCH
-            if fits and view.plain and batch.size > 1:
+            if fits and rows.plain and batch.size > 1:
                 self.batch_first = True  # for compiled graphs and checkpoints
             self.shared.ambiguous.discard(self.place)
         if self.solves and self._called_again(batch, again):
@@ -178,11 +201,17 @@ class _Samples:
     x: Tensor | None
     g: Tensor
     has_bias: bool
+    rows: Rows | None
+    size: int
 
     def norms(self) -> Tensor:
-        return self.kernel.norms(self.x, self.g, self.has_bias)
+        norms = self.kernel.norms(self.x, self.g, self.has_bias)
+        return norms if self.rows is None else self.rows.of_samples(norms, self.size, self.kernel.adds)
 
     def gram(self, memory_budget: int) -> Tensor:
         assert isinstance(self.kernel, GramKernel)
         assert self.x is not None
-        return self.kernel.gram(self.x, self.g, self.has_bias, memory_budget)
+        x, g, count = self.x, self.g, len(self.x)
+        if self.rows is not None:
+            x, g = (self.rows.samples_first(one, self.size, count) for one in (x, g))
+        return self.kernel.gram(x, g, self.has_bias, memory_budget)

@@ -21,7 +21,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from hf_fngd.layers.base import NOT_THE_BATCH, View
+from hf_fngd.layers.base import NOT_THE_BATCH
+from hf_fngd.layers.rows import View
 
 NOT_VERIFIED = (
     "leaving out a sample of the first batch changed what the layer saw of the others, so its rows cannot be told apart"

@@ -10,10 +10,8 @@ from torch.distributed.fsdp import FSDPModule
 from hf_fngd.engine.layer import Layer
 from hf_fngd.engine.probe import Calls, digest, probe
 from hf_fngd.engine.window import in_backward
-from hf_fngd.layers.base import View
 from hf_fngd.layers.embedding import EmbeddingKernel
-
-PACKED = "the batch is one row of tokens, of which no dimension counts the samples"
+from hf_fngd.layers.rows import View
 
 
 class Samples:
@@ -54,11 +52,6 @@ class Samples:
         if in_backward() or not len(sample):
             return
         self.left -= 1
-        if any(isinstance(key, str) and key.startswith("cu_seq") for key in kwargs) and sample.dim() == 1:
-            for layer in self._layers:
-                layer.unfit = PACKED
-            self.left = 0
-            return
         reason = _obstacle(model)
         if reason is None:
             try:

@@ -10,6 +10,8 @@ from torch.autograd import Variable
 from torch.utils.checkpoint import CheckpointFunction
 
 from hf_fngd.distributed.environment import rank_and_world
+from hf_fngd.engine.ids import Ids
+from hf_fngd.layers.rows import Rows, View
 from hf_fngd.weights.base import MicroBatchWeights
 
 logger = logging.getLogger(__name__)
@@ -49,6 +51,8 @@ class MicroBatch:
     begin: Callable[[], MicroBatchWeights]  # makes its sample weights
     calls: list[int]  # how often each layer was called in the forward pass
     version: int  # that of a weight when the forward pass began
+    ids: Ids | None = None  # which of the samples each row or token belongs to, where the batch says so
+    tokens: bool = False  # whether a traced graph has its tokens for rows
     recomputed: bool = False  # whether the forward pass is one that checkpointing of the whole model recomputes
     reached: bool = False  # whether a backward pass reached any layer
     complete: bool = False  # whether that came to its end
@@ -56,6 +60,17 @@ class MicroBatch:
 
     def __post_init__(self) -> None:
         self.weights: MicroBatchWeights | None = self.begin()  # until the optimizer step
+
+    @property
+    def rows(self) -> int:
+        """The number of rows of the batch B: N, unless ids say otherwise."""
+        return self.size if self.ids is None else self.ids.batch
+
+    def traced(self, rows: int) -> Rows | None:
+        """Whose the rows of a call in a traced graph are, which counts tokens where ids may be those of tokens."""
+        if self.ids is not None:
+            return self.ids.locate((rows,), None)
+        return View(0, "first") if self.tokens and rows != self.size else None
 
     def reach(self) -> None:
         """A layer's backward has begun. A pass that breaks off (out of memory) never becomes complete."""

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
+from hf_fngd.layers.rows import Rows
 from hf_fngd.weights.algebra import tensor_norms
 
 NOT_THE_BATCH = "the first dimension of its input is not the batch"
@@ -27,43 +28,6 @@ AMBIGUOUS = (
 )
 
 
-class View(NamedTuple):
-    """Where the samples are in a layer's input, as a probe told.
-
-    They are in one dimension, of N entries or of several times as many: "one" entry each, or each sample's entries in a
-    row ("first": the sample counts before its positions), or those of a position ("last"). Of another dimension than
-    the first the order is "last", once it is flattened with those before it.
-    """
-
-    dim: int
-    order: str
-
-    @property
-    def plain(self) -> bool:
-        """Whether it is the layout that every kernel knows."""
-        return self.dim == 0 and self.order == "one"
-
-    def fits(self, rows: int, samples: int) -> bool:
-        """Whether so many rows, flattened, can be those of so many samples."""
-        return rows == samples if self.order == "one" else samples > 0 <= rows and rows % samples == 0
-
-    def samples_first(self, x: Tensor, samples: int, rows: int) -> Tensor:
-        """A tensor ``[rows ..., *]`` as ``[N, T, *]``."""
-        if self.order == "one":
-            return x
-        own = x.shape[1:] if len(x) == rows else (len(x) // rows, *x.shape[1:])
-        if self.order == "first":
-            return x.reshape(samples, rows // samples, *own)
-        return x.reshape(rows // samples, samples, *own).transpose(0, 1)
-
-    def of_rows(self, w: Tensor, rows: int) -> Tensor:
-        """Something for each sample, for each row."""
-        if self.order == "one":
-            return w
-        times = rows // len(w)
-        return w.repeat_interleave(times, 0) if self.order == "first" else w.repeat(times, *[1] * (w.dim() - 1))
-
-
 Forward = functools.partial[Any]
 Layout = tuple[bool | None, str | None]
 
@@ -71,13 +35,21 @@ Layout = tuple[bool | None, str | None]
 class Call(Protocol):
     """What the engine offers a kernel for one call of a layer in a training forward pass.
 
-    ``samples`` is their number N; None in a graph of torch.compile, which does not know it before it runs. ``view`` is
-    where they are in the input, where a probe has told. It is a dataclass.
+    ``samples`` is their number N, and ``batch_rows`` the batch's size B; they differ where ids say whose each row is.
+    Both are None in a graph of torch.compile, which does not know them before it runs. ``rows`` tells where the samples
+    are in the input, where that is known. It is a dataclass.
     """
 
     __dataclass_fields__: ClassVar[dict[str, Any]]
-    samples: int | None
-    view: View | None
+    rows: Rows | None
+
+    @property
+    def samples(self) -> int | None:
+        """N."""
+
+    @property
+    def batch_rows(self) -> int | None:
+        """B."""
 
     def apply(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """`ExplicitKernel.forward`, with the kernel's own backward behind it."""
@@ -94,11 +66,17 @@ class LayerKernel(ABC):
 
     Of an `ExplicitKernel` g has the shape of what its `forward` returned. Behind `Call.weigh`, g is the gradient of the
     tensor that was weighed, and x what was given as ``like``, or None. ``fault`` says why the samples of no call can be
-    weighed, once a call has told. ``folds`` tells whether the kernel's arithmetic is right for a `View` of any kind.
+    weighed, once a call has told. ``folds`` tells whether the kernel's arithmetic is right for `Rows` of any kind, and
+    ``adds`` whether the norms of a sample's rows are summed up to its own; else their squares are.
     """
 
     fault: str | None = None
     folds: ClassVar[bool] = False
+
+    @property
+    def adds(self) -> bool:
+        """See above."""
+        return False
 
     def takes(self, x: Any, *others: Any) -> bool:
         """Whether the samples of a call's arguments can be weighed at all; otherwise the module's own forward runs."""
@@ -125,7 +103,7 @@ class LayerKernel(ABC):
         return known, None if known else NOT_THE_BATCH
 
     def norms(self, x: Tensor | None, g: Tensor, has_bias: bool) -> Tensor:
-        """The cheap bound ``[N]`` of the per-sample gradients' norms, with or without a bias (default: those of g)."""
+        """The cheap bound ``[N]`` of the norms of the rows' gradients, with or without a bias (default: those of g)."""
         return tensor_norms(g)
 
 

@@ -36,6 +36,7 @@ class ConvolutionKernel(ExplicitKernel):
     pad: tuple[int, ...]  # F.pad's, for a padding that torch's convolution cannot do by itself
     mode: str  # F.pad's
     folds = True
+    adds = True
 
     def takes(self, x: Any, *others: Any) -> bool:  # an input without a batch has a dimension less
         return isinstance(x, Tensor) and x.dim() == self.dims + 2 and not others

@@ -31,19 +31,19 @@ class EmbeddingKernel(LayerKernel):
         y = own()
         if not isinstance(y, Tensor):
             return y
-        shared = y.dim() == 3 and len(y) == 1 and (call.samples or 0) > 1
+        shared = y.dim() == 3 and len(y) == 1 and (call.batch_rows or 0) > 1
         if shared and self.expands:
-            return call.weigh(y.expand(call.samples or 0, -1, -1))
+            return call.weigh(y.expand(call.batch_rows or 0, -1, -1))
         y = call.weigh(y)
         self.output = y.grad_fn if shared else self.output
         return y
 
-    def inspect(self, consumers: Sequence[tuple[str, int]], samples: int) -> None:
+    def inspect(self, consumers: Sequence[tuple[str, int]], rows: int) -> None:
         """Told which operations of the first graph read `output`: before a sum with the batch it may be expanded.
 
-        Not where the other summand has more rows than there are samples, as where choices are folded into the batch.
+        Not where the other summand has more rows than the batch, as where choices are folded into the batch.
         """
-        self.output, self.expands = None, bool(consumers) and set(consumers) == {("AddBackward0", samples)}
+        self.output, self.expands = None, bool(consumers) and set(consumers) == {("AddBackward0", rows)}
 
     def layout(self, known: bool | None, x: Tensor | None, g: Tensor, samples: int) -> Layout:
         if g.dim() == 2 or (len(g) == 1 and samples > 1):

@@ -23,6 +23,10 @@ class LinearKernel(GramKernel):
     tied: bool = False
     folds = True
 
+    @property
+    def adds(self) -> bool:
+        return not self.tied
+
     def run(self, module: nn.Module, own: Forward, x: Tensor, call: Call) -> Tensor:
         y = call.apply(*operands(module, x))
         # Not inside the Function, whose output must be no view where a model changes it in place.

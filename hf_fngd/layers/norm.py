@@ -18,12 +18,12 @@ from hf_fngd.layers.base import (
     Forward,
     LayerKernel,
     Saved,
-    View,
     With,
     parameters,
     plain_class,
     register_layer_type,
 )
+from hf_fngd.layers.rows import PLAIN
 from hf_fngd.weights.algebra import accumulation_dtype, scaled
 
 
@@ -89,10 +89,10 @@ class RMSNormKernel(LayerKernel):
 def _expanded(module: nn.Module, x: Tensor, call: Call) -> Tensor:
     """The vector in one row a sample, ``[N, 1, ..., d]``, whose gradient is weighed."""
     weight, _ = parameters(module)
-    if call.view is not None and not call.view.plain:  # a sample has several rows: expanded to samples first
-        of_samples = replace(call, view=View(0, "one")).weigh(weight.expand(call.samples or 0, -1))
-        own = x.shape[: call.view.dim + 1]
-        rows = call.view.of_rows(of_samples, own.numel())
+    if call.rows is not None and not call.rows.plain:  # a sample has several rows: expanded to samples first
+        of_samples = replace(call, rows=PLAIN).weigh(weight.expand(call.samples or 0, -1))
+        own = x.shape[: call.rows.dim + 1]
+        rows = call.rows.of_rows(of_samples, own.numel())
         return rows.view(*own, *[1] * (x.dim() - len(own) - 1), -1)
     return call.weigh(weight.expand(x.shape[0], *[1] * (x.dim() - 2), *weight.shape), like=x)
 
