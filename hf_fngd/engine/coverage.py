@@ -94,9 +94,9 @@ class Coverage:
         if samples == 1 and not self._told:
             logger.warning(
                 "the first micro-batch holds one sample, whose sample weight is 1: with such batches FNGD is its "
-                "update rule alone. A packed row is one sample unless position_ids that restart, cu_seq_lens or sample_ids "
-                "tell its samples apart; otherwise raise per_device_train_batch_size or, with sharing=\"clipped\", "
-                "gradient_accumulation_steps"
+                "update rule alone. A packed row is one sample unless position_ids that restart, cu_seq_lens or "
+                "sample_ids tell its samples apart; otherwise raise per_device_train_batch_size or, with "
+                'sharing="clipped", gradient_accumulation_steps'
             )
         if self._told and reasons == self._told_reasons:
             return

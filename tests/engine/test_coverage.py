@@ -362,5 +362,5 @@ def test_a_single_sample_is_remarked_once_unless_there_are_other_micro_batches(
         for seed in range(parts):
             loss(model, *data(samples, 3, seed=seed)).backward()
         preconditioner.step()
-    remark = "the first micro-batch holds one sample.* train without packing"
+    remark = "the first micro-batch holds one sample.* unless position_ids that restart"
     assert len(re.findall(remark, caplog.text)) == warned
