@@ -319,6 +319,32 @@ def test_rows_of_ids_of_the_models_own_are_no_samples() -> None:
     assert preconditioner.coverage().plain == {"table.weight": NOT_THE_BATCH}
 
 
+class Routed(nn.Module):
+    """An expert sees the tokens that a router sends it, of which there are as many as samples."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.expert, self.head = (nn.Linear(WIDTH, WIDTH) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = self.first(x).flatten(0, 1)
+        chosen = tokens[:, 0].topk(len(x)).indices
+        return self.head(tokens.index_add(0, chosen, self.expert(tokens[chosen])).view(x.shape)).mean(1)
+
+
+def test_as_many_routed_tokens_as_samples_are_none() -> None:
+    model = Routed().double()
+    plain = copy.deepcopy(model)
+    preconditioner = FNGDPreconditioner(model)
+    x = torch.randn(5, 4, WIDTH, dtype=torch.float64)
+    for net in (model, plain):
+        net(x).square().sum().backward()
+    preconditioner.step()
+    torch.testing.assert_close(model.expert.weight.grad, plain.expert.weight.grad)
+    assert not torch.allclose(model.head.weight.grad, plain.head.weight.grad)
+    assert set(preconditioner.coverage().missed) == {"expert.weight", "expert.bias"}
+
+
 @dataclasses.dataclass
 class Inputs:
     x: Tensor
