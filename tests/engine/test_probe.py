@@ -105,6 +105,24 @@ def test_samples_are_weighed_wherever_they_are(
     assert preconditioner.coverage().note == ""
 
 
+@pytest.mark.parametrize("sizes", [(5, 7), (6, 6), (1, 4)])
+@pytest.mark.parametrize("order", ["batch first", "time first", "folded, samples first", "folded, positions first"])
+def test_samples_are_told_in_bf16_too(order: str, sizes: tuple[int, int]) -> None:
+    if order == "time first" and sizes[0] == 1:
+        pytest.skip("the batch begins with positions, and is no batch of one")
+    model, dim = build(order).float(), int(order == "time first")
+    exact = copy.deepcopy(model).double()
+    preconditioner = FNGDPreconditioner(model, strict=True, **settings_of("clipped"))
+    x, y = batch(*sizes, order)
+    x.select(dim, 0).mul_(20)
+    with torch.autocast("cpu", torch.bfloat16):
+        F.cross_entropy(model(x.float()), y).backward()
+    preconditioner.step()
+    for name, g in expected(exact, x, y, "clipped", dim, ["fc1", "fc2", "fc3"]).items():
+        error = (model.get_parameter(name).grad - g).norm() / g.norm()
+        assert error < 0.1, (name, error)
+
+
 class Transformer(nn.Module):
     """torch's own, with positions first, and a mask with the batch first: a position less is an error."""
 
