@@ -4,6 +4,9 @@ The subclass goes by its base's name, keeps its state in the instance's ``__dict
 ``state_dict`` keys, ``repr``, ``save_pretrained`` and pickles are those of the model as it was. (A function on
 ``module.forward`` does not pickle, and its copy trains the original; a parametrization renames keys; a backward hook
 comes after the weight gradient was paid for; wrappers that call ``forward`` themselves pass a forward pre-hook by.)
+
+A forward that somebody puts on the model's instance, before or after, is sent through the model's handler as well: TRL
+puts one there, behind the optimizer, that computes the model's output in another way and calls none that was there.
 """
 
 import copyreg
@@ -11,6 +14,7 @@ import functools
 import inspect
 import weakref
 from collections.abc import Callable, Sequence
+from types import MethodType
 from typing import Any
 
 from torch import nn
@@ -20,7 +24,8 @@ from hf_fngd.engine.ids import COLUMN
 Handler = Callable[..., Any]
 _LAYER = "_fngd_layer"
 _MODEL = "_fngd_model"
-_REPLACED = "_replaced"
+# The functions that `_sent` made. An attribute of theirs would not tell, as functools.wraps copies it to wrappers.
+_sent_functions: "weakref.WeakSet[Any]" = weakref.WeakSet()
 
 
 class Attachment:
@@ -34,8 +39,7 @@ class Attachment:
         try:
             for layer, layer_handler in layers:
                 _swap(layer, _LAYER, layer_handler)
-            # TRL, for one, puts a forward of its own on the model before Trainer asks for the optimizer.
-            _swap(model, _MODEL, handler, take_replaced=True)
+            _swap(model, _MODEL, handler)
         except RuntimeError:
             detach(model)
             raise
@@ -82,13 +86,13 @@ def refuse_attached(model: nn.Module) -> None:
             )
 
 
-def _swap(module: nn.Module, attribute: str, handler: Handler, *, take_replaced: bool = False) -> None:
+def _swap(module: nn.Module, attribute: str, handler: Handler) -> None:
     """Send a module's forward through a handler, which is kept in that attribute of the instance's ``__dict__``.
 
-    Where somebody has put another ``forward`` on the instance, ``take_replaced`` hands that one to the handler.
+    The model's also where somebody has put another ``forward`` on the instance; with a layer's raise RuntimeError.
     """
     replaced = module.__dict__.get("forward")
-    if replaced is not None and not take_replaced:
+    if replaced is not None and attribute == _LAYER:
         raise RuntimeError(
             f"the forward of this {type(module).__name__} was replaced on the instance (Accelerate does so when it "
             "prepares a model for mixed precision or spreads it over devices), which would pass FNGD by: build FNGD "
@@ -98,59 +102,86 @@ def _swap(module: nn.Module, attribute: str, handler: Handler, *, take_replaced:
     module.__dict__[attribute] = handler
     plain: Any = type(module)
     if replaced is not None:
-        module.__dict__[attribute + _REPLACED] = module.__dict__.pop("forward")
+        module.__dict__["forward"] = _sent(module, replaced)
     if any(base.__dict__.get("_fngd_attribute") == attribute for base in plain.__mro__):
         return  # a former subclass, which `_restore` could not take away, asks for the handler
-    if replaced is None:
-        module.__class__ = _subclass(plain, attribute)
-    else:
-        itself = inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)
-        signature = inspect.signature(replaced)
-        signature = signature.replace(parameters=[itself, *signature.parameters.values()])
-        module.__class__ = _make_subclass(plain, attribute, signature)
+    module.__class__ = _subclass(plain, attribute)
 
 
 def _restore(module: nn.Module, attribute: str) -> None:
-    """Undo `_swap`; the module is again exactly what it was."""
+    """Undo `_swap`; the module is again exactly what it was, but for a forward that it was given meanwhile."""
     del module.__dict__[attribute]
-    replaced = module.__dict__.pop(attribute + _REPLACED, None)
-    if replaced is not None:
-        module.__dict__["forward"] = replaced
+    if "forward" in module.__dict__:
+        module.__dict__["forward"] = _unsent(module.__dict__["forward"])
     if type(module).__dict__.get("_fngd_attribute") == attribute:  # FSDP2 puts a class of its own on top
         module.__class__ = type(module).__mro__[1]
 
 
+def _sent(module: nn.Module, replaced: Any) -> Any:
+    """A method that sends a forward of the model's instance through the handler, as long as there is one."""
+    if _unsent(replaced) is not replaced or not callable(replaced):
+        return replaced
+    bound = isinstance(replaced, MethodType) and replaced.__self__ is module  # else a copy would train the original
+    function = replaced.__func__ if bound else None
+
+    @functools.wraps(replaced)  # which Accelerate follows, and torch looks for
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        own = replaced if function is None else functools.partial(function, self)
+        handler = self.__dict__.get(_MODEL)
+        return own(*args, **kwargs) if handler is None else handler(self, own, *args, **kwargs)
+
+    itself = inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)
+    signature = _with_column(inspect.signature(replaced))
+    parameters = [itself, *signature.parameters.values()]
+    forward.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
+    _sent_functions.add(forward)
+    return MethodType(forward, module)
+
+
+def _unsent(forward: Any) -> Any:
+    """The forward that a method of `_sent` stands for; any other one as it is."""
+    function: Any = getattr(forward, "__func__", None)
+    return function.__wrapped__ if isinstance(forward, MethodType) and function in _sent_functions else forward
+
+
+def _with_column(signature: inspect.Signature) -> inspect.Signature:
+    """A model's signature with the column of sample ids, which Trainer else drops."""
+    if COLUMN in signature.parameters:
+        return signature
+    parameters = list(signature.parameters.values())
+    place = next((n for n, one in enumerate(parameters) if one.kind is one.VAR_KEYWORD), len(parameters))
+    parameters.insert(place, inspect.Parameter(COLUMN, inspect.Parameter.KEYWORD_ONLY, default=None))
+    return signature.replace(parameters=parameters)
+
+
 @functools.cache
 def _subclass(base: Any, attribute: str) -> Any:
-    return _make_subclass(base, attribute, inspect.signature(base.forward))
-
-
-def _make_subclass(base: Any, attribute: str, signature: inspect.Signature) -> Any:
     plain = getattr(base, "_fngd_plain_class", base)
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         if not isinstance(args, tuple):  # but a proxy for all of them
             raise unsupported("torch.fx.symbolic_trace")
         # No bound method: after a graph break torch.compile would look it up by name, and find this function.
-        own = self.__dict__.get(attribute + _REPLACED) or functools.partial(base.forward, self)
+        own = functools.partial(base.forward, self)
         handler = self.__dict__.get(attribute)
         return own(*args, **kwargs) if handler is None else handler(self, own, *args, **kwargs)
 
-    if attribute == _MODEL and COLUMN not in signature.parameters:  # or else Trainer drops the column
-        parameters = list(signature.parameters.values())
-        place = next((n for n, one in enumerate(parameters) if one.kind is one.VAR_KEYWORD), len(parameters))
-        parameters.insert(place, inspect.Parameter(COLUMN, inspect.Parameter.KEYWORD_ONLY, default=None))
-        signature = signature.replace(parameters=parameters)
+    signature = inspect.signature(base.forward)
     # Not functools.wraps: accelerate follows __wrapped__ when it unwraps a model, past this function.
-    forward.__signature__ = signature  # type: ignore[attr-defined]
+    forward.__signature__ = _with_column(signature) if attribute == _MODEL else signature  # type: ignore[attr-defined]
     forward.__doc__ = base.forward.__doc__
 
     def reduce(self: Any, protocol: Any) -> Any:
         state = {key: value for key, value in base.__reduce_ex__(self, 2)[2].items() if key != attribute}
-        if attribute + _REPLACED in state:
-            state["forward"] = state.pop(attribute + _REPLACED)
+        if "forward" in state:
+            state["forward"] = _unsent(state["forward"])
         # Not copyreg.__newobj__, which insists on the instance's present class.
         return copyreg._reconstructor, (plain, object, None), state  # type: ignore[attr-defined]
+
+    def set_attribute(self: Any, name: str, value: Any) -> None:
+        if name == "forward" and attribute in self.__dict__ and not isinstance(value, nn.Module):
+            value = _sent(self, value)
+        base.__setattr__(self, name, value)
 
     def script(self: Any) -> Any:
         raise unsupported("torch.jit.script")
@@ -158,4 +189,6 @@ def _make_subclass(base: Any, attribute: str, signature: inspect.Signature) -> A
     names = {name: getattr(base, name) for name in ("__module__", "__qualname__", "__doc__")}
     own = {"__reduce_ex__": reduce, "_fngd_plain_class": plain, "_fngd_attribute": attribute, "forward": forward}
     own["__prepare_scriptable__"] = script  # torch.jit.script asks for it
+    if attribute == _MODEL:
+        own["__setattr__"] = set_attribute
     return type(base.__name__, (base,), names | own)

@@ -80,6 +80,8 @@ class Forwards:
         kwargs = given if self._own_ids else {key: value for key, value in given.items() if key != COLUMN}
         if not (module.training and torch.is_grad_enabled()):
             return own(*args, **kwargs)
+        if self._inside:  # a forward that was put on the model, as by Accelerate, calls the one that was there
+            return own(*args, **kwargs)
         refuse_replica(module)
         sample = _find_sample(args, kwargs)
         compiling = torch.compiler.is_compiling()
@@ -92,7 +94,11 @@ class Forwards:
         self._tokens = sample is not None and told is not None and of_tokens(*told, sample)
         if compiling:
             self._number = None if sample is None else begin(sample, self._engine.number, *(told or ("", [])))
-            return own(*args, **kwargs)
+            self._inside = True
+            try:
+                return own(*args, **kwargs)
+            finally:
+                self._inside = False
         batch = self.batch = None
         if sample is not None:
             ids = None if told is None else read_ids(*told, sample)

@@ -1,9 +1,11 @@
 """An attached model looks, saves, copies and, once detached, is as it was."""
 
 import copy
+import functools
 import inspect
 import pickle
 from collections.abc import Callable
+from types import MethodType
 from typing import Any
 
 import pytest
@@ -14,7 +16,18 @@ from torch.distributed.fsdp import FSDPModule
 from hf_fngd import FNGD, FNGDPreconditioner, detach
 from tests.modes.nets import bert, gpt2
 from tests.nets import Net, data, loss, net
-from tests.steps import assert_equal, gradient, graph_nodes, one_step, parameters, through_file, train, with_fngd
+from tests.steps import (
+    assert_equal,
+    digest,
+    gradient,
+    graph_nodes,
+    one_step,
+    parameters,
+    through_file,
+    train,
+    with_engine,
+    with_fngd,
+)
 
 
 def snapshot(model: nn.Module) -> list[tuple[str, type, dict[str, object]]]:
@@ -205,6 +218,87 @@ def test_detaching_a_second_time_leaves_another_preconditioner_alone() -> None:
     one_step(model, second, *data(6, 3))
     assert second.coverage().missed == {}
     assert torch.isfinite(second.policy.rho).all()
+
+
+# A forward that somebody puts on the model -----------------------------------------------------------------
+
+
+def another(model: Net) -> None:
+    """As TRL's trainers, which never call the one that was there."""
+
+    def fused(self: Net, x: Tensor) -> Tensor:
+        return self.head(self.hidden(x))
+
+    model.forward = MethodType(fused, model)  # type: ignore[method-assign]
+
+
+def around_it(model: Net) -> None:
+    """As Accelerate for mixed precision."""
+    model._original_forward = model.forward  # type: ignore[assignment]
+    context = torch.autocast("cpu", torch.bfloat16, enabled=False)
+    model.forward = MethodType(context(model.forward.__func__), model)  # type: ignore[attr-defined, method-assign]
+
+
+def partial(model: Net) -> None:
+    model.forward = functools.partial(model.forward)  # type: ignore[method-assign]
+
+
+def another_and_around_it(model: Net) -> None:
+    another(model)
+    around_it(model)
+    partial(model)
+
+
+def there_and_back(model: Net) -> None:
+    """As TRL, which sends another method through the wrapper of a distributed model."""
+    for _ in range(1100):
+        before = model.forward
+        model.forward = lambda x: x  # type: ignore[method-assign]
+        model.forward = before  # type: ignore[method-assign]
+
+
+PATCHES = [another, around_it, partial, another_and_around_it, there_and_back]
+
+
+@pytest.mark.parametrize("later", [True, False])
+@pytest.mark.parametrize("patch", PATCHES)
+def test_a_forward_that_is_put_on_the_model_is_weighed_and_begins_one_micro_batch(
+    patch: Callable[[Net], None], later: bool
+) -> None:
+    states, gradients = [], []
+    for each in (lambda model: None, patch):
+        model = net()
+        if not later:
+            each(model)
+        preconditioner = FNGDPreconditioner(model, sharing="replay", coefficient_steps=2, strict=True)
+        if later:
+            each(model)
+        assert list(inspect.signature(model.forward).parameters) == ["x", "sample_ids"]
+        for step in range(4):
+            one_step(model, preconditioner, *data(6, 3, seed=step))
+        gradients.append(gradient(model))
+        states.append(digest(preconditioner.state_dict()))
+    assert torch.equal(*gradients)
+    assert states[0] == states[1]
+
+
+@pytest.mark.parametrize("patch", [another, another_and_around_it])
+def test_the_forward_stays_when_the_model_is_plain_again(patch: Callable[[Net], None]) -> None:
+    model, preconditioner = with_engine()
+    patch(model)
+    wrapped = model.forward.__wrapped__  # type: ignore[attr-defined]
+    copied, (x, y) = copy.deepcopy(model), data(6)
+    assert type(copied) is Net
+    assert not any(key.startswith("_fngd") for key in vars(copied))
+    preconditioner.detach()
+    assert type(model) is Net
+    assert model.forward == wrapped
+    plain = net()
+    for each in (plain, copied, model):
+        loss(each, x, y).backward()
+        if each is not copied or patch is another:  # Accelerate's way is to train the original by the copy
+            assert torch.equal(gradient(each), gradient(plain))
+        model.zero_grad()
 
 
 # transformers --------------------------------------------------------------------------------------------

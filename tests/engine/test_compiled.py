@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable
+from types import MethodType
 from typing import NamedTuple
 
 import pytest
@@ -54,6 +55,14 @@ class Uncompiled(Net):
         return torch.tanh(self.norm(torch.compiler.disable(self.fc1)(x)))
 
 
+class Noting(Net):
+    """Sets attributes of its own in a forward pass."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.size, self.seen = len(x), x
+        return super().forward(x)
+
+
 # Steps -----------------------------------------------------------------------------------------------------
 
 
@@ -97,6 +106,18 @@ def one_layer(model: nn.Module) -> Called:
     return model
 
 
+def replaced(model: nn.Module) -> Called:
+    """As TRL's trainers, which put a forward of their own on the model, behind the optimizer."""
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+
+    def called(x: Tensor) -> Tensor:
+        if "forward" not in vars(model):
+            model.forward = MethodType(lambda self, x: self.head(self.hidden(x)), model)
+        return compiled(x)
+
+    return called
+
+
 class Case(NamedTuple):
     cls: type[Net] = Net
     step: Callable[[Called, Tensor, Tensor], None] = once
@@ -118,6 +139,8 @@ CASES = {
     "only a part of the model is compiled": Case(graphs=None, compiled=one_layer),
     "a layer outside of the graphs": Case(Uncompiled, graphs=None),
     "a retained graph": Case(step=retained, graphs=None),
+    "another forward on the model": Case(graphs=None, compiled=replaced),
+    "attributes set in a forward pass": Case(Noting),
     "an empty batch": Case(step=and_nothing, graphs=None),
 }
 

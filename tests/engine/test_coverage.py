@@ -215,12 +215,13 @@ def functionally(model: Headed) -> None:
 
 
 def patched(model: Headed) -> None:
+    """In a way that the model does not notice."""
     plain = type(model).__mro__[1].forward
-    model.forward = lambda *args: plain(model, *args)  # type: ignore[method-assign]
+    vars(model)["forward"] = lambda *args: plain(model, *args)
 
 
 def without_the_model(model: Headed) -> None:
-    model.forward = lambda x: model.head(torch.tanh(model.fc1(x)))  # type: ignore[method-assign]
+    vars(model)["forward"] = lambda x: model.head(torch.tanh(model.fc1(x)))
 
 
 def twice(model: Headed) -> None:
