@@ -121,6 +121,23 @@ def test_class_in_place_of_the_factory_names_the_factory(tmp_path: Path) -> None
         run.train()
 
 
+NO_OPTIMIZERS = [
+    ((FNGD, None), r"class FNGD, and no optimizer: pass optimizers=\(FNGD\(model\), None\)"),
+    ((FNGDFactory, None), r"no optimizer: pass optimizer_cls_and_kwargs="),
+    ((FNGDFactory(), None), r"no optimizer: pass optimizer_cls_and_kwargs="),
+    ((FNGDFactory, {"lr": 1e-3}), r"no optimizer: pass optimizer_cls_and_kwargs="),
+]
+
+
+@pytest.mark.parametrize(("given", "message"), NO_OPTIMIZERS)
+def test_what_is_no_optimizer_in_its_place_names_the_cure(given: Any, message: str, tmp_path: Path) -> None:
+    run = trainer(tmp_path, callbacks=(), made={"optimizers": given})
+    with pytest.raises(AttributeError, match=message):
+        run.train()
+    with pytest.raises(TypeError, match=r"no FNGD in this .*FNGD.*: pass optimizers=\(FNGD\(model\), None\)"):
+        unwrap(given[0])
+
+
 def test_from_training_args(tmp_path: Path) -> None:
     args = arguments(tmp_path, learning_rate=0.004, weight_decay=0.5, max_grad_norm=1.0)
     optimizer = FNGD.from_training_args(bert(), args)

@@ -183,3 +183,19 @@ def test_with_equal_weights_it_trains_as_the_plain_optimizer_does(case: Case, pa
     runs = [trained(case, tmp_path, passed, optimizer=make)[0].model for make in (uniform, adamw)]
     for (name, p), q in zip(runs[0].named_parameters(), runs[1].parameters(), strict=True):
         torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-5, msg=name)
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_an_optimizer_that_is_older_than_the_adapters_names_the_cure(case: Case, tmp_path: Path) -> None:
+    model = case.make()
+    trainer = case.trainer(
+        model=model,
+        args=arguments(tmp_path, case.config, **case.changes, bf16=False, activation_checkpointing=True),
+        train_dataset=Dataset.from_dict(case.columns),
+        processing_class=tokenizer(),
+        optimizers=(FNGD(model), None),
+        peft_config=adapters(case),
+        **case.options,
+    )
+    with pytest.raises(RuntimeError, match=r"set trainer.optimizer_cls_and_kwargs = \(FNGDFactory, \{...\}\) before"):
+        trainer.train()
