@@ -14,7 +14,7 @@ from datasets import Dataset
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
-from hf_fngd import FNGD, FNGDFactory, unwrap
+from hf_fngd import FNGD, FNGDCallback, FNGDConfig, FNGDFactory, unwrap
 from tests.modes.harness import arguments
 from tests.modes.nets import SIZES, TOKENS, VOCABULARY, llama
 from tests.modes.wrapped import lora, tokenizer
@@ -79,7 +79,12 @@ FNGD_SETTINGS = {"lr": 1e-2, "update": "adam"}
 
 
 def trained(
-    case: Case, folder: Path, passed: str, optimizer: Callable[[nn.Module], Any] | None = None, **changes: Any
+    case: Case,
+    folder: Path,
+    passed: str,
+    optimizer: Callable[[nn.Module], Any] | None = None,
+    callbacks: Any = (),
+    **changes: Any,
 ) -> tuple[Any, list[dict[str, Tensor]], list[dict[str, Tensor]]]:
     """The trainer after some steps, its gradients in each step, and those that the definitions say."""
     model, options = case.make(), dict(case.options)
@@ -113,7 +118,8 @@ def trained(
     args = arguments(folder, case.config, **values)
     data = Dataset.from_dict(case.columns)
     trainer = Compared(model=model, args=args, train_dataset=data, processing_class=tokenizer(), **options)
-    trainer.add_callback(Recorder())
+    for callback in (Recorder(), *callbacks):
+        trainer.add_callback(callback)
     if passed == "inside":
         trainer.optimizer_cls_and_kwargs = (FNGDFactory, {"args": args, "update": "adam"})
     trainer.train()
@@ -199,3 +205,11 @@ def test_an_optimizer_that_is_older_than_the_adapters_names_the_cure(case: Case,
     )
     with pytest.raises(RuntimeError, match=r"set trainer.optimizer_cls_and_kwargs = \(FNGDFactory, \{...\}\) before"):
         trainer.train()
+
+
+def test_the_card_that_trl_writes_with_each_checkpoint_has_the_settings(tmp_path: Path) -> None:
+    case = CASES["DPO, precomputed"]
+    trained(case, tmp_path, "optimizers", uniform, callbacks=[FNGDCallback()], save_strategy="steps", save_steps=STEPS)
+    card = (tmp_path / "README.md").read_text(encoding="utf-8")
+    assert "### Optimizer\n\n- optimizer: FNGD of hf-fngd with lr=0.01, sharing='uniform', update='adam'; all" in card
+    assert FNGDConfig.from_pretrained(tmp_path).sharing == "uniform"
