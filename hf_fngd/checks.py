@@ -25,6 +25,19 @@ MAX_UNROLLED = 10**6
 Check = Callable[[str, Any], Any]
 
 
+class Misplaced:
+    """An attribute of optimizers on a thing that Trainer was given for one: AttributeError, whose text is the cure.
+
+    An instance may have the attribute all the same.
+    """
+
+    def __init__(self, cure: str) -> None:
+        self._cure = cure
+
+    def __get__(self, instance: object, owner: type) -> Any:
+        raise AttributeError(self._cure)
+
+
 def shown(value: object) -> str:
     """A value for an error message, cut to a readable length."""
     if isinstance(value, int) and abs(value) > MAX_INTEGER:

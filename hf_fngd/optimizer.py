@@ -11,6 +11,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
+from hf_fngd.checks import Misplaced
 from hf_fngd.config import FNGDConfig, set_in
 from hf_fngd.distributed.join import Joins
 from hf_fngd.distributed.sharded import local
@@ -248,14 +249,22 @@ class FNGD(torch.optim.Optimizer, Joins):
         self.skipped = own["skipped"]
 
 
+FNGD.param_groups = Misplaced(  # type: ignore[assignment]
+    "this is the class FNGD, and no optimizer: pass optimizers=(FNGD(model), None) to Trainer, or "
+    "optimizer_cls_and_kwargs=(FNGDFactory, {...})"
+)
+
+
 def unwrap(optimizer: torch.optim.Optimizer) -> FNGD:
     """The FNGD inside a wrapper, as Accelerate's, which ``trainer.optimizer`` is. Raises TypeError for another one."""
     inside: Any = optimizer
     while not isinstance(inside, FNGD):
         if not hasattr(inside, "optimizer"):
+            outer, inner = (
+                f"class {a.__name__}" if isinstance(a, type) else type(a).__name__ for a in (optimizer, inside)
+            )
             raise TypeError(
-                f"there is no FNGD in this {type(optimizer).__name__}, but {type(inside).__name__}: pass "
-                "optimizers=(FNGD(model), None) to Trainer"
+                f"there is no FNGD in this {outer}, but {inner}: pass optimizers=(FNGD(model), None) to Trainer"
             )
         inside = inside.optimizer
     return inside

@@ -1,4 +1,4 @@
-"""FNGDCallback: tells the optimizer about epochs, Trainer's logs about the optimizer, and checkpoints its settings."""
+"""FNGDCallback: tells the optimizer about epochs, and logs, checkpoints and the model card about the optimizer."""
 
 import sys
 from pathlib import Path
@@ -9,13 +9,15 @@ from transformers import TrainerCallback
 from transformers.trainer_callback import CallbackHandler
 
 from hf_fngd.optimizer import unwrap
+from hf_fngd.trainer.card import keep_true, save_settings
 
 
 class FNGDCallback(TrainerCallback):  # type: ignore[misc]
     """Adds `hf_fngd.FNGD.diagnostics` to the logs, and prints the coverage report after the first step.
 
     The names begin with ``fngd_``. ``fngd_skipped`` counts the steps skipped so far, by FNGD or by a loss scaler;
-    ``fngd_phase`` is 1 from the last step of the first epoch on. Each checkpoint gets the settings as a file.
+    ``fngd_phase`` is 1 from the last step of the first epoch on. Each checkpoint gets the settings as a file. So does
+    the output folder with the model card of ``create_model_card`` and ``push_to_hub``, which names them.
 
     FNGD trains rightly without it. What it adds to the training itself: the end of an epoch is known even where
     Accelerate does not show it (iterable datasets under gradient accumulation). At the start of training it raises
@@ -33,6 +35,13 @@ class FNGDCallback(TrainerCallback):  # type: ignore[misc]
         handler = sys._getframe(1).f_locals.get("self")
         if isinstance(handler, CallbackHandler):
             handler.callbacks = [self, *(other for other in handler.callbacks if other is not self)]
+        frame = sys._getframe(1).f_back  # which the trainer is in, that is not handed on either
+        while frame is not None:
+            trainer = frame.f_locals.get("self")
+            if handler is not None and getattr(trainer, "callback_handler", None) is handler:
+                keep_true(trainer)
+                break
+            frame = frame.f_back
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         unwrap(kwargs["optimizer"]).end_epoch()
@@ -61,5 +70,5 @@ class FNGDCallback(TrainerCallback):  # type: ignore[misc]
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Put ``fngd_config.json`` into the checkpoint."""
         optimizer, folder = unwrap(kwargs["optimizer"]), Path(args.output_dir) / f"checkpoint-{state.global_step}"
-        if state.is_world_process_zero and folder.is_dir() and isinstance(optimizer.settings.sharing, str):
-            optimizer.config.save_pretrained(folder)
+        if state.is_world_process_zero and folder.is_dir():
+            save_settings(optimizer, folder)

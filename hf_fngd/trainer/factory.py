@@ -4,15 +4,25 @@ from typing import Any
 
 from torch import nn
 
+from hf_fngd.checks import Misplaced
 from hf_fngd.optimizer import FNGD
+
+_CURE = (
+    "FNGDFactory is no optimizer: pass optimizer_cls_and_kwargs=(FNGDFactory, {...}) to Trainer, or "
+    "optimizers=(FNGD(model), None)"
+)
 
 
 class FNGDFactory:
     """Builds FNGD on the model that Trainer hands over, when it does.
 
     For hyperparameter search and ``model_init`` (a new model each trial), PEFT and TRL (the model is wrapped inside the
-    trainer): ``Trainer(..., optimizer_cls_and_kwargs=(FNGDFactory, {"args": args, "config": config}))``.
+    trainer): ``Trainer(..., optimizer_cls_and_kwargs=(FNGDFactory, {"args": args, "config": config}))``. Where a
+    trainer does not take the argument, as TRL's for preferences and rewards, set the attribute before ``train()``:
+    ``trainer.optimizer_cls_and_kwargs = (FNGDFactory, {"args": args, "config": config})``.
     """
+
+    param_groups = step = Misplaced(_CURE)
 
     def __call__(self, model: nn.Module, *, args: Any = None, config: Any = None, **overrides: Any) -> FNGD:
         """Build it as `FNGD.from_training_args` does, or without ``args`` as `FNGD.from_config`."""

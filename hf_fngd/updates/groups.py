@@ -130,7 +130,9 @@ def check_parameters(model: nn.Module, groups: Sequence[Mapping[str, Any]]) -> N
         raise RuntimeError(
             f"{len(missing)} trainable parameters of the model are in no group of this optimizer "
             f"({', '.join(missing[:3])}, ...): build FNGD after the model is complete (after PEFT wrapped it), or "
-            "through FNGDFactory, and layers that are to be unfrozen later before they are frozen"
+            "through FNGDFactory, and layers that are to be unfrozen later before they are frozen. Where a trainer "
+            "wraps the model itself, as TRL's with peft_config, leave optimizers= out and set "
+            "trainer.optimizer_cls_and_kwargs = (FNGDFactory, {...}) before train()"
         )
     if foreign := held - {id(p) for p in model.parameters()}:
         raise RuntimeError(

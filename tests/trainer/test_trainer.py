@@ -2,6 +2,7 @@
 
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ import transformers.trainer
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 
 from hf_fngd import FNGD, FNGDCallback, FNGDConfig, FNGDFactory, policy_names, unwrap
+from hf_fngd.trainer.card import amended
 from tests.modes.harness import arguments as quiet
 from tests.modes.nets import KINDS, LINEAR, Kind, bert
 from tests.nets import UPDATES_OF, settings_of
@@ -121,6 +123,23 @@ def test_class_in_place_of_the_factory_names_the_factory(tmp_path: Path) -> None
         run.train()
 
 
+NO_OPTIMIZERS = [
+    ((FNGD, None), r"class FNGD, and no optimizer: pass optimizers=\(FNGD\(model\), None\)"),
+    ((FNGDFactory, None), r"no optimizer: pass optimizer_cls_and_kwargs="),
+    ((FNGDFactory(), None), r"no optimizer: pass optimizer_cls_and_kwargs="),
+    ((FNGDFactory, {"lr": 1e-3}), r"no optimizer: pass optimizer_cls_and_kwargs="),
+]
+
+
+@pytest.mark.parametrize(("given", "message"), NO_OPTIMIZERS)
+def test_what_is_no_optimizer_in_its_place_names_the_cure(given: Any, message: str, tmp_path: Path) -> None:
+    run = trainer(tmp_path, callbacks=(), made={"optimizers": given})
+    with pytest.raises(AttributeError, match=message):
+        run.train()
+    with pytest.raises(TypeError, match=r"no FNGD in this .*FNGD.*: pass optimizers=\(FNGD\(model\), None\)"):
+        unwrap(given[0])
+
+
 def test_from_training_args(tmp_path: Path) -> None:
     args = arguments(tmp_path, learning_rate=0.004, weight_decay=0.5, max_grad_norm=1.0)
     optimizer = FNGD.from_training_args(bert(), args)
@@ -189,6 +208,47 @@ def test_checkpoints_have_the_settings(tmp_path: Path) -> None:
     assert checkpoints
     for checkpoint in checkpoints:
         assert FNGDConfig.from_pretrained(checkpoint) == unwrap(run.optimizer).config
+
+
+@pytest.mark.parametrize("optim", [{}, {"optim": "adafactor", "optim_args": "decay_rate=-0.5,warmup_init=False"}])
+def test_the_model_card_has_the_settings(optim: dict[str, str], tmp_path: Path) -> None:
+    run = trainer(tmp_path, fngd={"lr": 3e-3, "momentum": 0.8}, num_train_epochs=1, **optim)
+    run.train()
+    run.train()
+    run.create_model_card(model_name="mine")
+    card = (tmp_path / "README.md").read_text(encoding="utf-8")
+    lines = [line for line in card.splitlines() if line.startswith(("- optimizer", "- learning", "- lr_", "decay"))]
+    assert lines == [
+        "- learning_rate: 0.003",
+        "- optimizer: FNGD of hf-fngd with lr=0.003, sharing='clipped', update='muon', momentum=0.8; "
+        "all settings are in fngd_config.json",
+        "- lr_scheduler_type: linear",
+    ]
+    assert "# mine" in card
+    assert FNGDConfig.from_pretrained(tmp_path) == unwrap(run.optimizer).config
+    (tmp_path / "README.md").unlink()
+    with mock.patch.object(run, "init_hf_repo"), mock.patch("transformers.trainer.hf_api") as api:
+        run.push_to_hub()
+    assert api.return_value.upload_folder.called
+    assert lines[1] in (tmp_path / "README.md").read_text(encoding="utf-8")
+
+
+def test_a_card_of_another_kind_gets_a_section_or_stays() -> None:
+    optimizer = FNGD(model := bert(), lr=3e-3)
+    line = "- optimizer: FNGD of hf-fngd with lr=0.003, sharing='clipped', update='muon'; all settings are in "
+    assert amended("# A", optimizer) == f"# A\n\n### Optimizer\n\n{line}fngd_config.json\n\n"
+    framed = amended("# A\n\n### Framework versions\n\n- B\n", optimizer)
+    assert framed == f"# A\n\n### Optimizer\n\n{line}fngd_config.json\n\n### Framework versions\n\n- B\n"
+    assert amended("- optimizer: **FNGD**, as below\n- seed: 1\n", optimizer).startswith("- optimizer: **FNGD**, as")
+    assert model is optimizer.preconditioner.model
+
+
+def test_a_card_that_is_written_for_another_optimizer_stays(tmp_path: Path) -> None:
+    run = trainer(tmp_path, num_train_epochs=1)
+    run.train()
+    run.optimizer = torch.optim.AdamW(run.model.parameters())
+    run.create_model_card()
+    assert "FNGD" not in (tmp_path / "README.md").read_text(encoding="utf-8")
 
 
 class Save(TrainerCallback):
