@@ -5,8 +5,9 @@ model runs twice on the first training batch, as it is and without its first sam
 The one dimension of a layer's input that shrinks in proportion holds the samples; and the rows that stay have to keep
 their values, in one of the orders that a `View` has. A batch of one sample is compared with two copies of it.
 
-Where the samples of dimension 0 change each other's values (as positions do in attention), dimension 1 is tried.
-Nothing of a pass remains: random states, flags, buffers and attributes are put back.
+Where the samples of dimension 0 change each other's values (as positions do in attention), or mix in an input that
+does not grow with them (as positions do in the last state of a recurrent layer), dimension 1 is tried, and taken where
+it tells of more calls. Nothing of a pass remains: random states, flags, buffers and attributes are put back.
 """
 
 import contextlib
@@ -77,7 +78,7 @@ def probe(
     with untouched(model):
         for dim in dims:
             try:
-                found, passed, grown = _try(run, inputs, sample.shape[dim], dim, trusted=batch_dim is not None)
+                found, passed, grown, mixed = _try(run, inputs, sample.shape[dim], dim, trusted=batch_dim is not None)
             except Exception as error:  # whatever a model does with inputs of other sizes
                 failure = error if dim == dims[0] else failure
                 continue
@@ -89,7 +90,7 @@ def probe(
                 passed = 0
             if passed > most:
                 best, most = Found(dim, found), passed
-            if passed == grown:
+            if passed == grown and not mixed:
                 break
     if failure is not None and not most > 0:
         raise failure
@@ -98,25 +99,31 @@ def probe(
 
 def _try(
     run: Callable[[Any, Any], Calls], inputs: tuple[Any, Any], samples: int, dim: int, trusted: bool
-) -> tuple[dict[int, Verdict], int, int]:
-    """The verdicts for one dimension; of how many calls the values were right, and how many grow with the batch."""
+) -> tuple[dict[int, Verdict], int, int, int]:
+    """The verdicts for one dimension; how many calls had the right values, how many grow with it, how many are mixed.
+
+    Mixed are those of an input that does not grow, and changes its values all the same.
+    """
     other: tuple[Any, Any] = resized(inputs, samples, dim)
     full, fewer = (inputs, other) if samples > 1 else (other, inputs)
     samples = max(samples, 2)
     seen, seen_fewer = run(*full), run(*fewer)
     found: dict[int, Verdict] = {}
-    passed = grown = 0
+    passed = grown = mixed = 0
     for place, calls in seen.items():
         others = seen_fewer.get(place, [])
         if len(others) != len(calls):
             found[place] = NOT_THE_BATCH
+            mixed += len(calls)
             continue
         verdicts = [_compare(a, b, samples, dim if trusted else None) for a, b in zip(calls, others, strict=True)]
-        grown += sum(a[0] != b[0] for a, b in zip(calls, others, strict=True))
+        unchanged = [(a, b) for a, b in zip(calls, others, strict=True) if a[0] == b[0]]
+        grown += len(calls) - len(unchanged)
+        mixed += sum(not _close(a[1], b[1]) for a, b in unchanged)
         passed += sum(isinstance(verdict, View) for verdict in verdicts)
         if len(set(verdicts)) == 1:  # where calls differ, sizes have to tell them apart
             found[place] = verdicts[0]
-    return found, passed, grown
+    return found, passed, grown, mixed
 
 
 def _compare(full: Digest, fewer: Digest, samples: int, trusted: int | None) -> Verdict:

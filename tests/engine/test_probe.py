@@ -106,6 +106,48 @@ def test_samples_are_weighed_wherever_they_are(
     assert preconditioner.coverage().note == ""
 
 
+class TimeFirst(nn.Module):
+    """Positions first, as torch's recurrent layers have it by default; the head sees the last state alone."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind = kind
+        self.embedding, self.fc1 = nn.Embedding(11, WIDTH), nn.Linear(WIDTH, WIDTH)
+        self.lstm, self.fc2 = nn.LSTM(WIDTH, WIDTH), nn.Linear(WIDTH, CLASSES)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        y = self.fc1(self.embedding(ids))
+        if self.kind == "layer":
+            return self.fc2(self.lstm(y)[1][0][-1])
+        state = torch.zeros_like(y[0])
+        for one in y:  # a cell, and as many calls of it as there are positions
+            state = torch.tanh(self.fc2(one).mean(-1, keepdim=True) + one + state)
+        return self.fc2(state)
+
+
+@pytest.mark.parametrize("kind", ["layer", "cell"])
+@pytest.mark.parametrize(("samples", "positions"), [(5, 3), (4, 4), (2, 6), (1, 3)])
+def test_the_second_dimension_is_taken_where_it_tells_of_more_layers(samples: int, positions: int, kind: str) -> None:
+    torch.manual_seed(0)
+    model = TimeFirst(kind).double()
+    plain, ids = copy.deepcopy(model), torch.randint(11, (positions, samples))
+    labels = torch.randint(CLASSES, (samples,))
+    weights = torch.ones(samples, dtype=torch.float64).index_fill(0, torch.tensor(0), 30)
+
+    def share(model: nn.Module, n: int) -> Tensor:
+        return weights[n] * F.cross_entropy(model(ids[:, n : n + 1]), labels[n : n + 1])
+
+    preconditioner = FNGDPreconditioner(model, strict=True)
+    (weights * F.cross_entropy(model(ids), labels, reduction="none")).sum().backward()
+    preconditioner.step()
+    names = {name for name, _ in model.named_parameters()}
+    modules = ["embedding", "fc1", "fc2"]
+    wanted, _ = Clipping().gradients([uses_of(plain, modules, share, n, names) for n in range(samples)])
+    for name, g in wanted.items():
+        found = model.get_parameter(name).grad
+        torch.testing.assert_close(found, g.view_as(found), rtol=1e-7, atol=1e-10, msg=name)
+
+
 class Transformer(nn.Module):
     """torch's own, with positions first, and a mask with the batch first: a position less is an error."""
 
