@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from hf_fngd import FNGD
+from hf_fngd import FNGD, FNGDPreconditioner
 from tests.nets import data, loss, net
+from tests.steps import gradient
 
 
 def batch(*shape: int, seed: int = 1) -> Tensor:
@@ -125,3 +126,14 @@ def test_moments_follow_a_model_that_is_moved_to_another_precision(update: str, 
         assert all(not torch.equal(before[name], p) for name, p in model.named_parameters())
     moments = [value for state in optimizer.state.values() for value in state.values() if isinstance(value, Tensor)]
     assert {moment.dtype for moment in moments} == {dtype}
+
+
+def test_attaching_asks_no_parametrization_for_its_weight() -> None:
+    """That of a spectral norm goes a power iteration further each time."""
+    model, x = net(), data(6)[0]
+    nn.utils.parametrizations.spectral_norm(model.fc1)
+    plain = copy.deepcopy(model)
+    _kept = FNGDPreconditioner(model, sharing="uniform")
+    for each in (model, plain):
+        each(x).square().sum().backward()
+    assert torch.equal(gradient(model), gradient(plain))
