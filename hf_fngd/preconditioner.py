@@ -14,7 +14,7 @@ from torch.utils.hooks import RemovableHandle
 from hf_fngd.distributed.environment import rank_and_world, refuse_environment
 from hf_fngd.distributed.join import Joins, JoinState
 from hf_fngd.distributed.sharded import is_sharded
-from hf_fngd.engine.attach import refuse_attached
+from hf_fngd.engine.attach import refuse_attached, unsupported
 from hf_fngd.engine.coverage import Coverage, CoverageReport
 from hf_fngd.engine.epochs import EpochEdge
 from hf_fngd.engine.forward import Forwards
@@ -203,6 +203,8 @@ class FNGDPreconditioner(Joins):
 
     def _begin(self, size: int) -> MicroBatch:
         """A training forward pass of ``size`` samples begins."""
+        if torch._C._get_tracing_state() is not None:
+            raise unsupported("torch.jit.trace in training mode")
         if self._fsdp is None:
             refuse_environment(self.model)  # again, now that Accelerate has prepared it
             self._fsdp = any(isinstance(module, FSDPModule) for module in self.model.modules())

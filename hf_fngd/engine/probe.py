@@ -7,21 +7,19 @@ their values, in one of the orders that a `View` has. A batch of one sample is c
 
 Where the samples of dimension 0 change each other's values (as positions do in attention), or mix in an input that
 does not grow with them (as positions do in the last state of a recurrent layer), dimension 1 is tried, and taken where
-it tells of more calls. Nothing of a pass remains: random states, flags, buffers and attributes are put back.
+it tells of more calls. Nothing of a pass remains (`hf_fngd.engine.snapshot`).
 """
 
-import contextlib
 import copy
-import random
-import sys
 from collections import UserDict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from hf_fngd.engine.snapshot import copied, untouched
 from hf_fngd.layers.base import NOT_THE_BATCH, View
 
 NOT_VERIFIED = (
@@ -29,13 +27,6 @@ NOT_VERIFIED = (
 )
 EQUAL_ROWS = "samples and positions are folded, in an order that the first batches did not tell, as all rows were equal"
 UNSURE = "no dimension of the batch holds samples that leave each other alone; batch_dim=0 or 1 says which one it is"
-
-_REGISTRIES = (
-    *("_buffers", "_modules", "_forward_hooks", "_forward_pre_hooks"),
-    *("_forward_hooks_with_kwargs", "_forward_pre_hooks_with_kwargs", "_forward_hooks_always_called"),
-)
-# Whose hooks are a part of a model's forward pass. Those of others watch it, and must see none of a probe.
-_LIBRARIES = ("torch", "transformers", "peft", "accelerate")
 
 Digest = tuple[tuple[int, ...], Tensor]
 Calls = dict[int, list[Digest]]  # by the layer's place, in the order of its calls
@@ -71,6 +62,8 @@ def probe(
         batch_dim: the dimension of it that does, where somebody has said so.
         known: the one that an earlier probe found.
     """
+    if torch._C._get_tracing_state() is not None:
+        raise CannotProbeError("torch.jit.trace is under way")
     only = known if batch_dim is None else batch_dim
     dims = [only] if only is not None else [0, 1][: 1 if len(sample) == 1 else sample.dim()]
     best, most = Found(dims[0], {}), -1
@@ -104,8 +97,9 @@ def _try(
 
     Mixed are those of an input that does not grow, and changes its values all the same.
     """
-    other: tuple[Any, Any] = resized(inputs, samples, dim)
-    full, fewer = (inputs, other) if samples > 1 else (other, inputs)
+    own: tuple[Any, Any] = copied(inputs)  # as the forward pass under way has yet to run on the others
+    other: tuple[Any, Any] = resized(copied(inputs), samples, dim)
+    full, fewer = (own, other) if samples > 1 else (other, own)
     samples = max(samples, 2)
     seen, seen_fewer = run(*full), run(*fewer)
     found: dict[int, Verdict] = {}
@@ -172,62 +166,6 @@ def digest(x: Tensor) -> Digest:
         with torch.autocast(x.device.type, enabled=False):
             values = values @ torch.cos(1.7 * torch.arange(x.shape[-1], device=x.device, dtype=values.dtype) + 1)
     return tuple(x.shape), values.to(x.dtype) if x.is_floating_point() else values
-
-
-@contextlib.contextmanager
-def untouched(model: nn.Module) -> Iterator[None]:
-    """Run in eval mode and without gradients; afterwards modules and random states are what they were."""
-    modules = list(model.modules())
-    attributes = [dict(module.__dict__) for module in modules]
-    registries = [{name: dict(module.__dict__[name]) for name in _REGISTRIES} for module in modules]
-    containers = [
-        {name: copy.copy(value) for name, value in own.items() if type(value) in (list, dict, set)}
-        for own in ({k: v for k, v in of.items() if not k.startswith("_")} for of in attributes)
-    ]
-    buffers = [(buffer, buffer._version, buffer.clone()) for buffer in model.buffers()]
-    numpy = sys.modules.get("numpy")
-    states = random.getstate(), numpy.random.get_state() if numpy else None
-    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []  # type: ignore[no-untyped-call]
-    fast, cached = torch.backends.mha.get_fastpath_enabled(), torch.is_autocast_cache_enabled()
-    try:
-        torch.set_autocast_cache_enabled(False)  # the training forward pass would find casts without a graph in it
-        torch.backends.mha.set_fastpath_enabled(False)  # which calls no Linear
-        for module in modules:
-            module.training = False
-            for hooks in (module._forward_hooks, module._forward_pre_hooks):
-                for key in [key for key, hook in hooks.items() if not _belongs(hook)]:
-                    del hooks[key]
-        with torch.random.fork_rng(devices), torch.no_grad():
-            yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fast)
-        torch.set_autocast_cache_enabled(cached)
-        random.setstate(states[0])
-        if numpy:
-            numpy.random.set_state(states[1])
-        for module, own, registered, copies in zip(modules, attributes, registries, containers, strict=True):
-            module.__dict__.clear()
-            module.__dict__.update(own)
-            for name, entries in registered.items():
-                own[name].clear()
-                own[name].update(entries)
-            for name, value in copies.items():
-                _refill(own[name], value)
-        with torch.no_grad():
-            for buffer, version, value in buffers:
-                if buffer._version != version:
-                    buffer.copy_(value)
-
-
-def _belongs(hook: Any) -> bool:
-    module = getattr(hook, "__module__", None) or type(hook).__module__
-    return module.split(".")[0] in _LIBRARIES
-
-
-def _refill(container: Any, before: Any) -> None:
-    """Bring a list, dict or set back to what it held."""
-    container.clear()
-    container.extend(before) if isinstance(container, list) else container.update(before)
 
 
 def resized(value: Any, samples: int, dim: int) -> Any:
