@@ -5,6 +5,9 @@ model runs twice on the first training batch, as it is and without its first sam
 The one dimension of a layer's input that shrinks in proportion holds the samples; and the rows that stay have to keep
 their values, in one of the orders that a `View` has. A batch of one sample is compared with two copies of it.
 
+The samples that stay come in the reverse order: rows that are chosen among all (an expert's tokens) may stay where they
+were when a sample is missing that had its share of them, but do not end up reversed unless every sample has its share.
+
 Where the samples of dimension 0 change each other's values (as positions do in attention), or mix in an input that
 does not grow with them (as positions do in the last state of a recurrent layer), dimension 1 is tried, and taken where
 it tells of more calls. Nothing of a pass remains (`hf_fngd.engine.snapshot`).
@@ -98,10 +101,17 @@ def _try(
     Mixed are those of an input that does not grow, and changes its values all the same.
     """
     own: tuple[Any, Any] = copied(inputs)  # as the forward pass under way has yet to run on the others
-    other: tuple[Any, Any] = resized(copied(inputs), samples, dim)
-    full, fewer = (own, other) if samples > 1 else (other, own)
+    reverse = samples > 1
+    if reverse:
+        seen = run(*own)
+        try:
+            seen_fewer = run(*resized(copied(inputs), samples, dim, reverse=True))
+        except Exception:  # as packing a sequence that has to be sorted by lengths
+            reverse = False
+            seen_fewer = run(*resized(copied(inputs), samples, dim))
+    else:
+        seen, seen_fewer = run(*resized(copied(inputs), samples, dim)), run(*own)
     samples = max(samples, 2)
-    seen, seen_fewer = run(*full), run(*fewer)
     found: dict[int, Verdict] = {}
     passed = grown = mixed = 0
     for place, calls in seen.items():
@@ -110,7 +120,8 @@ def _try(
             found[place] = NOT_THE_BATCH
             mixed += len(calls)
             continue
-        verdicts = [_compare(a, b, samples, dim if trusted else None) for a, b in zip(calls, others, strict=True)]
+        settled = dim if trusted else None
+        verdicts = [_compare(a, b, samples, settled, reverse) for a, b in zip(calls, others, strict=True)]
         unchanged = [(a, b) for a, b in zip(calls, others, strict=True) if a[0] == b[0]]
         grown += len(calls) - len(unchanged)
         mixed += sum(not _close(a[1], b[1]) for a, b in unchanged)
@@ -120,8 +131,13 @@ def _try(
     return found, passed, grown, mixed
 
 
-def _compare(full: Digest, fewer: Digest, samples: int, trusted: int | None) -> Verdict:
+def _compare(full: Digest, fewer: Digest, samples: int, trusted: int | None, reverse: bool) -> Verdict:
     """The verdict on one call of a layer, in a batch of so many samples and in one without the first of them."""
+
+    def kept(values: Tensor, dim: int) -> Tensor:
+        values = values.narrow(dim, 1, samples - 1)
+        return values.flip(dim) if reverse else values
+
     (shape, values), (shape_fewer, values_fewer) = full, fewer
     if shape == shape_fewer:  # of one row of ids for all samples an embedding knows what to do
         return None if len(shape) < 2 or shape[0] == 1 else NOT_THE_BATCH
@@ -133,12 +149,12 @@ def _compare(full: Digest, fewer: Digest, samples: int, trusted: int | None) -> 
     if rest or shape_fewer[dim] != share * (samples - 1) or (dim and share > 1):
         return NOT_THE_BATCH
     if share == 1:
-        same = _close(values.narrow(dim, 1, samples - 1), values_fewer)
+        same = _close(kept(values, dim), values_fewer)
         if same or dim == trusted:
             return View(dim, "last" if dim else "one")
         return NOT_VERIFIED
-    first = _close(values[share:], values_fewer)
-    last = _close(values.view(share, samples, *values.shape[1:])[:, 1:].flatten(0, 1), values_fewer)
+    first = _close(kept(values.view(samples, share, *values.shape[1:]), 0).flatten(0, 1), values_fewer)
+    last = _close(kept(values.view(share, samples, *values.shape[1:]), 1).flatten(0, 1), values_fewer)
     if first == last:
         return EQUAL_ROWS if first else NOT_VERIFIED
     return View(0, "first" if first else "last")
@@ -151,9 +167,12 @@ def _close(a: Tensor, b: Tensor) -> bool:
     elif a.is_cuda and a.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32:
         tolerance = 5e-3
     a, b = (values if values.dtype == torch.float64 else values.float() for values in (a, b))
-    size = torch.linalg.vector_norm(a)
-    if not torch.isfinite(size):
+    if not torch.isfinite(torch.linalg.vector_norm(a)):
         raise CannotProbeError("the batch is not finite")
+    usual = float(a.abs().median()) if a.numel() else 0.0
+    if usual > 0:  # beside an outsized row a difference in all others would not count
+        a, b = (values.clamp(-10 * usual, 10 * usual) for values in (a, b))
+    size = torch.linalg.vector_norm(a)
     return bool(torch.linalg.vector_norm(a - b) <= tolerance * size)
 
 
@@ -168,8 +187,8 @@ def digest(x: Tensor) -> Digest:
     return tuple(x.shape), values.to(x.dtype) if x.is_floating_point() else values
 
 
-def resized(value: Any, samples: int, dim: int) -> Any:
-    """The inputs without their first sample, or twice where they hold one.
+def resized(value: Any, samples: int, dim: int, reverse: bool = False) -> Any:
+    """The inputs without their first sample, the others in their order or in reverse; or twice where they hold one.
 
     Of every tensor with so many entries in that dimension, of others with so many in dimension 0, and of lists of so
     many items that are no such tensors. Raises CannotProbeError at objects that may hold samples unseen.
@@ -177,14 +196,15 @@ def resized(value: Any, samples: int, dim: int) -> Any:
     if isinstance(value, Tensor):
         for own in dict.fromkeys((dim, 0)):
             if value.dim() > own and value.shape[own] == samples:
-                return torch.cat([value, value], own) if samples == 1 else value.narrow(own, 1, samples - 1)
+                others = torch.cat([value, value], own) if samples == 1 else value.narrow(own, 1, samples - 1)
+                return others.flip(own) if reverse else others
         return value
     if value is None or isinstance(value, int | float | complex | str | bytes | torch.dtype | torch.device):
         return value
     if isinstance(value, list | tuple):
-        return _resized_sequence(value, samples, dim)
+        return _resized_sequence(value, samples, dim, reverse)
     if isinstance(value, Mapping):
-        items = {key: resized(one, samples, dim) for key, one in value.items()}
+        items = {key: resized(one, samples, dim, reverse) for key, one in value.items()}
         if isinstance(value, UserDict):  # BatchEncoding
             encoding = copy.copy(value)
             encoding.data = items
@@ -194,15 +214,15 @@ def resized(value: Any, samples: int, dim: int) -> Any:
         made = copy.copy(value)
         for field in fields(value):
             if hasattr(value, field.name):
-                object.__setattr__(made, field.name, resized(getattr(value, field.name), samples, dim))
+                object.__setattr__(made, field.name, resized(getattr(value, field.name), samples, dim, reverse))
         return made
     raise CannotProbeError(f"an input is of type {type(value).__name__}")
 
 
-def _resized_sequence(value: Sequence[Any], samples: int, dim: int) -> Any:
-    items = [resized(one, samples, dim) for one in value]
+def _resized_sequence(value: Sequence[Any], samples: int, dim: int, reverse: bool) -> Any:
+    items = [resized(one, samples, dim, reverse) for one in value]
     if all(a is b for a, b in zip(items, value, strict=True)) and len(value) == samples > 1:
-        items = items[1:]
+        items = items[:0:-1] if reverse else items[1:]
     if isinstance(value, list):
         return items
     return type(value)(*items) if hasattr(value, "_fields") else tuple(items)
