@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from hf_fngd import FNGD, FNGDPreconditioner
-from tests.nets import data, loss, net
+from tests.nets import EVERY_TYPE, data, loss, net
+from tests.reference import Clipping, uses_of
 from tests.steps import gradient
 
 
@@ -137,3 +138,142 @@ def test_attaching_asks_no_parametrization_for_its_weight() -> None:
     for each in (model, plain):
         each(x).square().sum().backward()
     assert torch.equal(gradient(model), gradient(plain))
+
+
+class Words(nn.Module):
+    """Word2vec: a table that is called with one id a sample, and again with several."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.target, self.context, self.fc = nn.Embedding(20, 6), nn.Embedding(20, 6), nn.Linear(6, 6)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        y = self.fc(self.target(ids[:, :1]))
+        near, far = self.context(ids[:, 1:2]), self.context(ids[:, 2:])
+        return torch.cat([(y * near).sum(-1), -(y * far).sum(-1)], 1)
+
+
+class InPlace(nn.Module):
+    """Changes every layer's output in place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.conv, self.norm = nn.Embedding(20, 4), nn.Conv1d(4, 4, 1), nn.LayerNorm(4)
+        self.fc1, self.fc2 = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        y = self.table(ids)
+        y *= 2
+        z = self.conv(y.transpose(1, 2)).transpose(1, 2).add_(y)
+        w = torch.relu_(self.fc1(z)) + 0
+        w[:, 0] = 0
+        v = self.norm(w)
+        v += w.detach()
+        u = self.fc2(v)
+        u.view(-1)[::2].mul_(2)
+        return u + torch.tanh_(self.fc1(w))
+
+
+class Reversed(nn.Module):
+    """A layer behind a reversed gradient, one behind a rounding that passes gradients through, and a shared one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.head, self.domain = nn.Linear(5, 6), nn.Linear(6, 2), nn.Linear(6, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.tanh(self.body(x))
+        against = 2 * y.detach() - y
+        through = y + (y.round() - y).detach()
+        return self.head(y) + self.domain(against) + self.head(through) + self.domain(y.detach())
+
+
+class Packed(nn.Module):
+    """A layer on the data of a PackedSequence, whose rows are sorted by time; lengths come with the input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.before, self.lstm = nn.Linear(4, 4), nn.LSTM(4, 5, batch_first=True)
+        self.on_rows, self.head = nn.Linear(5, 2), nn.Linear(5, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        lengths = x[:, :, 0].ne(0).sum(1)
+        packed = nn.utils.rnn.pack_padded_sequence(self.before(x), lengths, batch_first=True, enforce_sorted=False)
+        y, (state, _) = self.lstm(packed)
+        rows = nn.utils.rnn.PackedSequence(self.on_rows(y.data), y.batch_sizes, y.sorted_indices, y.unsorted_indices)
+        padded, _ = nn.utils.rnn.pad_packed_sequence(rows, batch_first=True, total_length=x.shape[1])
+        return self.head(state[0]) + padded.sum(1)
+
+
+class DropPath(nn.Module):
+    """In training a block sees some samples alone, as in DINOv2; the first input column says which."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.before, self.block, self.head = nn.Linear(5, 6), nn.Linear(6, 6), nn.Linear(6, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.before(x)
+        kept = torch.arange(len(x)) if not self.training else x[:, 0].gt(0).nonzero()[:, 0]
+        return self.head(y.index_add(0, kept, self.block(y[kept]).tanh()))
+
+
+def ids(*shape: int) -> Tensor:
+    return torch.randint(20, shape, generator=torch.Generator().manual_seed(1))
+
+
+def lengths(*own: int) -> Tensor:
+    x = batch(len(own), 4, 4)
+    return x * (torch.arange(4) < torch.tensor(own)[:, None])[:, :, None]
+
+
+def some(*kept: int) -> Tensor:
+    x = batch(6, 5)
+    x[:, 0] = torch.tensor([1.0 if n in kept else -1.0 for n in range(6)])
+    return x
+
+
+CASES: dict[str, tuple[type[nn.Module], Tensor, set[str]]] = {
+    "one table, inputs of two lengths": (Words, ids(5, 9), set()),
+    "as many far words as samples": (Words, ids(5, 7), set()),
+    "outputs changed in place": (InPlace, ids(5, 3), set()),
+    "reversed gradients": (Reversed, batch(6, 5), set()),
+    "rows of uneven sequences": (Packed, lengths(3, 2, 4, 1), {"on_rows"}),
+    "rows of even sequences": (Packed, lengths(3, 3, 3, 3), set()),
+    "as many rows as sequences": (Packed, lengths(1, 1, 1, 1), set()),
+    "a block for some samples": (DropPath, some(0, 2, 5), {"block"}),
+    "a block for all samples": (DropPath, some(*range(6)), set()),
+}
+
+
+@pytest.mark.parametrize(("cls", "x", "plain"), CASES.values(), ids=CASES)
+def test_gradients_are_what_the_report_says(cls: type[nn.Module], x: Tensor, plain: set[str]) -> None:
+    """With sample weights of 1 those of the plain model; clipped those of the oracle, but plain where it says so."""
+    torch.manual_seed(0)
+    model = cls().double()
+    scale = torch.ones(len(x), dtype=torch.float64).index_fill(0, torch.tensor(1), 30)
+
+    def share(model: nn.Module, n: int) -> Tensor:
+        return scale[n] * model(x[n : n + 1]).square().sum()
+
+    def backward(model: nn.Module) -> dict[str, Tensor]:
+        (model(x).square().flatten(1).sum(1) * scale).sum().backward()
+        return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+    wanted, weighed = backward(copy.deepcopy(model)), copy.deepcopy(model)
+    preconditioner = FNGDPreconditioner(weighed, sharing="uniform", layer_types=EVERY_TYPE)
+    for name, g in backward(weighed).items():
+        torch.testing.assert_close(g, wanted[name], rtol=1e-9, atol=1e-12, msg=name)
+    preconditioner.detach()
+    other = copy.deepcopy(model)
+    preconditioner = FNGDPreconditioner(model, layer_types=EVERY_TYPE)
+    found = backward(model)
+    preconditioner.step()
+    report = preconditioner.coverage()
+    assert {name.rpartition(".")[0] for name in report.missed} == plain
+    covered = {*report.preconditioned, *report.weighed}
+    modules = {name.rpartition(".")[0]: None for name in covered}
+    uses = [uses_of(other, modules, share, n, covered) for n in range(len(x))]
+    wanted |= Clipping().gradients(uses)[0]
+    for name, g in found.items():
+        torch.testing.assert_close(g, wanted[name].view_as(g), rtol=1e-9, atol=1e-12, msg=name)
