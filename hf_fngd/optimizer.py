@@ -21,7 +21,7 @@ from hf_fngd.preconditioner import FNGDPreconditioner
 from hf_fngd.settings import Settings, with_settings
 from hf_fngd.updates import FALLBACK_RULES, RULES, Update
 from hf_fngd.updates.chosen import by_name
-from hf_fngd.updates.gradients import of_layers, squared_norms
+from hf_fngd.updates.gradients import of_layers, real, squared_norms
 from hf_fngd.updates.groups import check_parameters, parameter_groups, resized, trainable
 from hf_fngd.updates.momentum import natural_scales, scaled_gradients
 from hf_fngd.weights.solve import damping_from_gradient
@@ -135,7 +135,11 @@ class FNGD(torch.optim.Optimizer, Joins):
             check_parameters(self.preconditioner.model, self.param_groups)
             self._checked = now
         natural = "momentum" in self.settings.updates
-        squared = squared_norms(self.param_groups, exact=natural)
+        try:
+            squared = squared_norms(self.param_groups, exact=natural)
+        except NotImplementedError:  # a gradient has become sparse since the parameters were checked
+            check_parameters(self.preconditioner.model, self.param_groups)
+            raise
         # Finite, and so when an update rule squares them in float32? Here the host waits for the device.
         if squared is not None and not squared.sum() <= torch.finfo(torch.float32).max:
             self.preconditioner.skip()
@@ -164,7 +168,7 @@ class FNGD(torch.optim.Optimizer, Joins):
         if not live:
             return
         params: list[Tensor] = [group["params"][place] for place in live]
-        grads: list[Tensor] = [local(p.grad) for p in params if p.grad is not None]
+        grads: list[Tensor] = [real(local(p.grad)) for p in params if p.grad is not None]
         if scales is not None and group["layers"] and group["rule"] == "momentum":
             grads = scaled_gradients(grads, [group["layers"][place] for place in live], scales)
         states = [self.state[p] for p in params]
@@ -174,9 +178,12 @@ class FNGD(torch.optim.Optimizer, Joins):
                 state.update({name: torch.zeros_like(p) for name in rule.state})
             elif any(state[name].shape != p.shape for name in rule.state):
                 state.update(resized({name: state[name] for name in rule.state}, p, group["param_names"][place]))
+            elif any(state[name].dtype != p.dtype or state[name].device != p.device for name in rule.state):
+                state.update({name: state[name].to(p) for name in rule.state})  # as the model was moved meanwhile
             state["step"] += 1
-        tensors = [[local(state[name]) for state in states] for name in rule.state]
-        rule.update(Update([local(p) for p in params], grads, tensors, [s["step"] for s in states], params, group))
+        tensors = [[real(local(state[name])) for state in states] for name in rule.state]
+        own = [real(local(p)) for p in params]
+        rule.update(Update(own, grads, tensors, [s["step"] for s in states], params, group))
 
     def end_epoch(self) -> None:
         """See `FNGDPreconditioner.end_epoch`. Trainer needs no such call."""

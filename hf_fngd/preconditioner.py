@@ -14,7 +14,7 @@ from torch.utils.hooks import RemovableHandle
 from hf_fngd.distributed.environment import rank_and_world, refuse_environment
 from hf_fngd.distributed.join import Joins, JoinState
 from hf_fngd.distributed.sharded import is_sharded
-from hf_fngd.engine.attach import refuse_attached
+from hf_fngd.engine.attach import refuse_attached, unsupported
 from hf_fngd.engine.coverage import Coverage, CoverageReport
 from hf_fngd.engine.epochs import EpochEdge
 from hf_fngd.engine.forward import Forwards
@@ -22,7 +22,8 @@ from hf_fngd.engine.ids import Ids
 from hf_fngd.engine.layer import attached_layers
 from hf_fngd.engine.state import check_state
 from hf_fngd.engine.window import MicroBatch, Window, after_backward, in_backward
-from hf_fngd.layers.select import select_layers
+from hf_fngd.layers.base import weight_of
+from hf_fngd.layers.select import Selection, select_layers
 from hf_fngd.settings import READ_BY_POLICIES, Settings, with_settings
 from hf_fngd.weights.algebra import accumulation_dtype
 from hf_fngd.weights.base import SharingPolicy, State, policy_class
@@ -62,6 +63,7 @@ class FNGDPreconditioner(Joins):
         self.policy = own.sharing if isinstance(own.sharing, SharingPolicy) else policy_class(own.sharing)()
         solves = self.policy.solves
         selection = select_layers(model, own.target_modules, own.exclude_modules, own.layer_types, solves=solves)
+        refuse_complex(selection)
         self.layers = selection.matrices
         self._attached = attached_layers(selection.layers, solves)
         self.policy.prepare(len(self._attached), **{name: own.effective(name) for name in READ_BY_POLICIES})
@@ -202,6 +204,8 @@ class FNGDPreconditioner(Joins):
 
     def _begin(self, size: int, ids: Ids | None) -> MicroBatch:
         """A training forward pass of ``size`` samples begins; ids tell which rows are theirs, where they are given."""
+        if torch._C._get_tracing_state() is not None:
+            raise unsupported("torch.jit.trace in training mode")
         if self._fsdp is None:
             refuse_environment(self.model)  # again, now that Accelerate has prepared it
             self._fsdp = any(isinstance(module, FSDPModule) for module in self.model.modules())
@@ -266,3 +270,13 @@ class FNGDPreconditioner(Joins):
         self._forwards.batch = None
         for layer in self._attached:
             layer.load_state(state["layers"][layer.selected.name])
+
+
+def refuse_complex(selection: Selection) -> None:
+    """Raise ValueError where a layer to attach has a complex weight, whose gradient the kernels do not form."""
+    weights = {layer.name: weight_of(layer.module) for layer in selection.layers}
+    if found := [name for name, weight in weights.items() if weight is not None and weight.is_complex()]:
+        raise ValueError(
+            f"the weights of {len(found)} layers are complex, and FNGD weighs samples in real ones alone: leave them "
+            f"out by exclude_modules={found}"
+        )

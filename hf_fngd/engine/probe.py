@@ -5,22 +5,24 @@ model runs twice on the first training batch, as it is and without its first sam
 The one dimension of a layer's input that shrinks in proportion holds the samples; and the rows that stay have to keep
 their values, in one of the orders that a `View` has. A batch of one sample is compared with two copies of it.
 
-Where the samples of dimension 0 change each other's values (as positions do in attention), dimension 1 is tried.
-Nothing of a pass remains: random states, flags, buffers and attributes are put back.
+The samples that stay come in the reverse order: rows that are chosen among all (an expert's tokens) may stay where they
+were when a sample is missing that had its share of them, but do not end up reversed unless every sample has its share.
+
+Where the samples of dimension 0 change each other's values (as positions do in attention), or mix in an input that
+does not grow with them (as positions do in the last state of a recurrent layer), dimension 1 is tried, and taken where
+it tells of more calls. Nothing of a pass remains (`hf_fngd.engine.snapshot`).
 """
 
-import contextlib
 import copy
-import random
-import sys
 from collections import UserDict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from hf_fngd.engine.snapshot import copied, untouched
 from hf_fngd.layers.base import NOT_THE_BATCH
 from hf_fngd.layers.rows import View
 
@@ -29,13 +31,6 @@ NOT_VERIFIED = (
 )
 EQUAL_ROWS = "samples and positions are folded, in an order that the first batches did not tell, as all rows were equal"
 UNSURE = "no dimension of the batch holds samples that leave each other alone; batch_dim=0 or 1 says which one it is"
-
-_REGISTRIES = (
-    *("_buffers", "_modules", "_forward_hooks", "_forward_pre_hooks"),
-    *("_forward_hooks_with_kwargs", "_forward_pre_hooks_with_kwargs", "_forward_hooks_always_called"),
-)
-# Whose hooks are a part of a model's forward pass. Those of others watch it, and must see none of a probe.
-_LIBRARIES = ("torch", "transformers", "peft", "accelerate")
 
 Digest = tuple[tuple[int, ...], Tensor]
 Calls = dict[int, list[Digest]]  # by the layer's place, in the order of its calls
@@ -71,6 +66,8 @@ def probe(
         batch_dim: the dimension of it that does, where somebody has said so.
         known: the one that an earlier probe found.
     """
+    if torch._C._get_tracing_state() is not None:
+        raise CannotProbeError("torch.jit.trace is under way")
     only = known if batch_dim is None else batch_dim
     dims = [only] if only is not None else [0, 1][: 1 if len(sample) == 1 else sample.dim()]
     best, most = Found(dims[0], {}), -1
@@ -78,7 +75,7 @@ def probe(
     with untouched(model):
         for dim in dims:
             try:
-                found, passed, grown = _try(run, inputs, sample.shape[dim], dim, trusted=batch_dim is not None)
+                found, passed, grown, mixed = _try(run, inputs, sample.shape[dim], dim, trusted=batch_dim is not None)
             except Exception as error:  # whatever a model does with inputs of other sizes
                 failure = error if dim == dims[0] else failure
                 continue
@@ -90,7 +87,7 @@ def probe(
                 passed = 0
             if passed > most:
                 best, most = Found(dim, found), passed
-            if passed == grown:
+            if passed == grown and not mixed:
                 break
     if failure is not None and not most > 0:
         raise failure
@@ -99,29 +96,49 @@ def probe(
 
 def _try(
     run: Callable[[Any, Any], Calls], inputs: tuple[Any, Any], samples: int, dim: int, trusted: bool
-) -> tuple[dict[int, Verdict], int, int]:
-    """The verdicts for one dimension; of how many calls the values were right, and how many grow with the batch."""
-    other: tuple[Any, Any] = resized(inputs, samples, dim)
-    full, fewer = (inputs, other) if samples > 1 else (other, inputs)
+) -> tuple[dict[int, Verdict], int, int, int]:
+    """The verdicts for one dimension; how many calls had the right values, how many grow with it, how many are mixed.
+
+    Mixed are those of an input that does not grow, and changes its values all the same.
+    """
+    own: tuple[Any, Any] = copied(inputs)  # as the forward pass under way has yet to run on the others
+    reverse = samples > 1
+    if reverse:
+        seen = run(*own)
+        try:
+            seen_fewer = run(*resized(copied(inputs), samples, dim, reverse=True))
+        except Exception:  # as packing a sequence that has to be sorted by lengths
+            reverse = False
+            seen_fewer = run(*resized(copied(inputs), samples, dim))
+    else:
+        seen, seen_fewer = run(*resized(copied(inputs), samples, dim)), run(*own)
     samples = max(samples, 2)
-    seen, seen_fewer = run(*full), run(*fewer)
     found: dict[int, Verdict] = {}
-    passed = grown = 0
+    passed = grown = mixed = 0
     for place, calls in seen.items():
         others = seen_fewer.get(place, [])
         if len(others) != len(calls):
             found[place] = NOT_THE_BATCH
+            mixed += len(calls)
             continue
-        verdicts = [_compare(a, b, samples, dim if trusted else None) for a, b in zip(calls, others, strict=True)]
-        grown += sum(a[0] != b[0] for a, b in zip(calls, others, strict=True))
+        settled = dim if trusted else None
+        verdicts = [_compare(a, b, samples, settled, reverse) for a, b in zip(calls, others, strict=True)]
+        unchanged = [(a, b) for a, b in zip(calls, others, strict=True) if a[0] == b[0]]
+        grown += len(calls) - len(unchanged)
+        mixed += sum(not _close(a[1], b[1]) for a, b in unchanged)
         passed += sum(isinstance(verdict, View) for verdict in verdicts)
         if len(set(verdicts)) == 1:  # where calls differ, sizes have to tell them apart
             found[place] = verdicts[0]
-    return found, passed, grown
+    return found, passed, grown, mixed
 
 
-def _compare(full: Digest, fewer: Digest, samples: int, trusted: int | None) -> Verdict:
+def _compare(full: Digest, fewer: Digest, samples: int, trusted: int | None, reverse: bool) -> Verdict:
     """The verdict on one call of a layer, in a batch of so many samples and in one without the first of them."""
+
+    def kept(values: Tensor, dim: int) -> Tensor:
+        values = values.narrow(dim, 1, samples - 1)
+        return values.flip(dim) if reverse else values
+
     (shape, values), (shape_fewer, values_fewer) = full, fewer
     if shape == shape_fewer:  # of one row of ids for all samples an embedding knows what to do
         return None if len(shape) < 2 or shape[0] == 1 else NOT_THE_BATCH
@@ -133,12 +150,12 @@ def _compare(full: Digest, fewer: Digest, samples: int, trusted: int | None) -> 
     if rest or shape_fewer[dim] != share * (samples - 1) or (dim and share > 1):
         return NOT_THE_BATCH
     if share == 1:
-        same = _close(values.narrow(dim, 1, samples - 1), values_fewer)
+        same = _close(kept(values, dim), values_fewer)
         if same or dim == trusted:
             return View(dim, "last" if dim else "one")
         return NOT_VERIFIED
-    first = _close(values[share:], values_fewer)
-    last = _close(values.view(share, samples, *values.shape[1:])[:, 1:].flatten(0, 1), values_fewer)
+    first = _close(kept(values.view(samples, share, *values.shape[1:]), 0).flatten(0, 1), values_fewer)
+    last = _close(kept(values.view(share, samples, *values.shape[1:]), 1).flatten(0, 1), values_fewer)
     if first == last:
         return EQUAL_ROWS if first else NOT_VERIFIED
     return View(0, "first" if first else "last")
@@ -151,9 +168,12 @@ def _close(a: Tensor, b: Tensor) -> bool:
     elif a.is_cuda and a.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32:
         tolerance = 5e-3
     a, b = (values if values.dtype == torch.float64 else values.float() for values in (a, b))
-    size = torch.linalg.vector_norm(a)
-    if not torch.isfinite(size):
+    if not torch.isfinite(torch.linalg.vector_norm(a)):
         raise CannotProbeError("the batch is not finite")
+    usual = float(a.abs().median()) if a.numel() else 0.0
+    if usual > 0:  # beside an outsized row a difference in all others would not count
+        a, b = (values.clamp(-10 * usual, 10 * usual) for values in (a, b))
+    size = torch.linalg.vector_norm(a)
     return bool(torch.linalg.vector_norm(a - b) <= tolerance * size)
 
 
@@ -168,64 +188,8 @@ def digest(x: Tensor) -> Digest:
     return tuple(x.shape), values.to(x.dtype) if x.is_floating_point() else values
 
 
-@contextlib.contextmanager
-def untouched(model: nn.Module) -> Iterator[None]:
-    """Run in eval mode and without gradients; afterwards modules and random states are what they were."""
-    modules = list(model.modules())
-    attributes = [dict(module.__dict__) for module in modules]
-    registries = [{name: dict(module.__dict__[name]) for name in _REGISTRIES} for module in modules]
-    containers = [
-        {name: copy.copy(value) for name, value in own.items() if type(value) in (list, dict, set)}
-        for own in ({k: v for k, v in of.items() if not k.startswith("_")} for of in attributes)
-    ]
-    buffers = [(buffer, buffer._version, buffer.clone()) for buffer in model.buffers()]
-    numpy = sys.modules.get("numpy")
-    states = random.getstate(), numpy.random.get_state() if numpy else None
-    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []  # type: ignore[no-untyped-call]
-    fast, cached = torch.backends.mha.get_fastpath_enabled(), torch.is_autocast_cache_enabled()
-    try:
-        torch.set_autocast_cache_enabled(False)  # the training forward pass would find casts without a graph in it
-        torch.backends.mha.set_fastpath_enabled(False)  # which calls no Linear
-        for module in modules:
-            module.training = False
-            for hooks in (module._forward_hooks, module._forward_pre_hooks):
-                for key in [key for key, hook in hooks.items() if not _belongs(hook)]:
-                    del hooks[key]
-        with torch.random.fork_rng(devices), torch.no_grad():
-            yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fast)
-        torch.set_autocast_cache_enabled(cached)
-        random.setstate(states[0])
-        if numpy:
-            numpy.random.set_state(states[1])
-        for module, own, registered, copies in zip(modules, attributes, registries, containers, strict=True):
-            module.__dict__.clear()
-            module.__dict__.update(own)
-            for name, entries in registered.items():
-                own[name].clear()
-                own[name].update(entries)
-            for name, value in copies.items():
-                _refill(own[name], value)
-        with torch.no_grad():
-            for buffer, version, value in buffers:
-                if buffer._version != version:
-                    buffer.copy_(value)
-
-
-def _belongs(hook: Any) -> bool:
-    module = getattr(hook, "__module__", None) or type(hook).__module__
-    return module.split(".")[0] in _LIBRARIES
-
-
-def _refill(container: Any, before: Any) -> None:
-    """Bring a list, dict or set back to what it held."""
-    container.clear()
-    container.extend(before) if isinstance(container, list) else container.update(before)
-
-
-def resized(value: Any, samples: int, dim: int) -> Any:
-    """The inputs without their first sample, or twice where they hold one.
+def resized(value: Any, samples: int, dim: int, reverse: bool = False) -> Any:
+    """The inputs without their first sample, the others in their order or in reverse; or twice where they hold one.
 
     Of every tensor with so many entries in that dimension, of others with so many in dimension 0, and of lists of so
     many items that are no such tensors. Raises CannotProbeError at objects that may hold samples unseen.
@@ -233,14 +197,15 @@ def resized(value: Any, samples: int, dim: int) -> Any:
     if isinstance(value, Tensor):
         for own in dict.fromkeys((dim, 0)):
             if value.dim() > own and value.shape[own] == samples:
-                return torch.cat([value, value], own) if samples == 1 else value.narrow(own, 1, samples - 1)
+                others = torch.cat([value, value], own) if samples == 1 else value.narrow(own, 1, samples - 1)
+                return others.flip(own) if reverse else others
         return value
     if value is None or isinstance(value, int | float | complex | str | bytes | torch.dtype | torch.device):
         return value
     if isinstance(value, list | tuple):
-        return _resized_sequence(value, samples, dim)
+        return _resized_sequence(value, samples, dim, reverse)
     if isinstance(value, Mapping):
-        items = {key: resized(one, samples, dim) for key, one in value.items()}
+        items = {key: resized(one, samples, dim, reverse) for key, one in value.items()}
         if isinstance(value, UserDict):  # BatchEncoding
             encoding = copy.copy(value)
             encoding.data = items
@@ -250,15 +215,15 @@ def resized(value: Any, samples: int, dim: int) -> Any:
         made = copy.copy(value)
         for field in fields(value):
             if hasattr(value, field.name):
-                object.__setattr__(made, field.name, resized(getattr(value, field.name), samples, dim))
+                object.__setattr__(made, field.name, resized(getattr(value, field.name), samples, dim, reverse))
         return made
     raise CannotProbeError(f"an input is of type {type(value).__name__}")
 
 
-def _resized_sequence(value: Sequence[Any], samples: int, dim: int) -> Any:
-    items = [resized(one, samples, dim) for one in value]
+def _resized_sequence(value: Sequence[Any], samples: int, dim: int, reverse: bool) -> Any:
+    items = [resized(one, samples, dim, reverse) for one in value]
     if all(a is b for a, b in zip(items, value, strict=True)) and len(value) == samples > 1:
-        items = items[1:]
+        items = items[:0:-1] if reverse else items[1:]
     if isinstance(value, list):
         return items
     return type(value)(*items) if hasattr(value, "_fields") else tuple(items)

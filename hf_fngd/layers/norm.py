@@ -104,13 +104,16 @@ def norm_kernel(module: nn.Module) -> LayerKernel | None:
     The rule: the class is called "...Norm", the module has no submodules, its one parameter is a vector ``weight``, and
     with the vector expanded to one row a sample its forward computes the same, which is tried on some numbers.
     """
+    # The name first: a weight that is computed from others may change a state each time it is asked for.
+    if "Norm" not in plain_class(module).__name__ and not isinstance(module, nn.LayerNorm):
+        return None
     weight, forward = getattr(module, "weight", None), plain_class(module).forward
     if not isinstance(weight, nn.Parameter):
         return None
     if isinstance(module, nn.LayerNorm):
         own = LayerNormKernel(tuple(module.normalized_shape), module.eps)
         return own if forward is nn.LayerNorm.forward else None
-    if "Norm" not in plain_class(module).__name__ or weight.dim() != 1 or list(module.children()):
+    if weight.dim() != 1 or list(module.children()):
         return None
     if isinstance(module, nn.RMSNorm) and forward is nn.RMSNorm.forward:
         return RMSNormKernel()

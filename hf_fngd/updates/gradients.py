@@ -11,6 +11,11 @@ from hf_fngd.distributed.sharded import local, sum_over_parts
 Groups = Sequence[dict[str, Any]]
 
 
+def real(x: Tensor) -> Tensor:
+    """A complex tensor as a real one with real and imaginary parts, in the same memory; a real one as it is."""
+    return torch.view_as_real(x.resolve_conj()) if x.is_complex() else x
+
+
 def squared_norms(groups: Groups, exact: bool = True) -> Tensor | None:
     """``||p||^2`` of each parameter's gradient ``[P]``, else 0; None where none has one. A collective under FSDP2.
 
@@ -20,7 +25,7 @@ def squared_norms(groups: Groups, exact: bool = True) -> Tensor | None:
     live = [place for place, p in enumerate(params) if p.grad is not None]
     if not live:
         return None
-    norms = _norms([local(params[place].grad) for place in live], exact)
+    norms = _norms([real(local(params[place].grad)) for place in live], exact)
     squared = sum_over_parts(norms.square(), [params[place] for place in live])
     if len(live) == len(params):
         return squared

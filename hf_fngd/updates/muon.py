@@ -24,6 +24,8 @@ def muon_update(update: Update) -> None:
     update.decay()
     kinds = [(p.shape, d.dtype, d.device) for p, d in zip(sharded, grads, strict=True)]
     for shape, dtype, device in dict.fromkeys(kinds):
+        if not shape.numel():  # a layer without features
+            continue
         alike = [place for place, own in enumerate(kinds) if own == (shape, dtype, device)]
         working = _working_dtype(dtype, device)
         some = max(1, _MUON_BYTES // (shape.numel() * working.itemsize))

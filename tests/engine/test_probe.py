@@ -12,8 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hf_fngd import FNGDPreconditioner
-from hf_fngd.engine.probe import CannotProbeError, resized
+from hf_fngd.engine.probe import CannotProbeError, probe, resized
 from hf_fngd.layers.base import AMBIGUOUS, NOT_THE_BATCH
+from hf_fngd.layers.rows import View
 from tests.nets import EVERY_TYPE, settings_of
 from tests.reference import Clipping, Dense, per_sample_gradients, uses_of
 
@@ -121,6 +122,116 @@ def test_samples_are_told_in_bf16_too(order: str, sizes: tuple[int, int]) -> Non
     for name, g in expected(exact, x, y, "clipped", dim, ["fc1", "fc2", "fc3"]).items():
         error = (model.get_parameter(name).grad - g).norm() / g.norm()
         assert error < 0.1, (name, error)
+
+
+class TimeFirst(nn.Module):
+    """Positions first, as torch's recurrent layers have it by default; the head sees the last state alone."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind = kind
+        self.embedding, self.fc1 = nn.Embedding(11, WIDTH), nn.Linear(WIDTH, WIDTH)
+        self.lstm, self.fc2 = nn.LSTM(WIDTH, WIDTH), nn.Linear(WIDTH, CLASSES)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        y = self.fc1(self.embedding(ids))
+        if self.kind == "layer":
+            return self.fc2(self.lstm(y)[1][0][-1])
+        state = torch.zeros_like(y[0])
+        for one in y:  # a cell, and as many calls of it as there are positions
+            state = torch.tanh(self.fc2(one).mean(-1, keepdim=True) + one + state)
+        return self.fc2(state)
+
+
+@pytest.mark.parametrize("kind", ["layer", "cell"])
+@pytest.mark.parametrize(("samples", "positions"), [(5, 3), (4, 4), (2, 6), (1, 3)])
+def test_the_second_dimension_is_taken_where_it_tells_of_more_layers(samples: int, positions: int, kind: str) -> None:
+    torch.manual_seed(0)
+    model = TimeFirst(kind).double()
+    plain, ids = copy.deepcopy(model), torch.randint(11, (positions, samples))
+    labels = torch.randint(CLASSES, (samples,))
+    weights = torch.ones(samples, dtype=torch.float64).index_fill(0, torch.tensor(0), 30)
+
+    def share(model: nn.Module, n: int) -> Tensor:
+        return weights[n] * F.cross_entropy(model(ids[:, n : n + 1]), labels[n : n + 1])
+
+    preconditioner = FNGDPreconditioner(model, strict=True)
+    (weights * F.cross_entropy(model(ids), labels, reduction="none")).sum().backward()
+    preconditioner.step()
+    names = {name for name, _ in model.named_parameters()}
+    modules = ["embedding", "fc1", "fc2"]
+    wanted, _ = Clipping().gradients([uses_of(plain, modules, share, n, names) for n in range(samples)])
+    for name, g in wanted.items():
+        found = model.get_parameter(name).grad
+        torch.testing.assert_close(found, g.view_as(found), rtol=1e-7, atol=1e-10, msg=name)
+
+
+class Experts(nn.Module):
+    """Tokens go to the expert that ``routes`` ``[N, T]`` names; attention over the positions comes first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc0, self.fc1, self.fc2 = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, CLASSES)
+        self.experts = nn.ModuleList([nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)])
+
+    def forward(self, x: Tensor, routes: Tensor) -> Tensor:
+        y = self.fc1(self.fc0(x).tanh())
+        tokens = (y @ y.mT).softmax(-1).matmul(y).flatten(0, 1)
+        found = torch.zeros_like(tokens)
+        for number, expert in enumerate(self.experts):
+            rows = (routes.flatten() == number).nonzero()[:, 0]
+            found = found.index_add(0, rows, expert(tokens[rows]))
+        return self.fc2(found.unflatten(0, routes.shape).tanh()).mean(1)
+
+
+@pytest.mark.parametrize(("dtype", "factor"), [(torch.bfloat16, 1e3), (torch.float32, 1e5), (torch.float64, 1e10)])
+def test_an_outsized_row_does_not_hide_what_became_of_the_others(dtype: torch.dtype, factor: float) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(6, 5).to(dtype)
+    x[3] *= factor
+
+    def run(args: Any, kwargs: Any) -> Any:
+        (x,) = args
+        mixed = x + x.clamp(-3, 3).mean(0)  # as far as the samples change each other, the outsized one hardly does
+        return {place: [(tuple(x.shape), values[:, 0])] for place, values in enumerate([mixed, x, x, x])}
+
+    found = probe(nn.Linear(5, 5), run, ((x,), {}), x, None)
+    assert isinstance(found.verdicts[0], str)
+    assert [found.verdicts[place] for place in (1, 2, 3)] == [View(0, "one")] * 3
+
+
+ROUTES = {
+    "one of the first sample, unlike of others": [[0, 1, 1], [0, 0, 0], [1, 1, 1], [1, 1, 1]],
+    "two of the first sample, unlike of others": [[0, 0, 1], [0, 0, 0], [0, 1, 1], [0, 0, 1]],
+    "as many of each sample": [[0, 1, 1], [0, 1, 1], [1, 1, 0], [1, 0, 1]],
+}
+
+
+@pytest.mark.parametrize("routes", ROUTES.values(), ids=ROUTES)
+def test_an_expert_is_weighed_only_if_every_sample_has_its_share(routes: list[list[int]]) -> None:
+    torch.manual_seed(0)
+    model, route = Experts().double(), torch.tensor(routes)
+    plain, x = copy.deepcopy(model), torch.randn(4, 3, WIDTH, dtype=torch.float64)
+    x[2] *= 20
+    preconditioner = FNGDPreconditioner(model)
+    for net in (model, plain):
+        net(x, route).square().sum().backward()
+    preconditioner.step()
+    equal = len({sum(row) for row in routes}) == 1
+    modules = ["fc0", "fc1", "fc2"] + ["experts.0", "experts.1"] * equal
+    found = preconditioner.coverage()
+    assert ("experts.0.weight" in found.missed) == ("experts.1.weight" in found.missed) == (not equal)
+
+    def share(model: nn.Module, n: int) -> Tensor:
+        return model(x[n : n + 1], route[n : n + 1]).square().sum()
+
+    names = {name for name, _ in plain.named_parameters()}
+    wanted = {name: p.grad for name, p in plain.named_parameters()}
+    plain.zero_grad()
+    wanted |= Clipping().gradients([uses_of(plain, modules, share, n, names) for n in range(4)])[0]
+    for name, g in wanted.items():
+        own = model.get_parameter(name).grad
+        torch.testing.assert_close(own, g.view_as(own), rtol=1e-7, atol=1e-10, msg=name)
 
 
 class Transformer(nn.Module):
@@ -385,5 +496,8 @@ def test_what_holds_a_batch_is_made_smaller_or_larger() -> None:
     assert holds["d"]["x"] is x
     assert torch.equal(resized(x[:1], 1, 0), torch.cat([x[:1], x[:1]]))
     assert torch.equal(resized(x, 2, 1), x[:, 1:])
+    backwards = resized(holds, 3, 0, reverse=True)
+    assert torch.equal(backwards["a"][0], x[[2, 1]])
+    assert backwards["e"] == ["r", "q"]
     with pytest.raises(CannotProbeError, match="generator"):
         resized([iter(x) for _ in [0]] and (n for n in x), 3, 0)

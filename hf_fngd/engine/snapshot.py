@@ -1,0 +1,170 @@
+"""What a forward pass may change beside its output, and how that is undone: inputs, modules, random states."""
+
+import contextlib
+import copy
+import random
+import sys
+from collections import Counter, OrderedDict, UserDict, defaultdict, deque
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import fields, is_dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+# Whose hooks are a part of a model's forward pass. Those of others watch it, and must see none of a probe.
+_LIBRARIES = ("torch", "transformers", "peft", "accelerate")
+_DICTS = (dict, OrderedDict, defaultdict, Counter)
+_DEPTH = 5  # of containers and objects within each other, from a module's own attributes on
+_LONGEST = 1000  # of containers whose items are looked at as well
+
+
+class Snapshot:
+    """What some objects hold, to be put back: containers, tensors that are no parameters, arrays, random generators.
+
+    Objects of the user's own are looked into, those of the standard library and of torch are not.
+    """
+
+    def __init__(self) -> None:
+        self._undo: list[Callable[[], object]] = []
+        self._seen: dict[int, Any] = {}  # kept alive, so that no other object gets the same id
+
+    def put_back(self) -> None:
+        """Bring everything back to what it was."""
+        for undo in self._undo:
+            undo()
+
+    def take(self, value: Any, depth: int = 0) -> None:
+        """Remember what a value holds."""
+        if depth > _DEPTH or id(value) in self._seen or isinstance(value, nn.Parameter | str | bytes | int | float):
+            return
+        self._seen[id(value)] = value
+        kind = type(value)
+        if isinstance(value, Tensor):
+            self._take_tensor(value)
+        elif kind in _DICTS:
+            entries = dict(value)
+            self._undo.append(lambda: (value.clear(), value.update(entries)))
+            self._take_all(entries.values(), depth)
+        elif kind in (list, deque):
+            items = list(value)
+            self._undo.append(lambda: (value.clear(), value.extend(items)))
+            self._take_all(items, depth)
+        elif kind is set:
+            members = set(value)
+            self._undo.append(lambda: (value.clear(), value.update(members)))
+        elif kind is tuple:
+            self._take_all(value, depth)
+        elif isinstance(value, torch.Generator):
+            drawn = value.get_state()
+            self._undo.append(lambda: value.set_state(drawn))
+        elif isinstance(value, random.Random):
+            state = value.getstate()
+            self._undo.append(lambda: value.setstate(state))
+        elif not self._take_array(value) and _is_the_users(value):
+            self.take(vars(value), depth + 1)
+
+    def _take_all(self, values: Any, depth: int) -> None:
+        if len(values) <= _LONGEST:
+            for value in values:
+                self.take(value, depth + 1)
+
+    def _take_tensor(self, value: Tensor) -> None:
+        if value.is_inference() or value.is_meta:
+            return
+        version, kept = value._version, value.detach().clone()
+
+        def undo() -> None:
+            # Batch norms change their statistics without a new version.
+            same = value._version == version and (value.layout != torch.strided or torch.equal(value, kept))
+            if not same:
+                with torch.no_grad():
+                    value.copy_(kept)
+
+        self._undo.append(undo)
+
+    def _take_array(self, value: Any) -> bool:
+        """Of numpy: an array or a random generator. Whether it was one."""
+        numpy = sys.modules.get("numpy")
+        if numpy is None:
+            return False
+        if isinstance(value, numpy.ndarray):
+            if value.flags.writeable:
+                kept = value.copy()
+                self._undo.append(lambda: value.__setitem__(..., kept))
+        elif isinstance(value, numpy.random.Generator):
+            drawn = value.bit_generator.state
+            self._undo.append(lambda: setattr(value.bit_generator, "state", drawn))
+        elif isinstance(value, numpy.random.RandomState):
+            state = value.get_state()
+            self._undo.append(lambda: value.set_state(state))
+        else:
+            return False
+        return True
+
+
+def _is_the_users(value: Any) -> bool:
+    """Whether it is a module, or an object with attributes whose class is not of torch or of the standard library."""
+    if isinstance(value, type) or type(getattr(value, "__dict__", None)) is not dict:
+        return False
+    library = type(value).__module__.partition(".")[0]
+    return isinstance(value, nn.Module) or library not in ("torch", "hf_fngd", *sys.stdlib_module_names)
+
+
+@contextlib.contextmanager
+def untouched(model: nn.Module) -> Iterator[None]:
+    """Run in eval mode and without gradients; afterwards modules and random states are what they were."""
+    snapshot, modules = Snapshot(), list(model.modules())
+    for module in modules:
+        snapshot.take(vars(module))
+    numpy = sys.modules.get("numpy")
+    states = random.getstate(), numpy.random.get_state() if numpy else None
+    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []  # type: ignore[no-untyped-call]
+    fast, cached = torch.backends.mha.get_fastpath_enabled(), torch.is_autocast_cache_enabled()
+    try:
+        torch.set_autocast_cache_enabled(False)  # the training forward pass would find casts without a graph in it
+        torch.backends.mha.set_fastpath_enabled(False)  # which calls no Linear
+        for module in modules:
+            module.training = False
+            for hooks in (module._forward_hooks, module._forward_pre_hooks):
+                for key in [key for key, hook in hooks.items() if not _belongs(hook)]:
+                    del hooks[key]
+        with torch.random.fork_rng(devices), torch.no_grad():
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
+        torch.set_autocast_cache_enabled(cached)
+        random.setstate(states[0])
+        if numpy:
+            numpy.random.set_state(states[1])
+        snapshot.put_back()
+
+
+def _belongs(hook: Any) -> bool:
+    module = getattr(hook, "__module__", None) or type(hook).__module__
+    return module.split(".")[0] in _LIBRARIES
+
+
+def copied(value: Any) -> Any:
+    """A model's inputs, which a forward pass may change: other tensors in other containers, all else the same."""
+    if isinstance(value, Tensor):
+        return value.detach().clone().requires_grad_(value.requires_grad)
+    if isinstance(value, list):
+        return [copied(one) for one in value]
+    if isinstance(value, tuple):
+        items = [copied(one) for one in value]
+        return type(value)(*items) if hasattr(value, "_fields") else tuple(items)
+    if isinstance(value, UserDict):  # BatchEncoding
+        encoding = copy.copy(value)
+        encoding.data = copied(value.data)
+        return encoding
+    if isinstance(value, Mapping):
+        entries = {key: copied(one) for key, one in value.items()}
+        return entries if type(value) is dict else type(value)(**entries)
+    if is_dataclass(value) and not isinstance(value, type):
+        made = copy.copy(value)
+        for field in fields(value):
+            if hasattr(value, field.name):
+                object.__setattr__(made, field.name, copied(getattr(value, field.name)))
+        return made
+    return value
