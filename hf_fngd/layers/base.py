@@ -169,8 +169,8 @@ def layer_type_names(default: bool = False) -> tuple[str, ...]:
 
 
 def find_kernel(module: nn.Module) -> tuple[str | None, LayerKernel | None]:
-    """The name of a module's layer type, the last one that takes it, and its kernel; None and None where none does."""
-    for name, make in reversed(_LAYER_TYPES.items()):
+    """The name of a module's layer type and its kernel; None and None where no layer type takes it."""
+    for name, make in _LAYER_TYPES.items():
         if (kernel := make(module)) is not None:
             return name, kernel
     return None, None
@@ -183,13 +183,6 @@ def plain_class(module: nn.Module) -> type[nn.Module]:
         cls = cls.__mro__[cls.__mro__.index(FSDPModule) + 1]
     # FSDP2's class may have been made of the subclass of a preconditioner that is gone.
     return getattr(cls, "_fngd_plain_class", cls)
-
-
-def has_only(module: nn.Module, *names: str) -> bool:
-    """Whether a module has no parameters but these, itself, neither buffers nor submodules, and no computed weight."""
-    own = module._parameters
-    alone = not (module._buffers or module._modules) and set(own) <= set(names)
-    return alone and all(getattr(module, name) is p for name, p in own.items())
 
 
 class With:

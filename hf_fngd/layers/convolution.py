@@ -18,7 +18,6 @@ from hf_fngd.layers.base import (
     Forward,
     Layout,
     Saved,
-    has_only,
     operands,
     plain_class,
     register_layer_type,
@@ -76,9 +75,10 @@ class ConvolutionKernel(ExplicitKernel):
 
 @register_layer_type("convolution")
 def convolution_kernel(module: nn.Module) -> ConvolutionKernel | None:
-    """Of torch's convolutions, with any stride, padding, dilation and groups, and of subclasses with their forward."""
-    if not isinstance(module, _ConvNd) or not _inherits(module):
+    """Of exactly torch's convolutions, with any stride, padding, dilation and groups."""
+    if plain_class(module) not in _TYPES:
         return None
+    assert isinstance(module, _ConvNd)
     dims = len(module.kernel_size)
     pad, padding, mode = (0,) * 2 * dims, module.padding, module.padding_mode
     if isinstance(padding, str) or mode != "zeros":
@@ -86,13 +86,3 @@ def convolution_kernel(module: nn.Module) -> ConvolutionKernel | None:
         pad, padding = tuple(module._reversed_padding_repeated_twice), (0,) * dims
     arguments = (module.stride, padding, module.dilation, module.transposed, module.output_padding, module.groups)
     return ConvolutionKernel(dims, arguments, pad, "constant" if mode == "zeros" else mode)
-
-
-def _inherits(module: _ConvNd) -> bool:
-    cls = plain_class(module)
-    if cls in _TYPES:
-        return True
-    base: Any = next((base for base in _TYPES if issubclass(cls, base)), None)
-    methods = ("forward", "_conv_forward", "_output_padding")
-    same = base is not None and all(getattr(cls, name, None) is getattr(base, name, None) for name in methods)
-    return same and has_only(module, "weight", "bias")

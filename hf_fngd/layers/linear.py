@@ -1,28 +1,13 @@
-"""torch.nn.Linear and transformers' Conv1D: any number of leading dimensions, the first of which is the batch.
+"""torch.nn.Linear and transformers' Conv1D: any number of leading dimensions, the first of which is the batch."""
 
-Subclasses count where they compute the same: with an inherited forward, or one of their own that gives the same bits,
-which is tried on some numbers.
-"""
-
-import copy
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers.pytorch_utils import Conv1D
 
-from hf_fngd.layers.base import (
-    Call,
-    Forward,
-    GramKernel,
-    Saved,
-    has_only,
-    operands,
-    plain_class,
-    register_layer_type,
-)
+from hf_fngd.layers.base import Call, Forward, GramKernel, Saved, operands, plain_class, register_layer_type
 from hf_fngd.weights.algebra import tensor_norms, weighted_bias_sum, weighted_sum
 from hf_fngd.weights.gram import gram, normalize
 
@@ -104,58 +89,11 @@ class Conv1DKernel(LinearKernel):
 
 @register_layer_type("linear")
 def linear_kernel(module: nn.Module) -> LinearKernel | None:
-    """Of `torch.nn.Linear`, and of subclasses that compute the same; quantized and LoRA layers do not."""
-    if plain_class(module) is nn.Linear:
-        return LinearKernel()
-    # That of torch's attention is never called.
-    if not isinstance(module, nn.Linear) or isinstance(module, NonDynamicallyQuantizableLinear):
-        return None
-    if not has_only(module, "weight", "bias"):
-        return None
-    return LinearKernel() if plain_class(module).forward is nn.Linear.forward or _computes_linear(module) else None
+    """Of exactly `torch.nn.Linear`: quantized, LoRA and attention-internal subclasses compute other things."""
+    return LinearKernel() if plain_class(module) is nn.Linear else None
 
 
 @register_layer_type("conv1d")
 def conv1d_kernel(module: nn.Module) -> Conv1DKernel | None:
-    """Of `transformers.pytorch_utils.Conv1D`, and of subclasses with its forward."""
-    if plain_class(module) is Conv1D:
-        return Conv1DKernel()
-    inherits = isinstance(module, Conv1D) and plain_class(module).forward is Conv1D.forward
-    return Conv1DKernel() if inherits and has_only(module, "weight", "bias") else None
-
-
-@torch.no_grad()
-def _computes_linear(module: nn.Linear) -> bool:
-    """Whether a forward of its own gives Linear's bits, in training and in evaluation, for inputs of any size."""
-    if module.weight.is_meta:
-        return False
-    generator = torch.Generator().manual_seed(0)
-
-    def numbers(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator).to(module.weight)
-
-    # Zeros would hide what a forward does with them.
-    weight: Tensor = module.weight if module.weight.any() else numbers(*module.weight.shape)
-    bias = None if module.bias is None else numbers(*module.bias.shape)
-    x = numbers(2, 3, module.weight.shape[1])
-    trial = copy.copy(module)
-    # In half precision a product and a sum of its own differ from both in one.
-    return all(
-        _same_bits(trial, of.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
-        for dtype in (x.dtype, torch.bfloat16)
-        for of in (x, 100 * x, x[0], torch.zeros_like(x))
-    )
-
-
-def _same_bits(trial: nn.Linear, x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
-    trial.__dict__["_parameters"] = {"weight": weight, "bias": bias}
-    expected = F.linear(x, weight, bias)
-    try:
-        with torch.random.fork_rng([x.device] if x.is_cuda else []):
-            for trial.training in (True, False):
-                found = plain_class(trial).forward(trial, x.clone())
-                if not isinstance(found, Tensor) or not torch.equal(found, expected):
-                    return False
-    except Exception:  # whatever a model's own class does with an input
-        return False
-    return True
+    """Of exactly `transformers.pytorch_utils.Conv1D`."""
+    return Conv1DKernel() if plain_class(module) is Conv1D else None

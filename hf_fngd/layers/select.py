@@ -86,8 +86,8 @@ def select_layers(
             plain.setdefault(f"{name}.{leaf}" if name else leaf, reason or "")
     if not matrices:
         raise ValueError(
-            "nothing to precondition: the model has no trainable torch.nn.Linear or transformers Conv1D (nor a "
-            f"subclass that computes the same) that target_modules={shown(target_modules)}, "
+            "nothing to precondition: the model has no trainable torch.nn.Linear or transformers Conv1D (their "
+            f"subclasses do not count) that target_modules={shown(target_modules)}, "
             f"exclude_modules={shown(exclude_modules)} and layer_types={layer_types!r} select"
         )
     among = Counter(id(weight_of(layer.module)) for layer in others)

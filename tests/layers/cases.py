@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.models.falcon.modeling_falcon import FalconLinear
 from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
@@ -21,26 +20,6 @@ class Scaled(nn.Embedding):
 
     def forward(self, ids: Tensor) -> Tensor:
         return 3 * super().forward(ids)
-
-
-class Named(nn.Linear):
-    """Has nothing of its own but its name."""
-
-
-class Checked(nn.Linear):
-    """Looks at its input first."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        assert x.shape[-1] == self.in_features
-        return super().forward(x)
-
-
-class NamedConv(nn.Conv2d):
-    """As `Named`."""
-
-
-class NamedConv1D(Conv1D):
-    """As `Named`."""
 
 
 class Positions(nn.Module):
@@ -118,11 +97,6 @@ CASES = {
     "Linear, two dimensions of positions": Case("linear", linear, (2, 3, 4)),
     "Linear, not contiguous": Case("linear", linear, (3, 4), change=strided),
     "Linear, one input for all samples": Case("linear", linear, (3, 4), change=lambda x: x[:1].expand_as(x)),
-    "Linear, another name": Case("linear", lambda bias: Named(4, 3, bias=bias), (3, 4)),
-    "Linear, a forward of its own": Case("linear", lambda bias: Checked(4, 3, bias=bias), (3, 4)),
-    "Linear, Falcon's": Case("linear", lambda: FalconLinear(4, 3, bias=False), (3, 4), NONE),
-    "Conv1D, another name": Case("conv1d", lambda: NamedConv1D(3, 4), (3, 4), GPT),
-    "Conv2d, another name": Case("convolution", convolution(NamedConv, 2, 4, 3), (2, 5, 6)),
     "Conv1D": Case("conv1d", conv1d, (4,), GPT),
     "Conv1D, positions": Case("conv1d", conv1d, (3, 4), GPT),
     "Conv1D, not contiguous": Case("conv1d", conv1d, (2, 3, 4), GPT, spaced),

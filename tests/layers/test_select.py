@@ -139,7 +139,7 @@ def test_a_frozen_bias_does_not_keep_the_weight_out() -> None:
     assert "myfc1" in names(model)
 
 
-def test_the_layers_within_torchs_attention_are_not_preconditioned() -> None:
+def test_subclasses_are_not_preconditioned() -> None:
     attention = nn.MultiheadAttention(4, 2)  # its out_proj is a subclass of Linear that is never called
     with pytest.raises(ValueError, match=r"no trainable torch\.nn\.Linear or transformers Conv1D"):
         select_layers(attention, "all-linear", None)
