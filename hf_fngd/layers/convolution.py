@@ -19,12 +19,12 @@ from hf_fngd.layers.base import (
     Layout,
     Saved,
     operands,
-    plain_class,
     register_layer_type,
 )
+from hf_fngd.layers.subclass import base_of
 from hf_fngd.weights.algebra import scaled, tensor_norms
 
-_TYPES = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 
 @dataclass(frozen=True)
@@ -75,8 +75,8 @@ class ConvolutionKernel(ExplicitKernel):
 
 @register_layer_type("convolution")
 def convolution_kernel(module: nn.Module) -> ConvolutionKernel | None:
-    """Of exactly torch's convolutions, with any stride, padding, dilation and groups."""
-    if plain_class(module) not in _TYPES:
+    """Of torch's convolutions and of subclasses that inherit their forward; any stride, padding, dilation, groups."""
+    if base_of(module, *CONVOLUTIONS) is None:
         return None
     assert isinstance(module, _ConvNd)
     dims = len(module.kernel_size)

@@ -1,15 +1,28 @@
 """torch.nn.Linear and transformers' Conv1D: any number of leading dimensions, the first of which is the batch."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from hf_fngd.layers.base import Call, Forward, GramKernel, Saved, operands, plain_class, register_layer_type
+from hf_fngd.layers.base import (
+    Call,
+    Forward,
+    GramKernel,
+    Saved,
+    operands,
+    parameters,
+    plain_class,
+    register_layer_type,
+)
+from hf_fngd.layers.subclass import base_of, inherits
 from hf_fngd.weights.algebra import tensor_norms, weighted_bias_sum, weighted_sum
 from hf_fngd.weights.gram import gram, normalize
+
+MATRICES: tuple[type[nn.Module], ...] = (nn.Linear, Conv1D)
 
 
 @dataclass(frozen=True)
@@ -87,13 +100,49 @@ class Conv1DKernel(LinearKernel):
         return weighted_sum(g, a, w)
 
 
+@dataclass(frozen=True)
+class OwnLinearKernel(LinearKernel):
+    """A Linear whose own forward computes the same in another way, as by two operations: it goes on to do so.
+
+    Attributes:
+        module: the layer.
+    """
+
+    module: nn.Module = field(kw_only=True)
+
+    def takes(self, x: Any, *others: Any) -> bool:
+        if not super().takes(x, *others):
+            return False
+        # It may take inputs of another dtype than its weight's, which Linear refuses.
+        return x.dtype == parameters(self.module)[0].dtype or torch.is_autocast_enabled(x.device.type)
+
+    def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """The output ``[N T, o]``, under autocast perhaps in another dtype than the operands."""
+        y: Tensor = plain_class(self.module).forward(self.module, x.reshape(-1, x.shape[-1]))
+        return y, ()
+
+    def input_gradient(self, saved: Saved, g: Tensor) -> Tensor:
+        return super().input_gradient(saved, g.to(saved.weight.dtype))
+
+    def weighted_gradient(
+        self, saved: Saved, g: Tensor, w: Tensor | None, has_bias: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        of_weight, _ = super().weighted_gradient(saved, g.to(saved.weight.dtype), w, has_bias=False)
+        return of_weight, weighted_bias_sum(g, None if w is None else w.to(g.dtype)) if has_bias else None
+
+    def gram(self, x: Tensor, g: Tensor, has_bias: bool, memory_budget: int) -> Tensor:
+        return super().gram(x, g.to(x.dtype), has_bias, memory_budget)
+
+
 @register_layer_type("linear")
 def linear_kernel(module: nn.Module) -> LinearKernel | None:
-    """Of exactly `torch.nn.Linear`: quantized, LoRA and attention-internal subclasses compute other things."""
-    return LinearKernel() if plain_class(module) is nn.Linear else None
+    """Of `torch.nn.Linear`, and of its subclasses that compute the same."""
+    if base_of(module, *MATRICES) is not nn.Linear:
+        return None
+    return LinearKernel() if inherits(module, nn.Linear) else OwnLinearKernel(module=module)
 
 
 @register_layer_type("conv1d")
 def conv1d_kernel(module: nn.Module) -> Conv1DKernel | None:
-    """Of exactly `transformers.pytorch_utils.Conv1D`."""
-    return Conv1DKernel() if plain_class(module) is Conv1D else None
+    """Of `transformers.pytorch_utils.Conv1D`, and of its subclasses that inherit the forward."""
+    return Conv1DKernel() if base_of(module, *MATRICES) is Conv1D else None

@@ -10,7 +10,9 @@ from torch import nn
 
 from hf_fngd.checks import shown
 from hf_fngd.layers.base import GramKernel, LayerKernel, find_kernel, layer_type_names, trained, weight_of
-from hf_fngd.layers.linear import LinearKernel
+from hf_fngd.layers.convolution import CONVOLUTIONS
+from hf_fngd.layers.linear import MATRICES, LinearKernel
+from hf_fngd.layers.subclass import refusal
 from hf_fngd.layers.table import TableKernel
 
 ALL_LINEAR = "all-linear"
@@ -85,10 +87,16 @@ def select_layers(
         for leaf in own:
             plain.setdefault(f"{name}.{leaf}" if name else leaf, reason or "")
     if not matrices:
+        refused = [
+            f"{name or 'the model'} ({type(module).__name__}: {why})"
+            for name, module in model.named_modules()
+            if (why := refusal(module, *MATRICES))
+        ]
         raise ValueError(
-            "nothing to precondition: the model has no trainable torch.nn.Linear or transformers Conv1D (their "
-            f"subclasses do not count) that target_modules={shown(target_modules)}, "
+            "nothing to precondition: the model has no trainable torch.nn.Linear or transformers Conv1D, nor a "
+            f"subclass that computes the same, that target_modules={shown(target_modules)}, "
             f"exclude_modules={shown(exclude_modules)} and layer_types={layer_types!r} select"
+            + (f"; not taken: {', '.join(refused[:3])}" if refused else "")
         )
     among = Counter(id(weight_of(layer.module)) for layer in others)
     others = [layer for layer in others if among[id(weight_of(layer.module))] == uses[id(weight_of(layer.module))]]
@@ -112,7 +120,8 @@ def _reason(
     if excluded and kernel is not None:
         return "among exclude_modules"
     if not isinstance(kernel, GramKernel):
-        return f"{type(module).__name__} is not a preconditioned layer type"
+        why = refusal(module, *MATRICES, *CONVOLUTIONS)
+        return f"{type(module).__name__} is not a preconditioned layer type" + (f": {why}" if why else "")
     weight = module.weight
     if not isinstance(weight, nn.Parameter):
         return "the layer's weight is computed from other parameters (as by pruning or weight normalization)"

@@ -223,6 +223,14 @@ family(
     remark="fc1 and fc2 run on samples and positions folded together",
 )
 
+family(
+    "Falcon",
+    sized(hf.FalconForCausalLM, bias=True),
+    "transformer.h.*.(self_attention.(query_key_value|dense)|mlp.(dense_h_to_4h|dense_4h_to_h))",
+    tied="lm_head",
+    remark="all of its layers are of a subclass of Linear",
+)
+
 family("Llama", LLAMA, f"{ATTENTION} {GATED} lm_head")
 
 family("Qwen3", sized(hf.Qwen3ForCausalLM, **GROUPED_QUERIES), f"{ATTENTION} {GATED} lm_head")

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.models.falcon.modeling_falcon import FalconLinear
 from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
@@ -20,6 +21,18 @@ class Scaled(nn.Embedding):
 
     def forward(self, ids: Tensor) -> Tensor:
         return 3 * super().forward(ids)
+
+
+class InheritingLinear(nn.Linear):
+    """As ESMFold's, which differs in its initialization."""
+
+
+class InheritingConv1D(Conv1D):
+    pass
+
+
+class InheritingConv2d(nn.Conv2d):
+    pass
 
 
 class Positions(nn.Module):
@@ -97,7 +110,10 @@ CASES = {
     "Linear, two dimensions of positions": Case("linear", linear, (2, 3, 4)),
     "Linear, not contiguous": Case("linear", linear, (3, 4), change=strided),
     "Linear, one input for all samples": Case("linear", linear, (3, 4), change=lambda x: x[:1].expand_as(x)),
+    "Linear, a subclass": Case("linear", lambda bias: InheritingLinear(4, 3, bias), (3, 4)),
+    "Linear, a forward of its own": Case("linear", lambda bias: FalconLinear(4, 3, bias), (3, 4)),
     "Conv1D": Case("conv1d", conv1d, (4,), GPT),
+    "Conv1D, a subclass": Case("conv1d", lambda: InheritingConv1D(3, 4), (4,), GPT),
     "Conv1D, positions": Case("conv1d", conv1d, (3, 4), GPT),
     "Conv1D, not contiguous": Case("conv1d", conv1d, (2, 3, 4), GPT, spaced),
     "Embedding": Case("embedding", lambda: nn.Embedding(VOCABULARY, 4), (3,), NONE),
@@ -120,6 +136,7 @@ CASES = {
         "convolution", convolution(nn.Conv2d, 2, 3, (2, 3), padding="same", padding_mode="circular"), (2, 4, 6)
     ),
     "Conv2d, channels last": Case("convolution", convolution(nn.Conv2d, 2, 4, 3), (2, 4, 6), change=channels_last),
+    "Conv2d, a subclass": Case("convolution", convolution(InheritingConv2d, 2, 4, 3), (2, 4, 6)),
     "Conv3d": Case("convolution", convolution(nn.Conv3d, 2, 3, (2, 3, 1), stride=(1, 2, 1), padding=1), (2, 3, 4, 2)),
     "ConvTranspose1d": Case("convolution", convolution(nn.ConvTranspose1d, 2, 3, 3), (2, 4)),
     "ConvTranspose2d": Case(
