@@ -14,7 +14,7 @@ import functools
 import inspect
 import weakref
 from collections.abc import Callable, Sequence
-from types import MethodType
+from types import FunctionType, MethodType
 from typing import Any
 
 from torch import nn
@@ -24,8 +24,9 @@ from hf_fngd.engine.ids import COLUMN
 Handler = Callable[..., Any]
 _LAYER = "_fngd_layer"
 _MODEL = "_fngd_model"
-# The functions that `_sent` made. An attribute of theirs would not tell, as functools.wraps copies it to wrappers.
-_sent_functions: "weakref.WeakSet[Any]" = weakref.WeakSet()
+# The functions that `_sent` made, and whether each stands for a method of the model. An attribute of theirs would not
+# tell, as functools.wraps copies it to wrappers.
+_sent_functions: "weakref.WeakKeyDictionary[Any, bool]" = weakref.WeakKeyDictionary()
 
 
 class Attachment:
@@ -122,11 +123,11 @@ def _sent(module: nn.Module, replaced: Any) -> Any:
     if _unsent(replaced) is not replaced or not callable(replaced):
         return replaced
     bound = isinstance(replaced, MethodType) and replaced.__self__ is module  # else a copy would train the original
-    function = replaced.__func__ if bound else None
+    plain = replaced.__func__ if bound else replaced
 
-    @functools.wraps(replaced)  # which Accelerate follows, and torch looks for
+    @functools.wraps(plain)  # Accelerate goes along __wrapped__, and makes a method of what it finds
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        own = replaced if function is None else functools.partial(function, self)
+        own = functools.partial(plain, self) if bound else plain
         handler = self.__dict__.get(_MODEL)
         return own(*args, **kwargs) if handler is None else handler(self, own, *args, **kwargs)
 
@@ -134,14 +135,17 @@ def _sent(module: nn.Module, replaced: Any) -> Any:
     signature = _with_column(inspect.signature(replaced))
     parameters = [itself, *signature.parameters.values()]
     forward.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
-    _sent_functions.add(forward)
+    _sent_functions[forward] = bound
     return MethodType(forward, module)
 
 
 def _unsent(forward: Any) -> Any:
     """The forward that a method of `_sent` stands for; any other one as it is."""
-    function: Any = getattr(forward, "__func__", None)
-    return function.__wrapped__ if isinstance(forward, MethodType) and function in _sent_functions else forward
+    function = forward.__func__ if isinstance(forward, MethodType) else None
+    if not isinstance(function, FunctionType) or (bound := _sent_functions.get(function)) is None:
+        return forward
+    plain = function.__wrapped__  # type: ignore[attr-defined]
+    return MethodType(plain, forward.__self__) if bound else plain
 
 
 def _with_column(signature: inspect.Signature) -> inspect.Signature:

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate.utils import extract_model_from_parallel
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
@@ -249,6 +250,12 @@ def another_and_around_it(model: Net) -> None:
     partial(model)
 
 
+def around_it_no_more(model: Net) -> None:
+    another(model)
+    around_it(model)
+    extract_model_from_parallel(model, keep_fp32_wrapper=False)
+
+
 def there_and_back(model: Net) -> None:
     """As TRL, which sends another method through the wrapper of a distributed model."""
     for _ in range(1100):
@@ -257,7 +264,7 @@ def there_and_back(model: Net) -> None:
         model.forward = before  # type: ignore[method-assign]
 
 
-PATCHES = [another, around_it, partial, another_and_around_it, there_and_back]
+PATCHES = [another, around_it, partial, another_and_around_it, around_it_no_more, there_and_back]
 
 
 @pytest.mark.parametrize("later", [True, False])
@@ -286,13 +293,13 @@ def test_a_forward_that_is_put_on_the_model_is_weighed_and_begins_one_micro_batc
 def test_the_forward_stays_when_the_model_is_plain_again(patch: Callable[[Net], None]) -> None:
     model, preconditioner = with_engine()
     patch(model)
-    wrapped = model.forward.__wrapped__  # type: ignore[attr-defined]
+    wrapped = model.forward.__func__.__wrapped__  # type: ignore[attr-defined]
     copied, (x, y) = copy.deepcopy(model), data(6)
     assert type(copied) is Net
     assert not any(key.startswith("_fngd") for key in vars(copied))
     preconditioner.detach()
     assert type(model) is Net
-    assert model.forward == wrapped
+    assert getattr(model.forward, "__func__", model.forward) is wrapped
     plain = net()
     for each in (plain, copied, model):
         loss(each, x, y).backward()
