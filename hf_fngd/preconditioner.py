@@ -64,6 +64,8 @@ class FNGDPreconditioner(Joins):
         solves = self.policy.solves
         selection = select_layers(model, own.target_modules, own.exclude_modules, own.layer_types, solves=solves)
         refuse_complex(selection)
+        if own.strict:
+            refuse_unfit(selection)
         self.layers = selection.matrices
         self._attached = attached_layers(selection.layers, solves)
         self.policy.prepare(len(self._attached), **{name: own.effective(name) for name in READ_BY_POLICIES})
@@ -270,6 +272,16 @@ class FNGDPreconditioner(Joins):
         self._forwards.batch = None
         for layer in self._attached:
             layer.load_state(state["layers"][layer.selected.name])
+
+
+def refuse_unfit(selection: Selection) -> None:
+    """Raise ValueError where samples cannot be weighed in matrices that nobody left out."""
+    if found := {name: selection.plain[name] for name in selection.unfit if name in selection.plain}:
+        reasons = "; ".join(f"{name} ({reason})" for name, reason in list(found.items())[:4])
+        raise ValueError(
+            f"strict=True: {len(found)} matrices cannot be weighed: {reasons}. Name their modules in exclude_modules, "
+            "or set strict=False"
+        )
 
 
 def refuse_complex(selection: Selection) -> None:

@@ -18,6 +18,7 @@ from hf_fngd.layers.table import TableKernel
 ALL_LINEAR = "all-linear"
 Modules = str | Sequence[str] | None
 TIED = "the weight is tied to another module"
+COMPUTED = "the layer's weight is computed from other parameters (as by pruning or weight normalization)"
 # A pattern may come from anyone, with a shared config: no match of a name takes longer than this, in seconds.
 _PATTERN_TIMEOUT = 1.0
 
@@ -35,11 +36,15 @@ class Selected:
 
 @dataclass(frozen=True)
 class Selection:
-    """The preconditioned layers; all layers to attach, these first; and why each other parameter is another."""
+    """The preconditioned layers; all layers to attach, these first; and why each other parameter is another.
+
+    ``unfit`` has those matrices among the others that no layer type takes, and nobody left out.
+    """
 
     matrices: list[Selected]
     layers: list[Selected]
     plain: dict[str, str]
+    unfit: tuple[str, ...]
 
 
 def select_layers(
@@ -68,6 +73,7 @@ def select_layers(
     matrices: list[Selected] = []
     others: list[Selected] = []
     plain: dict[str, str] = {}
+    unfit: list[str] = []
     _check_listed(model, target_modules=target_modules, exclude_modules=exclude_modules)
     for name, module in model.named_modules():
         layer_type, kernel = find_kernel(module)
@@ -86,6 +92,8 @@ def select_layers(
             others.append(Selected(name, module, kernel, False, parameters))
         for leaf in own:
             plain.setdefault(f"{name}.{leaf}" if name else leaf, reason or "")
+        if reason == COMPUTED or (layer_type is None and not excluded):
+            unfit += [f"{name}.{leaf}" if name else leaf for leaf, parameter in own.items() if parameter.dim() > 1]
     if not matrices:
         refused = [
             f"{name or 'the model'} ({type(module).__name__}: {why})"
@@ -100,7 +108,7 @@ def select_layers(
         )
     among = Counter(id(weight_of(layer.module)) for layer in others)
     others = [layer for layer in others if among[id(weight_of(layer.module))] == uses[id(weight_of(layer.module))]]
-    return Selection(matrices, matrices if solves else matrices + others, plain)
+    return Selection(matrices, matrices if solves else matrices + others, plain, tuple(unfit))
 
 
 def _trains_alone(module: nn.Module, kernel: LayerKernel) -> bool:
@@ -117,14 +125,14 @@ def _reason(
     module: nn.Module, kernel: LayerKernel | None, uses: Counter[int], named: bool, excluded: bool
 ) -> str | None:
     """Why a module is not preconditioned; None where it is."""
-    if excluded and kernel is not None:
+    if excluded:
         return "among exclude_modules"
     if not isinstance(kernel, GramKernel):
         why = refusal(module, *MATRICES, *CONVOLUTIONS)
         return f"{type(module).__name__} is not a preconditioned layer type" + (f": {why}" if why else "")
     weight = module.weight
     if not isinstance(weight, nn.Parameter):
-        return "the layer's weight is computed from other parameters (as by pruning or weight normalization)"
+        return COMPUTED
     if not weight.requires_grad:
         return "the layer's weight is frozen"
     if any(uses[id(parameter)] > 1 for parameter in module.parameters(recurse=False)):

@@ -151,6 +151,28 @@ def test_layers_that_cannot_be_weighed_get_plain_gradients_and_a_report(
         assert reason in caplog.text
 
 
+@pytest.mark.parametrize(
+    ("model", "inside"),
+    [
+        (nn.MultiheadAttention(4, 2), ["", "out_proj"]),
+        (nn.GRU(4, 4), [""]),
+        (nn.Bilinear(4, 4, 4), [""]),
+        (nn.utils.parametrizations.weight_norm(nn.Conv1d(4, 4, 1)), ["", "parametrizations.weight"]),
+        (nn.Module(), [""]),  # with experts
+    ],
+)
+def test_strict_names_matrices_of_no_layer_type_at_once(model: nn.Module, inside: list[str]) -> None:
+    if not list(model.parameters()):
+        model.experts = nn.Parameter(torch.ones(2, 4, 4))
+    model = nn.ModuleDict({"inner": model, "head": nn.Linear(4, 4)})
+    FNGDPreconditioner(model).detach()
+    with pytest.raises(ValueError, match=r"strict=True: \d matri\w+ cannot be weighed: inner\..* exclude_modules"):
+        FNGDPreconditioner(model, strict=True)
+    excluded = ["inner" + (name and f".{name}") for name in inside]
+    report = FNGDPreconditioner(model, strict=True, exclude_modules=excluded).coverage()
+    assert set(report.plain.values()) == {"among exclude_modules"}
+
+
 @pytest.mark.parametrize(("model_type", "between", "reasons"), OBSTACLES.values(), ids=OBSTACLES)
 def test_strict_raises_in_the_first_step(
     model_type: type[Net], between: tuple[int, ...], reasons: dict[str, str]
