@@ -68,7 +68,7 @@ class Coverage:
             if weight is not None and not (weight.requires_grad or weight.grad_fn):  # frozen by now
                 continue
             names, matrix, reasons = layer.selected.parameters, layer.selected.matrix, layer.reasons
-            if self._told and not reasons and not layer.weighed and not matrix and not layer.shared.ever:
+            if self._told and not reasons and not layer.weighed and not layer.shared.ever:
                 reasons = [NEVER_CALLED]
             if reasons:
                 (missed if matrix else plain).update(dict.fromkeys(names, "; ".join(reasons)))
@@ -105,4 +105,6 @@ class Coverage:
         report = self.report()
         if reasons and self._strict:
             raise RuntimeError(f"strict=True: {report}\nExclude these layers with exclude_modules.")
-        logger.log(logging.WARNING if report.missed or worse else logging.INFO, "%s", report)
+        # A head that no batch has used so far is reported, but no reason to warn.
+        missed = any(layer.selected.matrix and layer.reasons for layer in self._layers)
+        logger.log(logging.WARNING if missed or worse else logging.INFO, "%s", report)

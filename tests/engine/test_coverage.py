@@ -293,10 +293,12 @@ def test_a_head_that_a_batch_does_not_use_is_not_missed(
     first: str, set_to_none: bool, caplog: pytest.LogCaptureFixture
 ) -> None:
     (model, preconditioner), (x, y) = with_engine(net(cls=Headed), strict=True), data(7, 3)
-    for model.use in (first, "unused", "call", "unused", "unused"):
+    for step, model.use in enumerate((first, "unused", "call", "unused", "unused")):
         model.zero_grad(set_to_none=set_to_none)
         value(model, x, y).backward()
         preconditioner.step()
+        never = step < 2 and first == "unused"  # so far
+        assert set(preconditioner.coverage().missed.values()) == ({NEVER_CALLED} if never else set())
     assert preconditioner.coverage().missed == {}
     assert not caplog.records
 
