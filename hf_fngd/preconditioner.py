@@ -215,8 +215,8 @@ class FNGDPreconditioner(Joins):
         if self._edge.missed():  # the last step of the epoch was skipped
             self._window.close()
             self.end_epoch()
-        weight = self.layers[0].module.weight
-        version = weight._version if isinstance(weight, Tensor) else 0
+        weight = weight_of(self.layers[0].module)
+        version = 0 if weight is None else weight._version
         self._window.make_room(self._has_gradients(), version)
         begin = functools.partial(self.policy.begin, size, self._window.next_offset)
         batch = MicroBatch(size, begin, [0] * len(self._attached), version, ids, recomputed=in_backward())
@@ -226,15 +226,15 @@ class FNGDPreconditioner(Joins):
     def _has_gradients(self) -> bool:
         # FSDP2 puts an accumulated gradient on the parameter only when it is reduced; a weight that is computed from
         # others (pruned meanwhile) has none.
-        weights = [layer.module.weight for layer in self.layers]
+        weights = [weight_of(layer.module) for layer in self.layers]
         return self._fsdp or any(
             isinstance(w, Tensor) and (is_sharded(w) or not w.is_leaf or w.grad is not None) for w in weights
         )
 
     def _like(self) -> Tensor:
         """An empty tensor of the dtype and device of the sample weights."""
-        weight = self.layers[0].module.weight
-        assert isinstance(weight, Tensor)
+        weight = weight_of(self.layers[0].module)
+        assert weight is not None
         return torch.empty(0, dtype=accumulation_dtype(weight.dtype), device=weight.device)
 
     def coverage(self) -> CoverageReport:

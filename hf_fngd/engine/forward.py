@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from hf_fngd.distributed.environment import refuse_replica, refuse_split_weight
 from hf_fngd.engine.attach import Attachment, unsupported
@@ -150,6 +151,8 @@ class Forwards:
         refuse_split_weight(weight)
         if torch._C._are_functorch_transforms_active():
             raise unsupported("A transform of torch.func")
+        if forward_ad._current_level >= 0 and forward_ad.unpack_dual(x[0]).tangent is not None:  # type: ignore[no-untyped-call]
+            raise unsupported("A forward-mode derivative")
         if recomputes and not batch.recomputed and self._window.mixed_up(layer.place):
             layer.shared.reasons.add(ON_TOP_OF_ANOTHER)
             return own()
@@ -181,7 +184,7 @@ def _find_sample(args: tuple[Any, ...], kwargs: Mapping[str, Any], depth: int = 
     Mappings, lists, tuples and dataclasses are searched as well, which may hold each other.
     """
     for key in _BATCH_KEYS:
-        if isinstance(value := kwargs.get(key), Tensor) and value.dim() > 0:
+        if isinstance(value := kwargs.get(key), Tensor) and not value.is_nested and value.dim() > 0:
             return value
     for value in (*args, *kwargs.values()) if depth else ():
         inside: Mapping[str, Any] = value if isinstance(value, Mapping) else {}
@@ -189,6 +192,6 @@ def _find_sample(args: tuple[Any, ...], kwargs: Mapping[str, Any], depth: int = 
         items = tuple(value) if isinstance(value, list | tuple) else ()
         if (items or inside) and (found := _find_sample(items, inside, depth - 1)) is not None:
             return found
-        if isinstance(value, Tensor) and value.dim() > 0:
+        if isinstance(value, Tensor) and not value.is_nested and value.dim() > 0:
             return value
     return None

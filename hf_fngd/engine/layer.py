@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from hf_fngd.distributed.sharded import local
+from hf_fngd.engine.attach import unsupported
 from hf_fngd.engine.window import MicroBatch
 from hf_fngd.layers.base import AMBIGUOUS, NOT_THE_BATCH, GramKernel, LayerKernel, weight_of
 from hf_fngd.layers.embedding import EmbeddingKernel
@@ -205,7 +206,12 @@ class _Samples:
     size: int
 
     def norms(self) -> Tensor:
-        norms = self.kernel.norms(self.x, self.g, self.has_bias)
+        try:
+            norms = self.kernel.norms(self.x, self.g, self.has_bias)
+        except RuntimeError as error:
+            if "Batching rule" not in str(error):
+                raise
+            raise unsupported("torch.autograd.grad(..., is_grads_batched=True)") from error
         return norms if self.rows is None else self.rows.of_samples(norms, self.size, self.kernel.adds)
 
     def gram(self, memory_budget: int) -> Tensor:

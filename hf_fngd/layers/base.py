@@ -17,6 +17,7 @@ from typing import Any, ClassVar, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
+from torch.nn.utils.parametrize import is_parametrized
 
 from hf_fngd.layers.rows import Rows
 from hf_fngd.weights.algebra import tensor_norms
@@ -80,7 +81,7 @@ class LayerKernel(ABC):
 
     def takes(self, x: Any, *others: Any) -> bool:
         """Whether the samples of a call's arguments can be weighed at all; otherwise the module's own forward runs."""
-        return isinstance(x, Tensor) and x.dim() > 1 and not others
+        return isinstance(x, Tensor) and not x.is_nested and x.dim() > 1 and not others
 
     @abstractmethod
     def run(self, module: nn.Module, own: Forward, x: Tensor, call: Call) -> Any:
@@ -201,7 +202,10 @@ def trained(module: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def weight_of(module: nn.Module) -> Tensor | None:
-    """The parameter that stands for all of a layer's: ``weight``, or the first one that is trained."""
+    """The parameter that stands for all of a layer's: ``weight``, the one it is computed from, or the first trained."""
+    if is_parametrized(module, "weight"):  # not computed anew, which may change a state
+        parametrizations: Any = module.parametrizations
+        return next(parametrizations["weight"].parameters(recurse=False), None)
     weight = getattr(module, "weight", None)
     return weight if isinstance(weight, Tensor) else next(iter(trained(module).values()), None)
 

@@ -47,7 +47,7 @@ class LinearKernel(GramKernel):
 
     def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, tuple[Tensor, ...]]:
         """The output ``[N T, o]``."""
-        return F.linear(x.reshape(-1, x.shape[-1]), weight, bias), ()
+        return F.linear(x.flatten(0, -2), weight, bias), ()
 
     def input_gradient(self, saved: Saved, g: Tensor) -> Tensor:
         return (g @ saved.weight).view(saved.x.shape)
@@ -56,7 +56,7 @@ class LinearKernel(GramKernel):
         self, saved: Saved, g: Tensor, w: Tensor | None, has_bias: bool
     ) -> tuple[Tensor, Tensor | None]:
         """``[o, i]`` and ``[o]``."""
-        a = saved.x.reshape(-1, saved.x.shape[-1])
+        a = saved.x.flatten(0, -2)
         w = None if w is None else w.to(g.dtype)
         return self.product(a, g, w), weighted_bias_sum(g, w) if has_bias else None
 
@@ -72,8 +72,7 @@ class LinearKernel(GramKernel):
         assert x is not None
         if self.tied:  # as of the table that it shares its weight with
             return tensor_norms(g.reshape(len(x), -1))
-        of_g = tensor_norms(g.reshape(-1, g.shape[-1]))
-        of_x = tensor_norms(x.reshape(len(of_g), -1))
+        of_g, of_x = tensor_norms(g), tensor_norms(x.flatten(0, -2))
         if has_bias:
             of_x = torch.hypot(of_x, of_x.new_ones(()))
         return (of_x * of_g).view(len(x), -1).sum(dim=1)
@@ -89,7 +88,7 @@ class Conv1DKernel(LinearKernel):
 
     def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, tuple[Tensor, ...]]:
         """The output ``[N T, o]``."""
-        flat = x.reshape(-1, x.shape[-1])
+        flat = x.flatten(0, -2)
         return flat @ weight if bias is None else torch.addmm(bias, flat, weight), ()
 
     def input_gradient(self, saved: Saved, g: Tensor) -> Tensor:

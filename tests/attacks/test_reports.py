@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.autograd.forward_ad as forward_ad
 from torch import Tensor, nn
 
 from hf_fngd import FNGD, FNGDPreconditioner
@@ -277,3 +278,55 @@ def test_gradients_are_what_the_report_says(cls: type[nn.Module], x: Tensor, pla
     wanted |= Clipping().gradients(uses)[0]
     for name, g in found.items():
         torch.testing.assert_close(g, wanted[name].view_as(g), rtol=1e-9, atol=1e-12, msg=name)
+
+
+# Errors and what is only told -------------------------------------------------------------------------------
+
+
+def forward_mode(model: nn.Module, x: Tensor) -> None:
+    with forward_ad.dual_level():
+        model(forward_ad.make_dual(x, x))
+
+
+def batched(model: nn.Module, x: Tensor) -> None:
+    torch.autograd.grad(model(x), list(model.parameters()), torch.randn(3, 4, 2), is_grads_batched=True)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")  # by torch itself
+@pytest.mark.parametrize("derivative", [forward_mode, batched])
+def test_other_derivatives_name_the_cure(derivative: Callable[[nn.Module, Tensor], None]) -> None:
+    model = nn.Sequential(nn.Linear(5, 2))
+    _kept = FNGDPreconditioner(model)
+    with pytest.raises(RuntimeError, match=r"copy\.deepcopy\(model\)"):
+        derivative(model, torch.randn(4, 5))
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+@pytest.mark.parametrize("layout", [torch.jagged, torch.strided])
+def test_nested_tensors_pass_and_are_told(layout: torch.layout) -> None:
+    model = nn.Sequential(nn.Linear(5, 2))
+    preconditioner = FNGDPreconditioner(model)
+    x = torch.nested.nested_tensor([torch.randn(3, 5), torch.randn(2, 5)], layout=layout)
+    model(x).to_padded_tensor(0.0).sum().backward()
+    preconditioner.step()
+    assert set(preconditioner.coverage().missed) == {"0.weight", "0.bias"}
+
+
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
+def test_a_layer_without_input_features_passes() -> None:
+    model = nn.Sequential(nn.Linear(5, 0), nn.Linear(0, 2))
+    _kept = FNGDPreconditioner(model)
+    model(torch.randn(4, 3, 5)).sum().backward()
+    assert model[1].bias.grad.tolist() == [12, 12]
+
+
+def test_a_parametrization_of_later_is_evaluated_once() -> None:
+    calls = []
+    model = nn.Sequential(nn.Linear(5, 5), nn.Linear(5, 2))
+    _kept = FNGDPreconditioner(model, batch_dim=0)
+    model(torch.randn(4, 5)).sum().backward()
+    counted = type("Counted", (nn.Module,), {"forward": lambda self, w: calls.append(1) or 2 * w})
+    nn.utils.parametrize.register_parametrization(model[0], "weight", counted())
+    calls.clear()
+    model(torch.randn(4, 5)).sum().backward()
+    assert calls == [1]
