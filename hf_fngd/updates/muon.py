@@ -10,6 +10,9 @@ from hf_fngd.updates.base import Update, register_rule
 _MUON_RMS = 0.2
 # The most memory of the matrices that are orthogonalized together: beyond, larger products are no faster.
 _MUON_BYTES = 2**28
+_STEPS = 5
+# The quintic polynomial of Jordan et al.: brings singular values in (0, 1] to about 1.
+_A, _B, _C = 3.4445, -4.7750, 2.0315
 
 
 @register_rule("muon", "momentum_buffer")
@@ -41,7 +44,10 @@ def muon_update(update: Update) -> None:
 
 
 def orthogonalize(matrices: Tensor) -> Tensor:
-    """Bring the singular values of each matrix ``[B, rows, columns]`` near 1 by Newton-Schulz iterations."""
+    """Bring the singular values of each matrix ``[B, rows, columns]`` near 1 by Newton-Schulz iterations.
+
+    With X wide, ``X <- (A + B G + C G^2) X`` where ``G = X X^T``, five times.
+    """
     x = matrices.to(_working_dtype(matrices.dtype, matrices.device))
     tall = x.shape[-2] > x.shape[-1]
     x = x.mT if tall else x
@@ -49,12 +55,43 @@ def orthogonalize(matrices: Tensor) -> Tensor:
     tiny = torch.finfo(x.dtype).tiny
     x = x / x.abs().amax(dim=(-2, -1), keepdim=True).clamp(min=tiny)
     x = x / torch.linalg.matrix_norm(x, keepdim=True).clamp(min=tiny)
-    a, b, c = 3.4445, -4.7750, 2.0315  # the quintic of Jordan et al.: brings singular values in (0, 1] to about 1
-    for _ in range(5):
-        gram = x @ x.mT
-        polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
-        x = torch.baddbmm(x, polynomial, x, beta=a)
+    x = (_on_gram_matrices if prefers_gram(x.shape[-2], x.shape[-1], x.dtype) else _on_matrices)(x)
     return x.mT if tall else x
+
+
+def prefers_gram(rows: int, columns: int, dtype: torch.dtype) -> bool:
+    """Whether iterating on Gram matrices is the faster way, for a wide matrix with r rows and c columns.
+
+    It takes ``4 r^2 c + 34 r^3`` operations, iterating on the matrix ``5 (4 r^2 c + 2 r^3)``: fewer from c = 1.5 r on,
+    and half the time at 4 r (on a CPU). Half precision does not hold what the iteration makes of a Gram matrix's
+    rounding; float32 has errors of 1e-3 at most.
+    """
+    return columns >= 2 * rows and dtype in (torch.float32, torch.float64)
+
+
+def _on_matrices(x: Tensor) -> Tensor:
+    for _ in range(_STEPS):
+        gram = x @ x.mT
+        polynomial = torch.baddbmm(gram, gram, gram, beta=_B, alpha=_C)
+        x = torch.baddbmm(x, polynomial, x, beta=_A)
+    return x
+
+
+def _on_gram_matrices(x: Tensor) -> Tensor:
+    """The product of the polynomials first, and with X in the end: G becomes ``P G P``, as X becomes ``P X``."""
+    gram = x @ x.mT
+    product = polynomial = _polynomial(gram)
+    for _ in range(_STEPS - 1):
+        gram = polynomial @ gram @ polynomial
+        polynomial = _polynomial(gram)
+        product = polynomial @ product
+    return product @ x
+
+
+def _polynomial(gram: Tensor) -> Tensor:
+    found = torch.baddbmm(gram, gram, gram, beta=_B, alpha=_C)
+    found.diagonal(dim1=-2, dim2=-1).add_(_A)
+    return found
 
 
 def _working_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:

@@ -1,5 +1,6 @@
 """The suite that every update rule inherits; the rules against torch's own, and Muon by singular values."""
 
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -159,6 +160,28 @@ def test_orthogonalize_brings_singular_values_near_one() -> None:
     s = torch.linalg.svdvals(orthogonalize(matrices))
     assert s.min() > 0.3
     assert s.max() < 1.3
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("smallest", [1, 1e-3, 1e-6, 1e-9, 0])
+def test_iterating_on_gram_matrices_is_the_same(smallest: float, dtype: torch.dtype) -> None:
+    """For any spectrum; 0 stands for a matrix of rank 2."""
+    q, r = (torch.linalg.qr(gradients([shape], 0)[0])[0] for shape in ((16, 16), (48, 16)))
+    spectrum = torch.logspace(0, math.log10(smallest), 16).double() if smallest else torch.arange(16) < 2
+    matrix = (q * spectrum) @ r.T
+    matrix /= matrix.norm()
+    expected = muon._on_matrices(matrix[None])
+    found = muon._on_gram_matrices(matrix[None].to(dtype)).double()
+    assert (found - expected).norm() / expected.norm() < (1e-11 if dtype == torch.float64 else 1e-3)
+
+
+def test_wide_matrices_alone_are_iterated_on_their_gram_matrices(monkeypatch: pytest.MonkeyPatch) -> None:
+    shapes: list[tuple[int, ...]] = []
+    monkeypatch.setattr(muon, "_on_gram_matrices", lambda x: shapes.append(tuple(x.shape)) or x)
+    for shape in ((4, 8), (8, 4), (4, 7), (4, 4), (7, 4)):
+        orthogonalize(torch.ones(1, *shape))
+    assert shapes == [(1, 4, 8), (1, 4, 8)]
+    assert not muon.prefers_gram(4, 16, torch.bfloat16)
 
 
 @pytest.mark.parametrize("scale", [1e-30, 1e-15, 1e15, 1e30])
