@@ -9,6 +9,7 @@ comes after the weight gradient was paid for; wrappers that call ``forward`` the
 import copyreg
 import functools
 import inspect
+import sys
 import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -151,4 +152,27 @@ def _make_subclass(base: Any, attribute: str, signature: inspect.Signature) -> A
     names = {name: getattr(base, name) for name in ("__module__", "__qualname__", "__doc__")}
     own = {"__reduce_ex__": reduce, "_fngd_plain_class": plain, "_fngd_attribute": attribute, "forward": forward}
     own["__prepare_scriptable__"] = script  # torch.jit.script asks for it
+    if attribute == _LAYER:
+        own["qconfig"] = _QCONFIG
     return type(base.__name__, (base,), names | own)
+
+
+def _get_qconfig(module: nn.Module) -> Any:
+    try:
+        return module.__dict__["qconfig"]
+    except KeyError as error:
+        raise AttributeError("qconfig") from error
+
+
+def _set_qconfig(module: nn.Module, value: Any) -> None:
+    frame = sys._getframe(1)
+    while frame.f_back is not None and frame.f_globals.get("__name__") == nn.Module.__module__:
+        frame = frame.f_back
+    if str(frame.f_globals.get("__name__")).startswith(("torch.ao.", "torchao.")):
+        raise unsupported("Quantization in place")
+    module.__dict__["qconfig"] = value
+
+
+# What torch.ao.quantization sets on every module before it replaces those of certain classes, by `type(module)`, which
+# is another one here. It would leave an attached layer out in silence. Users set it too, on a model that is copied.
+_QCONFIG = property(_get_qconfig, _set_qconfig, lambda module: module.__dict__.pop("qconfig"))

@@ -122,7 +122,7 @@ FORWARDS: dict[str, tuple[Forward, str]] = {
     "a tuple": (lambda self, x: (plain(self, x), None), "something else"),
     "another shape": (lambda self, x: plain(self, x).flatten(1), "something else"),
     "another dtype": (lambda self, x: plain(self, x).double(), "something else"),
-    "a view": (lambda self, x: plain(self, x).view(x.shape[:-1] + (-1,)), "something else"),
+    "a view": (lambda self, x: plain(self, x).view((*x.shape[:-1], -1)), "something else"),
     "dropout in training": (lambda self, x: plain(self, F.dropout(x, 0.1, self.training)), "something else"),
     "large outputs are bounded": (lambda self, x: plain(self, x).clamp(-6e4, 6e4), "something else"),
     "no bias": (lambda self, x: F.linear(x, self.weight) + 0 * self.bias, "something else"),
