@@ -21,7 +21,8 @@ from hf_fngd.engine.forward import Forwards
 from hf_fngd.engine.layer import attached_layers
 from hf_fngd.engine.state import check_state
 from hf_fngd.engine.window import MicroBatch, Window, after_backward, in_backward
-from hf_fngd.layers.select import select_layers
+from hf_fngd.layers.base import is_frozen
+from hf_fngd.layers.select import Selected, select_layers
 from hf_fngd.settings import READ_BY_POLICIES, Settings, with_settings
 from hf_fngd.weights.algebra import accumulation_dtype
 from hf_fngd.weights.base import SharingPolicy, State, policy_class
@@ -61,7 +62,8 @@ class FNGDPreconditioner(Joins):
         self.policy = own.sharing if isinstance(own.sharing, SharingPolicy) else policy_class(own.sharing)()
         solves = self.policy.solves
         selection = select_layers(model, own.target_modules, own.exclude_modules, own.layer_types, solves=solves)
-        self.layers = selection.matrices
+        self.matrices = selection.matrices
+        self._first = self.layers[0].module
         self._attached = attached_layers(selection.layers, solves)
         self.policy.prepare(len(self._attached), **{name: own.effective(name) for name in READ_BY_POLICIES})
         self._model = weakref.ref(model)
@@ -86,6 +88,11 @@ class FNGDPreconditioner(Joins):
         )
 
     @property
+    def layers(self) -> list[Selected]:
+        """The preconditioned layers that are trained now; the attribute ``matrices`` has the frozen ones as well."""
+        return [layer for layer in self.matrices if not is_frozen(layer.module)]
+
+    @property
     def model(self) -> nn.Module:
         """The model that this preconditioner is attached to; raises ReferenceError where it no longer exists."""
         model = self._model()
@@ -108,7 +115,7 @@ class FNGDPreconditioner(Joins):
         compared = 0
         if batches or world > 1:
             compared = self.policy.close(batches, begun, self._like())
-        self._coverage.tell(compared)
+        self._coverage.tell(compared, self._forwards.live)
         self._heed_epoch()
 
     def skip(self) -> None:
@@ -208,7 +215,7 @@ class FNGDPreconditioner(Joins):
         if self._edge.missed():  # the last step of the epoch was skipped
             self._window.close()
             self.end_epoch()
-        weight = self.layers[0].module.weight
+        weight = self._first.weight
         version = weight._version if isinstance(weight, Tensor) else 0
         self._window.make_room(self._has_gradients(), version)
         begin = functools.partial(self.policy.begin, size, self._window.next_offset)
@@ -219,14 +226,14 @@ class FNGDPreconditioner(Joins):
     def _has_gradients(self) -> bool:
         # FSDP2 puts an accumulated gradient on the parameter only when it is reduced; a weight that is computed from
         # others (pruned meanwhile) has none.
-        weights = [layer.module.weight for layer in self.layers]
+        weights = [layer.selected.module.weight for layer in self._forwards.live if layer.selected.matrix]
         return self._fsdp or any(
             isinstance(w, Tensor) and (is_sharded(w) or not w.is_leaf or w.grad is not None) for w in weights
         )
 
     def _like(self) -> Tensor:
         """An empty tensor of the dtype and device of the sample weights."""
-        weight = self.layers[0].module.weight
+        weight = self._first.weight
         assert isinstance(weight, Tensor)
         return torch.empty(0, dtype=accumulation_dtype(weight.dtype), device=weight.device)
 
@@ -253,7 +260,9 @@ class FNGDPreconditioner(Joins):
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """The inverse of `state_dict`. Raises ValueError, and loads nothing, where policy or layers are others."""
-        state = check_state(state_dict, self.policy.name, [layer.selected.name for layer in self._attached])
+        names = [layer.selected.name for layer in self._attached]
+        frozen = {layer.selected.name for layer in self._attached if is_frozen(layer.selected.module)}
+        state = check_state(state_dict, self.policy.name, names, frozen)
         like = self._like()
         moved = {
             key: value.to(like if value.is_floating_point() else like.device)

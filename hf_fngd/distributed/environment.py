@@ -1,10 +1,13 @@
 """Environments in which FNGD would train wrongly: it refuses them early, and names what to use instead."""
 
 import sys
+from collections.abc import Iterable
+from types import FrameType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from hf_fngd.distributed.sharded import is_sharded
 
@@ -60,6 +63,22 @@ def refuse_split_weight(weight: Tensor) -> None:
     """Raise RuntimeError for a weight that is a shard in its layer's forward (under FSDP2 it is whole by then)."""
     if is_sharded(weight):
         raise _split(*_TENSOR_PARALLEL)
+
+
+def refuse_unfrozen(modules: Iterable[nn.Module]) -> None:
+    """Raise RuntimeError for layers that were frozen when the model under way was put into DistributedDataParallel."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        wrapper = frame.f_locals.get("self")
+        if isinstance(wrapper, DistributedDataParallel):
+            known = {id(p) for p in wrapper._module_parameters}
+            if any(p.requires_grad and id(p) not in known for module in modules for p in module.parameters(False)):
+                raise RuntimeError(
+                    "layers were unfrozen after DistributedDataParallel was put around the model: it averages the "
+                    "gradients of those parameters alone that were trained at that time. Put it around the model "
+                    "again after unfreezing, or unfreeze before, with a learning rate of 0"
+                )
+        frame = frame.f_back
 
 
 def _split(title: str, what: str) -> RuntimeError:

@@ -130,6 +130,8 @@ def _make_subclass(base: Any, attribute: str, signature: inspect.Signature) -> A
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         if not isinstance(args, tuple):  # but a proxy for all of them
             raise unsupported("torch.fx.symbolic_trace")
+        if attribute == _LAYER and (weight := self._parameters.get("weight")) is not None and not weight.requires_grad:
+            return base.forward(self, *args, **kwargs)  # frozen: at no cost, as most layers of an adapted model are
         # No bound method: after a graph break torch.compile would look it up by name, and find this function.
         own = self.__dict__.get(attribute + _REPLACED) or functools.partial(base.forward, self)
         handler = self.__dict__.get(attribute)

@@ -10,14 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_fngd.distributed.environment import refuse_replica, refuse_split_weight
+from hf_fngd.distributed.environment import refuse_replica, refuse_split_weight, refuse_unfrozen
 from hf_fngd.engine.attach import Attachment, unsupported
 from hf_fngd.engine.backward import Engine, LayerCall, begin, numbered
 from hf_fngd.engine.graph import uses_in_graph
 from hf_fngd.engine.layer import ON_TOP_OF_ANOTHER, USED_ELSEWHERE, Layer
 from hf_fngd.engine.samples import Samples
 from hf_fngd.engine.window import MicroBatch, Window, in_backward
-from hf_fngd.layers.base import NOT_THE_BATCH, weight_of
+from hf_fngd.layers.base import NOT_THE_BATCH, is_frozen, weight_of
 from hf_fngd.layers.embedding import EmbeddingKernel
 
 logger = logging.getLogger(__name__)
@@ -30,7 +30,7 @@ class Forwards:
     """Sends the training forward passes of a model through its layers' kernels; all others are the modules' own.
 
     ``opened`` refers to what begins a training forward pass of N samples. ``batch`` is the micro-batch of the last one;
-    None where it has none, or was closed.
+    None where it has none, or was closed. ``live`` are the layers that were trained at any time.
     """
 
     def __init__(
@@ -43,10 +43,12 @@ class Forwards:
     ) -> None:
         self.batch: MicroBatch | None = None
         self._layers, self._window, self._opened = layers, window, opened
-        self._engine = Engine(layers, self._begin)
+        self._engine = Engine(layers, self._begin_in_graph)
         self._number: Tensor | None = None
         self._inspected = self._inside = False
         self.samples = Samples(layers, batch_dim)
+        self._frozen = [layer for layer in layers if is_frozen(layer.selected.module)]  # from the beginning
+        self.live = [layer for layer in layers if layer not in self._frozen]
         handlers = [(layer.selected.module, partial(self._layer_forward, layer)) for layer in layers]
         self._attachment = Attachment(model, self._model_forward, handlers)
 
@@ -71,11 +73,26 @@ class Forwards:
         self.batch = opened(size)
         return self.batch
 
+    def _begin_in_graph(self, size: int) -> MicroBatch:
+        self._look_for_unfrozen()
+        return self._begin(size)
+
+    def _look_for_unfrozen(self) -> None:
+        """Where layers join that were frozen before: it is found out about them what is known of the others."""
+        still = [layer for layer in self._frozen if is_frozen(layer.selected.module)]
+        if len(still) == len(self._frozen):
+            return
+        refuse_unfrozen([layer.selected.module for layer in self._frozen if layer not in still])
+        self._frozen, self.live = still, [layer for layer in self._layers if layer not in still]
+        self._inspected, self.samples.left = False, self.samples.PROBES
+
     def _model_forward(self, module: nn.Module, own: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         if not (module.training and torch.is_grad_enabled()):
             return own(*args, **kwargs)
         refuse_replica(module)
         sample = _find_sample(args, kwargs)
+        if not torch.compiler.is_compiling() and self._frozen:
+            self._look_for_unfrozen()
         if not torch.compiler.is_compiling() and self.samples.left and sample is not None:
             self.samples.probe(module, own, args, kwargs, sample)
         if sample is not None and self.samples.dim < sample.dim():
