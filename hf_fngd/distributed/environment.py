@@ -1,7 +1,6 @@
 """Environments in which FNGD would train wrongly: it refuses them early, and names what to use instead."""
 
 import sys
-from collections.abc import Iterable
 from types import FrameType
 from typing import Any
 
@@ -65,19 +64,22 @@ def refuse_split_weight(weight: Tensor) -> None:
         raise _split(*_TENSOR_PARALLEL)
 
 
-def refuse_unfrozen(modules: Iterable[nn.Module]) -> None:
-    """Raise RuntimeError for layers that were frozen when the model under way was put into DistributedDataParallel."""
+def refuse_unfrozen() -> None:
+    """Raise RuntimeError where the model under way was put into DistributedDataParallel before layers were unfrozen."""
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         wrapper = frame.f_locals.get("self")
         if isinstance(wrapper, DistributedDataParallel):
-            known = {id(p) for p in wrapper._module_parameters}
-            if any(p.requires_grad and id(p) not in known for module in modules for p in module.parameters(False)):
+            named = wrapper.module.named_parameters()
+            sizes = [p.nbytes for name, p in named if p.requires_grad and name not in wrapper.parameters_to_ignore]
+            known = wrapper._get_ddp_logging_data()  # type: ignore[no-untyped-call]
+            if [len(sizes), sum(sizes)] != [known["num_parameter_tensors"], known["total_parameter_size_bytes"]]:
                 raise RuntimeError(
                     "layers were unfrozen after DistributedDataParallel was put around the model: it averages the "
                     "gradients of those parameters alone that were trained at that time. Put it around the model "
-                    "again after unfreezing, or unfreeze before, with a learning rate of 0"
+                    "again after unfreezing, or train them from the start, at first with a learning rate of 0"
                 )
+            return
         frame = frame.f_back
 
 

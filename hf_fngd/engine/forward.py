@@ -82,7 +82,7 @@ class Forwards:
         still = [layer for layer in self._frozen if is_frozen(layer.selected.module)]
         if len(still) == len(self._frozen):
             return
-        refuse_unfrozen([layer.selected.module for layer in self._frozen if layer not in still])
+        refuse_unfrozen()
         self._frozen, self.live = still, [layer for layer in self._layers if layer not in still]
         self._inspected, self.samples.left = False, self.samples.PROBES
 
