@@ -16,7 +16,7 @@ from hf_fngd.config import FNGDConfig, set_in
 from hf_fngd.distributed.join import Joins
 from hf_fngd.distributed.sharded import local
 from hf_fngd.engine.coverage import CoverageReport
-from hf_fngd.engine.state import GONE, check_groups, check_keys, gone
+from hf_fngd.engine.state import GONE, check_groups, check_keys, gone, with_frozen
 from hf_fngd.preconditioner import FNGDPreconditioner
 from hf_fngd.settings import Settings, with_settings
 from hf_fngd.updates import FALLBACK_RULES, RULES, Update
@@ -59,7 +59,7 @@ class FNGD(torch.optim.Optimizer, Joins):
         self._checked: list[int] = []  # the trainable parameters of the last step
         fallback = FALLBACK_RULES[self.settings.fallback]
         inner = self.preconditioner.model
-        groups = parameter_groups(inner, self.preconditioner.layers, self.settings, fallback)
+        groups = parameter_groups(inner, self.preconditioner.matrices, self.settings, fallback)
         if self.settings.param_groups:
             named = by_name(inner, self.settings.param_groups)
             self.settings = dataclasses.replace(self.settings, param_groups=named)
@@ -156,7 +156,7 @@ class FNGD(torch.optim.Optimizer, Joins):
         if squared is not None and natural:
             policy = self.preconditioner.policy
             assert isinstance(policy, SolvedPolicy)
-            norms, sizes = of_layers(squared, self.param_groups, len(self.preconditioner.layers))
+            norms, sizes = of_layers(squared, self.param_groups, len(self.preconditioner.matrices))
             scales = natural_scales(norms, sizes, policy.rho, policy.spread, policy.damping)
         for group in self.param_groups:
             self._update_group(group, scales)
@@ -219,7 +219,7 @@ class FNGD(torch.optim.Optimizer, Joins):
             values["lambda"] = math.nan
             norms = squared_norms(self.param_groups)
             if norms is not None:
-                squared, _ = of_layers(norms, self.param_groups, len(self.preconditioner.layers))
+                squared, _ = of_layers(norms, self.param_groups, len(self.preconditioner.matrices))
                 damping = damping_from_gradient(policy.rho.to(squared), squared, policy.damping)
                 values["lambda"] = float(damping[damping > 0].log().mean().exp())  # NaN where there is none
         return values
@@ -248,11 +248,14 @@ class FNGD(torch.optim.Optimizer, Joins):
         if own["engine"].get("sharing") not in GONE:  # which the engine refuses, by its name
             if own.get("norms") is not None:
                 raise gone("update='momentum' and step_scale='rms'")
-            check_groups(state_dict, self.param_groups)
+            state_dict, kept = with_frozen(state_dict, self.param_groups)
+            check_groups(state_dict, kept)
         # Before torch's, which it must not leave half done: it may refuse the state.
         self.preconditioner.load_state_dict(own["engine"])
-        first = {key: value for key, value in groups[0].items() if key != _STATE_KEY}
-        super().load_state_dict({**state_dict, "param_groups": [first, *groups[1:]]})
+        first, *others = state_dict["param_groups"]
+        groups = [{key: value for key, value in first.items() if key != _STATE_KEY}, *others]
+        self.param_groups = kept
+        super().load_state_dict({**state_dict, "param_groups": groups})
         self.skipped = own["skipped"]
 
 

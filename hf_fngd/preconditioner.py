@@ -22,8 +22,8 @@ from hf_fngd.engine.ids import Ids
 from hf_fngd.engine.layer import attached_layers
 from hf_fngd.engine.state import check_state
 from hf_fngd.engine.window import MicroBatch, Window, after_backward, in_backward
-from hf_fngd.layers.base import weight_of
-from hf_fngd.layers.select import Selection, select_layers
+from hf_fngd.layers.base import is_frozen, weight_of
+from hf_fngd.layers.select import Selected, refuse_complex, refuse_unfit, select_layers
 from hf_fngd.settings import READ_BY_POLICIES, Settings, with_settings
 from hf_fngd.weights.algebra import accumulation_dtype
 from hf_fngd.weights.base import SharingPolicy, State, policy_class
@@ -66,7 +66,8 @@ class FNGDPreconditioner(Joins):
         refuse_complex(selection)
         if own.strict:
             refuse_unfit(selection)
-        self.layers = selection.matrices
+        self.matrices = selection.matrices
+        self._first = self.layers[0].module
         self._attached = attached_layers(selection.layers, solves)
         self.policy.prepare(len(self._attached), **{name: own.effective(name) for name in READ_BY_POLICIES})
         self._model = weakref.ref(model)
@@ -91,6 +92,11 @@ class FNGDPreconditioner(Joins):
         )
 
     @property
+    def layers(self) -> list[Selected]:
+        """The preconditioned layers that are trained now; the attribute ``matrices`` has the frozen ones as well."""
+        return [layer for layer in self.matrices if not is_frozen(layer.module)]
+
+    @property
     def model(self) -> nn.Module:
         """The model that this preconditioner is attached to; raises ReferenceError where it no longer exists."""
         model = self._model()
@@ -113,7 +119,7 @@ class FNGDPreconditioner(Joins):
         compared = 0
         if batches or world > 1:
             compared = self.policy.close(batches, begun, self._like())
-        self._coverage.tell(compared)
+        self._coverage.tell(compared, self._forwards.live)
         self._heed_epoch()
 
     def skip(self) -> None:
@@ -215,7 +221,7 @@ class FNGDPreconditioner(Joins):
         if self._edge.missed():  # the last step of the epoch was skipped
             self._window.close()
             self.end_epoch()
-        weight = weight_of(self.layers[0].module)
+        weight = weight_of(self._first)
         version = 0 if weight is None else weight._version
         self._window.make_room(self._has_gradients(), version)
         begin = functools.partial(self.policy.begin, size, self._window.next_offset)
@@ -226,14 +232,14 @@ class FNGDPreconditioner(Joins):
     def _has_gradients(self) -> bool:
         # FSDP2 puts an accumulated gradient on the parameter only when it is reduced; a weight that is computed from
         # others (pruned meanwhile) has none.
-        weights = [weight_of(layer.module) for layer in self.layers]
+        weights = [weight_of(layer.selected.module) for layer in self._forwards.live if layer.selected.matrix]
         return self._fsdp or any(
             isinstance(w, Tensor) and (is_sharded(w) or not w.is_leaf or w.grad is not None) for w in weights
         )
 
     def _like(self) -> Tensor:
         """An empty tensor of the dtype and device of the sample weights."""
-        weight = weight_of(self.layers[0].module)
+        weight = weight_of(self._first)
         assert weight is not None
         return torch.empty(0, dtype=accumulation_dtype(weight.dtype), device=weight.device)
 
@@ -260,7 +266,9 @@ class FNGDPreconditioner(Joins):
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """The inverse of `state_dict`. Raises ValueError, and loads nothing, where policy or layers are others."""
-        state = check_state(state_dict, self.policy.name, [layer.selected.name for layer in self._attached])
+        names = [layer.selected.name for layer in self._attached]
+        frozen = {layer.selected.name for layer in self._attached if is_frozen(layer.selected.module)}
+        state = check_state(state_dict, self.policy.name, names, frozen)
         like = self._like()
         moved = {
             key: value.to(like if value.is_floating_point() else like.device)
@@ -272,23 +280,3 @@ class FNGDPreconditioner(Joins):
         self._forwards.batch = None
         for layer in self._attached:
             layer.load_state(state["layers"][layer.selected.name])
-
-
-def refuse_unfit(selection: Selection) -> None:
-    """Raise ValueError where samples cannot be weighed in matrices that nobody left out."""
-    if found := {name: selection.plain[name] for name in selection.unfit if name in selection.plain}:
-        reasons = "; ".join(f"{name} ({reason})" for name, reason in list(found.items())[:4])
-        raise ValueError(
-            f"strict=True: {len(found)} matrices cannot be weighed: {reasons}. Name their modules in exclude_modules, "
-            "or set strict=False"
-        )
-
-
-def refuse_complex(selection: Selection) -> None:
-    """Raise ValueError where a layer to attach has a complex weight, whose gradient the kernels do not form."""
-    weights = {layer.name: weight_of(layer.module) for layer in selection.layers}
-    if found := [name for name, weight in weights.items() if weight is not None and weight.is_complex()]:
-        raise ValueError(
-            f"the weights of {len(found)} layers are complex, and FNGD weighs samples in real ones alone: leave them "
-            f"out by exclude_modules={found}"
-        )

@@ -1,10 +1,12 @@
 """Environments in which FNGD would train wrongly: it refuses them early, and names what to use instead."""
 
 import sys
+from types import FrameType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from hf_fngd.distributed.sharded import is_sharded
 
@@ -60,6 +62,25 @@ def refuse_split_weight(weight: Tensor) -> None:
     """Raise RuntimeError for a weight that is a shard in its layer's forward (under FSDP2 it is whole by then)."""
     if is_sharded(weight):
         raise _split(*_TENSOR_PARALLEL)
+
+
+def refuse_unfrozen() -> None:
+    """Raise RuntimeError where the model under way was put into DistributedDataParallel before layers were unfrozen."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        wrapper = frame.f_locals.get("self")
+        if isinstance(wrapper, DistributedDataParallel):
+            named = wrapper.module.named_parameters()
+            sizes = [p.nbytes for name, p in named if p.requires_grad and name not in wrapper.parameters_to_ignore]
+            known = wrapper._get_ddp_logging_data()  # type: ignore[no-untyped-call]
+            if [len(sizes), sum(sizes)] != [known["num_parameter_tensors"], known["total_parameter_size_bytes"]]:
+                raise RuntimeError(
+                    "layers were unfrozen after DistributedDataParallel was put around the model: it averages the "
+                    "gradients of those parameters alone that were trained at that time. Put it around the model "
+                    "again after unfreezing, or train them from the start, at first with a learning rate of 0"
+                )
+            return
+        frame = frame.f_back
 
 
 def _split(title: str, what: str) -> RuntimeError:

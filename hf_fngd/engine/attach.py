@@ -12,6 +12,7 @@ puts one there, behind the optimizer, that computes the model's output in anothe
 import copyreg
 import functools
 import inspect
+import sys
 import weakref
 from collections.abc import Callable, Sequence
 from types import FunctionType, MethodType
@@ -165,6 +166,8 @@ def _subclass(base: Any, attribute: str) -> Any:
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         if not isinstance(args, tuple):  # but a proxy for all of them
             raise unsupported("torch.fx.symbolic_trace")
+        if attribute == _LAYER and (weight := self._parameters.get("weight")) is not None and not weight.requires_grad:
+            return base.forward(self, *args, **kwargs)  # frozen: at no cost, as most layers of an adapted model are
         # No bound method: after a graph break torch.compile would look it up by name, and find this function.
         own = functools.partial(base.forward, self)
         handler = self.__dict__.get(attribute)
@@ -195,4 +198,27 @@ def _subclass(base: Any, attribute: str) -> Any:
     own["__prepare_scriptable__"] = script  # torch.jit.script asks for it
     if attribute == _MODEL:
         own["__setattr__"] = set_attribute
+    if attribute == _LAYER:
+        own["qconfig"] = _QCONFIG
     return type(base.__name__, (base,), names | own)
+
+
+def _get_qconfig(module: nn.Module) -> Any:
+    try:
+        return module.__dict__["qconfig"]
+    except KeyError as error:
+        raise AttributeError("qconfig") from error
+
+
+def _set_qconfig(module: nn.Module, value: Any) -> None:
+    frame = sys._getframe(1)
+    while frame.f_back is not None and frame.f_globals.get("__name__") == nn.Module.__module__:
+        frame = frame.f_back
+    if str(frame.f_globals.get("__name__")).startswith(("torch.ao.", "torchao.")):
+        raise unsupported("Quantization in place")
+    module.__dict__["qconfig"] = value
+
+
+# What torch.ao.quantization sets on every module before it replaces those of certain classes, by `type(module)`, which
+# is another one here. It would leave an attached layer out in silence. Users set it too, on a model that is copied.
+_QCONFIG = property(_get_qconfig, _set_qconfig, lambda module: module.__dict__.pop("qconfig"))

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from hf_fngd.engine.layer import NEVER_CALLED, Layer
-from hf_fngd.layers.base import weight_of
+from hf_fngd.layers.base import is_frozen
 from hf_fngd.layers.select import Selection
 
 logger = logging.getLogger(__name__)
@@ -64,11 +64,11 @@ class Coverage:
         missed: dict[str, str] = {}
         plain = dict(self._selection.plain)
         for layer in self._layers:
-            weight = weight_of(layer.selected.module)
-            if weight is not None and not (weight.requires_grad or weight.grad_fn):  # frozen by now
+            if is_frozen(layer.selected.module):
                 continue
             names, matrix, reasons = layer.selected.parameters, layer.selected.matrix, layer.reasons
-            if self._told and not reasons and not layer.weighed and not layer.shared.ever:
+            unreached = layer.shared.unreached and not layer.shared.ever
+            if not reasons and not layer.weighed and unreached:
                 reasons = [NEVER_CALLED]
             if reasons:
                 (missed if matrix else plain).update(dict.fromkeys(names, "; ".join(reasons)))
@@ -79,16 +79,17 @@ class Coverage:
         plain = {name: reason for name, reason in plain.items() if name not in weighed}
         return CoverageReport(tuple(preconditioned), plain, missed, tuple(weighed), self.note())
 
-    def tell(self, samples: int) -> None:
+    def tell(self, samples: int, live: Sequence[Layer]) -> None:
         """A step was taken, whose sample weights compared so many samples: log the report, if it says more than before.
 
-        With ``strict`` raise RuntimeError where an attached layer is not weighed.
+        ``live`` are the layers that were trained at any time. With ``strict`` raise RuntimeError where one of these is
+        not weighed.
         """
-        for layer in self._layers:
+        for layer in live:
             layer.close()
-        for layer in self._layers:
+        for layer in live:
             layer.shared.reached = False
-        reasons = sum(len(layer.reasons) for layer in self._layers)
+        reasons = sum(len(layer.reasons) for layer in live)
         if not (self._told or reasons or samples):
             return  # a step without gradients
         if samples == 1 and not self._told:

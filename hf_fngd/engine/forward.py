@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
-from hf_fngd.distributed.environment import refuse_replica, refuse_split_weight
+from hf_fngd.distributed.environment import refuse_replica, refuse_split_weight, refuse_unfrozen
 from hf_fngd.engine.attach import Attachment, unsupported
 from hf_fngd.engine.backward import Engine, LayerCall, begin, numbered
 from hf_fngd.engine.graph import uses_in_graph
@@ -20,7 +20,7 @@ from hf_fngd.engine.ids import COLUMN, Ids, find_ids, is_one_row, of_tokens, rea
 from hf_fngd.engine.layer import ON_TOP_OF_ANOTHER, USED_ELSEWHERE, Layer
 from hf_fngd.engine.samples import Samples
 from hf_fngd.engine.window import MicroBatch, Window, in_backward
-from hf_fngd.layers.base import ExplicitKernel, weight_of
+from hf_fngd.layers.base import ExplicitKernel, is_frozen, weight_of
 from hf_fngd.layers.embedding import EmbeddingKernel
 from hf_fngd.layers.rows import TOKENS
 
@@ -34,7 +34,7 @@ class Forwards:
     """Sends the training forward passes of a model through its layers' kernels; all others are the modules' own.
 
     ``opened`` refers to what begins a training forward pass of N samples. ``batch`` is the micro-batch of the last one;
-    None where it has none, or was closed.
+    None where it has none, or was closed. ``live`` are the layers that were trained at any time.
     """
 
     def __init__(
@@ -47,12 +47,14 @@ class Forwards:
     ) -> None:
         self.batch: MicroBatch | None = None
         self._layers, self._window, self._opened = layers, window, opened
-        self._engine = Engine(layers, self._begin)
+        self._engine = Engine(layers, self._begin_in_graph)
         self._number: Tensor | None = None
         self._tokens = False  # whether a traced graph has the batch's tokens for rows
         self._own_ids = COLUMN in inspect.signature(model.forward).parameters
         self._inspected = self._inside = False
         self.samples = Samples(layers, batch_dim)
+        self._frozen = [layer for layer in layers if is_frozen(layer.selected.module)]  # from the beginning
+        self.live = [layer for layer in layers if layer not in self._frozen]
         handlers = [(layer.selected.module, partial(self._layer_forward, layer)) for layer in layers]
         self._attachment = Attachment(model, self._model_forward, handlers)
 
@@ -77,6 +79,19 @@ class Forwards:
         self.batch = opened(size, ids)
         return self.batch
 
+    def _begin_in_graph(self, size: int, ids: Ids | None) -> MicroBatch:
+        self._look_for_unfrozen()
+        return self._begin(size, ids)
+
+    def _look_for_unfrozen(self) -> None:
+        """Where layers join that were frozen before: it is found out about them what is known of the others."""
+        still = [layer for layer in self._frozen if is_frozen(layer.selected.module)]
+        if len(still) == len(self._frozen):
+            return
+        refuse_unfrozen()
+        self._frozen, self.live = still, [layer for layer in self._layers if layer not in still]
+        self._inspected, self.samples.left = False, self.samples.PROBES
+
     def _model_forward(self, module: nn.Module, own: Callable[..., Any], *args: Any, **given: Any) -> Any:
         kwargs = given if self._own_ids else {key: value for key, value in given.items() if key != COLUMN}
         if not (module.training and torch.is_grad_enabled()):
@@ -86,6 +101,8 @@ class Forwards:
         refuse_replica(module)
         sample = _find_sample(args, kwargs)
         compiling = torch.compiler.is_compiling()
+        if not compiling and self._frozen:
+            self._look_for_unfrozen()
         if not compiling and self.samples.left and sample is not None and not is_one_row(given, sample):
             self.samples.probe(module, own, args, kwargs, sample)
         dim = self.samples.dim

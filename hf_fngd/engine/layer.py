@@ -10,7 +10,7 @@ from torch import Tensor
 from hf_fngd.distributed.sharded import local
 from hf_fngd.engine.attach import unsupported
 from hf_fngd.engine.window import MicroBatch
-from hf_fngd.layers.base import AMBIGUOUS, NOT_THE_BATCH, GramKernel, LayerKernel, weight_of
+from hf_fngd.layers.base import AMBIGUOUS, NOT_THE_BATCH, GramKernel, LayerKernel, is_frozen, weight_of
 from hf_fngd.layers.embedding import EmbeddingKernel
 from hf_fngd.layers.rows import Rows, View
 from hf_fngd.layers.select import Selected
@@ -85,6 +85,8 @@ class Layer:
         """The optimizer steps: was the weight's gradient made without this layer's backward?"""
         shared = self.shared
         if shared.reached or shared.passed_by or self.place != shared.first or self._obstacles:
+            return
+        if is_frozen(self.selected.module):
             return
         shared.unreached += 1
         if shared.unreached.bit_count() == 1:  # not in every step, as the host waits for the device

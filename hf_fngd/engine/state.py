@@ -1,6 +1,7 @@
 """Refuses a saved state that is damaged, or of another model or settings, before anything of it is loaded."""
 
-from collections.abc import Mapping, Sequence
+import itertools
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,10 +13,15 @@ from hf_fngd.weights.base import State
 GONE = ("index", "last", "ranked", "sketched")
 # What kept a layer of version 0.1.0 plain and no longer does: a convolution behind other layers.
 _NO_REASON = {"", "its input needs a gradient, which weights would change"}
+# The state of a layer that was never called.
+_NEW: list[Any] = [None, [], False, False]
 
 
-def check_state(state: Mapping[str, Any], sharing: str, layers: Sequence[str]) -> State:
-    """A state in the form of today's version; ValueError where it is damaged, or of another policy or other layers."""
+def check_state(state: Mapping[str, Any], sharing: str, layers: Sequence[str], frozen: Collection[str] = ()) -> State:
+    """A state in the form of today's version; ValueError where it is damaged, or of another policy or other layers.
+
+    Layers that are frozen may be missing, as in a state of before they were attached.
+    """
     check_keys(state, ("layers", "sharing", "policy"))
     if state["sharing"] in GONE:
         raise gone(f"sharing={state['sharing']!r}")
@@ -25,6 +31,10 @@ def check_state(state: Mapping[str, Any], sharing: str, layers: Sequence[str]) -
             "resume with the former, or start a new run"
         )
     found = _of_0_1_0(state, layers) if "averages" in state else dict(state)
+    known = list(found["layers"])
+    if known != list(layers) and known == [name for name in layers if name in known or name not in frozen]:
+        own = {name: found["layers"].get(name, _NEW) for name in layers}
+        found |= {"layers": own, "policy": _arranged(found["policy"], known, layers)}
     if list(found["layers"]) != list(layers):
         differing = sorted(set(found["layers"]) ^ set(layers)) or ["the order"]
         raise ValueError(
@@ -46,6 +56,7 @@ def gone(settings: str) -> ValueError:
 def _of_0_1_0(state: Mapping[str, Any], layers: Sequence[str]) -> State:
     """From the state of version 0.1.0, which kept other layers apart and knew fewer types of them."""
     check_keys(state, ("phase", "place"))
+    weighed = list(state["layers"])
     known = {name: [batch_first, [], repeated, False] for name, (batch_first, repeated) in state["layers"].items()}
     for name, (batch_first, reasons) in state.get("rest", {}).items():
         known[name] = [batch_first, sorted(set(reasons.split("; ")) - _NO_REASON), False, False]
@@ -54,11 +65,24 @@ def _of_0_1_0(state: Mapping[str, Any], layers: Sequence[str]) -> State:
     policy = dict(state["policy"])
     if state["sharing"] in ("never", "replay"):
         policy = {"rows": None, **state["phase"], **policy, "place": state["place"], "averages": state["averages"]}
-    elif state["sharing"] == "clipped" and policy:
-        means: dict[str, Tensor] = dict(zip(known, policy["means"].unbind(), strict=True))
-        policy["means"] = torch.stack([means.get(name, policy["means"].new_zeros(())) for name in names])
-    own = {name: known.get(name, [None, [], False, False]) for name in names}
-    return {"layers": own, "sharing": state["sharing"], "policy": policy}
+    elif state["sharing"] == "clipped":
+        weighed = list(known)
+    own = {name: known.get(name, _NEW) for name in names}
+    return {"layers": own, "sharing": state["sharing"], "policy": _arranged(policy, weighed, names)}
+
+
+def _arranged(policy: Mapping[str, Any], known: Sequence[str], names: Sequence[str]) -> State:
+    """A policy's state for other layers, by name: what it has of each layer, and of new ones what it begins with."""
+    found = dict(policy)
+    kept = [name for name in names if name in known]
+    old, new = (torch.tensor([of.index(name) for name in kept], dtype=torch.long) for of in (known, names))
+    for key, dim, empty in (("means", 0, 0.0), ("averages", 1, torch.nan), ("rows", 1, 1.0)):
+        value = policy.get(key)
+        if isinstance(value, Tensor) and value.shape[dim] == len(known):  # or else the policy refuses it
+            sizes = [len(names) if place == dim else size for place, size in enumerate(value.shape)]
+            made = value.new_full(sizes, empty)
+            found[key] = made.index_copy_(dim, new.to(value.device), value.index_select(dim, old.to(value.device)))
+    return found
 
 
 def check_keys(state: Mapping[str, Any], keys: Sequence[str]) -> None:
@@ -67,6 +91,28 @@ def check_keys(state: Mapping[str, Any], keys: Sequence[str]) -> None:
         raise ValueError(
             f"this optimizer state lacks {', '.join(missing)}: it is damaged, or of another version of FNGD"
         )
+
+
+def with_frozen(
+    state: Mapping[str, Any], groups: Sequence[dict[str, Any]]
+) -> tuple[Mapping[str, Any], list[dict[str, Any]]]:
+    """An optimizer's state of before frozen parameters were in its groups, with them; and the groups that it is for.
+
+    Groups of frozen parameters alone are left out, which neither the state has, nor that of a scheduler.
+    """
+    stored = {group.get("name"): group for group in state["param_groups"]}
+    kept = [group for group in groups if group["name"] in stored or any(p.requires_grad for p in group["params"])]
+    fresh, made = itertools.count(sum(len(group["params"]) for group in stored.values())), dict(stored)
+    for own in kept:
+        live = [name for name, p in zip(own["param_names"], own["params"], strict=True) if p.requires_grad]
+        theirs = stored.get(own["name"], {"params": []})
+        names = theirs.get("param_names", live if len(live) == len(theirs["params"]) else own["param_names"])
+        keys = dict(zip(names, theirs["params"], strict=False))
+        expected = [name for name in own["param_names"] if name in keys or name in live]
+        if own["param_names"] != names == expected:
+            params = [keys[name] if name in keys else next(fresh) for name in own["param_names"]]
+            made[own["name"]] = {**theirs, "params": params, **{key: own[key] for key in ("param_names", "layers")}}
+    return {**state, "param_groups": list(made.values())}, kept
 
 
 def check_groups(state: Mapping[str, Any], groups: Sequence[Mapping[str, Any]]) -> None:

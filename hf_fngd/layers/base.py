@@ -201,13 +201,32 @@ def trained(module: nn.Module) -> dict[str, nn.Parameter]:
     return {name: p for name, p in module.named_parameters(recurse=False) if p.requires_grad}
 
 
+def may_train(parameter: Tensor) -> bool:
+    """Whether a parameter is trained, or is once it is unfrozen: no quantized one."""
+    return parameter.requires_grad or (parameter.is_floating_point() and parameter.element_size() > 1)
+
+
+def to_train(module: nn.Module) -> dict[str, nn.Parameter]:
+    """A module's own parameters that are trained by now or later, by name."""
+    return {name: p for name, p in module.named_parameters(recurse=False) if may_train(p)}
+
+
 def weight_of(module: nn.Module) -> Tensor | None:
     """The parameter that stands for all of a layer's: ``weight``, the one it is computed from, or the first trained."""
     if is_parametrized(module, "weight"):  # not computed anew, which may change a state
         parametrizations: Any = module.parametrizations
         return next(parametrizations["weight"].parameters(recurse=False), None)
     weight = getattr(module, "weight", None)
-    return weight if isinstance(weight, Tensor) else next(iter(trained(module).values()), None)
+    return weight if isinstance(weight, Tensor) else next(iter((trained(module) or to_train(module)).values()), None)
+
+
+def is_frozen(module: nn.Module) -> bool:
+    """Whether the weight of a layer is frozen; one that is computed from others counts as what it is computed from."""
+    weight: Tensor | None = module._parameters.get("weight")
+    if weight is not None:  # as a rule, and at little cost: an adapted model has hundreds of frozen layers
+        return not weight.requires_grad
+    weight = weight_of(module)
+    return weight is not None and not (weight.requires_grad or weight.grad_fn)
 
 
 def operands(module: nn.Module, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:

@@ -2,14 +2,23 @@
 
 import itertools
 from collections import Counter, defaultdict
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import regex
 from torch import nn
 
 from hf_fngd.checks import shown
-from hf_fngd.layers.base import GramKernel, LayerKernel, find_kernel, layer_type_names, trained, weight_of
+from hf_fngd.layers.base import (
+    GramKernel,
+    LayerKernel,
+    find_kernel,
+    is_frozen,
+    layer_type_names,
+    may_train,
+    to_train,
+    weight_of,
+)
 from hf_fngd.layers.convolution import CONVOLUTIONS
 from hf_fngd.layers.linear import MATRICES, LinearKernel
 from hf_fngd.layers.subclass import refusal
@@ -19,6 +28,7 @@ ALL_LINEAR = "all-linear"
 Modules = str | Sequence[str] | None
 TIED = "the weight is tied to another module"
 COMPUTED = "the layer's weight is computed from other parameters (as by pruning or weight normalization)"
+FROZEN = "the layer's weight is frozen"
 # A pattern may come from anyone, with a shared config: no match of a name takes longer than this, in seconds.
 _PATTERN_TIMEOUT = 1.0
 
@@ -31,20 +41,55 @@ class Selected:
     module: nn.Module
     kernel: LayerKernel
     matrix: bool  # a Linear or Conv1D with a weight of its own: it gets the update rule, all others the fallback rule
-    parameters: tuple[str, ...]  # all names in the model of those that it trains itself
+    names: Mapping[str, Sequence[str]]  # of its own parameters: all that they have in the model
+
+    @property
+    def parameters(self) -> tuple[str, ...]:
+        """The names of those of its parameters that are trained now."""
+        live = (names for leaf, names in self.names.items() if _is_live(self.module, leaf))
+        return tuple(itertools.chain.from_iterable(live))
+
+
+@dataclass(frozen=True)
+class Plain:
+    """Why a parameter is none of a preconditioned layer."""
+
+    module: nn.Module
+    leaf: str  # its name in the module
+    reason: str
+    unfit: bool  # whether it is a matrix that no layer type takes, and nobody left out
 
 
 @dataclass(frozen=True)
 class Selection:
     """The preconditioned layers; all layers to attach, these first; and why each other parameter is another.
 
-    ``unfit`` has those matrices among the others that no layer type takes, and nobody left out.
+    Frozen ones are among them, since they may be unfrozen.
     """
 
     matrices: list[Selected]
     layers: list[Selected]
-    plain: dict[str, str]
-    unfit: tuple[str, ...]
+    others: dict[str, Plain]
+
+    @property
+    def unfit(self) -> dict[str, str]:
+        """Those matrices that are trained now, that no layer type takes and nobody left out; and why none does."""
+        return {name: one.reason for name, one in self.others.items() if one.unfit and _is_live(one.module, one.leaf)}
+
+    @property
+    def plain(self) -> dict[str, str]:
+        """Why each parameter that is trained now is none of a preconditioned layer, by its name."""
+        found = {name: one.reason for name, one in self.others.items() if _is_live(one.module, one.leaf)}
+        for layer in self.matrices:
+            if is_frozen(layer.module):
+                found |= dict.fromkeys(layer.parameters, FROZEN)
+        return found
+
+
+def _is_live(module: nn.Module, leaf: str) -> bool:
+    """Whether a module's parameter is trained now, or has become a tensor that is computed from others."""
+    parameter = module._parameters.get(leaf)
+    return parameter is None or parameter.requires_grad
 
 
 def select_layers(
@@ -57,23 +102,23 @@ def select_layers(
 ) -> Selection:
     """Choose the layers to attach; for the arguments see `hf_fngd.settings.Settings`.
 
-    A Linear or Conv1D is preconditioned if its weight is trained and belongs to it alone (a tied output head shares its
-    weight with an embedding), ``target_modules`` names it and ``exclude_modules`` does not. Of the other layers those
-    are attached whose type is registered, and none where the sharing policy ``solves``, for which they would have to
-    form Gram matrices. A weight that several modules share is weighed with all of them, or with none.
+    A Linear or Conv1D is preconditioned if its weight belongs to it alone (a tied output head shares its weight with an
+    embedding), ``target_modules`` names it and ``exclude_modules`` does not. Of the other layers those are attached
+    whose type is registered, and none where the sharing policy ``solves``, for which they would have to form Gram
+    matrices. A weight that several modules share is weighed with all of them, or with none. Frozen layers are selected
+    as if they were trained.
 
     Raises:
-        ValueError: a listed module matches none of the model's, or nothing is left to precondition.
+        ValueError: a listed module matches none of the model's, or nothing that is trained now is left to precondition.
     """
     known: dict[int, list[str]] = defaultdict(list)
     for name, parameter in model.named_parameters(remove_duplicate=False):
         known[id(parameter)].append(name)
-    uses = Counter(id(parameter) for module in model.modules() for parameter in trained(module).values())
+    uses = Counter(id(parameter) for module in model.modules() for parameter in to_train(module).values())
     wanted = set(layer_type_names(default=True) if layer_types is None else layer_types)
     matrices: list[Selected] = []
     others: list[Selected] = []
-    plain: dict[str, str] = {}
-    unfit: list[str] = []
+    plain: dict[str, Plain] = {}
     _check_listed(model, target_modules=target_modules, exclude_modules=exclude_modules)
     for name, module in model.named_modules():
         layer_type, kernel = find_kernel(module)
@@ -82,19 +127,18 @@ def select_layers(
         excluded = matches(name, exclude_modules)
         named = target_modules == ALL_LINEAR or matches(name, target_modules)
         reason = _reason(module, kernel, uses, named, excluded)
-        own = trained(module)
-        parameters = tuple(itertools.chain.from_iterable(known[id(parameter)] for parameter in own.values()))
+        names = {leaf: known[id(parameter)] for leaf, parameter in to_train(module).items()}
         if reason is None and kernel is not None:
-            matrices.append(Selected(name, module, kernel, True, parameters))
+            matrices.append(Selected(name, module, kernel, True, names))
             continue
         if kernel is not None and not excluded and (_trains_alone(module, kernel) or reason == TIED):
             kernel = replace(kernel, tied=True) if isinstance(kernel, LinearKernel) else kernel
-            others.append(Selected(name, module, kernel, False, parameters))
-        for leaf in own:
-            plain.setdefault(f"{name}.{leaf}" if name else leaf, reason or "")
-        if reason == COMPUTED or (layer_type is None and not excluded):
-            unfit += [f"{name}.{leaf}" if name else leaf for leaf, parameter in own.items() if parameter.dim() > 1]
-    if not matrices:
+            others.append(Selected(name, module, kernel, False, names))
+        none = reason == COMPUTED or (layer_type is None and not excluded)
+        for leaf in names:
+            unfit = none and module.get_parameter(leaf).dim() > 1
+            plain.setdefault(f"{name}.{leaf}" if name else leaf, Plain(module, leaf, reason or "", unfit))
+    if all(is_frozen(layer.module) for layer in matrices):
         refused = [
             f"{name or 'the model'} ({type(module).__name__}: {why})"
             for name, module in model.named_modules()
@@ -108,16 +152,37 @@ def select_layers(
         )
     among = Counter(id(weight_of(layer.module)) for layer in others)
     others = [layer for layer in others if among[id(weight_of(layer.module))] == uses[id(weight_of(layer.module))]]
-    return Selection(matrices, matrices if solves else matrices + others, plain, tuple(unfit))
+    return Selection(matrices, matrices if solves else matrices + others, plain)
+
+
+def refuse_unfit(selection: Selection) -> None:
+    """Raise ValueError where samples cannot be weighed in matrices that nobody left out."""
+    if found := selection.unfit:
+        reasons = "; ".join(f"{name} ({reason})" for name, reason in list(found.items())[:4])
+        raise ValueError(
+            f"strict=True: {len(found)} matrices cannot be weighed: {reasons}. Name their modules in exclude_modules, "
+            "or set strict=False"
+        )
+
+
+def refuse_complex(selection: Selection) -> None:
+    """Raise ValueError where a layer to attach has a complex weight, whose gradient the kernels do not form."""
+    weights = {layer.name: weight_of(layer.module) for layer in selection.layers}
+    if found := [name for name, weight in weights.items() if weight is not None and weight.is_complex()]:
+        raise ValueError(
+            f"the weights of {len(found)} layers are complex, and FNGD weighs samples in real ones alone: leave them "
+            f"out by exclude_modules={found}"
+        )
 
 
 def _trains_alone(module: nn.Module, kernel: LayerKernel) -> bool:
-    """Whether a layer that is no matrix has a trained weight, and a bias at most that is trained beside it."""
+    """Whether a layer that is no matrix has a weight to train, and a bias at most beside it."""
     if isinstance(kernel, GramKernel) or "forward" in module.__dict__:
         return False
     if isinstance(kernel, TableKernel):
         return True
-    names = {name for name, parameter in module.named_parameters() if parameter.requires_grad}
+    frozen = is_frozen(module)
+    names = {name for name, p in module.named_parameters() if p.requires_grad or (frozen and may_train(p))}
     return isinstance(getattr(module, "weight", None), nn.Parameter) and {"weight"} <= names <= {"weight", "bias"}
 
 
@@ -133,9 +198,10 @@ def _reason(
     weight = module.weight
     if not isinstance(weight, nn.Parameter):
         return COMPUTED
-    if not weight.requires_grad:
-        return "the layer's weight is frozen"
-    if any(uses[id(parameter)] > 1 for parameter in module.parameters(recurse=False)):
+    if not may_train(weight):
+        return FROZEN
+    own = [p for p in module.parameters(recurse=False) if p.requires_grad or not weight.requires_grad]
+    if any(uses[id(parameter)] > 1 for parameter in own):
         return TIED
     return None if named else "not among target_modules"
 

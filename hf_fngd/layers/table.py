@@ -21,6 +21,7 @@ from hf_fngd.layers.base import (
     find_kernel,
     plain_class,
     register_layer_type,
+    to_train,
     trained,
 )
 
@@ -72,8 +73,8 @@ def _same(module: nn.Module, own: Forward, x: Tensor) -> bool:
 
 @register_layer_type("table")
 def table_kernel(module: nn.Module) -> TableKernel | None:
-    """Of a module with trained parameters ``[1, T, d]`` of its own and no others, and no Linear or Conv1D below it."""
-    own = trained(module).values()
+    """Of a module with parameters ``[1, T, d]`` of its own and no others to train, and no Linear or Conv1D below it."""
+    own = (trained(module) or to_train(module)).values()
     if not own or any(p.dim() != 3 or len(p) != 1 for p in own):
         return None
     below = (find_kernel(child)[1] for child in module.modules() if child is not module)

@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from hf_fngd.checks import MAX_NAMES, choice, guess, modules, real, shown, text, wrong_type
+from hf_fngd.layers.base import may_train
 from hf_fngd.layers.select import matches
 from hf_fngd.updates.base import RULES
 
@@ -63,10 +64,10 @@ def assigned(model: nn.Module, chosen: Chosen) -> dict[int, int]:
     """The number of its group for each parameter that is in one of the user's, by the parameter's ``id``.
 
     A regular expression has to match a parameter's whole name. A name in a list is that of a parameter, or of a module
-    that holds it, or a dotted suffix of one. Frozen parameters are left out.
+    that holds it, or a dotted suffix of one. Quantized parameters are left out.
 
     Raises:
-        ValueError: an entry means no parameter of the model, or only frozen ones, or a parameter is in two groups.
+        ValueError: an entry means no parameter of the model, or only quantized ones, or a parameter is in two groups.
     """
     if not chosen:
         return {}
@@ -89,11 +90,10 @@ def assigned(model: nn.Module, chosen: Chosen) -> dict[int, int]:
                 held = [known[name] for name in meant.get(entry, ())]
             if not held:
                 raise ValueError(_no_match(key, entry, entry is params and entry in meant, list(known)))
-            trained = [p for p in held if p.requires_grad]
+            trained = [p for p in held if may_train(p)]
             if not trained:
                 raise ValueError(
-                    f"{key} means {names[id(held[0])]}, which is frozen: build FNGD while everything is trainable that "
-                    "is ever going to be, or leave it out"
+                    f"{key} means {names[id(held[0])]}, which is quantized ({held[0].dtype}): leave it out"
                 )
             for p in trained:
                 if found.setdefault(id(p), number) != number:

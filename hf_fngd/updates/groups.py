@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_fngd.distributed.sharded import is_sharded
+from hf_fngd.layers.base import is_frozen, may_train
 from hf_fngd.layers.select import Selected
 from hf_fngd.updates.chosen import assigned
 
@@ -32,7 +33,9 @@ def decays(model: nn.Module) -> set[str]:
 def parameter_groups(
     model: nn.Module, layers: Sequence[Selected], settings: Any, fallback: str
 ) -> list[dict[str, Any]]:
-    """Split the trainable parameters, those of the preconditioned layers first; ``params`` holds names as well.
+    """Split the parameters, those of the preconditioned layers first; ``params`` holds names as well.
+
+    Frozen ones that may be unfrozen are among them: torch's schedulers take no group that comes later.
 
     ``rule`` is a key of `hf_fngd.updates.RULES`, and ``layers`` holds the number of each parameter's layer, none in the
     groups of the rule ``fallback``. Biases are vectors, which "muon" cannot orthogonalize: they get "adam" then. Each
@@ -46,9 +49,15 @@ def parameter_groups(
     splits = [_split(settings, fallback)]
     splits += [_split(settings, fallback, group, f"_{number}") for number, group in enumerate(chosen)]
     decayed = decays(model)
-    owners = {id(p): number for number, layer in enumerate(layers) for p in layer.module.parameters(recurse=False)}
+    # A bias that is trained beside a frozen weight is none of a preconditioned layer's.
+    owners = {
+        id(p): number
+        for number, layer in enumerate(layers)
+        for p in layer.module.parameters(recurse=False)
+        if not (p.requires_grad and is_frozen(layer.module))
+    }
     for name, parameter in model.named_parameters():
-        if not parameter.requires_grad:
+        if not may_train(parameter):
             continue
         matrices, vectors, rest, rest_no_decay = splits[numbers.get(id(parameter), -1) + 1]
         if id(parameter) in owners:
@@ -130,9 +139,8 @@ def check_parameters(model: nn.Module, groups: Sequence[Mapping[str, Any]]) -> N
         raise RuntimeError(
             f"{len(missing)} trainable parameters of the model are in no group of this optimizer "
             f"({', '.join(missing[:3])}, ...): build FNGD after the model is complete (after PEFT wrapped it), or "
-            "through FNGDFactory, and layers that are to be unfrozen later before they are frozen. Where a trainer "
-            "wraps the model itself, as TRL's with peft_config, leave optimizers= out and set "
-            "trainer.optimizer_cls_and_kwargs = (FNGDFactory, {...}) before train()"
+            "through FNGDFactory. Where a trainer wraps the model itself, as TRL's with peft_config, leave optimizers= "
+            "out and set trainer.optimizer_cls_and_kwargs = (FNGDFactory, {...}) before train()"
         )
     if foreign := held - {id(p) for p in model.parameters()}:
         raise RuntimeError(

@@ -103,7 +103,8 @@ class SolvedPolicy(SharingPolicy):
         """``rho``, geometric mean over the layers, once it was measured, and ``weight_spread``, root mean square."""
         known = self.rho[~self.rho.isnan()]
         measured = {"rho": float(known.log().mean().exp())} if known.numel() else {}
-        return measured | {"weight_spread": float((self.spread.mean() - 1).clamp(min=0).sqrt())}
+        spread = self.spread[~self.rho.isnan()] if known.numel() else self.spread[:1]
+        return measured | {"weight_spread": float((spread.mean() - 1).clamp(min=0).sqrt())}
 
     def state_dict(self) -> State:
         return {"place": self.place, "averages": self.averages}

@@ -9,6 +9,7 @@ import os
 import sys
 import tempfile
 from collections.abc import Callable
+from contextlib import nullcontext
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -278,6 +279,35 @@ def fsdp2_accumulation() -> dict[str, Any]:
                 fngd.step()
                 fngd.zero_grad()
             found[f"reshard_after_forward={reshard}, {dtype}"] = stored_rows(fngd)
+    return found
+
+
+def unfreezing() -> dict[str, Any]:
+    """A layer that joins: under DDP only where the model is wrapped again, under FSDP2 by itself."""
+    rank, world = dist.get_rank(), dist.get_world_size()
+    found: dict[str, Any] = {}
+    for name, wrap in (("ddp", DistributedDataParallel), ("fsdp2", _shard)):
+        outcomes = []
+        for wrapped in ([rank], list(range(world))):
+            with nullcontext() if wrapped == [rank] else alone():
+                model = net(width=9)
+                model.fc1.requires_grad_(False)
+                called = wrap(model) if wrapped == [rank] else model
+                fngd = optimizer(model, sharing="clipped")
+                run(called, fngd, wrapped, range(3))
+                model.fc1.requires_grad_(True)
+                if called is not model:
+                    try:
+                        called(batch(0, rank)[0])
+                    except RuntimeError as error:
+                        found["refused"] = str(error)
+                    called = wrap(model)
+                run(called, fngd, wrapped, range(3, 6))
+                outcomes.append(flat(model))
+                if wrapped == [rank]:
+                    found[f"{name}, agree"] = agree(outcomes[0])
+        found[name] = float((outcomes[0] - outcomes[1]).abs().max())
+        found[f"{name}, missed"] = list(fngd.coverage().missed)
     return found
 
 

@@ -17,7 +17,7 @@ CHECKS = "tests.distributed.checks"
 @pytest.mark.timeout(600)
 def test_two_processes(subtests: pytest.Subtests, tmp_path: Path) -> None:
     names = ["ddp", "fsdp2", "fsdp2_after", "uniform_gradients", "collectives", "empty_ranks", "uneven_ranks", "resume"]
-    names += ["distributed_checkpoint", "fsdp2_accumulation", "tensor_parallel", "trainer"]
+    names += ["distributed_checkpoint", "fsdp2_accumulation", "unfreezing", "tensor_parallel", "trainer"]
     found = launch(CHECKS, 2, tmp_path, *names)
     with subtests.test("ddp"):
         equal_to_accumulation(found["ddp"], tolerance=0.0)
@@ -48,6 +48,12 @@ def test_two_processes(subtests: pytest.Subtests, tmp_path: Path) -> None:
         assert found["distributed_checkpoint"] == dict.fromkeys(SETTINGS, True)
     with subtests.test("FSDP2 keeps every micro-batch of a step"):
         assert list(found["fsdp2_accumulation"].values()) == [2 * 3 * 2] * 4  # processes, steps, micro-batches
+    with subtests.test("layers join"):
+        outcome = found["unfreezing"]
+        assert "unfrozen after DistributedDataParallel" in outcome.pop("refused")
+        assert outcome.pop("ddp, agree") is outcome.pop("fsdp2, agree") is True
+        assert outcome.pop("ddp, missed") == outcome.pop("fsdp2, missed") == []
+        assert max(outcome.values()) < 1e-12
     with subtests.test("tensor parallelism is refused"):
         assert set(found["tensor_parallel"]) == {"before", "after"}
         assert all("tensor parallelism" in message for message in found["tensor_parallel"].values())

@@ -123,14 +123,18 @@ def test_layers_that_share_a_bias_stay_plain() -> None:
     assert names(model) == ["layers.0.fc2", "layers.1.fc2", "myfc1", "head"]
 
 
-def test_frozen_weights_are_left_out_and_their_trained_biases_stay_plain() -> None:
+def test_frozen_layers_are_selected_too_and_reported_once_they_are_trained() -> None:
     model = Model()
     model.myfc1.weight.requires_grad_(False)
     model.layers[0].requires_grad_(False)
+    model.norm.requires_grad_(False)
     selection = select_layers(model, "all-linear", None)
-    assert [layer.name for layer in selection.matrices] == ["layers.1.fc1", "layers.1.fc2", "head"]
+    assert [layer.name for layer in selection.matrices] == names(Model())
     assert selection.plain["myfc1.bias"] == "the layer's weight is frozen"
-    assert not any(name.startswith("layers.0") for name in selection.plain)
+    assert not any(name.startswith(("layers.0", "norm")) for name in selection.plain)
+    model.requires_grad_(True)
+    assert "myfc1.bias" not in selection.plain
+    assert "norm.bias" in selection.plain
 
 
 def test_a_frozen_bias_does_not_keep_the_weight_out() -> None:

@@ -95,11 +95,14 @@ def test_a_tied_parameter_goes_by_any_of_its_names() -> None:
     assert {name for name, lr in rates(optimizer).items() if lr == 7.0} == {"embedding.weight"}
 
 
-def test_frozen_parameters_of_a_module_are_left_out() -> None:
+def test_frozen_parameters_are_in_their_group_from_the_start() -> None:
     model = deep()
-    model.head.weight.requires_grad_(False)
-    optimizer = FNGD(model, param_groups=[{"params": ["head"], "lr": 7.0}])
-    assert {name for name, lr in rates(optimizer).items() if lr == 7.0} == {"head.bias"}
+    model.layer[0].requires_grad_(False)
+    groups = [{"params": ["layer.0"], "lr": 7.0}, {"params": [model.embedding.weight.requires_grad_(False)], "lr": 8.0}]
+    optimizer = FNGD(model, param_groups=groups)
+    own = {name: lr for name, lr in rates(optimizer).items() if lr >= 7.0}
+    norm = ("layer.0.norm.weight", "layer.0.norm.bias")
+    assert own == dict.fromkeys(["layer.0.fc.weight", "layer.0.fc.bias", *norm], 7.0) | {"embedding.weight": 8.0}
 
 
 # What they say -----------------------------------------------------------------------------------------------
@@ -171,10 +174,9 @@ ERRORS: dict[str, tuple[Callable[[Deep], Any], str]] = {
         lambda m: [{"params": deep().head.parameters()}],
         r"a Parameter of the shape \(3, 6\) that is none of the model's",
     ),
-    "frozen": (lambda m: [{"params": [m.head.bias.requires_grad_(False)]}], "means head.bias, which is frozen"),
-    "frozen module": (
-        lambda m: [{"params": ["head"]}] if m.head.requires_grad_(False) else None,
-        "means head.weight, which is frozen",
+    "quantized": (
+        lambda m: [{"params": ["quantized"]}],
+        r"means quantized, which is quantized \(torch.int8\)",
     ),
     "a rule for no matrix": (
         lambda m: [{"params": ["embedding"], "update": "adam"}],
@@ -194,10 +196,10 @@ ERRORS: dict[str, tuple[Callable[[Deep], Any], str]] = {
 @pytest.mark.parametrize(("groups", "message"), ERRORS.values(), ids=ERRORS)
 def test_a_wrong_group_is_refused_and_the_model_is_plain_again(groups: Callable[[Deep], Any], message: str) -> None:
     model = deep()
+    model.quantized = nn.Parameter(torch.ones(2, dtype=torch.int8), requires_grad=False)
     with pytest.raises(ValueError, match=message):
         FNGD(model, param_groups=groups(model))
-    if any(p.requires_grad for p in model.head.parameters()):
-        FNGD(model)
+    FNGD(model)
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from transformers import Trainer
 
 from hf_fngd import FNGD
 from tests.architectures.families import FAMILIES
-from tests.nets import net, trained
+from tests.nets import net
 
 
 class WithNorm(nn.Module):
@@ -29,16 +29,16 @@ MODELS = {name: family.build for name, family in FAMILIES.items()} | {"names": W
 
 
 @pytest.mark.parametrize("make", MODELS.values(), ids=MODELS)
-def test_every_trainable_parameter_is_in_one_group_and_decay_follows_trainers_rule(
+def test_every_parameter_is_in_one_group_and_decay_follows_trainers_rule(
     make: Callable[[], nn.Module],
 ) -> None:
     model = make()
     groups = FNGD(model, weight_decay=0.1).param_groups
     held = [id(p) for group in groups for p in group["params"]]
     assert len(held) == len(set(held))
-    assert set(held) == {id(p) for p in trained(model)}
+    assert set(held) == {id(p) for p in model.parameters()}
     decayed = set(Trainer.get_decay_parameter_names(None, model))
-    expected = {id(p) for name, p in model.named_parameters() if name in decayed and p.requires_grad}
+    expected = {id(p) for name, p in model.named_parameters() if name in decayed}
     assert {id(p) for group in groups if group["weight_decay"] for p in group["params"]} == expected
 
 
@@ -68,9 +68,19 @@ def test_layers_that_are_not_selected_get_the_fallback() -> None:
     assert names["preconditioned"]["layers"] == [0]
 
 
-def test_frozen_parameters_are_in_no_group() -> None:
+def test_frozen_parameters_are_in_the_groups_that_they_have_when_they_are_trained() -> None:
+    model, frozen = net(), net()
+    frozen.fc1.requires_grad_(False)
+    frozen.norm.requires_grad_(False)
+    frozen.quantized = nn.Parameter(torch.ones(2, dtype=torch.int8), requires_grad=False)
+    keys = ("name", "rule", "param_names", "layers")
+    expected, found = ([[g[key] for key in keys] for g in FNGD(each).param_groups] for each in (model, frozen))
+    assert found == expected
+
+
+def test_a_bias_beside_a_frozen_weight_has_the_fallback_rule() -> None:
     model = net()
-    model.fc1.requires_grad_(False)
-    model.norm.requires_grad_(False)
-    held = {id(p) for group in FNGD(model).param_groups for p in group["params"]}
-    assert held == {id(model.fc2.weight), id(model.fc2.bias)}
+    model.fc1.weight.requires_grad_(False)
+    groups = {name: group["name"] for group in FNGD(model).param_groups for name in group["param_names"]}
+    assert groups["fc1.bias"] == "plain_no_decay"
+    assert groups["fc1.weight"] == "preconditioned"
