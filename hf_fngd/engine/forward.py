@@ -83,6 +83,9 @@ class Forwards:
         if len(still) == len(self._frozen):
             return
         refuse_unfrozen()
+        for layer in self._frozen:
+            if layer not in still:
+                self._attachment.refuse_left(layer.selected.module)
         self._frozen, self.live = still, [layer for layer in self._layers if layer not in still]
         self._inspected, self.samples.left = False, self.samples.PROBES
 
