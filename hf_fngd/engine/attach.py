@@ -27,8 +27,9 @@ _REPLACED = "_replaced"
 class Attachment:
     """The forwards of a model and of some of its layers, sent through handlers; it keeps no module alive.
 
-    A handler is called as ``handler(module, own_forward, *args, **kwargs)``. A frozen layer that another attachment has,
-    or whose forward was replaced on the instance, is left as it is. Raises RuntimeError where one of them cannot be attached to; the model is then what it was.
+    A handler is called as ``handler(module, own_forward, *args, **kwargs)``. A frozen layer that another attachment
+    has, or whose forward was replaced on the instance, is left as it is. Raises RuntimeError where a module cannot be
+    attached to; the model is then what it was.
     """
 
     def __init__(self, model: nn.Module, handler: Handler, layers: Sequence[tuple[nn.Module, Handler]]) -> None:
