@@ -18,12 +18,12 @@ from hf_fngd.engine.attach import refuse_attached, unsupported
 from hf_fngd.engine.coverage import Coverage, CoverageReport
 from hf_fngd.engine.epochs import EpochEdge
 from hf_fngd.engine.forward import Forwards
-from hf_fngd.engine.ids import Ids
 from hf_fngd.engine.layer import attached_layers
 from hf_fngd.engine.state import check_state
 from hf_fngd.engine.window import MicroBatch, Window, after_backward, in_backward
 from hf_fngd.layers.base import is_frozen, weight_of
 from hf_fngd.layers.select import Selected, refuse_complex, refuse_unfit, select_layers
+from hf_fngd.samples.ids import Ids
 from hf_fngd.settings import READ_BY_POLICIES, Settings, with_settings
 from hf_fngd.weights.algebra import accumulation_dtype
 from hf_fngd.weights.base import SharingPolicy, State, policy_class
@@ -81,7 +81,7 @@ class FNGDPreconditioner(Joins):
         self._hooks: list[RemovableHandle] = []
         self._coverage = Coverage(selection, self._attached, own.strict)
         self._forwards = Forwards(model, self._attached, self._window, weakref.WeakMethod(self._begin), own.batch_dim)
-        self._coverage.note = self._forwards.samples.told
+        self._coverage.note = self._forwards.probing.told
         # The model keeps none of this alive: without the optimizer it is plain again.
         weakref.finalize(self, self._forwards.drop).atexit = False
 

@@ -20,7 +20,8 @@ from typing import Any
 
 from torch import nn
 
-from hf_fngd.engine.ids import COLUMN
+from hf_fngd.layers.base import is_frozen
+from hf_fngd.samples.ids import COLUMN
 
 Handler = Callable[..., Any]
 _LAYER = "_fngd_layer"
@@ -33,25 +34,34 @@ _sent_functions: "weakref.WeakKeyDictionary[Any, bool]" = weakref.WeakKeyDiction
 class Attachment:
     """The forwards of a model and of some of its layers, sent through handlers; it keeps no module alive.
 
-    A handler is called as ``handler(module, own_forward, *args, **kwargs)``. Raises RuntimeError where one of them
-    cannot be attached to; the model is then what it was.
+    A handler is called as ``handler(module, own_forward, *args, **kwargs)``. A frozen layer that another attachment
+    has, or whose forward was replaced on the instance, is left as it is. Raises RuntimeError where a module cannot be
+    attached to; the model is then what it was.
     """
 
     def __init__(self, model: nn.Module, handler: Handler, layers: Sequence[tuple[nn.Module, Handler]]) -> None:
+        layers = [(layer, layer_handler) for layer, layer_handler in layers if not _is_left(layer)]
+        self._swapped = [(weakref.ref(model), _MODEL, handler)]
+        self._swapped += [(weakref.ref(layer), _LAYER, layer_handler) for layer, layer_handler in layers]
         try:
             for layer, layer_handler in layers:
                 _swap(layer, _LAYER, layer_handler)
             _swap(model, _MODEL, handler)
         except RuntimeError:
-            detach(model)
+            self.undo()
             raise
-        self._swapped = [(weakref.ref(model), _MODEL, handler)]
-        self._swapped += [(weakref.ref(layer), _LAYER, layer_handler) for layer, layer_handler in layers]
 
     @property
     def active(self) -> bool:
         """Whether it was not undone yet."""
         return bool(self._swapped)
+
+    def refuse_left(self, module: nn.Module) -> None:
+        """Raise RuntimeError for a layer that was left as it is because it was frozen."""
+        if "forward" in module.__dict__:
+            raise _replaced(module)
+        if not any(module.__dict__.get(_LAYER) is handler for _, _, handler in self._swapped):
+            raise _attached("frozen layer that was unfrozen")
 
     def undo(self) -> None:
         """Give back the forwards that are still sent through these handlers; idempotent."""
@@ -79,13 +89,17 @@ def unsupported(by: str) -> RuntimeError:
 
 
 def refuse_attached(model: nn.Module) -> None:
-    """Raise RuntimeError where a module of the model is attached already, before anything is swapped."""
+    """Raise RuntimeError where a module of the model is attached already, before anything is swapped.
+
+    But for frozen layers, as of an encoder that two models share.
+    """
     for name, module in model.named_modules():
-        if _MODEL in module.__dict__ or _LAYER in module.__dict__:
-            raise RuntimeError(
-                f"the {f'module {name!r}' if name else 'model'} is attached to another FNGD already; call "
-                "hf_fngd.detach(model) first"
-            )
+        if _MODEL in module.__dict__ or (_LAYER in module.__dict__ and not is_frozen(module)):
+            raise _attached(f"module {name!r}" if name else "model")
+
+
+def _attached(what: str) -> RuntimeError:
+    return RuntimeError(f"the {what} is attached to another FNGD already; call hf_fngd.detach(model) first")
 
 
 def _swap(module: nn.Module, attribute: str, handler: Handler) -> None:
@@ -95,12 +109,7 @@ def _swap(module: nn.Module, attribute: str, handler: Handler) -> None:
     """
     replaced = module.__dict__.get("forward")
     if replaced is not None and attribute == _LAYER:
-        raise RuntimeError(
-            f"the forward of this {type(module).__name__} was replaced on the instance (Accelerate does so when it "
-            "prepares a model for mixed precision or spreads it over devices), which would pass FNGD by: build FNGD "
-            "before the model is prepared, as in Trainer(optimizers=(FNGD(model), scheduler)), and load the model "
-            "without a device_map of several devices"
-        )
+        raise _replaced(module)
     module.__dict__[attribute] = handler
     plain: Any = type(module)
     if replaced is not None:
@@ -108,6 +117,19 @@ def _swap(module: nn.Module, attribute: str, handler: Handler) -> None:
     if any(base.__dict__.get("_fngd_attribute") == attribute for base in plain.__mro__):
         return  # a former subclass, which `_restore` could not take away, asks for the handler
     module.__class__ = _subclass(plain, attribute)
+
+
+def _is_left(layer: nn.Module) -> bool:
+    return is_frozen(layer) and (_LAYER in layer.__dict__ or "forward" in layer.__dict__)
+
+
+def _replaced(module: nn.Module) -> RuntimeError:
+    return RuntimeError(
+        f"the forward of this {type(module).__name__} was replaced on the instance (Accelerate does so when it "
+        "prepares a model for mixed precision or spreads it over devices), which would pass FNGD by: build FNGD "
+        "before the model is prepared, as in Trainer(optimizers=(FNGD(model), scheduler)), and load the model "
+        "without a device_map of several devices"
+    )
 
 
 def _restore(module: nn.Module, attribute: str) -> None:

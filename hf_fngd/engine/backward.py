@@ -18,11 +18,11 @@ from typing import Any
 import torch
 from torch import Tensor, library
 
-from hf_fngd.engine.ids import Ids, of_tokens, read_ids
 from hf_fngd.engine.layer import Layer
 from hf_fngd.engine.window import MicroBatch
 from hf_fngd.layers.base import LayerKernel, Saved
-from hf_fngd.layers.rows import Rows
+from hf_fngd.samples.ids import Ids, of_tokens, read_ids
+from hf_fngd.samples.rows import Rows
 from hf_fngd.weights.algebra import scaled
 
 # In a CUDA graph the operators would not run again, and would read the sample weights of the step that was captured.

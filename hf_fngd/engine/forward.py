@@ -16,13 +16,13 @@ from hf_fngd.distributed.environment import refuse_replica, refuse_split_weight,
 from hf_fngd.engine.attach import Attachment, unsupported
 from hf_fngd.engine.backward import Engine, LayerCall, begin, numbered
 from hf_fngd.engine.graph import uses_in_graph
-from hf_fngd.engine.ids import COLUMN, Ids, find_ids, is_one_row, of_tokens, read_ids
 from hf_fngd.engine.layer import ON_TOP_OF_ANOTHER, USED_ELSEWHERE, Layer
-from hf_fngd.engine.samples import Samples
+from hf_fngd.engine.probing import Probing
 from hf_fngd.engine.window import MicroBatch, Window, in_backward
 from hf_fngd.layers.base import ExplicitKernel, is_frozen, weight_of
 from hf_fngd.layers.embedding import EmbeddingKernel
-from hf_fngd.layers.rows import TOKENS
+from hf_fngd.samples.ids import COLUMN, Ids, find_ids, is_one_row, of_tokens, read_ids
+from hf_fngd.samples.rows import TOKENS
 
 logger = logging.getLogger(__name__)
 
@@ -52,7 +52,7 @@ class Forwards:
         self._tokens = False  # whether a traced graph has the batch's tokens for rows
         self._own_ids = COLUMN in inspect.signature(model.forward).parameters
         self._inspected = self._inside = False
-        self.samples = Samples(layers, batch_dim)
+        self.probing = Probing(layers, batch_dim)
         self._frozen = [layer for layer in layers if is_frozen(layer.selected.module)]  # from the beginning
         self.live = [layer for layer in layers if layer not in self._frozen]
         handlers = [(layer.selected.module, partial(self._layer_forward, layer)) for layer in layers]
@@ -89,8 +89,11 @@ class Forwards:
         if len(still) == len(self._frozen):
             return
         refuse_unfrozen()
+        for layer in self._frozen:
+            if layer not in still:
+                self._attachment.refuse_left(layer.selected.module)
         self._frozen, self.live = still, [layer for layer in self._layers if layer not in still]
-        self._inspected, self.samples.left = False, self.samples.PROBES
+        self._inspected, self.probing.left = False, self.probing.PROBES
 
     def _model_forward(self, module: nn.Module, own: Callable[..., Any], *args: Any, **given: Any) -> Any:
         kwargs = given if self._own_ids else {key: value for key, value in given.items() if key != COLUMN}
@@ -103,9 +106,9 @@ class Forwards:
         compiling = torch.compiler.is_compiling()
         if not compiling and self._frozen:
             self._look_for_unfrozen()
-        if not compiling and self.samples.left and sample is not None and not is_one_row(given, sample):
-            self.samples.probe(module, own, args, kwargs, sample)
-        dim = self.samples.dim
+        if not compiling and self.probing.left and sample is not None and not is_one_row(given, sample):
+            self.probing.probe(module, own, args, kwargs, sample)
+        dim = self.probing.dim
         if sample is not None and dim < sample.dim():
             sample = sample.movedim(dim, 0)
         told = None if sample is None else find_ids(given, sample, dim)
@@ -136,8 +139,8 @@ class Forwards:
     def _layer_forward(
         self, layer: Layer, module: nn.Module, own: Callable[..., Any], *args: Any, **kwargs: Any
     ) -> Any:
-        if self.samples.seen is not None:
-            self.samples.see(layer, (*args, *kwargs.values()))
+        if self.probing.seen is not None:
+            self.probing.see(layer, (*args, *kwargs.values()))
             return own(*args, **kwargs)
         weight, x = weight_of(module), (*args, *kwargs.values())
         trains = module.training and torch.is_grad_enabled() and weight is not None and weight.requires_grad

@@ -10,11 +10,11 @@ from torch import Tensor
 from hf_fngd.distributed.sharded import local
 from hf_fngd.engine.attach import unsupported
 from hf_fngd.engine.window import MicroBatch
-from hf_fngd.layers.base import AMBIGUOUS, NOT_THE_BATCH, GramKernel, LayerKernel, is_frozen, weight_of
+from hf_fngd.layers.base import AMBIGUOUS, GramKernel, LayerKernel, is_frozen, weight_of
 from hf_fngd.layers.embedding import EmbeddingKernel
-from hf_fngd.layers.rows import Rows, View
 from hf_fngd.layers.select import Selected
 from hf_fngd.layers.table import TableKernel
+from hf_fngd.samples.rows import NOT_THE_BATCH, Rows, View
 
 CALLED_AGAIN = "it is called more than once in a forward pass"
 NEVER_CALLED = "it was never called in a forward pass of the model in training mode"

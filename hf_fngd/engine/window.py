@@ -10,8 +10,8 @@ from torch.autograd import Variable
 from torch.utils.checkpoint import CheckpointFunction
 
 from hf_fngd.distributed.environment import rank_and_world
-from hf_fngd.engine.ids import Ids
-from hf_fngd.layers.rows import Rows, View
+from hf_fngd.samples.ids import Ids
+from hf_fngd.samples.rows import Rows, View
 from hf_fngd.weights.base import MicroBatchWeights
 
 logger = logging.getLogger(__name__)

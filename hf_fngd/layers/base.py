@@ -19,10 +19,9 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.nn.utils.parametrize import is_parametrized
 
-from hf_fngd.layers.rows import Rows
+from hf_fngd.samples.rows import NOT_THE_BATCH, Rows
 from hf_fngd.weights.algebra import tensor_norms
 
-NOT_THE_BATCH = "the first dimension of its input is not the batch"
 AMBIGUOUS = (
     "two dimensions of its input have the size of the batch, and no batch so far told which of them holds the samples "
     "(another batch size or sequence length does)"

@@ -23,7 +23,7 @@ from hf_fngd.layers.base import (
     plain_class,
     register_layer_type,
 )
-from hf_fngd.layers.rows import PLAIN
+from hf_fngd.samples.rows import PLAIN
 from hf_fngd.weights.algebra import accumulation_dtype, scaled
 
 

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 
 from hf_fngd.layers.base import (
-    NOT_THE_BATCH,
     Call,
     Forward,
     GramKernel,
@@ -24,6 +23,7 @@ from hf_fngd.layers.base import (
     to_train,
     trained,
 )
+from hf_fngd.samples.rows import NOT_THE_BATCH
 
 NOT_ON_ROWS = "its forward does not compute the same on one row a sample of its parameters"
 

@@ -10,7 +10,7 @@ import transformers as hf
 from torch import Tensor, nn
 
 from hf_fngd.engine.layer import CALLED_AGAIN, NEVER_CALLED
-from hf_fngd.layers.base import NOT_THE_BATCH
+from hf_fngd.samples.rows import NOT_THE_BATCH
 from tests.architectures.registry import (
     CLASSES,
     FAMILIES,

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from hf_fngd.engine.layer import CALLED_AGAIN, NEVER_CALLED, USED_ELSEWHERE
-from hf_fngd.layers.base import AMBIGUOUS, NOT_THE_BATCH
+from hf_fngd.layers.base import AMBIGUOUS
+from hf_fngd.samples.rows import NOT_THE_BATCH
 
 Batch = dict[str, Any]
 Oracle = Literal["alone", "captured"]

@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from hf_fngd import FNGD, FNGDPreconditioner
-from hf_fngd.engine.probe import EQUAL_ROWS
 from hf_fngd.layers.base import find_kernel
 from hf_fngd.layers.embedding import A_TABLE
+from hf_fngd.samples.probe import EQUAL_ROWS
 from tests.architectures.families import FAMILIES, Family
 from tests.architectures.oracle import (
     PLAIN_TOLERANCE,

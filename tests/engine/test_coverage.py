@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from hf_fngd import CoverageReport, FNGDPreconditioner
 from hf_fngd.engine.layer import CALLED_AGAIN, NEVER_CALLED, PASSED_BY, USED_ELSEWHERE
-from hf_fngd.layers.base import AMBIGUOUS, NOT_THE_BATCH
+from hf_fngd.layers.base import AMBIGUOUS
+from hf_fngd.samples.rows import NOT_THE_BATCH
 from tests.nets import CLASSES, EVERY_TYPE, LAYER_NAMES, Elsewhere, Net, Twice, data, loss, net, settings_of
 from tests.steps import one_step, with_engine
 

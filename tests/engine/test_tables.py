@@ -17,8 +17,8 @@ from torch.utils.checkpoint import checkpoint
 
 from hf_fngd import FNGD, FNGDPreconditioner, detach
 from hf_fngd.engine.layer import ON_TOP_OF_ANOTHER, USED_ELSEWHERE
-from hf_fngd.layers.base import NOT_THE_BATCH
 from hf_fngd.layers.embedding import A_TABLE
+from hf_fngd.samples.rows import NOT_THE_BATCH
 from hf_fngd.weights.clipped import ClippedSharing, ClippedWeights
 from tests.engine.language import LENGTH, OUTLIER, POSITIONS, TABLE, WIDTH, LanguageModel, batch, losses, model
 from tests.nets import EVERY_TYPE

@@ -13,7 +13,7 @@ from hf_fngd import FNGD, FNGDPreconditioner, policy_names
 from hf_fngd.engine.layer import USED_ELSEWHERE
 from tests.nets import UPDATES_OF, Elsewhere, Net, data, loss, net, settings_of
 from tests.reference import Clipping, Dense, per_sample_gradients, uses_of
-from tests.steps import assert_equal, relative_error, through_file, train
+from tests.steps import assert_equal, one_step, relative_error, through_file, train
 
 FROZEN = ("fc1", "norm")
 RUNS = [(sharing, update) for sharing in policy_names() for update in UPDATES_OF[sharing]]
@@ -274,3 +274,28 @@ def test_a_quantized_weight_stays_out(dtype: torch.dtype) -> None:
     assert type(model.base) is nn.Linear
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
     assert id(model.base.weight) not in held
+
+
+# Two models ------------------------------------------------------------------------------------------------
+
+
+def test_two_models_may_share_an_encoder_while_it_is_frozen() -> None:
+    encoder = nn.Linear(5, 5).double().requires_grad_(False)
+    models = [nn.Sequential(encoder, nn.Linear(5, 4).double()) for _ in range(2)]
+    optimizers = [FNGD(model) for model in models]
+    for model, optimizer in zip(models, optimizers, strict=True):
+        one_step(model, optimizer, *data(6))
+        assert optimizer.coverage().preconditioned == ("1.weight", "1.bias")
+    encoder.requires_grad_(True)
+    one_step(models[0], optimizers[0], *data(6))
+    with pytest.raises(RuntimeError, match="unfrozen is attached to another FNGD already"):
+        one_step(models[1], optimizers[1], *data(6))
+
+
+def test_a_frozen_layer_whose_forward_was_replaced_is_an_error_only_once_it_is_trained() -> None:
+    model = freeze(net())
+    model.fc1.forward = lambda x: nn.Linear.forward(model.fc1, x)
+    optimizer = FNGD(model)
+    train(model, optimizer, 1)
+    with pytest.raises(RuntimeError, match="build FNGD before the model is prepared"):
+        train(freeze(model, frozen=False), optimizer, 1)

@@ -278,3 +278,39 @@ def test_resumed_runs_equal_the_uninterrupted_one(sharing: str, accumulation: in
         resumed = train(f"resumed-{stop}", checkpoint).state_dict()
         for name, value in whole.items():
             assert torch.equal(value, resumed[name]), name
+
+
+class Unfreezing(TrainerCallback):
+    """Trains a model's encoder from the second epoch on."""
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        model.base_model.requires_grad_(state.epoch >= 1)
+
+
+@pytest.mark.parametrize("stop", [PER_EPOCH - 2, PER_EPOCH + 2])
+def test_an_encoder_that_is_unfrozen_after_the_first_epoch_and_a_run_that_resumes(stop: int, tmp_path: Path) -> None:
+    def make(folder: str, **changes: Any) -> Trainer:
+        model = LINEAR.make()
+        model.base_model.requires_grad_(False)
+        args = arguments(tmp_path / folder, **changes)
+        fngd = FNGD(model, lr=3e-2)
+        return Trainer(
+            model=model,
+            args=args,
+            train_dataset=LINEAR.data(SAMPLES),
+            optimizers=(fngd, None),
+            callbacks=[Unfreezing()],
+        )
+
+    before = LINEAR.make().base_model.state_dict()
+    saving = {"save_strategy": "steps", "save_steps": stop}
+    whole = make("whole", **saving)
+    whole.train()
+    resumed = make("resumed")
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / f"checkpoint-{stop}"))
+    weights = [run.model.state_dict() for run in (whole, resumed)]
+    assert all(torch.equal(p, weights[1][name]) for name, p in weights[0].items())
+    moved = [not torch.equal(p, before[name]) for name, p in whole.model.base_model.state_dict().items()]
+    assert sum(moved) > len(moved) // 2
+    assert unwrap(whole.optimizer).coverage().missed == {}
+    assert len(logged(whole)) == EPOCHS * PER_EPOCH

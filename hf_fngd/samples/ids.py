@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_fngd.layers.rows import PLAIN, Labeled, View
+from hf_fngd.samples.rows import PLAIN, Labeled, View
 
 COLUMN = "sample_ids"
 

@@ -9,6 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+NOT_THE_BATCH = "the first dimension of its input is not the batch"
+
 
 class View(NamedTuple):
     """Where the samples are in a layer's input, as a probe told.

@@ -10,7 +10,7 @@ were when a sample is missing that had its share of them, but do not end up reve
 
 Where the samples of dimension 0 change each other's values (as positions do in attention), or mix in an input that
 does not grow with them (as positions do in the last state of a recurrent layer), dimension 1 is tried, and taken where
-it tells of more calls. Nothing of a pass remains (`hf_fngd.engine.snapshot`).
+it tells of more calls. Nothing of a pass remains (`hf_fngd.samples.snapshot`).
 """
 
 import copy
@@ -22,9 +22,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from hf_fngd.engine.snapshot import copied, untouched
-from hf_fngd.layers.base import NOT_THE_BATCH
-from hf_fngd.layers.rows import View
+from hf_fngd.samples.rows import NOT_THE_BATCH, View
+from hf_fngd.samples.snapshot import copied, untouched
 
 NOT_VERIFIED = (
     "leaving out a sample of the first batch changed what the layer saw of the others, so its rows cannot be told apart"

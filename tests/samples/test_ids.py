@@ -15,7 +15,7 @@ from transformers.data.data_collator import DataCollatorWithFlattening
 
 from hf_fngd import FNGD, FNGDPreconditioner
 from hf_fngd.engine.layer import NOT_ITS_ROWS
-from hf_fngd.layers.rows import Labeled, View
+from hf_fngd.samples.rows import Labeled, View
 from tests.nets import settings_of
 from tests.reference import Clipping, Dense, per_sample_gradients, uses_of
 

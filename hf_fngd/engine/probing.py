@@ -1,4 +1,4 @@
-"""When the probe of `hf_fngd.engine.probe` runs, what it tells the layers, and what stands in for it."""
+"""When the probe of `hf_fngd.samples.probe` runs, what it tells the layers, and what stands in for it."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -8,13 +8,13 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
 from hf_fngd.engine.layer import Layer
-from hf_fngd.engine.probe import Calls, digest, probe
 from hf_fngd.engine.window import in_backward
 from hf_fngd.layers.embedding import EmbeddingKernel
-from hf_fngd.layers.rows import View
+from hf_fngd.samples.probe import Calls, digest, probe
+from hf_fngd.samples.rows import View
 
 
-class Samples:
+class Probing:
     """Where the samples are: in which dimension ``dim`` of the model's inputs, and in which view of its layers'.
 
     The probe runs once, before the first training forward pass of the model, and again before the next ones, three

@@ -12,9 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hf_fngd import FNGDPreconditioner
-from hf_fngd.engine.probe import CannotProbeError, probe, resized
-from hf_fngd.layers.base import AMBIGUOUS, NOT_THE_BATCH
-from hf_fngd.layers.rows import View
+from hf_fngd.layers.base import AMBIGUOUS
+from hf_fngd.samples.probe import CannotProbeError, probe, resized
+from hf_fngd.samples.rows import NOT_THE_BATCH, View
 from tests.nets import EVERY_TYPE, settings_of
 from tests.reference import Clipping, Dense, per_sample_gradients, uses_of
 
