@@ -211,9 +211,9 @@ def main() -> None:
             times[name].append(time.perf_counter() - start)
     yardstick, mean = statistics.median(times["SGD-m"]), statistics.mean(times["SGD-m"])
     parameters = sum(p.numel() for p in first.parameters())
-    columns = ["ratio of medians", "ratio of means", "state, bytes a parameter", "peak of a step, MiB"]
+    columns = ["ratio of medians", "ratio of means", "quartiles", "state, bytes a parameter", "peak of a step, MiB"]
     print(f"| step | {' | '.join(columns)} | {' | '.join(name.removeprefix('aten::') for name in WATCHED)} |")
-    print("|---" * (len(WATCHED) + 5) + "|")
+    print("|---" * (len(WATCHED) + 6) + "|")
     for name, run in runs.items():
         before, kept = sizes[name]
         row = {
@@ -223,7 +223,8 @@ def main() -> None:
             "peak_mib": peak(run, options.device),
         }
         counts = operations(run)
-        measured = f"{row['ratio_of_medians']:.2f} | {row['ratio_of_means']:.2f}"
+        low, _, high = (time / yardstick for time in statistics.quantiles(times[name], n=4))
+        measured = f"{row['ratio_of_medians']:.2f} | {row['ratio_of_means']:.2f} | {low:.2f} to {high:.2f}"
         memory = f"{row['state_bytes']:.1f} | {row['peak_mib']:.0f}" if kept else "- | -"
         print(f"| {name} | {measured} | {memory} | {' | '.join(str(counts[operation]) for operation in WATCHED)} |")
         if options.output:
