@@ -19,7 +19,7 @@ from hf_fngd.engine.graph import uses_in_graph
 from hf_fngd.engine.layer import ON_TOP_OF_ANOTHER, USED_ELSEWHERE, Layer
 from hf_fngd.engine.probing import Probing
 from hf_fngd.engine.window import MicroBatch, Window, in_backward
-from hf_fngd.layers.base import ExplicitKernel, is_frozen, weight_of
+from hf_fngd.layers.base import ExplicitKernel, is_frozen, plain_class, weight_of
 from hf_fngd.layers.embedding import EmbeddingKernel
 from hf_fngd.samples.ids import COLUMN, Ids, find_ids, is_one_row, of_tokens, read_ids
 from hf_fngd.samples.rows import TOKENS
@@ -50,7 +50,8 @@ class Forwards:
         self._engine = Engine(layers, self._begin_in_graph)
         self._number: Tensor | None = None
         self._tokens = False  # whether a traced graph has the batch's tokens for rows
-        self._own_ids = COLUMN in inspect.signature(model.forward).parameters
+        own = model.__dict__.get("forward") or plain_class(model).forward
+        self._own_ids = COLUMN in inspect.signature(own).parameters
         self._inspected = self._inside = False
         self.probing = Probing(layers, batch_dim)
         self._frozen = [layer for layer in layers if is_frozen(layer.selected.module)]  # from the beginning
