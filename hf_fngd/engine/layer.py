@@ -111,6 +111,8 @@ class Layer:
                 if not self.kernel.expands:
                     return None, None
                 shape = torch.Size((batch.rows, *x.shape[1:]))
+        if self.view is None and batch.ids.of.dim() == 1 and batch.rows in shape[1:] and batch.rows > 1:
+            return None, AMBIGUOUS
         found = batch.ids.locate(shape, self.view)
         if found is None or not (self.kernel.folds or (found.dim == 0 and len(found.ids) == batch.rows)):
             return None, NOT_ITS_ROWS

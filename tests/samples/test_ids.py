@@ -15,6 +15,7 @@ from transformers.data.data_collator import DataCollatorWithFlattening
 
 from hf_fngd import FNGD, FNGDPreconditioner
 from hf_fngd.engine.layer import NOT_ITS_ROWS
+from hf_fngd.layers.base import AMBIGUOUS
 from hf_fngd.samples.rows import Labeled, View
 from tests.nets import settings_of
 from tests.reference import Clipping, Dense, per_sample_gradients, uses_of
@@ -246,6 +247,19 @@ def test_rows_of_one_group_are_one_sample(folds: bool, sharing: str) -> None:
     preconditioner.step()
     for name, g in expected(plain, of_pair, 5, sharing).items():
         torch.testing.assert_close(model.get_parameter(name).grad, g, rtol=1e-8, atol=1e-11, msg=name)
+
+
+def test_where_no_probe_runs_as_many_positions_as_rows_are_ambiguous() -> None:
+    class Closed(Tail):
+        def forward(self, x: Tensor) -> Tensor:
+            assert self.training
+            return super().forward(x)
+
+    model = Closed(False)
+    preconditioner = FNGDPreconditioner(model)
+    model(torch.randn(3, 3, WIDTH), sample_ids=torch.tensor([0, 0, 1])).sum().backward()
+    preconditioner.step()
+    assert set(preconditioner.coverage().missed.values()) == {AMBIGUOUS}
 
 
 @pytest.mark.parametrize(
