@@ -149,6 +149,7 @@ def select_layers(
             f"subclass that computes the same, that target_modules={shown(target_modules)}, "
             f"exclude_modules={shown(exclude_modules)} and layer_types={layer_types!r} select"
             + (f"; not taken: {', '.join(refused[:3])}" if refused else "")
+            + (f"; {len(matrices)} are frozen, and one has to be trained when FNGD is built" if matrices else "")
         )
     among = Counter(id(weight_of(layer.module)) for layer in others)
     others = [layer for layer in others if among[id(weight_of(layer.module))] == uses[id(weight_of(layer.module))]]

@@ -181,6 +181,11 @@ def test_a_model_without_layers_is_an_error(model: nn.Module) -> None:
         select_layers(model, "all-linear", None)
 
 
+def test_a_model_whose_layers_are_all_frozen_is_told_so() -> None:
+    with pytest.raises(ValueError, match="6 are frozen, and one has to be trained when FNGD is built"):
+        select_layers(Model().requires_grad_(False), "all-linear", None)
+
+
 HOSTILE = [
     *(r"(a|aa)+b", r"(\w+)+!!", r"(?:a*)*b", r"(?:a+a+)+y", r"^(?:(?:a+)?)+$b", "a?" * 99 + "a" * 99 + "!!"),
     *("a*" * 99 + "b", r"(.*a){99}", r"(?=(a+)+b).*", r"(?<=a)(?:b|a{1,99})*b", r"(?P<n>a*)(?:(?P=n)a*)+!!"),
