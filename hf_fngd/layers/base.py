@@ -212,6 +212,9 @@ def to_train(module: nn.Module) -> dict[str, nn.Parameter]:
 
 def weight_of(module: nn.Module) -> Tensor | None:
     """The parameter that stands for all of a layer's: ``weight``, the one it is computed from, or the first trained."""
+    weight: Any = module._parameters.get("weight")
+    if weight is not None:  # as a rule, and at little cost
+        return weight  # type: ignore[no-any-return]
     if is_parametrized(module, "weight"):  # not computed anew, which may change a state
         parametrizations: Any = module.parametrizations
         return next(parametrizations["weight"].parameters(recurse=False), None)

@@ -25,6 +25,9 @@ from hf_fngd.weights.gram import gram, normalize
 MATRICES: tuple[type[nn.Module], ...] = (nn.Linear, Conv1D)
 
 
+_ONE = torch.ones((), dtype=torch.float32, device="cpu")  # takes the dtype of what it meets, on any device
+
+
 @dataclass(frozen=True)
 class LinearKernel(GramKernel):
     """``y = x W^T + b``.
@@ -72,10 +75,11 @@ class LinearKernel(GramKernel):
         assert x is not None
         if self.tied:  # as of the table that it shares its weight with
             return tensor_norms(g.reshape(len(x), -1))
-        of_g, of_x = tensor_norms(g), tensor_norms(x.flatten(0, -2))
+        of_g, of_x = tensor_norms(g), tensor_norms(x if x.dim() == 2 else x.flatten(0, -2))
         if has_bias:
-            of_x = torch.hypot(of_x, of_x.new_ones(()))
-        return (of_x * of_g).view(len(x), -1).sum(dim=1)
+            of_x = torch.hypot(of_x, _ONE)
+        of_g *= of_x
+        return of_g if len(of_g) == len(x) else of_g.view(len(x), -1).sum(dim=1)
 
     def gram(self, x: Tensor, g: Tensor, has_bias: bool, memory_budget: int) -> Tensor:
         a, g = (rows.reshape(len(x), -1, rows.shape[-1]) for rows in (x, g))

@@ -51,7 +51,7 @@ def _positions(rows: Tensor, w: Tensor) -> int:
 
 def tensor_norms(x: Tensor) -> Tensor:
     """The 2-norm of each sample's part of a tensor ``[N, ...]``, shape ``[N]``, in `accumulation_dtype`."""
-    rows = x.flatten(1) if x.dim() > 1 else x[:, None]
+    rows = x if x.dim() == 2 else x.flatten(1) if x.dim() > 1 else x[:, None]
     norms: Tensor = torch.linalg.vector_norm(rows, dim=1, dtype=accumulation_dtype(x.dtype))
     return norms
 
