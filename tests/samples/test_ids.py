@@ -354,6 +354,30 @@ def test_a_packed_batch_is_weighed_as_the_same_samples_padded(
         assert error < tolerance, (name, error)
 
 
+@pytest.mark.parametrize("checkpointing", ["none", "reentrant", "not reentrant"])
+@pytest.mark.parametrize("build", [llama, gpt2])
+def test_accumulated_steps_on_packed_batches_are_those_on_padded_ones(
+    build: Callable[[], nn.Module], checkpointing: str
+) -> None:
+    """Four steps of two micro-batches each, the default's whole update included."""
+    own = texts(tuple(3 + n % 6 for n in range(16)))
+    trained = []
+    for kind in (0, 1):
+        model = build().double().train()
+        if checkpointing != "none" and kind == 0:
+            model.gradient_checkpointing_enable({"use_reentrant": checkpointing == "reentrant"})
+            model.get_input_embeddings().register_forward_hook(lambda module, args, y: y.requires_grad_())
+        optimizer = FNGD(model, lr=1e-2)
+        for _ in range(4):
+            for half in (own[:8], own[8:]):
+                (model(**batches(half)[kind]).loss / 2).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        trained.append(dict(model.named_parameters()))
+    for name, p in trained[1].items():
+        torch.testing.assert_close(trained[0][name], p, rtol=1e-9, atol=1e-11, msg=name)
+
+
 @pytest.mark.parametrize("layout", ["positions", "positions that do not restart", "lengths", "sample_ids"])
 @pytest.mark.usefixtures("fresh_compiler")
 # Raised and ignored by the compiler itself.
