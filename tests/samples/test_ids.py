@@ -354,9 +354,7 @@ def test_a_packed_batch_is_weighed_as_the_same_samples_padded(
         assert error < tolerance, (name, error)
 
 
-@pytest.mark.filterwarnings(
-    "ignore:`gradient_checkpointing_enable` is deprecated"
-)  # as older versions have it
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated")  # as older versions have it
 @pytest.mark.parametrize("checkpointing", ["none", "reentrant", "not reentrant"])
 @pytest.mark.parametrize("build", [llama, gpt2])
 def test_accumulated_steps_on_packed_batches_are_those_on_padded_ones(
