@@ -75,8 +75,10 @@ def sample_weights(x: Tensor | None, g: Tensor, batch: Tensor, engine: int, plac
     w = None
     if found is not None:
         again = found.complete and place in found.of_graphs
-        rows = found.traced(len(g if x is None else x))
-        w = _engines[engine].layers[place].weights(x, g, has_bias, found, again, rows)
+        layer, rows = _engines[engine].layers[place], found.traced(len(g if x is None else x))
+        if rows is None and found.ids is None and layer.view is not None and layer.view.plain:
+            rows = layer.view
+        w = layer.weights(x, g, has_bias, found, again, rows)
         found.of_graphs.add(place)
     return g.new_ones(len(g if x is None else x)) if w is None else w.to(g.dtype, copy=True)
 

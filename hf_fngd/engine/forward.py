@@ -82,6 +82,7 @@ class Forwards:
 
     def _begin_in_graph(self, size: int, ids: Ids | None) -> MicroBatch:
         self._look_for_unfrozen()
+        self.probing.settle()
         return self._begin(size, ids)
 
     def _look_for_unfrozen(self) -> None:

@@ -28,6 +28,7 @@ class Probing:
         self.dim, self.note = batch_dim or 0, ""
         self.left = self.PROBES  # how often it may run
         self._found: int | None = None  # the dimension that a probe found
+        self._settled = False  # whether a probe, or the argument in its place, has told the layers
         self.seen: Calls | None = None  # what the layers see, while a probe is under way
         self._layers, self._batch_dim = layers, batch_dim
 
@@ -61,7 +62,7 @@ class Probing:
                 text = " ".join(str(error).split())[:200]
                 reason = f"a forward pass on a batch of another size failed ({type(error).__name__}: {text})"
             else:
-                self.note = ""
+                self.note, self._settled = "", True
                 self.dim = found.dim
                 if any(isinstance(one, View) for one in found.verdicts.values()):
                     self._found = found.dim
@@ -80,11 +81,17 @@ class Probing:
         self.note = f"which rows are whose sample was told by sizes alone, as {reason}"
         if self._batch_dim is None:
             self.note += "; batch_dim=0 or 1 says it for sure"
-        else:
-            for layer in self._layers:
-                if not isinstance(layer.kernel, EmbeddingKernel):
-                    layer.told(View(self._batch_dim, "last" if self._batch_dim else "one"))
-            self.left = 0
+        self.settle()
+
+    def settle(self) -> None:
+        """Where no probe can run, the argument tells, if there is one."""
+        if self._batch_dim is None or self._settled:
+            return
+        self._settled = True
+        for layer in self._layers:
+            if not isinstance(layer.kernel, EmbeddingKernel):
+                layer.told(View(self._batch_dim, "last" if self._batch_dim else "one"))
+        self.left = 0
 
     def _run(self, own: Callable[..., Any]) -> Callable[[Any, Any], Calls]:
         def run(args: Any, kwargs: Any) -> Calls:
