@@ -283,22 +283,25 @@ def test_gradients_are_what_the_report_says(cls: type[nn.Module], x: Tensor, pla
 # Errors and what is only told -------------------------------------------------------------------------------
 
 
-def forward_mode(model: nn.Module, x: Tensor) -> None:
-    with forward_ad.dual_level():
-        model(forward_ad.make_dual(x, x))
-
-
-def batched(model: nn.Module, x: Tensor) -> None:
-    torch.autograd.grad(model(x), list(model.parameters()), torch.randn(3, 4, 2), is_grads_batched=True)
-
-
 @pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")  # by torch itself
-@pytest.mark.parametrize("derivative", [forward_mode, batched])
-def test_other_derivatives_name_the_cure(derivative: Callable[[nn.Module, Tensor], None]) -> None:
+def test_forward_mode_derivatives_name_the_cure() -> None:
     model = nn.Sequential(nn.Linear(5, 2))
     _kept = FNGDPreconditioner(model)
-    with pytest.raises(RuntimeError, match=r"copy\.deepcopy\(model\)"):
-        derivative(model, torch.randn(4, 5))
+    with forward_ad.dual_level(), pytest.raises(RuntimeError, match=r"copy\.deepcopy\(model\)"):
+        model(forward_ad.make_dual(*torch.randn(2, 4, 5)))
+
+
+@pytest.mark.parametrize("positions", [(), (3,)])
+def test_batched_gradients_are_weighed_one_by_one(positions: tuple[int, ...]) -> None:
+    linear = nn.Sequential(nn.Linear(5, 5), nn.Linear(5, 2)).double()
+    _kept = FNGDPreconditioner(linear)
+    y = linear(batch(4, *positions, 5))
+    g = batch(3, *y.shape)
+    g[0, 1] *= 30
+    expected = [torch.autograd.grad(y, list(linear.parameters()), one, retain_graph=True) for one in g]
+    found = torch.autograd.grad(y, list(linear.parameters()), g, is_grads_batched=True)
+    for each, wanted in zip(found, zip(*expected, strict=True), strict=True):
+        torch.testing.assert_close(each, torch.stack(wanted))
 
 
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
