@@ -15,12 +15,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import (
-    AutoTokenizer,
     DataCollatorForSeq2Seq,
     EvalPrediction,
     GPT2Config,
@@ -35,8 +33,8 @@ from common.run import prepare
 from text.arguments import TextArguments
 from text.data import TEXT, encode, load_splits
 from text.run import train_and_score
-from text.tokenizer import EOS, train_tokenizer
-from text.trainer import TextTrainer
+from text.tokenizer import EOS, load_or_train
+from text.trainer import TextTrainer, mean_nll
 
 
 @dataclass
@@ -65,14 +63,7 @@ class ModelArguments:
         check_model_size(self, "n_head", "n_embd")
 
 
-@dataclass
-class LanguageModelingArguments(TextTrainingArguments):
-    """TrainingArguments with the defaults of a small language model."""
-
-    output_dir: str = option("outputs/language_modeling", "Folder of the model, its card and results.")
-
-
-DATACLASSES = (DataArguments, ModelArguments, OptimizerArguments, LanguageModelingArguments)
+DATACLASSES = (DataArguments, ModelArguments, OptimizerArguments, TextTrainingArguments)
 
 
 class LanguageModelingTrainer(TextTrainer):
@@ -81,7 +72,7 @@ class LanguageModelingTrainer(TextTrainer):
     def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> EvalLoopOutput:
         """Evaluate, as Trainer does, and correct the loss."""
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
-        output.metrics[f"{metric_key_prefix}_loss"] = _loss_of_a_token(output.predictions)
+        output.metrics[f"{metric_key_prefix}_loss"] = mean_nll(output.predictions)
         return output
 
 
@@ -97,17 +88,12 @@ def token_losses(logits: Tensor, labels: Tensor) -> Tensor:
     """
     targets = labels[:, 1 : logits.shape[1]]
     losses = F.cross_entropy(logits[:, :-1].transpose(1, 2).float(), targets, reduction="none")
-    return torch.stack([losses.sum(dim=1), targets.ne(-100).sum(dim=1).to(losses.dtype)], dim=1)
+    return torch.stack([losses.sum(1), targets.ne(-100).sum(1)], dim=1)
 
 
 def perplexity(prediction: EvalPrediction) -> dict[str, float]:
     """Return `compute_metrics`'s perplexity, from what `token_losses` left of each sentence."""
-    return {"perplexity": float(torch.tensor(_loss_of_a_token(prediction.predictions), dtype=torch.float64).exp())}
-
-
-def _loss_of_a_token(losses: np.ndarray) -> float:
-    total, tokens = losses.sum(axis=0, dtype=np.float64)
-    return float(total / tokens)
+    return {"perplexity": float(torch.tensor(mean_nll(prediction.predictions), dtype=torch.float64).exp())}
 
 
 def build_model(tokenizer: PreTrainedTokenizerBase, arguments: ModelArguments) -> GPT2LMHeadModel:
@@ -135,16 +121,13 @@ def build_model(tokenizer: PreTrainedTokenizerBase, arguments: ModelArguments) -
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """Train, evaluate, write the output folder, and return what all_results.json holds."""
-    data_args, model_args, optimizer_args, args = parse(DATACLASSES, argv)
+    data_args, model_args, optimizer_args, args = parse(DATACLASSES, argv, output_dir="outputs/language_modeling")
     run = prepare(optimizer_args, args, data_args.overwrite_output_dir)
     with args.main_process_first(desc="loading the dataset"):  # the other processes find the download
         texts = load_splits(data_args, corpus.load)
-    if run.checkpoint is None:
-        # A sentence starts and ends with </s>, so that its first word is predicted too. The tokenizer sets the first
-        # alone: a text to go on with has no end.
-        tokenizer = train_tokenizer(texts["train"][TEXT], model_args.vocab_size, f"{EOS} $A")
-    else:
-        tokenizer = AutoTokenizer.from_pretrained(run.checkpoint)
+    # A sentence starts and ends with </s>, so that its first word is predicted too. The tokenizer sets the first
+    # alone: a text to go on with has no end.
+    tokenizer = load_or_train(run.checkpoint, texts["train"][TEXT], model_args.vocab_size, f"{EOS} $A")
 
     def tokenize(batch: dict[str, list[str]]) -> dict[str, Any]:
         whole = [[*ids, tokenizer.eos_token_id] for ids in tokenizer(batch[TEXT])["input_ids"]]

@@ -18,11 +18,9 @@ from typing import Any
 from datasets import ClassLabel, Dataset, DatasetDict
 from transformers import (
     AutoModelForSequenceClassification,
-    AutoTokenizer,
     BertConfig,
     BertForSequenceClassification,
     DataCollatorWithPadding,
-    EvalPrediction,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -30,11 +28,12 @@ from transformers import (
 from common.arguments import OptimizerArguments, TextTrainingArguments, at_least_one, check_model_size, option, parse
 from common.loss import make_loss
 from common.run import prepare
+from common.trainer import accuracy
 from text import subjects
 from text.arguments import TextArguments
 from text.data import TEXT, encode, load_splits
 from text.run import train_and_score
-from text.tokenizer import EOS, train_tokenizer
+from text.tokenizer import EOS, load_or_train
 
 LABEL, LABELS = "label", "labels"  # of the dataset, and of the model
 
@@ -74,14 +73,7 @@ class ModelArguments:
         check_model_size(self, "num_attention_heads", "hidden_size")
 
 
-@dataclass
-class TextClassificationArguments(TextTrainingArguments):
-    """TrainingArguments with the defaults of a classifier."""
-
-    output_dir: str = option("outputs/text_classification", "Folder of the model, its card and results.")
-
-
-DATACLASSES = (DataArguments, ModelArguments, OptimizerArguments, TextClassificationArguments)
+DATACLASSES = (DataArguments, ModelArguments, OptimizerArguments, TextTrainingArguments)
 
 
 def number_labels(splits: DatasetDict) -> tuple[DatasetDict, list[str]]:
@@ -118,20 +110,6 @@ def number_labels(splits: DatasetDict) -> tuple[DatasetDict, list[str]]:
     return DatasetDict(numbered), names or [str(value) for value in values]
 
 
-def load_tokenizer(model_args: ModelArguments, checkpoint: str | None, texts: Sequence[str]) -> PreTrainedTokenizerBase:
-    """Load the tokenizer of a checkpoint or of the model that was named, or else train one.
-
-    A tokenizer without a padding token, like GPT-2's, pads with its end of text.
-    """
-    named = checkpoint or model_args.model_name_or_path
-    if named is None:
-        return train_tokenizer(texts, model_args.vocab_size, f"{EOS} $A")  # the first token stands for the whole text
-    tokenizer = AutoTokenizer.from_pretrained(named)
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    return tokenizer
-
-
 def build_model(
     tokenizer: PreTrainedTokenizerBase, model_args: ModelArguments, max_length: int, labels: Sequence[str]
 ) -> PreTrainedModel:
@@ -166,19 +144,15 @@ def build_model(
     )
 
 
-def accuracy(prediction: EvalPrediction) -> dict[str, float]:
-    """Return `compute_metrics`'s accuracy, from 0 to 1."""
-    logits = prediction.predictions[0] if isinstance(prediction.predictions, tuple) else prediction.predictions
-    return {"accuracy": float((logits.argmax(axis=-1) == prediction.label_ids).mean())}
-
-
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """Train, evaluate, write the output folder, and return what all_results.json holds."""
-    data_args, model_args, optimizer_args, args = parse(DATACLASSES, argv)
+    data_args, model_args, optimizer_args, args = parse(DATACLASSES, argv, output_dir="outputs/text_classification")
     run = prepare(optimizer_args, args, data_args.overwrite_output_dir)
     with args.main_process_first(desc="loading the dataset"):  # the other processes find the download
         texts, labels = number_labels(load_splits(data_args, subjects.load, (TEXT, LABEL)))
-    tokenizer = load_tokenizer(model_args, run.checkpoint, texts["train"][TEXT])
+    named = run.checkpoint or model_args.model_name_or_path
+    # In a new tokenizer the first token stands for the whole text.
+    tokenizer = load_or_train(named, texts["train"][TEXT], model_args.vocab_size, f"{EOS} $A")
     max_length = min(data_args.max_length, tokenizer.model_max_length)
 
     def tokenize(batch: dict[str, list[str]]) -> dict[str, Any]:

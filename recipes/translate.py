@@ -22,14 +22,14 @@ from functools import partial
 from typing import Any
 
 from datasets import DatasetDict
-from transformers import AutoTokenizer, DataCollatorForSeq2Seq
+from transformers import DataCollatorForSeq2Seq
 
 from common.arguments import parse
 from common.loss import make_loss
 from common.run import prepare
 from text.data import encode
 from text.run import train_and_score
-from text.tokenizer import train_tokenizer
+from text.tokenizer import load_or_train
 from translation.arguments import DATACLASSES
 from translation.data import load_pairs, tokenize, training_texts
 from translation.model import build_model
@@ -38,14 +38,11 @@ from translation.trainer import ROW, TranslationTrainer, make_bleu
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """Train, evaluate, write the output folder, and return what all_results.json holds."""
-    data_args, model_args, optimizer_args, args = parse(DATACLASSES, argv)
+    data_args, model_args, optimizer_args, args = parse(DATACLASSES, argv, output_dir="outputs/translation")
     run = prepare(optimizer_args, args, data_args.overwrite_output_dir)
     with args.main_process_first(desc="loading the dataset"):  # the other processes find the download
         pairs = load_pairs(data_args)
-    if run.checkpoint is None:
-        tokenizer = train_tokenizer(training_texts(pairs["train"]), model_args.vocab_size)
-    else:
-        tokenizer = AutoTokenizer.from_pretrained(run.checkpoint)
+    tokenizer = load_or_train(run.checkpoint, training_texts(pairs["train"]), model_args.vocab_size)
     numbered = DatasetDict({name: rows.add_column(ROW, range(len(rows))) for name, rows in pairs.items()})
     splits = encode(numbered, partial(tokenize, tokenizer, data_args), data_args.preprocessing_num_workers)
     run.seed()

@@ -27,9 +27,9 @@ _KEYS = {f.name: f for f in dataclasses.fields(FNGDConfig) if f.name not in ("lr
 _TYPES = {name: hint for name, hint in typing.get_type_hints(FNGDConfig).items() if name in _KEYS}
 
 
-def option(default: Any, text: str) -> Any:
-    """Return a dataclass field with a default value and a help text."""
-    return field(default=default, metadata={"help": text})
+def option(default: Any, text: str, **more: Any) -> Any:
+    """Return a dataclass field with a default value, a help text, and what else argparse is to know of it."""
+    return field(default=default, metadata={"help": text, **more})
 
 
 def _described(name: str, text: str, *users: str) -> Any:
@@ -123,58 +123,60 @@ class DatasetArguments:
     )
 
 
-def check_training_arguments(args: TrainingArguments) -> None:
-    """Reject what the recipes have other options for, and keep a DataLoader without a device quiet.
+@dataclass
+class RecipeTrainingArguments(TrainingArguments):
+    """TrainingArguments with the defaults of all recipes; that of output_dir is the recipe's own."""
 
-    Raises:
-        ValueError: do_train is off, or optim names an optimizer.
-    """
-    if not torch.accelerator.is_available():
-        args.dataloader_pin_memory = False  # on a CPU alone the DataLoader warns of it in every epoch
-    if not args.do_train:
-        raise ValueError(
-            "This recipe always trains. To evaluate a finished run again, start it with the same output_dir "
-            "and without --overwrite_output_dir: it resumes behind the last step."
-        )
-    if not args.optim.startswith("adamw_torch"):
-        raise ValueError(f"Set --optimizer instead of --optim {args.optim.value}.")
+    do_train: bool = option(True, "Always on: a finished run is evaluated again by resuming it.")
+    learning_rate: float = option(1e-3, "Peak learning rate.")
+    eval_strategy: str = option("epoch", "When to evaluate.")
+    logging_strategy: str = option("epoch", "When to log the training loss.")
+    save_total_limit: int | None = option(1, "Checkpoints to keep.")
+
+    def __post_init__(self) -> None:
+        """Reject what the recipes have other options for, and keep a DataLoader without a device quiet.
+
+        The rest is checked by the Trainer.
+
+        Raises:
+            ValueError: do_train is off, or optim names an optimizer.
+        """
+        super().__post_init__()
+        if not torch.accelerator.is_available():
+            self.dataloader_pin_memory = False  # on a CPU alone the DataLoader warns of it in every epoch
+        if not self.do_train:
+            raise ValueError(
+                "This recipe always trains. To evaluate a finished run again, start it with the same output_dir "
+                "and without --overwrite_output_dir: it resumes behind the last step."
+            )
+        if not self.optim.startswith("adamw_torch"):
+            raise ValueError(f"Set --optimizer instead of --optim {self.optim.value}.")
 
 
 @dataclass
-class TextTrainingArguments(TrainingArguments):
+class TextTrainingArguments(RecipeTrainingArguments):
     """TrainingArguments with the defaults of the recipes on text."""
 
-    do_train: bool = option(True, "Always on: a finished run is evaluated again by resuming it.")
     do_eval: bool = option(True, "Score the validation split at the end.")
     do_predict: bool = option(True, "Score the test split at the end.")
-    learning_rate: float = option(1e-3, "Peak learning rate.")
     per_device_train_batch_size: int = option(64, "Rows in a training batch, on each device.")
     per_device_eval_batch_size: int = option(128, "Rows in an evaluation batch, on each device.")
-    eval_strategy: str = option("epoch", "When to measure the validation loss.")
-    logging_strategy: str = option("epoch", "When to log the training loss.")
     save_strategy: str = option("epoch", "When to write a checkpoint.")
-    save_total_limit: int | None = option(1, "Checkpoints to keep.")
-    train_sampling_strategy: str = field(
-        default="group_by_length",
-        metadata={
-            "help": "Sampler of the training batches; 'group_by_length' saves most of the padding.",
-            "choices": ["random", "sequential", "group_by_length", "batch_rebalance"],
-        },
+    train_sampling_strategy: str = option(
+        "group_by_length",
+        "Sampler of the training batches; 'group_by_length' saves most of the padding.",
+        choices=["random", "sequential", "group_by_length", "batch_rebalance"],
     )
     ddp_find_unused_parameters: bool | None = option(False, "Off: every parameter takes part in every step.")
 
-    def __post_init__(self) -> None:
-        """Reject what the recipes have another option for; the rest is checked by the Trainer."""
-        super().__post_init__()
-        check_training_arguments(self)
 
-
-def parse(classes: Sequence[type], argv: Sequence[str] | None = None) -> tuple[Any, ...]:
+def parse(classes: Sequence[type], argv: Sequence[str] | None = None, **defaults: Any) -> tuple[Any, ...]:
     """Parse the command line, over the values of the file that `--config` names.
 
     Args:
         classes: Dataclasses of options.
         argv: The arguments behind the program's name; `sys.argv[1:]` where None.
+        **defaults: What replaces the default values of options.
 
     Returns:
         One instance of each dataclass.
@@ -188,6 +190,7 @@ def parse(classes: Sequence[type], argv: Sequence[str] | None = None) -> tuple[A
     config_parser.add_argument("--config", type=Path)
     known, rest = config_parser.parse_known_args(argv)
     parser = HfArgumentParser(classes, allow_abbrev=False)
+    parser.set_defaults(**defaults)
     parser.add_argument("--config", help="YAML file of options, one `name: value` a line; the command line wins.")
     names = [f.name for cls in classes for f in dataclasses.fields(cls) if f.init]
     from_file = [] if known.config is None else _as_options(known.config, names)

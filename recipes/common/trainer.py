@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch.utils.data import DataLoader
-from transformers import Trainer, TrainerCallback
+from transformers import EvalPrediction, Trainer, TrainerCallback
 
 from common.timer import StepTimer
 
@@ -45,3 +45,9 @@ class RecipeTrainer(Trainer):
             return super()._get_dataloader(*args, is_training=is_training, **kwargs)
         finally:
             self.args.dataloader_drop_last = asked
+
+
+def accuracy(prediction: EvalPrediction) -> dict[str, float]:
+    """Return the share of right answers, for Trainer's `compute_metrics`; some models' logits come first of several."""
+    logits = prediction.predictions[0] if isinstance(prediction.predictions, tuple) else prediction.predictions
+    return {"accuracy": float((logits.argmax(axis=-1) == prediction.label_ids).mean())}

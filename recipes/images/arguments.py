@@ -4,16 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
-
-from transformers import TrainingArguments
+from typing import Literal
 
 from common.arguments import (
     DatasetArguments,
     OptimizerArguments,
+    RecipeTrainingArguments,
     at_least_one,
     check_model_size,
-    check_training_arguments,
     option,
     parse,
 )
@@ -69,27 +67,20 @@ class ModelArguments:
 
 
 @dataclass
-class ImageTrainingArguments(TrainingArguments):
+class ImageTrainingArguments(RecipeTrainingArguments):
     """TrainingArguments with the defaults of a small classifier that is trained from scratch."""
 
-    output_dir: str = option("outputs/images", "Folder of the model and the results.")
-    do_train: bool = option(True, "Always on; both held-out splits are always evaluated too.")
     num_train_epochs: float = option(30, "Epochs.")
-    learning_rate: float = option(1e-3, "Peak learning rate.")
     lr_scheduler_type: str = option("cosine", "Schedule of the learning rate.")
     weight_decay: float = option(0.01, "Weight decay.")
     per_device_train_batch_size: int = option(128, "Images in a training batch, on each device.")
     per_device_eval_batch_size: int = option(1000, "Images in an evaluation batch, on each device.")
-    eval_strategy: str = option("epoch", "When to evaluate validation and test images.")
-    logging_strategy: str = option("epoch", "When to log the training loss.")
     save_strategy: str = option("no", "When to write a checkpoint to resume from.")
-    save_total_limit: int | None = option(1, "Checkpoints to keep.")
     remove_unused_columns: bool = option(False, "Off: batches are fetched whole, in the columns of the model.")
 
     def __post_init__(self) -> None:
         """Reject what this recipe has no use for; the rest is checked by the Trainer."""
         super().__post_init__()
-        check_training_arguments(self)
         if self.push_to_hub:
             raise ValueError("This recipe trains models to measure them: it has no --push_to_hub.")
         if self.remove_unused_columns:
@@ -107,8 +98,7 @@ def parse_arguments(
     Raises:
         ValueError: As there, or options of different groups contradict each other.
     """
-    parsed: tuple[Any, ...] = parse(DATACLASSES, argv)
-    data, model, outliers, optimizer, training = parsed
+    data, model, *others = parse(DATACLASSES, argv, output_dir="outputs/images")
     if model.patch_size is not None and data.image_size % model.patch_size:
         raise ValueError(f"patch_size={model.patch_size} does not divide image_size={data.image_size}.")
-    return data, model, outliers, optimizer, training
+    return data, model, *others

@@ -7,11 +7,12 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from datasets import Array3D, Dataset, Features, load_dataset
+from datasets import Array3D, Dataset, Features
 from PIL.Image import Image
 from torch import Tensor
 from torch.nn import functional as F
 
+from common.data import first, load_named
 from images import synthetic
 from images.arguments import DataArguments
 
@@ -72,15 +73,10 @@ def load(arguments: DataArguments, seed: int) -> Splits:
         test_pixels, test_labels = synthetic.generate(test_size, arguments.image_size, _TEST)
         classes = synthetic.CLASSES
     else:
-        splits = load_dataset(arguments.dataset_name, arguments.dataset_config_name)
-        missing = [name for name in ("train", "test") if name not in splits]
-        if missing:
-            raise ValueError(
-                f"{arguments.dataset_name} has the splits {', '.join(splits)} and lacks {', '.join(missing)}."
-            )
+        splits = load_named(arguments, ("train", "test"))
         train = splits["train"].shuffle(seed=_SHUFFLE_SEED)
-        pixels, labels = _tensors(_first(train, arguments.max_train_samples), arguments.image_size)
-        test_pixels, test_labels = _tensors(_first(splits["test"], arguments.max_test_samples), arguments.image_size)
+        pixels, labels = _tensors(first(train, arguments.max_train_samples), arguments.image_size)
+        test_pixels, test_labels = _tensors(first(splits["test"], arguments.max_test_samples), arguments.image_size)
         names = getattr(train.features["label"], "names", None)
         classes = len(names) if names else int(max(labels.max(), test_labels.max())) + 1
     size = len(pixels) - arguments.validation_samples
@@ -105,10 +101,6 @@ def leave_unscaled(pixels: Tensor, share: float, seed: int) -> Tensor:
     """Return images `[n, 3, S, S]` of which a share, drawn by the seed, is in 0 to 255, as it was before scaling."""
     hit = torch.rand(len(pixels), generator=torch.Generator().manual_seed(seed)) < share
     return torch.where(hit.view(-1, 1, 1, 1), 255 * pixels, pixels)
-
-
-def _first(split: Dataset, limit: int | None) -> Dataset:
-    return split if limit is None else split.select(range(min(limit, len(split))))
 
 
 def _tensors(split: Dataset, image_size: int) -> tuple[Tensor, Tensor]:

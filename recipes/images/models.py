@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedConfig, PreTrainedModel, ViTConfig, ViTForImageClassification
@@ -16,20 +14,10 @@ class PerceptronConfig(PreTrainedConfig):
     """Size of a `Perceptron`; `num_labels`, the number of classes, is transformers' own."""
 
     model_type = "perceptron"
-
-    def __init__(
-        self,
-        image_size: int = 16,
-        hidden_size: int = 512,
-        num_hidden_layers: int = 2,
-        dropout: float = 0.0,
-        **kwargs: Any,
-    ) -> None:
-        super().__init__(**kwargs)
-        self.image_size = image_size
-        self.hidden_size = hidden_size
-        self.num_hidden_layers = num_hidden_layers
-        self.dropout = dropout
+    image_size: int = 16
+    hidden_size: int = 512
+    num_hidden_layers: int = 2
+    dropout: float = 0.0
 
 
 class Perceptron(PreTrainedModel):

@@ -5,9 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from transformers.trainer_utils import EvalPrediction
-
-from common.trainer import RecipeTrainer
+from common.trainer import RecipeTrainer, accuracy
 from images.data import Columns, as_it_is
 
 # Keys of evaluations in mid-training.
@@ -24,11 +22,6 @@ class ImageTrainer(RecipeTrainer):
         """Return the loss and the accuracy of a split, with the prefix and an underscore before their names."""
         metrics = self.predict(split, metric_key_prefix=prefix).metrics
         return {name: metrics[name] for name in (f"{prefix}_loss", f"{prefix}_accuracy")}
-
-
-def accuracy(prediction: EvalPrediction) -> dict[str, float]:
-    """Return the share of right answers, for Trainer's `compute_metrics`."""
-    return {"accuracy": float((prediction.predictions.argmax(axis=1) == prediction.label_ids).mean())}
 
 
 def best_epochs(history: Sequence[dict[str, Any]]) -> dict[str, float]:

@@ -20,6 +20,11 @@ class RowArguments(DatasetArguments):
         """Reject values that no run can use."""
         at_least_one(self, "max_train_samples", "max_eval_samples", "max_predict_samples", "preprocessing_num_workers")
 
+    @property
+    def limits(self) -> dict[str, int | None]:
+        """The rows to use of each split, by its name."""
+        return {"train": self.max_train_samples, "validation": self.max_eval_samples, "test": self.max_predict_samples}
+
 
 @dataclass
 class TextArguments(RowArguments):

@@ -7,6 +7,7 @@ from typing import Any
 
 from datasets import Dataset, DatasetDict, Features, load_dataset
 
+from common.data import first
 from text.arguments import TextArguments
 
 TEXT, LENGTH = "text", "length"
@@ -28,14 +29,10 @@ def load_splits(
     Raises:
         ValueError: A split, a column or a text is missing.
     """
-    wanted = {
-        "train": (arguments.train_split, arguments.max_train_samples),
-        "validation": (arguments.validation_split, arguments.max_eval_samples),
-        "test": (arguments.test_split, arguments.max_predict_samples),
-    }
     source = embedded() if arguments.dataset_name is None else None
     splits = {}
-    for name, (split, limit) in wanted.items():
+    for name, limit in arguments.limits.items():
+        split = getattr(arguments, f"{name}_split")
         if source is None:
             rows = _load(arguments, name, split)
         elif split in source:
@@ -45,11 +42,6 @@ def load_splits(
         names = {column: getattr(arguments, f"{column}_column") for column in columns}
         splits[name] = _columns(first(rows, limit), name, names)
     return DatasetDict(splits)
-
-
-def first(rows: Dataset, limit: int | None) -> Dataset:
-    """Return the first rows of a split, all where there is no limit."""
-    return rows if limit is None else rows.select(range(min(limit, len(rows))))
 
 
 def stripped(texts: Sequence[Any], split: str, column: str) -> list[str]:

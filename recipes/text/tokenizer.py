@@ -5,10 +5,25 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 PAD, EOS = "<pad>", "</s>"
 _SMALLEST = 256 + 2  # every byte, and the two special tokens
+
+
+def load_or_train(
+    named: str | None, texts: Iterable[str], vocab_size: int, template: str = f"$A {EOS}"
+) -> PreTrainedTokenizerBase:
+    """Load the tokenizer of a checkpoint or of a model that was named, or else train one; see `train_tokenizer`.
+
+    A tokenizer without a padding token, like GPT-2's, pads with its end of text.
+    """
+    if named is None:
+        return train_tokenizer(texts, vocab_size, template)
+    tokenizer = AutoTokenizer.from_pretrained(named)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int, template: str = f"$A {EOS}") -> PreTrainedTokenizerFast:

@@ -7,7 +7,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from datasets import Dataset
+from torch import Tensor
 from torch.utils.data import Sampler, SequentialSampler
 
 from common.trainer import RecipeTrainer
@@ -67,3 +69,9 @@ class TextTrainer(RecipeTrainer):
             yield
         finally:
             self.model.load_state_dict(last)
+
+
+def mean_nll(scores: np.ndarray | Tensor) -> float:
+    """Return the mean loss of a token, from `[n, 2]`: of each text the sum of its tokens' losses, and their number."""
+    loss, tokens = np.asarray(scores, dtype=np.float64).sum(axis=0)
+    return float(loss / tokens)

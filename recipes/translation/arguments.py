@@ -58,9 +58,6 @@ class ModelArguments:
 class TranslationTrainingArguments(TextTrainingArguments, Seq2SeqTrainingArguments):
     """Seq2SeqTrainingArguments with the defaults of a translation model that is trained from scratch."""
 
-    output_dir: str = option("outputs/translation", "Folder of the model, its card, plots and results.")
-    do_eval: bool = option(True, "Translate and score the validation split at the end.")
-    do_predict: bool = option(True, "Translate and score the test split at the end.")
     label_smoothing_factor: float = option(0.1, "Label smoothing, as in Vaswani et al. (2017).")
 
     def __post_init__(self) -> None:

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from datasets import Dataset, DatasetDict, load_dataset
+from datasets import Dataset, DatasetDict
 from transformers import PreTrainedTokenizerBase
 
 import corpus
-from text.data import first, stripped
+from common.data import first, load_named
+from text.data import stripped
 from translation.arguments import DataArguments
 
 SOURCE, TARGET = "source", "target"
@@ -30,19 +31,11 @@ def load_pairs(arguments: DataArguments) -> DatasetDict:
     if arguments.dataset_name is None:
         splits = corpus.load()
     else:
-        splits = load_dataset(arguments.dataset_name, arguments.dataset_config_name)
-    limits = {
-        "train": arguments.max_train_samples,
-        "validation": arguments.max_eval_samples,
-        "test": arguments.max_predict_samples,
-    }
-    missing = [name for name in limits if name not in splits]
-    if missing:
-        raise ValueError(
-            f"{arguments.dataset_name} has the splits {', '.join(splits)} and lacks {', '.join(missing)}. "
-            "A local folder needs the files train.jsonl, validation.jsonl (or val, dev) and test.jsonl."
-        )
-    return DatasetDict({name: _texts(first(splits[name], limit), name, arguments) for name, limit in limits.items()})
+        hint = " A local folder needs the files train.jsonl, validation.jsonl (or val, dev) and test.jsonl."
+        splits = load_named(arguments, arguments.limits, hint)
+    return DatasetDict(
+        {name: _texts(first(splits[name], limit), name, arguments) for name, limit in arguments.limits.items()}
+    )
 
 
 def training_texts(pairs: Dataset) -> Iterator[str]:

@@ -36,13 +36,5 @@ class SacreBleu(evaluate.Metric):
     def _compute(self, predictions: list[str], references: list[str]) -> dict[str, Any]:
         bleu = BLEU()
         result = bleu.corpus_score(predictions, [references])
-        return {
-            "score": result.score,
-            "counts": result.counts,
-            "totals": result.totals,
-            "precisions": result.precisions,
-            "bp": result.bp,
-            "sys_len": result.sys_len,
-            "ref_len": result.ref_len,
-            "signature": str(bleu.get_signature()),
-        }
+        names = ("score", "counts", "totals", "precisions", "bp", "sys_len", "ref_len")
+        return {name: getattr(result, name) for name in names} | {"signature": str(bleu.get_signature())}

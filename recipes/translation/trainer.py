@@ -14,8 +14,8 @@ from torch.nn import functional as F
 from transformers import PreTrainedTokenizerBase, Seq2SeqTrainer
 from transformers.trainer_utils import EvalPrediction
 
-from text.data import first
-from text.trainer import TextTrainer
+from common.data import first
+from text.trainer import TextTrainer, mean_nll
 from translation.data import TARGET
 from translation.metric import SacreBleu
 
@@ -70,13 +70,7 @@ class TranslationTrainer(TextTrainer, Seq2SeqTrainer):
             losses = F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), reduction="none").view_as(labels)
             scored = torch.stack([losses.sum(1), labels.ne(-100).sum(1)], dim=1)
             scores.append(self.accelerator.gather_for_metrics(scored).cpu())
-        return torch.cat(scores).double()
-
-
-def mean_nll(scores: Tensor) -> float:
-    """Return the mean negative log-likelihood of a token from `log_likelihoods`' rows."""
-    loss, tokens = scores.sum(0).tolist()
-    return loss / tokens
+        return torch.cat(scores)
 
 
 def make_bleu(tokenizer: PreTrainedTokenizerBase, size: int) -> Callable[[EvalPrediction], dict[str, float]]:
