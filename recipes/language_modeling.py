@@ -25,7 +25,6 @@ from transformers import (
     GPT2LMHeadModel,
     PreTrainedTokenizerBase,
 )
-from transformers.trainer_utils import EvalLoopOutput
 
 import corpus
 from common.arguments import OptimizerArguments, TextTrainingArguments, at_least_one, check_model_size, option, parse
@@ -34,7 +33,7 @@ from text.arguments import TextArguments
 from text.data import TEXT, encode, load_splits
 from text.run import train_and_score
 from text.tokenizer import EOS, load_or_train
-from text.trainer import TextTrainer, mean_nll
+from text.trainer import mean_nll
 
 
 @dataclass
@@ -66,16 +65,6 @@ class ModelArguments:
 DATACLASSES = (DataArguments, ModelArguments, OptimizerArguments, TextTrainingArguments)
 
 
-class LanguageModelingTrainer(TextTrainer):
-    """A Trainer whose evaluation loss is the mean over tokens; Trainer's own weights batches by their rows."""
-
-    def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> EvalLoopOutput:
-        """Evaluate, as Trainer does, and correct the loss."""
-        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
-        output.metrics[f"{metric_key_prefix}_loss"] = mean_nll(output.predictions)
-        return output
-
-
 def token_losses(logits: Tensor, labels: Tensor) -> Tensor:
     """Reduce logits to what a perplexity needs, for `preprocess_logits_for_metrics`.
 
@@ -92,8 +81,13 @@ def token_losses(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def perplexity(prediction: EvalPrediction) -> dict[str, float]:
-    """Return `compute_metrics`'s perplexity, from what `token_losses` left of each sentence."""
+    """Return the perplexity, from what `token_losses` left of each sentence."""
     return {"perplexity": float(torch.tensor(mean_nll(prediction.predictions), dtype=torch.float64).exp())}
+
+
+def loss_and_perplexity(prediction: EvalPrediction) -> dict[str, float]:
+    """Return what Trainer's `compute_metrics` does; its own loss, which this one replaces, weighs batches by rows."""
+    return {"loss": mean_nll(prediction.predictions)} | perplexity(prediction)
 
 
 def build_model(tokenizer: PreTrainedTokenizerBase, arguments: ModelArguments) -> GPT2LMHeadModel:
@@ -143,9 +137,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         tokenizer,
         splits,
         facts | {"text_column": data_args.text_column},
-        trainer_cls=LanguageModelingTrainer,
         data_collator=DataCollatorForSeq2Seq(tokenizer),  # labels are padded with -100
-        compute_metrics=perplexity,
+        compute_metrics=loss_and_perplexity,
         preprocess_logits_for_metrics=token_losses,
     )
 

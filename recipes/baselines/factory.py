@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -128,9 +129,7 @@ def split(
     """Return the groups of the layers' weights and those of all other trained parameters, decayed ones first."""
     weights = {id(layer.weight) for layer in layers}
     decayed = decays(model)
-    groups: dict[tuple[bool, bool], list[torch.Tensor]] = {
-        (matrix, decay): [] for matrix in (True, False) for decay in (True, False)
-    }
+    groups: defaultdict[tuple[bool, bool], list[torch.Tensor]] = defaultdict(list)
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             groups[id(parameter) in weights, name in decayed].append(parameter)

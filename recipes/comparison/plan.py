@@ -7,7 +7,7 @@ import itertools
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -158,17 +158,11 @@ def load(path: Path, overrides: Mapping[str, Any] | None = None, arms: Sequence[
         test_metrics=tuple(values["test_metrics"]),
         curves=tuple(values.get("curves", (values["metric"],))),
         options=options,
-        screen=_stage("screen", values.get("screen")),
-        final=_stage("final", values["final"]),
+        screen=_stage("screen", values.get("screen"), overrides or {}),
+        final=_stage("final", values["final"], overrides or {}),
         arms=kept,
         reference=reference if reference in kept else next(iter(kept)),
         targets=_targets(values.get("targets")),
-    )
-    new = dict(overrides or {})  # into the stages' options, which would hide them otherwise
-    comparison = replace(
-        comparison,
-        screen=replace(comparison.screen, options=comparison.screen.options | new),
-        final=replace(comparison.final, options=comparison.final.options | new),
     )
     for name, arm in comparison.arms.items():
         for place in (comparison.screen.options, comparison.final.options):
@@ -197,13 +191,14 @@ def describe(point: Mapping[str, Any]) -> str:
     return ", ".join(f"{key} {value}" for key, value in point.items()) or "-"
 
 
-def _stage(name: str, value: Any) -> Stage:
+def _stage(name: str, value: Any, overrides: Mapping[str, Any]) -> Stage:
     values = _mapping(name, value)
     _check_keys(name, values, {"seeds", "options"}, set())
     seeds = tuple(values.get("seeds", (0,)))
     if not seeds:
         raise ValueError(f"{name} has no seeds.")
-    return Stage(seeds, _checked(name, values.get("options")))
+    # Those of the command line go in here: options of the comparison would be hidden by the stage's.
+    return Stage(seeds, {**_checked(name, values.get("options")), **overrides})
 
 
 def _arm(name: str, value: Any) -> Arm:

@@ -39,13 +39,15 @@ class Results:
 
     def finished(self, run: Run) -> Record | None:
         """Return the record of a run; None unless it finished."""
-        record = self._records.get(run.key)
-        return record if record is not None and record["status"] == "finished" else None
+        return self._with_status(run, "finished")
 
     def failed(self, run: Run) -> Record | None:
         """Return the record of a run whose last try failed."""
+        return self._with_status(run, "failed")
+
+    def _with_status(self, run: Run, status: str) -> Record | None:
         record = self._records.get(run.key)
-        return record if record is not None and record["status"] == "failed" else None
+        return record if record is not None and record["status"] == status else None
 
     def append(self, run: Run, outcome: Record) -> Record:
         """Write a line."""
@@ -56,7 +58,7 @@ class Results:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             whole = not self.path.exists() or self.path.read_bytes()[-1:] in (b"", b"\n")
             with self.path.open("a", encoding="utf-8") as file:
-                file.write(("" if whole else "\n") + json.dumps(_finite(record), allow_nan=False) + "\n")
+                file.write(("" if whole else "\n") + json.dumps(_finite(record)) + "\n")
         return record
 
 
@@ -153,8 +155,4 @@ def training_seconds(record: Record) -> float | None:
 
 def _finite(value: Any) -> Any:
     """Replace numbers that JSON does not know by None."""
-    if isinstance(value, dict):
-        return {key: _finite(inner) for key, inner in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(inner) for inner in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    return json.loads(json.dumps(value), parse_constant=lambda name: None)

@@ -98,41 +98,35 @@ TO = Preposition("to", "zu", "dat")
 OF = Preposition("of", "von", "dat")  # a group of
 
 Place = tuple[Preposition, Noun]
-SOFT_GROUND: tuple[Place, ...] = (
-    *((IN, noun) for noun in (PARK, GARDEN, FOREST)),
-    (OUT_ON, MEADOW),
-    (ON_SHORE, BEACH),
-)
-AREAS: tuple[Place, ...] = (
-    *SOFT_GROUND,
-    *((ON_TOP, noun) for noun in (STREET, BRIDGE)),
-    *((BY, noun) for noun in (LAKE, RIVER)),
-)
-OPEN_PLACES: tuple[Place, ...] = (
+
+
+def places(preposition: Preposition, *nouns: Noun) -> tuple[Place, ...]:
+    """Return the places that a preposition makes of nouns."""
+    return tuple((preposition, noun) for noun in nouns)
+
+
+SOFT_GROUND = (*places(IN, PARK, GARDEN, FOREST), (OUT_ON, MEADOW), (ON_SHORE, BEACH))
+AREAS = (*SOFT_GROUND, *places(ON_TOP, STREET, BRIDGE), *places(BY, LAKE, RIVER))
+OPEN_PLACES = (
     *AREAS,
-    *((preposition, noun) for preposition in (IN_FRONT, BEHIND) for noun in (HOUSE, SHOP, CHURCH, TENT)),
-    *((NEXT_TO, noun) for noun in (TREE, CAR, TENT)),
-    *((UNDER, noun) for noun in (TREE, BRIDGE)),
-    *((BETWEEN, noun) for noun in (TREE, HOUSE, CAR)),
+    *places(IN_FRONT, HOUSE, SHOP, CHURCH, TENT),
+    *places(BEHIND, HOUSE, SHOP, CHURCH, TENT),
+    *places(NEXT_TO, TREE, CAR, TENT),
+    *places(UNDER, TREE, BRIDGE),
+    *places(BETWEEN, TREE, HOUSE, CAR),
 )
-SEATS: tuple[Place, ...] = tuple((ON_TOP, noun) for noun in (BENCH, ROCK, WALL))
-BEDS: tuple[Place, ...] = (*SOFT_GROUND, (IN, TENT), (UNDER, TREE))
-WATERS: tuple[Place, ...] = ((IN, LAKE), (IN, RIVER))
-WAYS: tuple[Place, ...] = (
-    *((THROUGH, noun) for noun in (PARK, GARDEN, FOREST)),
-    *((INTO, noun) for noun in (PARK, GARDEN, FOREST, HOUSE, SHOP, CHURCH, TENT)),
-    *((ACROSS, noun) for noun in (STREET, BRIDGE, MEADOW)),
-    *((AROUND, noun) for noun in (TREE, HOUSE, LAKE)),
-    *((TO, noun) for noun in (BEACH, RIVER, LAKE, HOUSE, CHURCH, CAR, TREE)),
+SEATS = places(ON_TOP, BENCH, ROCK, WALL)
+BEDS = (*SOFT_GROUND, (IN, TENT), (UNDER, TREE))
+WATERS = places(IN, LAKE, RIVER)
+WAYS = (
+    *places(THROUGH, PARK, GARDEN, FOREST),
+    *places(INTO, PARK, GARDEN, FOREST, HOUSE, SHOP, CHURCH, TENT),
+    *places(ACROSS, STREET, BRIDGE, MEADOW),
+    *places(AROUND, TREE, HOUSE, LAKE),
+    *places(TO, BEACH, RIVER, LAKE, HOUSE, CHURCH, CAR, TREE),
 )
-LEAPS: tuple[Place, ...] = (
-    *((OVER, noun) for noun in (WALL, BENCH)),
-    *((ONTO, noun) for noun in (WALL, BENCH, ROCK)),
-)
-WORN: tuple[Place, ...] = (
-    *((IN, noun) for noun in (SHIRT, JACKET, COAT)),
-    *((WITH, noun) for noun in (HAT, CAP, SCARF)),
-)
+LEAPS = (*places(OVER, WALL, BENCH), *places(ONTO, WALL, BENCH, ROCK))
+WORN = (*places(IN, SHIRT, JACKET, COAT), *places(WITH, HAT, CAP, SCARF))
 TIMES = (
     Text("in the morning", "am Morgen"),
     Text("in the evening", "am Abend"),

@@ -23,15 +23,15 @@ _CARD = """---
 
 # {name}
 
-A `{model}` of {parameters:,} parameters{languages}, trained by hf_fngd's `recipes/{recipe}`.
+A `{report[model]}` of {report[parameters]:,} parameters{languages}, trained by hf_fngd's `recipes/{report[recipe]}`.
 
 {scores}
 
-- data: {dataset}, {train_samples:,} training rows
-- optimizer: **{optimizer}**, with the arguments below
-- {length} in batches of {batch} rows ({processes} process(es), {accumulation} accumulation step(s))
-- schedule {schedule} with {warm_up}, gradient clipped at norm {clip:g}
-- label smoothing {smoothing:g}, seed {seed}
+- data: {dataset}, {report[train_samples]:,} training rows
+- optimizer: **{report[optimizer]}**, with the arguments below
+- {length} in batches of {batch} rows ({args.world_size} process(es), {accumulation} accumulation step(s))
+- schedule {args.lr_scheduler_type.value} with {warm_up}, gradient clipped at norm {args.max_grad_norm:g}
+- label smoothing {args.label_smoothing_factor:g}, seed {report[seed]}
 
 ```json
 {optimizer_arguments}
@@ -55,10 +55,10 @@ def render_card(report: dict[str, Any], args: transformers.TrainingArguments) ->
         The text of README.md, with the metadata that the Hub reads.
     """
     languages = [report[name] for name in ("source_lang", "target_lang") if name in report]
-    facts = ("model", "parameters", "recipe", "train_samples", "optimizer", "seed")
     warm_up = f"{args.warmup_steps:g} warm-up steps" if args.warmup_steps >= 1 else f"{args.warmup_steps:.0%} warm-up"
     return _CARD.format(
-        **{name: report[name] for name in facts},
+        report=report,
+        args=args,
         metadata=_metadata(report, args, languages).to_yaml(),
         name=Path(args.output_dir).resolve().name,
         languages=" that translates from `{}` to `{}`".format(*languages) if languages else "",
@@ -66,12 +66,8 @@ def render_card(report: dict[str, Any], args: transformers.TrainingArguments) ->
         dataset=f"`{report['dataset_name']}`" if report["dataset_name"] else _EMBEDDED,
         length=f"{args.max_steps} steps" if args.max_steps > 0 else f"{args.num_train_epochs:g} epochs",
         batch=args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
-        processes=args.world_size,
         accumulation=args.gradient_accumulation_steps,
-        schedule=args.lr_scheduler_type.value,
         warm_up=warm_up,
-        clip=args.max_grad_norm,
-        smoothing=args.label_smoothing_factor,
         optimizer_arguments=json.dumps(report["optimizer_arguments"], indent=2),
         versions=", ".join(
             f"{module.__name__} {module.__version__}"

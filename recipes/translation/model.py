@@ -18,6 +18,12 @@ def build_model(
     matrix for both embeddings and the output layer, embeddings scaled by sqrt(d_model). The longest sequences and the
     number of beams go into the generation configuration.
     """
+    tokens = {
+        "pad_token_id": tokenizer.pad_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "forced_eos_token_id": tokenizer.eos_token_id,
+        "decoder_start_token_id": tokenizer.pad_token_id,
+    }
     config = MarianConfig(
         vocab_size=len(tokenizer),
         d_model=model_args.d_model,
@@ -32,21 +38,12 @@ def build_model(
         scale_embedding=True,
         init_std=model_args.d_model**-0.5,
         max_position_embeddings=max(data_args.max_source_length, data_args.max_target_length),
-        pad_token_id=tokenizer.pad_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        forced_eos_token_id=tokenizer.eos_token_id,
-        decoder_start_token_id=tokenizer.pad_token_id,
+        **tokens,
     )
     model = MarianMTModel(config)
     _initialize(model)
-    model.generation_config = GenerationConfig(
-        max_length=data_args.max_target_length,
-        num_beams=data_args.num_beams,
-        pad_token_id=tokenizer.pad_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        forced_eos_token_id=tokenizer.eos_token_id,
-        decoder_start_token_id=tokenizer.pad_token_id,
-    )
+    longest = data_args.max_target_length
+    model.generation_config = GenerationConfig(max_length=longest, num_beams=data_args.num_beams, **tokens)
     return model
 
 

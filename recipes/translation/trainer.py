@@ -42,10 +42,8 @@ class TranslationTrainer(TextTrainer, Seq2SeqTrainer):
         # Several processes pad the last round of batches with sentences from the start.
         translations = decode(self.processing_class, output.predictions[: len(rows)])
         bleu = SacreBleu().compute(predictions=translations, references=list(rows[TARGET]))
-        bleu["bleu"] = bleu.pop("score")
-        metrics = dict(output.metrics)
-        for name, value in bleu.items():
-            metrics[f"{prefix}_{name if name == 'bleu' else 'bleu_' + name}"] = value
+        metrics = output.metrics | {f"{prefix}_bleu": bleu.pop("score")}
+        metrics |= {f"{prefix}_bleu_{name}": value for name, value in bleu.items()}
         if prefix == "eval":
             metrics["eval_nll"] = mean_nll(self.log_likelihoods(rows))
             metrics["train_nll"] = mean_nll(self.log_likelihoods(first(self.train_dataset, len(rows))))
