@@ -37,13 +37,6 @@ from text.trainer import mean_nll
 
 
 @dataclass
-class DataArguments(TextArguments):
-    """Which sentences, and how many of them."""
-
-    text_column: str = option("en", "Column of the sentences.")
-
-
-@dataclass
 class ModelArguments:
     """Size of the GPT-2."""
 
@@ -62,7 +55,7 @@ class ModelArguments:
         check_model_size(self, "n_head", "n_embd")
 
 
-DATACLASSES = (DataArguments, ModelArguments, OptimizerArguments, TextTrainingArguments)
+DATACLASSES = (TextArguments, ModelArguments, OptimizerArguments, TextTrainingArguments)
 
 
 def token_losses(logits: Tensor, labels: Tensor) -> Tensor:
@@ -115,7 +108,8 @@ def build_model(tokenizer: PreTrainedTokenizerBase, arguments: ModelArguments) -
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """Train, evaluate, write the output folder, and return what all_results.json holds."""
-    data_args, model_args, optimizer_args, args = parse(DATACLASSES, argv, output_dir="outputs/language_modeling")
+    defaults = {"output_dir": "outputs/language_modeling", "text_column": "en"}
+    data_args, model_args, optimizer_args, args = parse(DATACLASSES, argv, **defaults)
     run = prepare(optimizer_args, args, data_args.overwrite_output_dir)
     with args.main_process_first(desc="loading the dataset"):  # the other processes find the download
         texts = load_splits(data_args, corpus.load)

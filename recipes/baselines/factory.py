@@ -133,12 +133,9 @@ def split(
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             groups[id(parameter) in weights, name in decayed].append(parameter)
-    matrices, rest = (
-        [
-            {"params": groups[matrix, decay], "weight_decay": weight_decay if decay else 0.0}
-            for decay in (True, False)
-            if groups[matrix, decay]
-        ]
-        for matrix in (True, False)
-    )
+    matrices: list[dict[str, Any]] = []
+    rest: list[dict[str, Any]] = []
+    for matrix, decay in sorted(groups, reverse=True):
+        group = {"params": groups[matrix, decay], "weight_decay": weight_decay if decay else 0.0}
+        (matrices if matrix else rest).append(group)
     return matrices, rest

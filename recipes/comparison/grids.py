@@ -10,8 +10,6 @@ from comparison.markdown import as_number, number, table
 from comparison.plan import Arm, Comparison, describe
 from comparison.results import Results, screened
 
-Values = dict[Any, str]
-
 
 def grid_sections(comparison: Comparison, results: Results) -> list[str]:
     """Return a table for each option that arms are pivoted by: a row an arm and its other options, a column a value."""
@@ -35,7 +33,7 @@ def _varied(declared: Arm) -> list[str]:
 
 def _pivot(comparison: Comparison, results: Results, option: str, arms: list[str]) -> str:
     tried = [item for arm in arms for item in comparison.arms[arm].grid[option]]
-    columns: Values = {}
+    columns: dict[Any, str] = {}
     for item in sorted(tried, key=_order):
         columns.setdefault(_same(item), str(item))
     rows, spans = [], {}

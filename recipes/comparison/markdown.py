@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from comparison.results import mean
 
@@ -19,12 +19,12 @@ def number(value: float | None) -> str:
     return "-" if value is None else f"{value:.4g}"
 
 
-def spread(values: Sequence[float | None]) -> str:
+def spread(values: Iterable[float | None]) -> str:
     """Return mean, standard deviation and range of the values over the seeds."""
-    center = mean(values)
-    if center is None:
-        return "not a number" if values and any(v is not None for v in values) else "-"
+    values = list(values)
     known = [v for v in values if v is not None]
+    if (center := mean(values)) is None:
+        return "not a number" if known else "-"
     if len(known) == 1:
         return number(center)
     return f"{number(center)} ± {statistics.stdev(known):.2g} ({number(min(known))} to {number(max(known))})"

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import statistics
+from collections.abc import Mapping
+from functools import partial
 from itertools import pairwise
+from typing import Any
 
 import yaml
 
@@ -32,15 +35,15 @@ def report(comparison: Comparison, results: Results) -> str:
     of the gap between training and validation, of the grids; the options.
     """
     best = best_points(comparison, results)
-    finals = {
-        arm: [record for run in comparison.final_runs({arm: best[arm]}) if (record := results.finished(run))]
-        for arm in best
-    }
+    finals: dict[str, list[Record]] = {arm: [] for arm in comparison.arms}
+    for run in comparison.final_runs(best):
+        if record := results.finished(run):
+            finals[run.arm].append(record)
     parts = [f"# {comparison.name}", _introduction(comparison)]
     if found := remarks(comparison, results, finals):
         parts.append("**Mind:**\n\n" + "\n".join(f"- {remark}" for remark in found))
     parts += ["## Best grid points", _best_table(comparison, finals), *_signatures(finals)]
-    parts += speed.speed(comparison, finals) + _gap_section(comparison, finals) + grid_sections(comparison, results)
+    parts += speed.speed(comparison, finals) + _gap_section(finals) + grid_sections(comparison, results)
     set_elsewhere = {*comparison.screen.options, *comparison.final.options}
     set_elsewhere.update(*(arm.grid for arm in comparison.arms.values()))
     common = {key: item for key, item in recorded(comparison.options).items() if key not in set_elsewhere}
@@ -60,12 +63,13 @@ def remarks(comparison: Comparison, results: Results, finals: dict[str, list[Rec
         found.append("The grids are not of equal size: " + ", ".join(f"{arm} {n}" for arm, n in sizes.items()) + ".")
     runs = comparison.screen_runs() + comparison.final_runs(best_points(comparison, results))
     found += [f"Failed: {run} ({record['error']})." for run in runs if (record := results.failed(run))]
-    for arm in comparison.arms:
-        if not finals.get(arm):
+    for arm, of_arm in finals.items():
+        if not of_arm:
             found.append(f"{arm} has no finished final run.")
-        elif len(finals[arm]) < len(comparison.final.seeds):
-            found.append(f"{arm} has {len(finals[arm])} of {len(comparison.final.seeds)} seeds.")
-        found += _edges(comparison, finals, arm)
+            continue
+        if len(of_arm) < len(comparison.final.seeds):
+            found.append(f"{arm} has {len(of_arm)} of {len(comparison.final.seeds)} seeds.")
+        found += _edges(comparison, arm, of_arm[0]["point"])
     screens = [run for run in comparison.screen_runs() if not results.finished(run) and not results.failed(run)]
     if screens:
         found.append(f"{len(screens)} runs of the screening are missing.")
@@ -78,11 +82,8 @@ def remarks(comparison: Comparison, results: Results, finals: dict[str, list[Rec
     return found + _overlaps(comparison, finals)
 
 
-def _edges(comparison: Comparison, finals: dict[str, list[Record]], arm: str) -> list[str]:
+def _edges(comparison: Comparison, arm: str, point: Mapping[str, Any]) -> list[str]:
     """Name the values of a best point that are the smallest or largest tried: a better one may lie beyond."""
-    if not finals.get(arm):
-        return []
-    point = finals[arm][0]["point"]
     found = []
     for key, tried in comparison.arms[arm].grid.items():
         numbers = sorted(n for item in tried if (n := as_number(item)) is not None)
@@ -123,30 +124,25 @@ def _introduction(comparison: Comparison) -> str:
 def _best_table(comparison: Comparison, finals: dict[str, list[Record]]) -> str:
     head = ["optimizer", "best point", "grid", "seeds", comparison.metric, f"{comparison.metric}, best epoch"]
     head += [*comparison.test_metrics, "seconds", "seconds a step"]
+    measures = [partial(value, metric=comparison.metric), partial(best_epoch, comparison)]
+    measures += [partial(value, metric=metric) for metric in comparison.test_metrics]
     rows = []
-    for arm, declared in comparison.arms.items():
-        records = finals.get(arm, [])
-        cells = [arm, describe(records[0]["point"]) if records else "-", str(len(declared.points())), str(len(records))]
-        cells.append(spread([value(record, comparison.metric) for record in records]))
-        cells.append(spread([best_epoch(comparison, record) for record in records]))
-        cells += [spread([value(record, metric) for record in records]) for metric in comparison.test_metrics]
-        cells += [number(mean([measure(record) for record in records])) for measure in (training_seconds, step_seconds)]
+    for arm, records in finals.items():
+        point = describe(records[0]["point"]) if records else "-"
+        cells = [arm, point, str(len(comparison.arms[arm].points())), str(len(records))]
+        cells += [spread(map(measure, records)) for measure in measures]
+        cells += [number(mean(map(measure, records))) for measure in (training_seconds, step_seconds)]
         rows.append(cells)
     return table(head, rows)
 
 
-def _gap_section(comparison: Comparison, finals: dict[str, list[Record]]) -> list[str]:
+def _gap_section(finals: dict[str, list[Record]]) -> list[str]:
     """Compare training and validation at the end, where a recipe measured both by the same loss or logged one."""
     records = [record for runs in finals.values() for record in runs]
     if not any(value(record, "train_nll") is not None or _logged_loss(record) is not None for record in records):
         return []
-    rows = []
-    for arm in comparison.arms:
-        of_arm = finals.get(arm, [])
-        cells = [arm, spread([_logged_loss(record) for record in of_arm])]
-        cells += [spread([value(record, name) for record in of_arm]) for name in _TRAINING]
-        cells.append(spread([_gap(record) for record in of_arm]))
-        rows.append(cells)
+    measures = [_logged_loss, *(partial(value, metric=name) for name in _TRAINING), _gap]
+    rows = [[arm, *(spread(map(measure, of_arm)) for measure in measures)] for arm, of_arm in finals.items()]
     caption = (
         "`train_nll` and `eval_nll` are the same loss at the end of training, without label smoothing and dropout: in "
         "the start of the training split and in the validation split. The gap is their difference. The logged loss is "

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from comparison.markdown import number, table
 from comparison.plan import Comparison
-from comparison.results import Record, best_epoch, first_reaching, mean, step_seconds, value
+from comparison.results import Record, best_epoch, first_reaching, mean, step_seconds, training_seconds, value
 
 Finals = dict[str, list[Record]]
 PARTS = ("forward", "backward", "update")
@@ -41,9 +41,7 @@ def targets(comparison: Comparison, finals: Finals) -> dict[float, str]:
     if comparison.targets:
         return dict.fromkeys(comparison.targets, "declared")
     scores = {
-        arm: score
-        for arm, records in finals.items()
-        if (score := mean([value(record, comparison.metric) for record in records])) is not None
+        arm: score for arm, records in finals.items() if (score := _mean_of(records, comparison.metric)) is not None
     }
     if not scores:
         return {}
@@ -68,12 +66,9 @@ def _target_section(comparison: Comparison, finals: Finals) -> list[str]:
     head = ["optimizer", "best " + comparison.metric]
     head += [f"{number(target)}: {unit}" for target in wanted for unit in ("epochs", "seconds")]
     rows = []
-    for arm in comparison.arms:
-        records = finals.get(arm, [])
-        row = [arm, number(mean([best_epoch(comparison, record) for record in records]))]
-        for target in wanted:
-            row += _reached(comparison, records, target)
-        rows.append(row)
+    for arm, records in finals.items():
+        reached = [cell for target in wanted for cell in _reached(comparison, records, target)]
+        rows.append([arm, number(mean(best_epoch(comparison, record) for record in records)), *reached])
     return ["## Epochs and seconds to a target", caption, table(head, rows)]
 
 
@@ -89,16 +84,13 @@ def _reached(comparison: Comparison, records: Sequence[Record], target: float) -
 
 
 def _step_section(comparison: Comparison, finals: Finals) -> list[str]:
-    reference = _mean_of(finals.get(comparison.reference, []), "step_seconds_mean")
+    reference = _mean_of(finals[comparison.reference], "step_seconds_mean")
     head = ["optimizer", "seconds a step", "seconds an epoch", f"ratio to {comparison.reference}", *PARTS]
     rows = []
-    for arm in comparison.arms:
-        records = finals.get(arm, [])
-        step = _mean_of(records, "step_seconds_mean")
-        row = [arm, number(step), number(mean([_epoch_seconds(record) for record in records]))]
-        row.append(_ratio(step, reference))
-        row += [_ratio(_mean_of(records, f"step_seconds_{part}"), reference) for part in PARTS]
-        rows.append(row)
+    for arm, records in finals.items():
+        step, *parts = (_mean_of(records, f"step_seconds_{name}") for name in ("mean", *PARTS))
+        row = [arm, number(step), number(mean(map(_epoch_seconds, records)))]
+        rows.append([*row, *(_ratio(seconds, reference) for seconds in (step, *parts))])
     caption = (
         "Mean over the steps, coefficient steps and other rare work included, and over the seeds; no evaluation and no "
         f"loading of data. Ratios are to the whole step of {comparison.reference}, so that the three parts add up to "
@@ -112,13 +104,12 @@ def _step_section(comparison: Comparison, finals: Finals) -> list[str]:
 
 
 def _epoch_seconds(record: Record) -> float | None:
-    last = max(record["curve"], key=lambda event: event["step"], default=None)
-    seconds = step_seconds(record)
-    return None if last is None or seconds is None else seconds * last["step"] / last["epoch"]
+    seconds = training_seconds(record)
+    return None if seconds is None else seconds / max(event["epoch"] for event in record["curve"])
 
 
 def _mean_of(records: Sequence[Record], metric: str) -> float | None:
-    return mean([value(record, metric) for record in records])
+    return mean(value(record, metric) for record in records)
 
 
 def _ratio(seconds: float | None, reference: float | None) -> str:

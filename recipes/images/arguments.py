@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from common.arguments import (
     DatasetArguments,
@@ -90,10 +90,8 @@ class ImageTrainingArguments(RecipeTrainingArguments):
 DATACLASSES = (DataArguments, ModelArguments, OutlierArguments, OptimizerArguments, ImageTrainingArguments)
 
 
-def parse_arguments(
-    argv: Sequence[str] | None = None,
-) -> tuple[DataArguments, ModelArguments, OutlierArguments, OptimizerArguments, ImageTrainingArguments]:
-    """Parse the command line; see `common.arguments.parse`.
+def parse_arguments(argv: Sequence[str] | None = None) -> tuple[Any, ...]:
+    """Parse the command line into one instance of each of `DATACLASSES`; see `common.arguments.parse`.
 
     Raises:
         ValueError: As there, or options of different groups contradict each other.

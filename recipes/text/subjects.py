@@ -35,13 +35,11 @@ def load(train_size: int = 10_000, validation_size: int = 2_000, test_size: int 
         if size < 1:
             raise ValueError(f"{name}_size is {size}; it must be at least 1.")
     drawn = iter(sentences("train", sum(sizes.values()), seed, wanted=has_two_doers))
-    rows = {
-        name: [{"text": sentence.en, "label": sentence.subject} for sentence in islice(drawn, size)]
-        for name, size in sizes.items()
-    }
-    return DatasetDict(
-        {name: Dataset.from_list(rows[name], features=FEATURES) for name in ("train", "validation", "test")}
-    )
+    splits = DatasetDict()
+    for name, size in sizes.items():
+        rows = [{"text": sentence.en, "label": sentence.subject} for sentence in islice(drawn, size)]
+        splits[name] = Dataset.from_list(rows, features=FEATURES)
+    return splits
 
 
 def has_two_doers(sentence: Sentence) -> bool:
