@@ -6,7 +6,7 @@ all-reduce) works unchanged. The batch-mean gradient is never computed, and no p
 A traced graph keeps no Python objects, and an integer that changes from step to step would recompile it. So a
 micro-batch travels through it as a number in a tensor: `begin` numbers the forward pass, and `sample_weights` finds it
 by that number when backward runs, both opaque to the compiler. In a traced graph calls of a layer are not counted (what
-only backward reads, a compiler moves there), and a weight that is used outside of its layer's forward is not found out.
+only backward reads, a compiler moves there). What only an eager pass tells, a rehearsal does: `hf_fngd.engine.rehearsal`.
 """
 
 import itertools
@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, library
 
 from hf_fngd.engine.layer import Layer
+from hf_fngd.engine.rehearsal import Rehearsal, unpacked
 from hf_fngd.engine.window import MicroBatch
 from hf_fngd.layers.base import LayerKernel, Saved
 from hf_fngd.samples.ids import Ids, of_tokens, read_ids
@@ -37,7 +38,7 @@ _batches: weakref.WeakValueDictionary[int, MicroBatch] = weakref.WeakValueDictio
 class Engine:
     """What a graph knows of a preconditioner: a number, by which the operators find its layers."""
 
-    def __init__(self, layers: list[Layer], begin: Callable[[int, Ids | None], MicroBatch]) -> None:
+    def __init__(self, layers: list[Layer], begin: Callable[[int, Ids | None, Rehearsal], MicroBatch]) -> None:
         self.layers, self.begin = layers, begin
         self.number = next(_numbers)
         _engines[self.number] = self
@@ -51,40 +52,53 @@ def numbered(batch: MicroBatch) -> Tensor:
 
 
 @library.custom_op("hf_fngd::begin", mutates_args=(), **_TAGS)
-def begin(sample: Tensor, engine: int, by: str, ids: list[Tensor]) -> Tensor:
+def begin(
+    sample: Tensor,
+    engine: int,
+    by: str,
+    ids: list[Tensor],
+    text: str,
+    tensors: list[Tensor],
+    integers: list[int],
+    autocast: torch.dtype | None,
+) -> Tensor:
     """Begin a forward pass with a batch as large as ``sample``; returns the micro-batch's number.
 
-    The last two are what `find_ids` found; an empty string and list where it found nothing.
+    ``by`` and ``ids`` are what `find_ids` found; an empty string and list where it found nothing. The others are for a
+    rehearsal: what `packed` made of the model's arguments, and autocast's dtype, None where it is off.
     """
     found = read_ids(by, ids, sample) if by else None
-    batch = _engines[engine].begin(sample.shape[0] if found is None else found.samples, found)
+    rehearsal = Rehearsal(unpacked(text, tensors, integers), autocast, sample.device.type)
+    batch = _engines[engine].begin(sample.shape[0] if found is None else found.samples, found, rehearsal)
     batch.tokens = bool(by) and of_tokens(by, ids, sample)
     return numbered(batch)
 
 
 @begin.register_fake
-def _(sample: Tensor, engine: int, by: str, ids: list[Tensor]) -> Tensor:
+def _(sample: Tensor, *_: Any) -> Tensor:
     return torch.empty((), dtype=torch.int64, device="cpu")
 
 
 @library.custom_op("hf_fngd::sample_weights", mutates_args=(), **_TAGS)
-def sample_weights(x: Tensor | None, g: Tensor, batch: Tensor, engine: int, place: int, has_bias: bool) -> Tensor:
-    """`Layer.weights` ``[N]``; ones where there are none."""
+def sample_weights(
+    x: Tensor | None, g: Tensor, batch: Tensor, engine: int, place: int, has_bias: bool, dim: int
+) -> Tensor:
+    """`Layer.weights` ``[N]``, or of rows that were counted over the dimensions to ``dim``; ones where there are none."""
     # None where backward comes after the optimizer step: too late to weigh anything.
     found = _batches.get(int(batch)) if g.numel() else None
     w = None
     if found is not None:
         again = found.complete and place in found.of_graphs
         layer, rows = _engines[engine].layers[place], found.traced(len(g if x is None else x))
-        if rows is None and found.ids is None and layer.view is not None and layer.view.plain:
-            rows = layer.view
-        w = layer.weights(x, g, has_bias, found, again, rows)
+        told = None if found.ids is not None or rows is not None else layer.view
+        if told is None or told.plain or told.dim == dim:  # else it was told after this graph was made, as one is anew
+            w = layer.weights(x, g, has_bias, found, again, rows or told)
         found.of_graphs.add(place)
     return g.new_ones(len(g if x is None else x)) if w is None else w.to(g.dtype, copy=True)
 
 
 @sample_weights.register_fake
-def _(x: Tensor | None, g: Tensor, batch: Tensor, engine: int, place: int, has_bias: bool) -> Tensor:
+def _(x: Tensor | None, g: Tensor, *_: Any) -> Tensor:
     return g.new_empty((g if x is None else x).shape[0])
 
 
@@ -137,7 +151,8 @@ def _weights(ctx: Any, x: Tensor | None, g: Tensor, number: Tensor | None, has_b
         with torch.no_grad():
             return _weights(ctx, x, g, number, has_bias)
     if number is not None:
-        w: Tensor = sample_weights(x, g, number, ctx.engine, ctx.place, has_bias)
+        dim = 0 if ctx.rows is None else ctx.rows.dim
+        w: Tensor = sample_weights(x, g, number, ctx.engine, ctx.place, has_bias, dim)
         return w
     again, ctx.again = ctx.again, True
     layer: Layer = ctx.layer

@@ -2,6 +2,7 @@
 
 import inspect
 import logging
+import weakref
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import is_dataclass
@@ -17,12 +18,14 @@ from hf_fngd.engine.attach import Attachment, unsupported
 from hf_fngd.engine.backward import Engine, LayerCall, begin, numbered
 from hf_fngd.engine.graph import uses_in_graph
 from hf_fngd.engine.layer import ON_TOP_OF_ANOTHER, USED_ELSEWHERE, Layer
-from hf_fngd.engine.probing import Probing
+from hf_fngd.engine.probing import Probing, obstacle, shown
+from hf_fngd.engine.rehearsal import Rehearsal, packed, rehearsing
 from hf_fngd.engine.window import MicroBatch, Window, in_backward
 from hf_fngd.layers.base import ExplicitKernel, is_frozen, plain_class, weight_of
 from hf_fngd.layers.embedding import EmbeddingKernel
 from hf_fngd.samples.ids import COLUMN, Ids, find_ids, is_one_row, of_tokens, read_ids
-from hf_fngd.samples.rows import TOKENS
+from hf_fngd.samples.rows import TOKENS, View
+from hf_fngd.weights.base import StoredWeights
 
 logger = logging.getLogger(__name__)
 
@@ -52,7 +55,8 @@ class Forwards:
         self._tokens = False  # whether a traced graph has the batch's tokens for rows
         own = model.__dict__.get("forward") or plain_class(model).forward
         self._own_ids = COLUMN in inspect.signature(own).parameters
-        self._inspected = self._inside = False
+        self._inspected = self._inside = self._rehearsing = False
+        self._model = weakref.ref(model)
         self.probing = Probing(layers, batch_dim)
         self._frozen = [layer for layer in layers if is_frozen(layer.selected.module)]  # from the beginning
         self.live = [layer for layer in layers if layer not in self._frozen]
@@ -80,10 +84,42 @@ class Forwards:
         self.batch = opened(size, ids)
         return self.batch
 
-    def _begin_in_graph(self, size: int, ids: Ids | None) -> MicroBatch:
+    def _begin_in_graph(self, size: int, ids: Ids | None, rehearsal: Rehearsal) -> MicroBatch:
         self._look_for_unfrozen()
+        dim = self.probing.dim
+        if self.probing.left or not self._inspected:
+            self._rehearse(rehearsal)
         self.probing.settle()
+        if self.probing.dim != dim:  # the graph under way is for another dimension of the batch: one step is plain
+            size, ids = 0, None
         return self._begin(size, ids)
+
+    def _rehearse(self, rehearsal: Rehearsal) -> None:
+        """Run a batch of a compiled model eagerly: the probe's passes, and one whose graph is inspected."""
+        model, was_inspected = self._model(), self._inspected
+        self._inspected = True
+        if model is None or in_backward():
+            return
+        reason = obstacle(model)
+        if reason is None and rehearsal.arguments is None:
+            reason = "the compiled model has inputs that are no tensors, integers, strings or containers of these"
+        if reason is None and rehearsal.arguments is not None:
+            args, kwargs = rehearsal.arguments
+            self._rehearsing, self._inspected = True, was_inspected
+            try:
+                with rehearsing(model, rehearsal):
+                    model.forward(*args, **kwargs)
+            except Exception as error:  # whatever a model does where it is not compiled
+                reason = f"an eager forward pass failed ({shown(error)})"
+            finally:
+                self._rehearsing, self._inspected, self.batch, self._number = False, True, None, None
+        if reason is not None:
+            self.probing.left = 0
+            self.probing.fail(reason)
+
+    def _begin_rehearsed(self, size: int, ids: Ids | None) -> MicroBatch:
+        """A micro-batch that no backward pass reaches, and no step closes."""
+        return MicroBatch(size, partial(StoredWeights, size), [0] * len(self._layers), 0, ids)
 
     def _look_for_unfrozen(self) -> None:
         """Where layers join that were frozen before: it is found out about them what is known of the others."""
@@ -116,7 +152,13 @@ class Forwards:
         told = None if sample is None else find_ids(given, sample, dim)
         self._tokens = sample is not None and told is not None and of_tokens(*told, sample)
         if compiling:
-            self._number = None if sample is None else begin(sample, self._engine.number, *(told or ("", [])))
+            if sample is None:
+                self._number = None
+            else:
+                cast = torch.is_autocast_enabled(sample.device.type)
+                autocast = torch.get_autocast_dtype(sample.device.type) if cast else None
+                by = told or ("", [])
+                self._number = begin(sample, self._engine.number, *by, *packed(args, given), autocast)
             self._inside = True
             try:
                 return own(*args, **kwargs)
@@ -125,7 +167,8 @@ class Forwards:
         batch = self.batch = None
         if sample is not None:
             ids = None if told is None else read_ids(*told, sample)
-            batch = self.batch = self._begin(len(sample) if ids is None else ids.samples, ids)
+            size = len(sample) if ids is None else ids.samples
+            batch = self.batch = (self._begin_rehearsed if self._rehearsing else self._begin)(size, ids)
             batch.tokens = self._tokens
         # For layers that are compiled by themselves.
         self._number = None if batch is None else numbered(batch)
@@ -157,12 +200,13 @@ class Forwards:
             return own(*args, **kwargs)
         own = partial(own, *args, **kwargs)
         if isinstance(batch, Tensor):
-            if layer.unfit is not None or not (layer.view is None or layer.view.plain):
+            if layer.unfit is not None:
                 return own()
             table = isinstance(layer.kernel, EmbeddingKernel)
             # Of another kernel the gradient has the tokens of a row summed up.
             counts = self._tokens and (table or isinstance(layer.kernel, ExplicitKernel)) and x[0].dim() + table > 2
-            call = LayerCall(layer.kernel, layer.place, batch, self._engine.number, TOKENS if counts else None)
+            rows = TOKENS if counts else (View(layer.dim, "last") if layer.dim else None)
+            call = LayerCall(layer.kernel, layer.place, batch, self._engine.number, rows)
             return layer.kernel.run(module, own, x[0], call)
         rows, unfit = layer.locate(x[0], batch)
         if unfit is not None:
@@ -189,7 +233,10 @@ class Forwards:
         tables = [kernel for kernel in kernels if isinstance(kernel, EmbeddingKernel) and kernel.output is not None]
         leaves, consumers = uses_in_graph(output, {table.output for table in tables})
         for table in tables:
-            table.inspect(consumers[table.output], batch.rows)
+            if self._rehearsing:
+                table.output = None  # no graph expands it
+            else:
+                table.inspect(consumers[table.output], batch.rows)
         keys = [[id(parameter) for parameter in layer.selected.module.parameters(False)] for layer in self._layers]
         calls = Counter[int]()
         for layer, own in zip(self._layers, keys, strict=True):

@@ -52,6 +52,7 @@ class Layer:
     seen: MicroBatch | None = None  # the last one whose backward reached it
     view: View | None = None  # where the samples are, as a probe told; None: sizes tell
     unfit: str | None = None  # why the samples of its input cannot be told, where a probe has found that
+    dim: int = 0  # of the view; a graph depends on it alone
 
     def __post_init__(self) -> None:
         self.kernel: LayerKernel = self.selected.kernel
@@ -77,7 +78,7 @@ class Layer:
         if isinstance(verdict, View) and not isinstance(self.kernel, TableKernel):
             # Reasons that earlier batches gave stay in the report.
             self.view = verdict if verdict.plain or self.kernel.folds else None
-            self.unfit = None if self.view else NOT_THE_BATCH
+            self.unfit, self.dim = (None, self.view.dim) if self.view else (NOT_THE_BATCH, 0)
         elif not table or (verdict is not None and not isinstance(verdict, View)):
             self.unfit = verdict if isinstance(verdict, str) else NOT_THE_BATCH
 
@@ -141,8 +142,10 @@ class Layer:
 
     def _is_plain(self, x: Tensor | None, g: Tensor, batch: MicroBatch, again: bool, rows: Rows | None) -> bool:
         """Whether the samples cannot be weighed in this call; the reason goes to `Shared`."""
-        reason: str | None
-        if rows is None:
+        reason: str | None = self.unfit  # told while a graph was under way
+        if reason is not None:
+            pass
+        elif rows is None:
             self.batch_first, reason = self.kernel.layout(self.batch_first, x, g, batch.rows)
             if batch.ids is not None and reason is None and len(g if x is None else x) == batch.rows:
                 reason = NOT_ITS_ROWS

@@ -53,14 +53,13 @@ class Probing:
         if in_backward() or not len(sample):
             return
         self.left -= 1
-        reason = _obstacle(model)
+        reason = obstacle(model)
         if reason is None:
             try:
                 inputs = (args, dict(kwargs))
                 found = probe(model, self._run(own), inputs, sample, self._batch_dim, self._found)
             except Exception as error:  # whatever a model does with a batch that is not its trainer's
-                text = " ".join(str(error).split())[:200]
-                reason = f"a forward pass on a batch of another size failed ({type(error).__name__}: {text})"
+                reason = f"a forward pass on a batch of another size failed ({shown(error)})"
             else:
                 self.note, self._settled = "", True
                 self.dim = found.dim
@@ -76,6 +75,10 @@ class Probing:
                 self.seen = None
         else:
             self.left = 0
+        self.fail(reason)
+
+    def fail(self, reason: str) -> None:
+        """No probe could run, for this reason: the argument tells, or else the sizes of tensors."""
         if self._found is not None:
             return
         self.note = f"which rows are whose sample was told by sizes alone, as {reason}"
@@ -103,12 +106,18 @@ class Probing:
         return run
 
 
-def _obstacle(model: nn.Module) -> str | None:
+def shown(error: Exception) -> str:
+    """The kind of an error and the beginning of its text, in one line."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+
+
+def obstacle(model: nn.Module) -> str | None:
     """Why the model must not run more often than its trainer says; None where it may."""
     for module in model.modules():
         if isinstance(module, FSDPModule):
             return "FSDP2 exchanges parameters in every forward pass"
-        if module._compiled_call_impl is not None or hasattr(module, "_orig_mod"):
+        compiled = module._compiled_call_impl is not None and module is not model  # whose own forward is called here
+        if compiled or hasattr(module, "_orig_mod"):
             return "a part of the model is compiled"
     if torch._C._are_functorch_transforms_active():
         return "a transform of torch.func is under way"

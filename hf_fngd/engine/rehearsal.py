@@ -1,0 +1,113 @@
+"""A rehearsal: the first batch of a compiled model runs eagerly as well, for what only an eager pass tells.
+
+That is where the samples are, and which weights are used outside of their layers' forward. A compiler hands a graph's
+operators tensors, integers and constants only, so a model's arguments travel as these, and a text says how they belong
+together.
+"""
+
+import ast
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch._C import DispatchKey
+
+from hf_fngd.samples.snapshot import untouched
+
+Arguments = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+class Rehearsal(NamedTuple):
+    """What a rehearsal needs: the model's arguments, None where they could not be packed, and autocast's dtype, if on."""
+
+    arguments: Arguments | None
+    autocast: torch.dtype | None
+    device_type: str
+
+
+Packed = tuple[str, list[Tensor], list[int]]
+
+# What stands in a compiled graph's way to an autograd graph.
+_AUTOGRAD = [
+    getattr(DispatchKey, name)
+    for name in ("AutogradFunctionality", "AutogradOther", "ADInplaceOrView")
+    if hasattr(DispatchKey, name)
+]
+
+
+def packed(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Packed:
+    """A model's arguments for an operator; with an empty text where there are others than it takes."""
+    tensors: list[Tensor] = []
+    integers: list[int] = []
+    text = _text((list(args), dict(kwargs)), tensors, integers)
+    return ("", [], []) if text is None else (text, tensors, integers)
+
+
+def _text(value: Any, tensors: list[Tensor], integers: list[int]) -> str | None:
+    if value is None or isinstance(value, bool | str):
+        return f"('is', {value!r})"
+    if isinstance(value, int):  # not by its digits, as a graph would be made anew for each
+        integers.append(value)
+        return "('int',)"
+    if type(value) in (Tensor, nn.Parameter) and not value.is_nested:
+        tensors.append(value.detach())
+        return "('tensor',)"
+    if type(value) not in (list, tuple, dict):
+        return None
+    inside = []
+    for one in value.values() if isinstance(value, dict) else value:
+        text = _text(one, tensors, integers)
+        if text is None:
+            return None
+        inside.append(text + ",")
+    if not isinstance(value, dict):
+        return f"('{'tuple' if isinstance(value, tuple) else 'list'}', ({''.join(inside)}))"
+    for key in value:
+        if not isinstance(key, str):
+            return None
+    keys = "".join([f"{key!r}," for key in value])
+    return f"('dict', ({keys}), ({''.join(inside)}))"
+
+
+def unpacked(text: str, tensors: Sequence[Tensor], integers: Sequence[int]) -> Arguments | None:
+    """The inverse of `packed`; None where it could not take them."""
+    if not text:
+        return None
+    found = _value(ast.literal_eval(text), iter(tensors), iter(integers))
+    return tuple(found[0]), found[1]
+
+
+def _value(form: tuple[Any, ...], tensors: Iterator[Tensor], integers: Iterator[int]) -> Any:
+    kind, *inside = form
+    if kind == "is":
+        return inside[0]
+    if kind in ("int", "tensor"):
+        return next(integers if kind == "int" else tensors)
+    values = [_value(one, tensors, integers) for one in inside[-1]]
+    if kind == "dict":
+        return dict(zip(inside[0], values, strict=True))
+    return tuple(values) if kind == "tuple" else values
+
+
+def _drop(_: Any) -> None:
+    """Of a graph that no backward pass goes through, nothing is needed."""
+
+
+@contextlib.contextmanager
+def rehearsing(model: nn.Module, rehearsal: Rehearsal) -> Iterator[None]:
+    """Run a model within an operator of a compiled graph as its trainer would, with an autograd graph behind it.
+
+    Afterwards the model is what it was (`untouched`). No activation is kept.
+    """
+    excluded = torch._C._dispatch_tls_local_exclude_set()
+    for key in _AUTOGRAD:
+        excluded = excluded.remove(key)
+    with (
+        torch._C._ForceDispatchKeyGuard(torch._C._dispatch_tls_local_include_set(), excluded),
+        untouched(model, training=True),
+        torch.autograd.graph.saved_tensors_hooks(_drop, _drop),
+        torch.autocast(rehearsal.device_type, rehearsal.autocast, enabled=rehearsal.autocast is not None),
+    ):
+        yield
