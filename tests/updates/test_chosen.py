@@ -15,7 +15,7 @@ from transformers import Trainer, TrainingArguments
 
 from hf_fngd import FNGD, FNGDConfig, FNGDFactory, unwrap
 from hf_fngd.updates import RULES, Update
-from tests.nets import data, loss, net
+from tests.nets import WithLoss, data, loss, net, samples
 from tests.steps import assert_equal, digest, train
 
 
@@ -306,30 +306,20 @@ def test_resized_rows_keep_their_moments() -> None:
     assert moments[:11].abs().sum() > 0
 
 
-class Classifier(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.net = net(dtype=torch.float32)
-
-    def forward(self, x: Tensor, labels: Tensor) -> dict[str, Tensor]:
-        logits = self.net(x)
-        return {"loss": F.cross_entropy(logits, labels), "logits": logits}
-
-
 @pytest.mark.parametrize("way", ["optimizers", "factory", "config"])
 def test_trainer_trains_with_them_and_logs_the_rate_of_the_first(way: str, tmp_path: Path) -> None:
     args = TrainingArguments(
         tmp_path, max_steps=2, per_device_train_batch_size=4, learning_rate=0.02, logging_steps=1, use_cpu=True,
         report_to="none", save_strategy="no", disable_tqdm=True, lr_scheduler_type="linear",
     )  # fmt: skip
-    model, (x, y) = Classifier(), data(8, dtype=torch.float32)
+    model = WithLoss()
     groups = [{"params": ["fc2"], "lr": 0.5}]
     if way == "optimizers":
         own = {"optimizers": (FNGD.from_training_args(model, args, param_groups=groups), None)}
     else:
         kwargs = {"param_groups": groups} if way == "factory" else {"config": FNGDConfig(param_groups=groups)}
         own = {"optimizer_cls_and_kwargs": (FNGDFactory, {"args": args, **kwargs})}
-    trainer = Trainer(model, args, train_dataset=[{"x": a, "labels": b} for a, b in zip(x, y, strict=True)], **own)
+    trainer = Trainer(model, args, train_dataset=samples(8), **own)
     trainer.train()
     logged = [entry["learning_rate"] for entry in trainer.state.log_history if "learning_rate" in entry]
     assert logged == pytest.approx([0.02, 0.01])
