@@ -17,6 +17,7 @@ from hf_fngd import FNGD, FNGDPreconditioner
 from hf_fngd.weights.base import policy_names
 from tests.architectures.families import FAMILIES, Family
 from tests.architectures.oracle import outcomes
+from tests.architectures.registry import to
 from tests.modes.nets import bert
 from tests.nets import EVERY_TYPE, UPDATES_OF, Checkpointed, Net, data, loss, net, settings_of
 from tests.steps import gradient, relative_error
@@ -127,11 +128,7 @@ def test_a_step_with_a_gradient_that_is_not_finite_leaves_no_trace() -> None:
 def run_family(family: Family, device: str, dtype: torch.dtype, sharing: str) -> tuple[dict[str, Tensor], Any]:
     model = family.model(dtype).to(device)
     kept = FNGDPreconditioner(model, sharing=sharing, layer_types=EVERY_TYPE)
-    batch = {
-        key: value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
-        for key, value in on(device, family.batch(5, 7)).items()
-    }
-    model(**batch).loss.backward()
+    model(**to(dtype, on(device, family.batch(5, 7)))).loss.backward()
     kept.step()
     grads = {name: p.grad.double().cpu() for name, p in model.named_parameters() if p.grad is not None}
     return grads, outcomes(kept.coverage())
