@@ -6,7 +6,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from baselines.factory import baseline_layers
 from common.timer import StepTimer
+from hf_fngd import FNGD
 from tests.recipes.translate_pairs import write_splits
 
 
@@ -46,3 +48,12 @@ def in_parts(main, argv, folder, size, parts):
     """Return the reports of a run and of the same one in micro-batches."""
     accumulated = [f"--per_device_train_batch_size={size}", f"--gradient_accumulation_steps={parts}"]
     return [main([*argv, *more, f"--output_dir={folder / name}"]) for name, more in [("w", []), ("p", accumulated)]]
+
+
+def assert_matrices(model, names, **batch):
+    """FNGD and the baselines both take these layers of a model, and no other, for matrices."""
+    assert set(baseline_layers(model)) == names
+    optimizer = FNGD(model)
+    model(**batch).loss.backward()
+    optimizer.step()
+    assert {name.rsplit(".", 1)[0] for name in optimizer.coverage().preconditioned} == names

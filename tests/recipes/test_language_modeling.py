@@ -12,10 +12,8 @@ from transformers.pytorch_utils import Conv1D
 
 import corpus
 import language_modeling
-from baselines.factory import baseline_layers
-from hf_fngd import FNGD
 from language_modeling import ModelArguments, build_model, perplexity, token_losses
-from tests.recipes.running import have_equal_weights, in_parts, interrupt, read, short
+from tests.recipes.running import assert_matrices, have_equal_weights, in_parts, interrupt, read, short
 from tests.recipes.translate_pairs import PAIRS
 from text.tokenizer import EOS, train_tokenizer
 
@@ -134,13 +132,8 @@ def test_the_embedded_corpus_is_the_default(tmp_path, options, monkeypatch):
 def test_fngd_and_the_baselines_take_the_layers_of_the_blocks(tokenizer):
     model = build_model(tokenizer, ModelArguments(**TINY))
     blocks = {name for name, module in model.named_modules() if isinstance(module, Conv1D)}
-    assert set(baseline_layers(model)) == blocks
-    optimizer = FNGD(model)
     batch = tokenizer(TEXTS[:4], padding=True, return_tensors="pt")
-    model(**batch, labels=batch["input_ids"]).loss.backward()
-    optimizer.step()
-    coverage = optimizer.coverage()
-    assert {name.rsplit(".", 1)[0] for name in coverage.preconditioned} == blocks
+    assert_matrices(model, blocks, **batch, labels=batch["input_ids"])
 
 
 @pytest.mark.parametrize(
