@@ -6,7 +6,6 @@ from types import SimpleNamespace
 from unittest import mock
 from unittest.mock import call
 
-import huggingface_hub.constants
 import pytest
 from huggingface_hub import ModelCard, errors
 
@@ -16,11 +15,6 @@ from tests.refusals import refusal
 
 CONFIG = FNGDConfig(lr=0.25, sharing="never", damping=0.01, target_modules=["fc1", "fc2"])
 MAIN, OLD = "a" * 40, "b" * 40
-
-
-@pytest.fixture(autouse=True)
-def no_network(monkeypatch):
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
 
 
 @pytest.fixture

@@ -152,8 +152,9 @@ CASES = {
 }
 
 
-def inputs(case: Case, samples: int = SAMPLES, seed: int = 1) -> Tensor:
+def inputs(case: Case, samples: int = SAMPLES, seed: int = 1, dtype: torch.dtype = torch.float64) -> Tensor:
+    """The same numbers in any precision, or ids."""
     generator = torch.Generator().manual_seed(seed)
     if case.type == "embedding":
         return torch.randint(VOCABULARY, (samples, *case.shape), generator=generator)
-    return case.change(torch.randn(samples, *case.shape, generator=generator, dtype=torch.float64))
+    return case.change(torch.randn(samples, *case.shape, generator=generator, dtype=torch.float64)).to(dtype)

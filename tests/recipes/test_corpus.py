@@ -21,13 +21,13 @@ def vocabulary(sentences, side):
 
 
 @pytest.fixture(scope="module")
-def train():
-    return corpus.sentences("train", 10_000)
+def sentences():
+    return {split: corpus.sentences(split, 10_000 if split == "train" else 500) for split in SPLITS}
 
 
-@pytest.fixture(scope="module")
-def held_out():
-    return {split: corpus.sentences(split, 500) for split in ("validation", "test")}
+@pytest.fixture
+def train(sentences):
+    return sentences["train"]
 
 
 # --- The splits ---
@@ -55,27 +55,26 @@ def test_20000_pairs_are_distinct_and_of_bounded_length():
 
 
 @pytest.mark.parametrize("split", SPLITS)
-def test_every_sentence_keeps_to_the_pairs_of_its_split(split, train, held_out):
-    for sentence in {"train": train, **held_out}[split]:
+def test_every_sentence_keeps_to_the_pairs_of_its_split(split, sentences):
+    for sentence in sentences[split]:
         assert sentence.pairs
         assert {grammar.split_of(noun, verb) for noun, verb in sentence.pairs} == {split}
 
 
 @pytest.mark.parametrize("split", ["validation", "test"])
-def test_held_out_pairs_and_sentences_never_occur_in_training(split, train, held_out):
+def test_held_out_pairs_and_sentences_never_occur_in_training(split, train, sentences):
     trained = frozenset().union(*(sentence.pairs for sentence in train))
-    for sentence in held_out[split]:
-        assert not sentence.pairs & trained
+    assert not any(sentence.pairs & trained for sentence in sentences[split])
     for side in ("en", "de"):
-        assert not {getattr(s, side) for s in train} & {getattr(s, side) for s in held_out[split]}
+        assert not {getattr(s, side) for s in train} & {getattr(s, side) for s in sentences[split]}
 
 
 @pytest.mark.parametrize("split", SPLITS)
-def test_recorded_pairs_are_those_of_the_text(split, train, held_out):
+def test_recorded_pairs_are_those_of_the_text(split, sentences):
     # Read off the words alone, where one subject noun and one verb leave no doubt: so the record cannot err.
     forms = {form: noun.en for noun in words.SUBJECTS for form in (noun.en, noun.en_plural)}
     checked = 0
-    for sentence in {"train": train, **held_out}[split]:
+    for sentence in sentences[split]:
         nouns = [forms[word] for word in re.findall(r"\w+", sentence.en.lower()) if word in forms]
         verbs = [verb.en for verb in words.VERBS if re.search(rf"\b{verb.en}\b", sentence.en)]
         if len(nouns) == len(verbs) == 1:
@@ -85,10 +84,9 @@ def test_recorded_pairs_are_those_of_the_text(split, train, held_out):
 
 
 @pytest.mark.parametrize("side", ["en", "de"])
-def test_every_held_out_word_occurs_in_training(side, train, held_out):
-    trained = vocabulary(train, side)
-    for sentences in held_out.values():
-        assert vocabulary(sentences, side) <= trained
+def test_every_held_out_word_occurs_in_training(side, sentences):
+    trained, *held_out = (vocabulary(sentences[split], side) for split in SPLITS)
+    assert all(own <= trained for own in held_out)
     assert 150 <= len(trained) <= 300
 
 

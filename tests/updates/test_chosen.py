@@ -16,7 +16,7 @@ from transformers import Trainer, TrainingArguments
 from hf_fngd import FNGD, FNGDConfig, FNGDFactory, unwrap
 from hf_fngd.updates import RULES, Update
 from tests.nets import WithLoss, data, loss, net, samples
-from tests.steps import assert_equal, digest, train
+from tests.steps import assert_equal, digest, train, with_fngd
 
 
 class Deep(nn.Module):
@@ -136,15 +136,13 @@ def test_only_the_rule_momentum_takes_the_papers_step() -> None:
     """A group under another rule moves as if it were all of the optimizer's."""
 
     def moved(**settings: Any) -> Tensor:
-        model = net()
-        optimizer = FNGD(model, lr=0.01, sharing="never", **settings)
+        model, optimizer = with_fngd(lr=0.01, sharing="never", **settings)
         train(model, optimizer, 3)
         return model.fc2.weight.detach()
 
     mixed = moved(update="momentum", param_groups=[{"params": ["fc2"], "update": "adam"}])
     assert not torch.equal(mixed, moved(update="momentum"))
-    model = net()
-    optimizer = FNGD(model, sharing="never", param_groups=[{"params": ["fc2"], "update": "momentum"}])
+    model, optimizer = with_fngd(sharing="never", param_groups=[{"params": ["fc2"], "update": "momentum"}])
     loss(model, *data(6)).backward()
     optimizer.step()  # in a group alone as well
     assert optimizer.state[model.fc2.weight]["momentum_buffer"].norm() > 0
@@ -236,8 +234,7 @@ HEAD = [{"params": ["fc2"], "lr": 0.03}]
 
 
 def trained_net(groups: Any, steps: int = 3) -> tuple[nn.Module, FNGD]:
-    model = net()
-    optimizer = FNGD(model, lr=0.01, param_groups=groups)
+    model, optimizer = with_fngd(lr=0.01, param_groups=groups)
     train(model, optimizer, steps)
     return model, optimizer
 
