@@ -191,26 +191,24 @@ class Rows(torch.utils.data.Dataset[dict[str, Any]]):
 
 @pytest.mark.parametrize("precision", ["no", "bf16", "fp16"])
 def test_a_run_under_trainer_resumes(precision: str, tmp_path: Path) -> None:
-    found = []
-    for name in ("straight", "resumed"):
+    def trainer(name: str, max_steps: int = -1) -> Trainer:
         model = bert()
-        arguments = {} if precision == "no" else {precision: True}
         args = TrainingArguments(
             str(tmp_path / name), per_device_train_batch_size=4, num_train_epochs=3, save_steps=6, report_to=[],
-            logging_steps=1, gradient_accumulation_steps=2, lr_scheduler_type="constant", **arguments
+            logging_steps=1, gradient_accumulation_steps=2, lr_scheduler_type="constant", max_steps=max_steps,
+            **({} if precision == "no" else {precision: True}),
         )  # fmt: skip
-        trainer = Trainer(model=model, args=args, train_dataset=Rows(), optimizers=(FNGD(model, lr=1e-3), None))
-        if name == "resumed":
-            trainer.args.max_steps = 6
-            trainer.train()
-            model = bert()
-            args.max_steps = -1
-            trainer = Trainer(model=model, args=args, train_dataset=Rows(), optimizers=(FNGD(model, lr=1e-3), None))
-            trainer.train(resume_from_checkpoint=str(tmp_path / name / "checkpoint-6"))
-        else:
-            trainer.train()
-        assert next(model.parameters()).is_cuda
-        assert trainer.state.global_step == 9
-        assert all(torch.isfinite(p).all() for p in model.parameters())
-        found.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
+        return Trainer(model=model, args=args, train_dataset=Rows(), optimizers=(FNGD(model, lr=1e-3), None))
+
+    straight = trainer("straight")
+    straight.train()
+    trainer("resumed", max_steps=6).train()
+    resumed = trainer("resumed")
+    resumed.train(resume_from_checkpoint=str(tmp_path / "resumed" / "checkpoint-6"))
+    found = []
+    for run in (straight, resumed):
+        assert next(run.model.parameters()).is_cuda
+        assert run.state.global_step == 9
+        assert all(torch.isfinite(p).all() for p in run.model.parameters())
+        found.append(torch.cat([p.detach().flatten() for p in run.model.parameters()]))
     assert relative_error(found[1], found[0]) < 1e-3
