@@ -133,14 +133,11 @@ def refused() -> dict[str, str]:
         ddp = DistributedDataParallel(model)
         with noted(found, f"model.join(), {sharing}"), ddp.join():
             train(ddp, fngd, range(LEAST))
-    model, fngd = make(sharing="clipped")
-    ddp = DistributedDataParallel(model)
-    with noted(found, "FNGD first"), Join([fngd, ddp]):
-        train(ddp, fngd, range(LEAST))
-    model, fngd = make(sharing="clipped")
-    ddp = DistributedDataParallel(model)
-    with noted(found, "accumulation"), Join([ddp, fngd]):
-        train(ddp, fngd, range(LEAST), passes=2)
+    for name, passes in (("FNGD first", 1), ("accumulation", 2)):
+        model, fngd = make(sharing="clipped")
+        ddp = DistributedDataParallel(model)
+        with noted(found, name), Join([fngd, ddp] if name == "FNGD first" else [ddp, fngd]):
+            train(ddp, fngd, range(LEAST), passes)
     return found
 
 

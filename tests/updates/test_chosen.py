@@ -11,10 +11,11 @@ import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from torch import Tensor, nn
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer
 
 from hf_fngd import FNGD, FNGDConfig, FNGDFactory, unwrap
 from hf_fngd.updates import RULES, Update
+from tests.modes.harness import arguments
 from tests.nets import WithLoss, data, loss, net, samples
 from tests.steps import assert_equal, digest, train, with_fngd
 
@@ -305,10 +306,8 @@ def test_resized_rows_keep_their_moments() -> None:
 
 @pytest.mark.parametrize("way", ["optimizers", "factory", "config"])
 def test_trainer_trains_with_them_and_logs_the_rate_of_the_first(way: str, tmp_path: Path) -> None:
-    args = TrainingArguments(
-        tmp_path, max_steps=2, per_device_train_batch_size=4, learning_rate=0.02, logging_steps=1, use_cpu=True,
-        report_to="none", save_strategy="no", disable_tqdm=True, lr_scheduler_type="linear",
-    )  # fmt: skip
+    logging = {"logging_strategy": "steps", "logging_steps": 1}
+    args = arguments(tmp_path, max_steps=2, learning_rate=0.02, lr_scheduler_type="linear", **logging)
     model = WithLoss()
     groups = [{"params": ["fc2"], "lr": 0.5}]
     if way == "optimizers":
