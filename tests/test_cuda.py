@@ -20,7 +20,7 @@ from tests.architectures.oracle import outcomes
 from tests.architectures.registry import to
 from tests.modes.nets import bert
 from tests.nets import EVERY_TYPE, UPDATES_OF, Checkpointed, Net, data, loss, net, settings_of
-from tests.steps import gradient, relative_error
+from tests.steps import assert_equal, gradient, relative_error
 
 pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
@@ -121,8 +121,7 @@ def test_a_step_with_a_gradient_that_is_not_finite_leaves_no_trace() -> None:
                 optimizer.step()
         assert optimizer.skipped == (4 if bad else 0)
         assert {state["step"] for state in optimizer.state_dict()["state"].values()} == {6}
-    for (name, p), q in zip(models[0].named_parameters(), models[1].parameters(), strict=True):
-        assert torch.equal(p, q), name
+    assert_equal(*models)
 
 
 def run_family(family: Family, device: str, dtype: torch.dtype, sharing: str) -> tuple[dict[str, Tensor], Any]:

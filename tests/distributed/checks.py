@@ -31,7 +31,7 @@ from tests.distributed.harness import SETTINGS, STEPS, agree, alone, batch, engi
 from tests.modes.harness import arguments
 from tests.modes.nets import LINEAR
 from tests.nets import data, loss, net
-from tests.steps import digest
+from tests.steps import digest, relative_error
 
 
 def against_accumulation(prepare: Callable[..., tuple[nn.Module, FNGD]]) -> dict[str, Any]:
@@ -123,11 +123,8 @@ def uniform_gradients() -> dict[str, Any]:
             whole = net(dtype=torch.float32, layer_type=kind)
             FNGD(whole, sharing="uniform")
             loss(whole, x, y).backward()
-        errors = [
-            float((p.grad - q.grad).norm() / q.grad.norm())
-            for p, q in zip(model.parameters(), whole.parameters(), strict=True)
-        ]
-        found[kind] = max(errors)
+        pairs = zip(model.parameters(), whole.parameters(), strict=True)
+        found[kind] = max(relative_error(p.grad, q.grad) for p, q in pairs)
     return found
 
 

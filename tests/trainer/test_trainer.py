@@ -15,6 +15,7 @@ from hf_fngd.trainer.card import amended
 from tests.modes.harness import arguments as quiet
 from tests.modes.nets import KINDS, LINEAR, Kind, bert
 from tests.nets import UPDATES_OF, settings_of
+from tests.steps import assert_equal
 
 SAMPLES, BATCH, EPOCHS = 24, 4, 3
 PER_EPOCH = SAMPLES // BATCH
@@ -301,8 +302,7 @@ def test_an_encoder_that_is_unfrozen_after_the_first_epoch_and_a_run_that_resume
     whole, resumed = (trainer(tmp_path / name, kind, **options) for name in ("whole", "resumed"))
     whole.train()
     resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / f"checkpoint-{stop}"))
-    weights = [run.model.state_dict() for run in (whole, resumed)]
-    assert all(torch.equal(p, weights[1][name]) for name, p in weights[0].items())
+    assert_equal(whole.model, resumed.model)
     moved = [not torch.equal(p, before[name]) for name, p in whole.model.base_model.state_dict().items()]
     assert sum(moved) > len(moved) // 2
     assert unwrap(whole.optimizer).coverage().missed == {}
