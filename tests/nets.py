@@ -98,6 +98,22 @@ def loss(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
     return F.cross_entropy(model(x), y)
 
 
+class WithLoss(nn.Module):
+    """A `Net` that returns its loss, as a Trainer's model does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = net(dtype=torch.float32)
+
+    def forward(self, x: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        return {"loss": loss(self.net, x, labels)}
+
+
+def samples(count: int) -> list[dict[str, Tensor]]:
+    """What a Trainer trains it on."""
+    return [{"x": x, "labels": y} for x, y in zip(*data(count, dtype=torch.float32), strict=True)]
+
+
 def trained(module: nn.Module) -> list[nn.Parameter]:
     return [p for p in module.parameters() if p.requires_grad]
 

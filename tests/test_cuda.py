@@ -17,9 +17,10 @@ from hf_fngd import FNGD, FNGDPreconditioner
 from hf_fngd.weights.base import policy_names
 from tests.architectures.families import FAMILIES, Family
 from tests.architectures.oracle import outcomes
+from tests.architectures.registry import to
 from tests.modes.nets import bert
 from tests.nets import EVERY_TYPE, UPDATES_OF, Checkpointed, Net, data, loss, net, settings_of
-from tests.steps import gradient, relative_error
+from tests.steps import assert_equal, gradient, relative_error
 
 pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
@@ -120,18 +121,13 @@ def test_a_step_with_a_gradient_that_is_not_finite_leaves_no_trace() -> None:
                 optimizer.step()
         assert optimizer.skipped == (4 if bad else 0)
         assert {state["step"] for state in optimizer.state_dict()["state"].values()} == {6}
-    for (name, p), q in zip(models[0].named_parameters(), models[1].parameters(), strict=True):
-        assert torch.equal(p, q), name
+    assert_equal(*models)
 
 
 def run_family(family: Family, device: str, dtype: torch.dtype, sharing: str) -> tuple[dict[str, Tensor], Any]:
     model = family.model(dtype).to(device)
     kept = FNGDPreconditioner(model, sharing=sharing, layer_types=EVERY_TYPE)
-    batch = {
-        key: value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
-        for key, value in on(device, family.batch(5, 7)).items()
-    }
-    model(**batch).loss.backward()
+    model(**to(dtype, on(device, family.batch(5, 7)))).loss.backward()
     kept.step()
     grads = {name: p.grad.double().cpu() for name, p in model.named_parameters() if p.grad is not None}
     return grads, outcomes(kept.coverage())
@@ -194,26 +190,24 @@ class Rows(torch.utils.data.Dataset[dict[str, Any]]):
 
 @pytest.mark.parametrize("precision", ["no", "bf16", "fp16"])
 def test_a_run_under_trainer_resumes(precision: str, tmp_path: Path) -> None:
-    found = []
-    for name in ("straight", "resumed"):
+    def trainer(name: str, max_steps: int = -1) -> Trainer:
         model = bert()
-        arguments = {} if precision == "no" else {precision: True}
         args = TrainingArguments(
             str(tmp_path / name), per_device_train_batch_size=4, num_train_epochs=3, save_steps=6, report_to=[],
-            logging_steps=1, gradient_accumulation_steps=2, lr_scheduler_type="constant", **arguments
+            logging_steps=1, gradient_accumulation_steps=2, lr_scheduler_type="constant", max_steps=max_steps,
+            **({} if precision == "no" else {precision: True}),
         )  # fmt: skip
-        trainer = Trainer(model=model, args=args, train_dataset=Rows(), optimizers=(FNGD(model, lr=1e-3), None))
-        if name == "resumed":
-            trainer.args.max_steps = 6
-            trainer.train()
-            model = bert()
-            args.max_steps = -1
-            trainer = Trainer(model=model, args=args, train_dataset=Rows(), optimizers=(FNGD(model, lr=1e-3), None))
-            trainer.train(resume_from_checkpoint=str(tmp_path / name / "checkpoint-6"))
-        else:
-            trainer.train()
-        assert next(model.parameters()).is_cuda
-        assert trainer.state.global_step == 9
-        assert all(torch.isfinite(p).all() for p in model.parameters())
-        found.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
+        return Trainer(model=model, args=args, train_dataset=Rows(), optimizers=(FNGD(model, lr=1e-3), None))
+
+    straight = trainer("straight")
+    straight.train()
+    trainer("resumed", max_steps=6).train()
+    resumed = trainer("resumed")
+    resumed.train(resume_from_checkpoint=str(tmp_path / "resumed" / "checkpoint-6"))
+    found = []
+    for run in (straight, resumed):
+        assert next(run.model.parameters()).is_cuda
+        assert run.state.global_step == 9
+        assert all(torch.isfinite(p).all() for p in run.model.parameters())
+        found.append(torch.cat([p.detach().flatten() for p in run.model.parameters()]))
     assert relative_error(found[1], found[0]) < 1e-3

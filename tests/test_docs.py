@@ -12,12 +12,14 @@ from unittest import mock
 
 import pytest
 import torch
-from transformers import BertConfig, BertForSequenceClassification, Trainer, TrainingArguments
+from transformers import Trainer
 
 from hf_fngd import FNGDConfig
 from hf_fngd.layers import base as layers
 from hf_fngd.updates import base as updates
 from hf_fngd.weights import base as weights
+from tests.modes.harness import arguments
+from tests.modes.nets import bert
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = sorted(
@@ -89,11 +91,6 @@ def blocks(page: str) -> list[str]:
     return re.findall(r"^```python\n(.*?)^```", text_of(page), flags=re.MULTILINE | re.DOTALL)
 
 
-def make_model() -> BertForSequenceClassification:
-    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
-    return BertForSequenceClassification(BertConfig(vocab_size=16, num_labels=2, **sizes))
-
-
 @pytest.fixture
 def registries() -> Iterator[None]:
     """What a page registers is gone after it."""
@@ -105,17 +102,13 @@ def registries() -> Iterator[None]:
 @pytest.mark.parametrize(("page", "number"), [(page, n) for page in PAGES for n in range(len(blocks(page)))])
 def test_code_runs(page: str, number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    torch.manual_seed(0)
     names: dict[str, Any] = {
-        "make_model": make_model,
-        "model": make_model(),
-        "args": TrainingArguments(
-            output_dir="outputs", max_steps=2, per_device_train_batch_size=4, use_cpu=True, report_to="none",
-            save_strategy="no", disable_tqdm=True,
-        ),
+        "make_model": lambda: bert(),  # which takes no argument, as a `model_init` may not
+        "model": bert(),
+        "args": arguments(Path("outputs"), max_steps=2, max_grad_norm=1.0),
         "data": [{"input_ids": torch.randint(16, (6,)), "labels": n % 2} for n in range(8)],
         "Trainer": Trainer,
-    }  # fmt: skip
+    }
     exec(compile(blocks(page)[number], f"{page}, block {number}", "exec"), names)
     trainer = names.get("trainer")
     if trainer is not None and trainer.state.global_step == 0:

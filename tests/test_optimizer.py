@@ -222,8 +222,7 @@ WRONG: dict[str, tuple[Callable[[nn.Module], nn.Module], str]] = {
 def test_another_model_than_the_optimizers_is_seen_in_any_step(
     change: Callable[[nn.Module], nn.Module], message: str, steps: int
 ) -> None:
-    model = net()
-    optimizer = FNGD(model)
+    model, optimizer = with_fngd()
     for _ in range(steps):
         one_step(model, optimizer, *data(6))
         optimizer.zero_grad()
@@ -354,8 +353,7 @@ def test_an_engine_lives_as_long_as_the_optimizer_that_it_follows() -> None:
 
 
 def test_another_optimizer_on_an_attached_model_is_told_once(caplog: pytest.LogCaptureFixture) -> None:
-    model = net()
-    fngd = FNGD(model)
+    model, fngd = with_fngd()
     other = torch.optim.SGD(model.parameters(), lr=0.1)
 
     def train(optimizer: torch.optim.Optimizer, steps: int, *, set_to_none: bool) -> None:

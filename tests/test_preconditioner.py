@@ -78,8 +78,8 @@ def test_forwards_without_a_backward_count_for_nothing() -> None:
 
 def test_accumulation_outside_of_the_parameters_keeps_the_last_micro_batch() -> None:
     """A limit, which `Window.make_room` states."""
-    model = net()
-    preconditioner, parameters = FNGDPreconditioner(model, sharing="replay"), list(model.parameters())
+    model, preconditioner = with_engine(sharing="replay")
+    parameters = list(model.parameters())
     gradients = [torch.autograd.grad(loss(model, *data(samples, 4)), parameters) for samples in (6, 5)]
     for p, *parts in zip(parameters, *gradients, strict=True):
         p.grad = sum(parts)

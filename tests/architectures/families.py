@@ -293,15 +293,14 @@ family(
 )
 
 
-def swin() -> nn.Module:
-    sizes = {"image_size": 16, "patch_size": 2, "embed_dim": 8, "depths": [2, 1], "num_heads": [1, 2]}
-    config = hf.SwinConfig(window_size=4, mlp_ratio=2.0, drop_path_rate=0.0, num_labels=CLASSES, **sizes)
-    return hf.SwinForImageClassification(config)
-
+SWIN_SIZES = {
+    **{"image_size": 16, "patch_size": 2, "embed_dim": 8, "depths": [2, 1], "num_heads": [1, 2]},
+    **{"window_size": 4, "mlp_ratio": 2.0, "drop_path_rate": 0.0, "num_labels": CLASSES},
+}
 
 family(
     "Swin",
-    swin,
+    sized(hf.SwinForImageClassification, "num_layers", **SWIN_SIZES),
     # The second stage has a single window, so that its attention sees whole samples.
     """
         swin.encoder.layers.*.blocks.*.mlp.fc(1|2) swin.encoder.layers.0.downsample.reduction
@@ -314,16 +313,11 @@ family(
 )
 
 
-def resnet() -> nn.Module:
-    config = hf.ResNetConfig(
-        embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic", num_labels=CLASSES
-    )
-    return hf.ResNetForImageClassification(config)
-
+RESNET_SIZES = {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1], "layer_type": "basic"}
 
 family(
     "ResNet",
-    resnet,
+    sized(hf.ResNetForImageClassification, **RESNET_SIZES, num_labels=CLASSES),
     "classifier.1",
     batch=images(16, 16),
     oracle="captured",

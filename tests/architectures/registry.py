@@ -214,5 +214,11 @@ def images(height: int, width: int) -> Callable[[int, int], Batch]:
     return batch
 
 
+def to(dtype: torch.dtype, batch: Batch) -> Batch:
+    """The batch with its real numbers in a precision."""
+    real = {key for key, value in batch.items() if isinstance(value, Tensor) and value.is_floating_point()}
+    return {key: value.to(dtype) if key in real else value for key, value in batch.items()}
+
+
 def signal(*shape: int) -> Tensor:
     return torch.randn(*shape, generator=_generator(shape[0], 4), dtype=torch.float64)

@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -27,8 +28,8 @@ from tests.architectures.oracle import (
     silent,
     verdicts,
 )
-from tests.architectures.registry import MISSED, POSITIONS, PRECONDITIONED, WEIGHED, kind, matches
-from tests.architectures.table import FIRST, LONGER, TABLE, clipped, parse, tally
+from tests.architectures.registry import MISSED, POSITIONS, PRECONDITIONED, WEIGHED, kind, matches, to
+from tests.architectures.table import FIRST, LONGER, SMALLER, TABLE, clipped, parse, tally
 from tests.nets import EVERY_TYPE
 
 SAMPLES = 5
@@ -47,8 +48,8 @@ def wrong(found: dict[str, Verdict]) -> dict[str, Verdict]:
     return {name: verdict for name, verdict in found.items() if not verdict.right}
 
 
-def expectations(family: Family, found: dict[str, Verdict]) -> dict[str, str]:
-    return {name: family.expected(name) for name in found}
+def assert_expected(family: Family, found: dict[str, Verdict]) -> None:
+    assert {name: verdict.outcome for name, verdict in found.items()} == {name: family.expected(name) for name in found}
 
 
 # Training and coverage -----------------------------------------------------------------------------------
@@ -57,10 +58,7 @@ def expectations(family: Family, found: dict[str, Verdict]) -> dict[str, str]:
 @of_every_family
 def test_it_trains(family: Family) -> None:
     model = family.model(torch.float32)
-    batch = {
-        key: value.float() if isinstance(value, torch.Tensor) and value.is_floating_point() else value
-        for key, value in family.batch(*FIRST).items()
-    }
+    batch = to(torch.float32, family.batch(*FIRST))
     optimizer = FNGD(model, lr=1e-2, layer_types=EVERY_TYPE)
     losses = []
     for _ in range(8):
@@ -120,7 +118,7 @@ def test_every_gradient_is_what_the_report_says(family: Family) -> None:
     # No weight could pass for both.
     shifts = [v.shift for name, v in found.items() if v.outcome == PRECONDITIONED and name.endswith("weight")]
     assert min(shifts, default=1.0) > 0.01
-    assert {name: verdict.outcome for name, verdict in found.items()} == expectations(family, found)
+    assert_expected(family, found)
 
 
 @of_every_family
@@ -138,29 +136,23 @@ def test_every_gradient_is_clipped_where_the_report_says_so(family: Family) -> N
             assert find_kernel(owner)[1] is None or verdict.outcome in REASONS, (name, verdict.outcome)
 
 
+OTHER_BATCHES: dict[str, Callable[[Family], tuple[Size, ...]]] = {
+    "a smaller last one": lambda family: (FIRST, SMALLER),
+    "a single sample": lambda family: ((1, POSITIONS),),  # the oracle's weights are one then
+    "a first one of as many samples as positions": lambda family: ((family.square, family.square),),
+    "a later one of as many samples as positions": lambda family: (FIRST, (family.square, family.square)),
+}
+
+
+@pytest.mark.parametrize("sizes", OTHER_BATCHES.values(), ids=OTHER_BATCHES)
 @of_every_family
-def test_a_smaller_last_batch_has_the_weights_of_its_own_samples(family: Family) -> None:
-    found = judged(family.name, FIRST, (3, POSITIONS))
+def test_batches_of_other_sizes_have_the_weights_of_their_own_samples(
+    family: Family, sizes: Callable[[Family], tuple[Size, ...]]
+) -> None:
+    found = judged(family.name, *sizes(family))
     assert wrong(found) == {}
-    assert {name: verdict.outcome for name, verdict in found.items()} == expectations(family, found)
-
-
-@of_every_family
-def test_a_single_sample_has_its_plain_gradient(family: Family) -> None:
-    # The oracle's weights are one then.
-    assert wrong(judged(family.name, (1, POSITIONS))) == {}
-
-
-@of_every_family
-def test_as_many_samples_as_positions_in_the_first_batch(family: Family) -> None:
-    assert wrong(judged(family.name, (family.square, family.square))) == {}
-
-
-@of_every_family
-def test_as_many_samples_as_positions_after_a_batch_that_tells_them_apart(family: Family) -> None:
-    found = judged(family.name, FIRST, (family.square, family.square))
-    assert wrong(found) == {}
-    assert {name: verdict.outcome for name, verdict in found.items()} == expectations(family, found)
+    if sizes(family)[0] == FIRST:  # which tells samples and positions apart
+        assert_expected(family, found)
 
 
 # The oracle itself ---------------------------------------------------------------------------------------

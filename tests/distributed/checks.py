@@ -31,27 +31,28 @@ from tests.distributed.harness import SETTINGS, STEPS, agree, alone, batch, engi
 from tests.modes.harness import arguments
 from tests.modes.nets import LINEAR
 from tests.nets import data, loss, net
-from tests.steps import digest
+from tests.steps import digest, relative_error
 
 
-def against_accumulation(prepare: Callable[..., tuple[nn.Module, nn.Module, FNGD, bool]]) -> dict[str, Any]:
+def against_accumulation(prepare: Callable[..., tuple[nn.Module, FNGD]]) -> dict[str, Any]:
     """R ranks against one process that accumulates R micro-batches; and whether all ranks agree bit for bit."""
     rank, world = dist.get_rank(), dist.get_world_size()
     found = {}
-    for (name, settings), conv1d in product(SETTINGS.items(), (False, True)):
-        model, called, fngd, active = prepare(conv1d, settings)
+    for (name, settings), kind in product(SETTINGS.items(), ("Linear", "Conv1D")):
+        model = net(width=9, layer_type=kind)
+        called, fngd = prepare(model, settings)
         run(called, fngd, [rank])
         mine, state = flat(model), engine_state(fngd)
         same = agree(mine, state)
         with alone():
-            reference, slow = make(conv1d, **settings)
+            reference, slow = make(kind, **settings)
             run(reference, slow, list(range(world)))
             accumulated = engine_state(slow)
-        found[f"{name}, {'Conv1D' if conv1d else 'Linear'}"] = {
-            "active": active,
+        found[f"{name}, {kind}"] = {
+            "active": _is_active(called),
             "agree": same,
             "error": float((flat(reference) - mine).abs().max()),
-            "moved": float((flat(net(width=9, layer_type="Conv1D" if conv1d else "Linear")) - mine).abs().max()),
+            "moved": float((flat(net(width=9, layer_type=kind)) - mine).abs().max()),
             "same state": digest(by_parts(accumulated)) == digest(by_parts(state)),
             "missed": len(fngd.coverage().missed),
         }
@@ -69,35 +70,29 @@ def by_parts(state: dict[str, Any]) -> dict[str, Any]:
 
 
 def ddp() -> dict[str, Any]:
-    def prepare(conv1d: bool, settings: dict[str, Any]) -> tuple[nn.Module, nn.Module, FNGD, bool]:
-        model, fngd = make(conv1d, **settings)
-        called = DistributedDataParallel(model)
-        return model, called, fngd, called.process_group.size() == dist.get_world_size() > 1
+    def prepare(model: nn.Module, settings: dict[str, Any]) -> tuple[nn.Module, FNGD]:
+        fngd = optimizer(model, **settings)
+        return DistributedDataParallel(model), fngd
 
     return against_accumulation(prepare)
 
 
 def fsdp2() -> dict[str, Any]:
     """FNGD on a sharded model: torch's own order."""
-
-    def prepare(conv1d: bool, settings: dict[str, Any]) -> tuple[nn.Module, nn.Module, FNGD, bool]:
-        model = _shard(net(width=9, layer_type="Conv1D" if conv1d else "Linear"))
-        return model, model, optimizer(model, **settings), _is_sharded(model)
-
-    return against_accumulation(prepare)
+    return against_accumulation(lambda model, settings: (_shard(model), optimizer(model, **settings)))
 
 
 def fsdp2_after() -> dict[str, Any]:
     """FNGD first, sharded afterwards, the parameters swapped in its groups: Accelerate's order."""
 
-    def prepare(conv1d: bool, settings: dict[str, Any]) -> tuple[nn.Module, nn.Module, FNGD, bool]:
-        model, fngd = make(conv1d, **settings)
+    def prepare(model: nn.Module, settings: dict[str, Any]) -> tuple[nn.Module, FNGD]:
+        fngd = optimizer(model, **settings)
         names = {p: name for name, p in model.named_parameters()}
         _shard(model)
         sharded = dict(model.named_parameters())
         for group in fngd.param_groups:
             group["params"] = [sharded[names[p]] for p in group["params"]]
-        return model, model, fngd, _is_sharded(model)
+        return model, fngd
 
     return against_accumulation(prepare)
 
@@ -107,8 +102,11 @@ def _shard(model: nn.Module) -> nn.Module:
     return fully_shard(model)
 
 
-def _is_sharded(model: nn.Module) -> bool:
-    return isinstance(model, FSDPModule) and all(isinstance(p, DTensor) for p in model.parameters())
+def _is_active(called: nn.Module) -> bool:
+    """Whether several processes share the work of a model."""
+    if isinstance(called, DistributedDataParallel):
+        return called.process_group.size() == dist.get_world_size() > 1
+    return isinstance(called, FSDPModule) and all(isinstance(p, DTensor) for p in called.parameters())
 
 
 def uniform_gradients() -> dict[str, Any]:
@@ -116,8 +114,7 @@ def uniform_gradients() -> dict[str, Any]:
     rank, world = dist.get_rank(), dist.get_world_size()
     x, y = data(8 * world, 3, dtype=torch.float32)
     found = {}
-    for conv1d in (False, True):
-        kind = "Conv1D" if conv1d else "Linear"
+    for kind in ("Linear", "Conv1D"):
         model = net(dtype=torch.float32, layer_type=kind)
         FNGD(model, sharing="uniform")
         called = DistributedDataParallel(model)
@@ -126,11 +123,8 @@ def uniform_gradients() -> dict[str, Any]:
             whole = net(dtype=torch.float32, layer_type=kind)
             FNGD(whole, sharing="uniform")
             loss(whole, x, y).backward()
-        errors = [
-            float((p.grad - q.grad).norm() / q.grad.norm())
-            for p, q in zip(model.parameters(), whole.parameters(), strict=True)
-        ]
-        found[kind] = max(errors)
+        pairs = zip(model.parameters(), whole.parameters(), strict=True)
+        found[kind] = max(relative_error(p.grad, q.grad) for p, q in pairs)
     return found
 
 

@@ -30,9 +30,9 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 
 
-def make(conv1d: bool = False, **changes: Any) -> tuple[nn.Module, FNGD]:
+def make(layer_type: str = "Linear", **changes: Any) -> tuple[nn.Module, FNGD]:
     """A small net and FNGD on it, with four coefficient steps at most."""
-    model = net(width=9, layer_type="Conv1D" if conv1d else "Linear")
+    model = net(width=9, layer_type=layer_type)
     return model, optimizer(model, **changes)
 
 

@@ -16,7 +16,7 @@ from torch import nn
 
 from hf_fngd import FNGD, FNGDPreconditioner
 from tests.nets import data, loss, net
-from tests.steps import with_fngd
+from tests.steps import assert_equal, with_engine, with_fngd
 
 # What Accelerate's state says of a mode, and what the refusal says: the mode, and a way out.
 STATES: dict[str, tuple[dict[str, Any], str]] = {
@@ -52,10 +52,9 @@ def test_a_mode_that_comes_later_is_refused_by_the_first_forward_pass(
 ) -> None:
     model, optimizer = with_fngd()
     state.update(values)
-    before = [p.clone() for p in model.parameters()]
     with pytest.raises(RuntimeError, match=message):
         loss(model, *data(6, 3)).backward()
-    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))
+    assert_equal(model, net())
     assert not optimizer.state
 
 
@@ -72,19 +71,17 @@ def test_data_parallel_is_refused() -> None:
     message = r"nn.DataParallel, .* use accelerate launch with DistributedDataParallel"
     with pytest.raises(RuntimeError, match=message):
         FNGDPreconditioner(nn.Sequential(nn.DataParallel(net())))
-    model = net()
-    _kept = FNGDPreconditioner(model)
+    model, _kept = with_engine()
     replica = model._replicate_for_data_parallel()  # what DataParallel runs on each device
     with pytest.raises(RuntimeError, match=message):
         replica(data(6, 3)[0])
 
 
-def test_fsdp1_wrappers_are_refused() -> None:
-    class FullyShardedDataParallel(nn.Module):  # the real one wants an accelerator
-        def __init__(self, module: nn.Module) -> None:
-            super().__init__()
-            self.module = module
+class FullyShardedDataParallel(nn.Sequential):
+    """The real one wants an accelerator."""
 
+
+def test_fsdp1_wrappers_are_refused() -> None:
     with pytest.raises(RuntimeError, match=r"FSDP version 1, .* use version 2"):
         FNGDPreconditioner(FullyShardedDataParallel(net()))
 

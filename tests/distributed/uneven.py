@@ -9,7 +9,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
@@ -21,8 +21,8 @@ from torch import nn
 from torch.distributed.algorithms.join import Join
 from torch.nn.parallel import DistributedDataParallel
 
-from hf_fngd import FNGD, FNGDPreconditioner
-from tests.distributed.harness import SETTINGS, agree, alone, batch, flat, make
+from hf_fngd import FNGDPreconditioner
+from tests.distributed.harness import SETTINGS, agree, alone, batch, flat, make, run
 from tests.nets import loss, net
 
 LEAST, EPOCHS = 3, 3
@@ -38,9 +38,18 @@ def numbers(epoch: int, rank: int) -> Iterator[int]:
     yield from range(10 * epoch, 10 * epoch + batches(rank))
 
 
-def value(model: nn.Module, step: int, rank: int) -> torch.Tensor:
+def value(model: nn.Module, step: int, rank: int, bad: int | None = NAN) -> torch.Tensor:
     found = loss(model, *batch(step, rank))
-    return found * torch.nan if step == NAN else found
+    return found * torch.nan if step == bad else found
+
+
+def train(called: nn.Module, optimizer: Any, steps: Iterable[int], passes: int = 1, bad: int | None = None) -> None:
+    """This process's steps, each of one forward and backward pass or several; the loss of a bad one is NaN."""
+    for step in steps:
+        for _ in range(passes):
+            value(called, step, dist.get_rank(), bad).backward()
+        optimizer.step()
+        optimizer.zero_grad()
 
 
 def joined(name: str) -> dict[str, Any]:
@@ -51,17 +60,10 @@ def joined(name: str) -> dict[str, Any]:
     same = []
     for epoch in range(EPOCHS):
         with Join([ddp, fngd]):
-            for step in numbers(epoch, rank):
-                value(ddp, step, rank).backward()
-                fngd.step()
-                fngd.zero_grad()
+            train(ddp, fngd, numbers(epoch, rank), bad=NAN)
             fngd.end_epoch()
         same.append(agree(flat(model), fngd.state_dict()))
-    # Beyond the context, with as many batches each.
-    for step in range(2):
-        loss(ddp, *batch(100 + step, rank)).backward()
-        fngd.step()
-        fngd.zero_grad()
+    train(ddp, fngd, range(100, 102))  # beyond the context, with as many batches each
     same.append(agree(flat(model), fngd.state_dict()))
     with alone():
         slow, reference = make(**SETTINGS[name])
@@ -73,11 +75,7 @@ def joined(name: str) -> dict[str, Any]:
                 reference.step()
                 reference.zero_grad()
             reference.end_epoch()
-        for step in range(2):
-            for other in range(world):
-                (loss(slow, *batch(100 + step, other)) / world).backward()
-            reference.step()
-            reference.zero_grad()
+        run(slow, reference, list(range(world)), range(100, 102))
     policy = fngd.preconditioner.policy
     return {
         "agree": same,
@@ -99,10 +97,7 @@ def followed() -> list[bool]:
     same = []
     for epoch in range(1, EPOCHS):
         with Join([ddp, preconditioner]):
-            for step in numbers(epoch, rank):
-                loss(ddp, *batch(step, rank)).backward()
-                optimizer.step()
-                optimizer.zero_grad()
+            train(ddp, optimizer, numbers(epoch, rank))
         same.append(agree(flat(model), preconditioner.state_dict()))
     return same
 
@@ -115,14 +110,8 @@ def nothing() -> dict[str, bool]:
         model, fngd = make(sharing=sharing)
         ddp = DistributedDataParallel(model)
         with Join([ddp, fngd]):
-            for step in range(1, 1 + 2 * rank):
-                loss(ddp, *batch(step, rank)).backward()
-                fngd.step()
-                fngd.zero_grad()
-        for step in range(10, 12):
-            loss(ddp, *batch(step, rank)).backward()
-            fngd.step()
-            fngd.zero_grad()
+            train(ddp, fngd, range(1, 1 + 2 * rank))
+        train(ddp, fngd, range(10, 12))
         found[sharing] = agree(flat(model), fngd.state_dict())
     return found
 
@@ -138,29 +127,17 @@ def noted(found: dict[str, str], name: str) -> Iterator[None]:
 
 def refused() -> dict[str, str]:
     """What all processes are told who enter the context in another way."""
-    rank = dist.get_rank()
     found: dict[str, str] = {}
-
-    def train(ddp: nn.Module, fngd: FNGD, passes: int = 1) -> None:
-        for step in range(LEAST):
-            for _ in range(passes):
-                loss(ddp, *batch(step, rank)).backward()
-            fngd.step()
-            fngd.zero_grad()
-
     for sharing in ("clipped", "never", "uniform"):
         model, fngd = make(sharing=sharing)
         ddp = DistributedDataParallel(model)
         with noted(found, f"model.join(), {sharing}"), ddp.join():
-            train(ddp, fngd)
-    model, fngd = make(sharing="clipped")
-    ddp = DistributedDataParallel(model)
-    with noted(found, "FNGD first"), Join([fngd, ddp]):
-        train(ddp, fngd)
-    model, fngd = make(sharing="clipped")
-    ddp = DistributedDataParallel(model)
-    with noted(found, "accumulation"), Join([ddp, fngd]):
-        train(ddp, fngd, passes=2)
+            train(ddp, fngd, range(LEAST))
+    for name, passes in (("FNGD first", 1), ("accumulation", 2)):
+        model, fngd = make(sharing="clipped")
+        ddp = DistributedDataParallel(model)
+        with noted(found, name), Join([fngd, ddp] if name == "FNGD first" else [ddp, fngd]):
+            train(ddp, fngd, range(LEAST), passes)
     return found
 
 

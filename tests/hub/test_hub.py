@@ -3,8 +3,9 @@
 import json
 import os
 from types import SimpleNamespace
+from unittest import mock
+from unittest.mock import call
 
-import huggingface_hub.constants
 import pytest
 from huggingface_hub import ModelCard, errors
 
@@ -14,11 +15,6 @@ from tests.refusals import refusal
 
 CONFIG = FNGDConfig(lr=0.25, sharing="never", damping=0.01, target_modules=["fc1", "fc2"])
 MAIN, OLD = "a" * 40, "b" * 40
-
-
-@pytest.fixture(autouse=True)
-def no_network(monkeypatch):
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
 
 
 @pytest.fixture
@@ -154,83 +150,66 @@ def test_options_reach_the_client(monkeypatch, tmp_path):
 # Pushing ---------------------------------------------------------------------------------------------------
 
 
-class RecordedHub:
-    """Stand-in for HfApi: keeps the calls in order, and the files of the last commit."""
-
-    def __init__(self):
-        self.has_card, self.calls, self.files = False, [], {}
-
-    def __call__(self, **kwargs):
-        self.calls.append(("HfApi", kwargs))
-        return self
-
-    def create_repo(self, repo_id, **kwargs):
-        self.calls.append(("create_repo", repo_id, kwargs))
-        return SimpleNamespace(repo_id=repo_id if "/" in repo_id else f"me/{repo_id}")
-
-    def create_branch(self, repo_id, **kwargs):
-        self.calls.append(("create_branch", repo_id, kwargs))
-
-    def file_exists(self, repo_id, name, **kwargs):
-        self.calls.append(("file_exists", repo_id, name, kwargs))
-        return self.has_card
-
-    def create_commit(self, repo_id, operations, **kwargs):
-        self.calls.append(("create_commit", repo_id, kwargs))
-        self.files = {operation.path_in_repo: operation.path_or_fileobj.decode() for operation in operations}
-        return "the commit"
-
-
 @pytest.fixture
-def recorded(monkeypatch):
-    api = RecordedHub()
+def api(monkeypatch):
+    """Stand-in for HfApi, the class and the object, that keeps the calls in order."""
+    api = mock.Mock(spec=hub.HfApi)
+    api.return_value = api
+    api.create_repo.side_effect = lambda name, **options: SimpleNamespace(repo_id=name if "/" in name else f"me/{name}")
+    api.file_exists.return_value = False
+    api.create_commit.return_value = "the commit"
     monkeypatch.setattr(hub, "HfApi", api)
     return api
 
 
-def test_push_to_a_new_repository(recorded):
+def committed(api):
+    """Return the files of the last commit."""
+    _, operations = api.create_commit.call_args.args
+    return {operation.path_in_repo: operation.path_or_fileobj.decode() for operation in operations}
+
+
+def test_push_to_a_new_repository(api):
     assert CONFIG.push_to_hub("user/repo", private=True, token="t", commit_message="Share") == "the commit"
-    assert recorded.calls == [
-        ("HfApi", {"token": "t", "library_name": "hf-fngd"}),
-        ("create_repo", "user/repo", {"private": True, "exist_ok": True}),
-        ("file_exists", "user/repo", "README.md", {"revision": None}),
-        ("create_commit", "user/repo", {"commit_message": "Share", "revision": None, "create_pr": False}),
+    assert api.mock_calls == [
+        call(token="t", library_name="hf-fngd"),
+        call.create_repo("user/repo", private=True, exist_ok=True),
+        call.file_exists("user/repo", "README.md", revision=None),
+        call.create_commit("user/repo", mock.ANY, commit_message="Share", revision=None, create_pr=False),
     ]
-    assert set(recorded.files) == {"fngd_config.json", "README.md"}
-    assert FNGDConfig.from_dict(json.loads(recorded.files["fngd_config.json"])) == CONFIG
+    assert set(committed(api)) == {"fngd_config.json", "README.md"}
+    assert FNGDConfig.from_dict(json.loads(committed(api)["fngd_config.json"])) == CONFIG
 
 
-def test_the_card_is_valid_and_tells_what_it_is_and_one_that_is_there_is_left_alone(recorded):
+def test_the_card_is_valid_and_tells_what_it_is_and_one_that_is_there_is_left_alone(api):
     CONFIG.push_to_hub("repo")
-    card = ModelCard(recorded.files["README.md"])
+    card = ModelCard(committed(api)["README.md"])
     assert card.data.to_dict()["library_name"] == "hf-fngd"
     assert card.data.tags == ["hf_fngd", "optimizer-config"]
     assert "model-index" not in card.data.to_dict()
     assert card.text.lstrip().startswith("# me/repo")
     assert 'FNGDConfig.from_pretrained("me/repo")' in card.text
     assert CONFIG.to_json_string() in card.text
-    recorded.has_card = True
+    api.file_exists.return_value = True
     CONFIG.push_to_hub("user/repo")
-    assert set(recorded.files) == {"fngd_config.json"}
+    assert set(committed(api)) == {"fngd_config.json"}
 
 
-def test_push_to_a_branch_creates_it_and_to_a_pull_request_does_not(recorded):
+def test_push_to_a_branch_creates_it_and_to_a_pull_request_does_not(api):
     CONFIG.push_to_hub("user/repo", revision="tuned", create_pr=True)
-    assert ("create_branch", "user/repo", {"branch": "tuned", "exist_ok": True}) in recorded.calls
-    assert ("file_exists", "user/repo", "README.md", {"revision": "tuned"}) in recorded.calls
-    name, _, options = recorded.calls[-1]
+    api.create_branch.assert_called_once_with("user/repo", branch="tuned", exist_ok=True)
+    api.file_exists.assert_called_once_with("user/repo", "README.md", revision="tuned")
+    *_, (name, _, options) = api.mock_calls
     assert (name, options["revision"], options["create_pr"]) == ("create_commit", "tuned", True)
-    recorded.calls.clear()
     CONFIG.push_to_hub("user/repo", revision="refs/pr/1")
-    assert "create_branch" not in [call[0] for call in recorded.calls]
+    assert api.create_branch.call_count == 1
 
 
-def test_save_and_push(recorded, tmp_path):
+def test_save_and_push(api, tmp_path):
     path = CONFIG.save_pretrained(tmp_path / "run-1", push_to_hub=True, token="t", private=False)
     assert FNGDConfig.from_pretrained(path) == CONFIG
-    assert recorded.calls[0] == ("HfApi", {"token": "t", "library_name": "hf-fngd"})
-    assert recorded.calls[1] == ("create_repo", "run-1", {"private": False, "exist_ok": True})
+    created = [call(token="t", library_name="hf-fngd"), call.create_repo("run-1", private=False, exist_ok=True)]
+    assert api.mock_calls[:2] == created
     CONFIG.save_pretrained(tmp_path / "run-1", push_to_hub=True, repo_id="user/other")
-    assert recorded.calls[-1][1] == "user/other"
+    assert api.create_commit.call_args.args[0] == "user/other"
     with pytest.raises(ValueError, match=f"larger than {hub.MAX_BYTES} bytes"):
         FNGDConfig(target_modules=["a" * 60] * 6000).push_to_hub("user/repo")

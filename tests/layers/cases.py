@@ -1,7 +1,7 @@
 """The modules that the suite of the layer types goes through: a new type is a few rows of `CASES`."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -77,8 +77,8 @@ class Case:
         return made.double()
 
 
-def convolution(cls: type[nn.Module], *arguments: Any, **options: Any) -> Callable[..., nn.Module]:
-    return lambda bias: cls(*arguments, **options, bias=bias)
+def convolution(shape: tuple[int, ...], cls: type[nn.Module], *arguments: Any, **options: Any) -> Case:
+    return Case("convolution", lambda bias: cls(*arguments, **options, bias=bias), shape)
 
 
 def strided(x: Tensor) -> Tensor:
@@ -120,31 +120,23 @@ CASES = {
     "Embedding, padding": Case("embedding", lambda: nn.Embedding(VOCABULARY, 4, padding_idx=2), (3,), NONE),
     "Embedding, two dimensions": Case("embedding", lambda: nn.Embedding(VOCABULARY, 4), (2, 3), NONE),
     "Embedding, a subclass": Case("embedding", lambda: Scaled(VOCABULARY, 4), (3,), NONE),
-    "Conv1d": Case("convolution", convolution(nn.Conv1d, 2, 4, 3), (2, 9)),
-    "Conv1d, same": Case("convolution", convolution(nn.Conv1d, 2, 4, 4, padding="same", dilation=2), (2, 9)),
-    "Conv1d, depthwise": Case("convolution", convolution(nn.Conv1d, 4, 4, 3, groups=4, padding="valid"), (4, 9)),
-    "Conv1d, patches": Case("convolution", convolution(nn.Conv1d, 2, 4, 3, stride=3), (2, 9)),
-    "Conv2d, uneven": Case(
-        "convolution", convolution(nn.Conv2d, 2, 4, (3, 2), stride=(2, 1), padding=(1, 2), dilation=(1, 2)), (2, 7, 6)
+    "Conv1d": convolution((2, 9), nn.Conv1d, 2, 4, 3),
+    "Conv1d, same": convolution((2, 9), nn.Conv1d, 2, 4, 4, padding="same", dilation=2),
+    "Conv1d, depthwise": convolution((4, 9), nn.Conv1d, 4, 4, 3, groups=4, padding="valid"),
+    "Conv1d, patches": convolution((2, 9), nn.Conv1d, 2, 4, 3, stride=3),
+    "Conv2d, uneven": convolution((2, 7, 6), nn.Conv2d, 2, 4, (3, 2), stride=(2, 1), padding=(1, 2), dilation=(1, 2)),
+    "Conv2d, groups": convolution((4, 4, 3), nn.Conv2d, 4, 6, 3, groups=2, padding=1),
+    "Conv2d, depthwise, several a channel": convolution((3, 4, 6), nn.Conv2d, 3, 6, 3, groups=3),
+    "Conv2d, reflect": convolution((2, 4, 6), nn.Conv2d, 2, 3, 3, padding=1, padding_mode="reflect"),
+    "Conv2d, circular, same": convolution((2, 4, 6), nn.Conv2d, 2, 3, (2, 3), padding="same", padding_mode="circular"),
+    "Conv2d, channels last": replace(convolution((2, 4, 6), nn.Conv2d, 2, 4, 3), change=channels_last),
+    "Conv2d, a subclass": convolution((2, 4, 6), InheritingConv2d, 2, 4, 3),
+    "Conv3d": convolution((2, 3, 4, 2), nn.Conv3d, 2, 3, (2, 3, 1), stride=(1, 2, 1), padding=1),
+    "ConvTranspose1d": convolution((2, 4), nn.ConvTranspose1d, 2, 3, 3),
+    "ConvTranspose2d": convolution(
+        (4, 3, 2), nn.ConvTranspose2d, 4, 6, 3, stride=2, padding=1, output_padding=1, groups=2, dilation=2
     ),
-    "Conv2d, groups": Case("convolution", convolution(nn.Conv2d, 4, 6, 3, groups=2, padding=1), (4, 4, 3)),
-    "Conv2d, depthwise, several a channel": Case("convolution", convolution(nn.Conv2d, 3, 6, 3, groups=3), (3, 4, 6)),
-    "Conv2d, reflect": Case(
-        "convolution", convolution(nn.Conv2d, 2, 3, 3, padding=1, padding_mode="reflect"), (2, 4, 6)
-    ),
-    "Conv2d, circular, same": Case(
-        "convolution", convolution(nn.Conv2d, 2, 3, (2, 3), padding="same", padding_mode="circular"), (2, 4, 6)
-    ),
-    "Conv2d, channels last": Case("convolution", convolution(nn.Conv2d, 2, 4, 3), (2, 4, 6), change=channels_last),
-    "Conv2d, a subclass": Case("convolution", convolution(InheritingConv2d, 2, 4, 3), (2, 4, 6)),
-    "Conv3d": Case("convolution", convolution(nn.Conv3d, 2, 3, (2, 3, 1), stride=(1, 2, 1), padding=1), (2, 3, 4, 2)),
-    "ConvTranspose1d": Case("convolution", convolution(nn.ConvTranspose1d, 2, 3, 3), (2, 4)),
-    "ConvTranspose2d": Case(
-        "convolution",
-        convolution(nn.ConvTranspose2d, 4, 6, 3, stride=2, padding=1, output_padding=1, groups=2, dilation=2),
-        (4, 3, 2),
-    ),
-    "ConvTranspose3d": Case("convolution", convolution(nn.ConvTranspose3d, 2, 2, 2), (2, 2, 3, 2)),
+    "ConvTranspose3d": convolution((2, 2, 3, 2), nn.ConvTranspose3d, 2, 2, 2),
     "LayerNorm": Case("norm", lambda bias: nn.LayerNorm(4, bias=bias), (4,)),
     "LayerNorm, positions": Case("norm", lambda bias: nn.LayerNorm(4, bias=bias), (3, 4)),
     "LayerNorm, not contiguous": Case("norm", lambda bias: nn.LayerNorm(4, bias=bias), (3, 4), change=strided),
@@ -160,8 +152,9 @@ CASES = {
 }
 
 
-def inputs(case: Case, samples: int = SAMPLES, seed: int = 1) -> Tensor:
+def inputs(case: Case, samples: int = SAMPLES, seed: int = 1, dtype: torch.dtype = torch.float64) -> Tensor:
+    """The same numbers in any precision, or ids."""
     generator = torch.Generator().manual_seed(seed)
     if case.type == "embedding":
         return torch.randint(VOCABULARY, (samples, *case.shape), generator=generator)
-    return case.change(torch.randn(samples, *case.shape, generator=generator, dtype=torch.float64))
+    return case.change(torch.randn(samples, *case.shape, generator=generator, dtype=torch.float64)).to(dtype)

@@ -122,8 +122,7 @@ def test_with_weights_of_one_everything_is_the_modules_own(case: Case, bias: str
 @pytest.mark.parametrize(("case", "bias"), ONCE)
 def test_the_forward_is_the_modules_own_in_any_precision(case: Case, bias: str, dtype: torch.dtype) -> None:
     plain, model, _ = models(case, bias)
-    x = inputs(case)
-    x = x.to(dtype) if x.is_floating_point() else x
+    x = inputs(case, dtype=dtype)
     assert_same(model.to(dtype)(x), plain.to(dtype)(x), case)
 
 
@@ -187,8 +186,7 @@ def test_autocast(case: Case, bias: str) -> None:
     found = []
     for enabled in (True, False):
         plain, model, _ = models(case, bias)
-        plain, model, x = plain.float(), model.float(), inputs(case)
-        x = x.float() if x.is_floating_point() else x
+        plain, model, x = plain.float(), model.float(), inputs(case, dtype=torch.float32)
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
             y = model(x)
             assert_same(y, plain(x), case)

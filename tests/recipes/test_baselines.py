@@ -14,9 +14,14 @@ from baselines.kfac import KFAC
 from baselines.muon import Muon
 from baselines.shampoo import Shampoo, inverse_fourth_root
 from tests.modes.harness import arguments
-from tests.nets import CLASSES, data, net
+from tests.nets import CLASSES, WithLoss, data, loss, net, samples
 
 LAYER_TYPES = ["Linear", "Conv1D"]
+
+
+def gpt2(layers=1, vocabulary=50):
+    sizes = {"vocab_size": vocabulary, "n_positions": 8, "n_embd": 16, "n_layer": layers, "n_head": 2}
+    return GPT2LMHeadModel(GPT2Config(tie_word_embeddings=False, **sizes))
 
 
 @pytest.fixture(params=BASELINES)
@@ -26,15 +31,11 @@ def name(request):
     return request.param
 
 
-def loss_of(model, x, y):
-    return nn.functional.cross_entropy(model(x), y)
-
-
 def rows(model, x, y):
     """Inputs and gradients of single positions `[M, features]` of each layer, by torch.autograd.grad."""
     seen = []
     hooks = [m.register_forward_hook(lambda m, a, out: seen.append((a[0], out))) for m in (model.fc1, model.fc2)]
-    grads = torch.autograd.grad(loss_of(model, x, y), [out for _, out in seen])
+    grads = torch.autograd.grad(loss(model, x, y), [out for _, out in seen])
     for hook in hooks:
         hook.remove()
     pairs = [(a.detach().flatten(0, -2), g.flatten(0, -2)) for (a, _), g in zip(seen, grads, strict=True)]
@@ -48,7 +49,7 @@ def direction(cls, model, batches, **options):
     optimizer = cls([{"params": [layer.weight for layer in layers]}], layers, **options)
     before = [layer.weight.detach().clone() for layer in layers]
     for x, y in batches:
-        (loss_of(model, x, y) / len(batches)).backward()
+        (loss(model, x, y) / len(batches)).backward()
     optimizer.step()
     changes = [old - layer.weight.detach() for old, layer in zip(before, layers, strict=True)]
     grads = [layer.weight.grad for layer in layers]
@@ -106,16 +107,17 @@ def test_a_step_leaves_no_trust_region(cls):
 def test_kfac_keeps_to_its_intervals_and_leaves_evaluation_alone():
     model = net()
     layers = [model.fc1, model.fc2]
-    groups = [{"params": [layer.weight for layer in layers]}]
-    optimizer = KFAC(groups, layers, lr=0.01, statistics_every=2, inverse_every=4)
+    optimizer = KFAC(
+        [{"params": [layer.weight for layer in layers]}], layers, lr=0.01, statistics_every=2, inverse_every=4
+    )
     changes = {"A": [], "A_inverse": []}
     old = dict.fromkeys(changes)
     for step in range(9):
         model.eval()
-        loss_of(model, *data(6, seed=90)).backward()
+        loss(model, *data(6, seed=90)).backward()
         model.train()
         model.zero_grad()
-        loss_of(model, *data(6, seed=step)).backward()
+        loss(model, *data(6, seed=step)).backward()
         optimizer.step()
         for key, steps in changes.items():
             new = optimizer.state[model.fc2.weight][key].clone()
@@ -218,12 +220,12 @@ def test_every_baseline_learns(name):
     x, y = data(64, dtype=torch.float32)
     y = x[:, :CLASSES].argmax(1)
     optimizer = BaselineFactory()(model, name=name, lr=LEARNING_RATES[name])
-    first = loss_of(model, x, y).item()
+    first = loss(model, x, y).item()
     for _ in range(150):
         optimizer.zero_grad()
-        loss_of(model, x, y).backward()
+        loss(model, x, y).backward()
         optimizer.step()
-    assert loss_of(model, x, y).item() < first / 3
+    assert loss(model, x, y).item() < first / 3
 
 
 def test_weight_decay_spares_biases_and_norms(name):
@@ -241,8 +243,7 @@ def test_weight_decay_spares_biases_and_norms(name):
 
 
 def test_every_baseline_updates_all_parameters_and_the_same_matrices_by_its_rule(name):
-    config = GPT2Config(vocab_size=50, n_positions=8, n_embd=16, n_layer=1, n_head=2, tie_word_embeddings=False)
-    model = GPT2LMHeadModel(config)
+    model = gpt2()
     optimizer = BaselineFactory()(model, name=name, lr=0.1)
     ruled, others = ({id(p) for g in part.param_groups for p in g["params"]} for part in optimizer.optimizers)
     names = {key for key, p in model.named_parameters() if id(p) in ruled}
@@ -252,38 +253,24 @@ def test_every_baseline_updates_all_parameters_and_the_same_matrices_by_its_rule
 
 
 def test_the_output_vocabulary_is_left_out_and_nothing_else_of_its_width():
-    config = GPT2Config(vocab_size=64, n_positions=8, n_embd=16, n_layer=1, n_head=2, tie_word_embeddings=False)
-    names = set(baseline_layers(GPT2LMHeadModel(config)))  # c_fc has 64 outputs too
+    names = set(baseline_layers(gpt2(vocabulary=64)))  # c_fc has 64 outputs too
     assert "transformer.h.0.mlp.c_fc" in names
     assert "lm_head" not in names
 
 
 def test_a_model_of_nothing_but_its_vocabulary_is_refused():
-    config = GPT2Config(vocab_size=50, n_positions=8, n_embd=16, n_layer=0, n_head=2, tie_word_embeddings=False)
     with pytest.raises(ValueError, match="nothing to precondition"):
-        baseline_layers(GPT2LMHeadModel(config))
-
-
-class Lossy(nn.Module):
-    """Trainer's kind of model."""
-
-    def __init__(self):
-        super().__init__()
-        self.net = net(dtype=torch.float32)
-
-    def forward(self, x, labels):
-        return {"loss": loss_of(self.net, x, labels)}
+        baseline_layers(gpt2(layers=0))
 
 
 def trained(folder, name, **options):
-    x, y = data(48, dtype=torch.float32)
     changes = {"gradient_accumulation_steps": 2, "max_grad_norm": 0.1, "lr_scheduler_type": "linear"}
     intervals = {"statistics_every": 2, "inverse_every": 4}
     kwargs = {option: intervals[option] for option in intervals if option in BASELINES[name].options}
     trainer = Trainer(
-        Lossy(),
+        WithLoss(),
         arguments(folder, save_strategy="steps", save_steps=5, **changes),
-        train_dataset=[{"x": a, "labels": b} for a, b in zip(x, y, strict=True)],
+        train_dataset=samples(48),
         optimizer_cls_and_kwargs=(BaselineFactory, {"name": name, "lr": 0.01, "weight_decay": 0.1, **kwargs}),
     )
     trainer.train(**options)
@@ -296,7 +283,7 @@ def test_a_resumed_training_ends_like_one_that_was_not_interrupted(tmp_path, nam
     assert whole.state.global_step == resumed.state.global_step == 12
     assert whole.optimizer.param_groups[0]["lr"] == 0  # the schedule's end, seen through accelerate's wrapper
     assert whole.optimizer.optimizer.optimizers[0].param_groups[0]["lr"] == 0
-    for p, q, start in zip(whole.model.parameters(), resumed.model.parameters(), Lossy().parameters(), strict=True):
+    for p, q, start in zip(whole.model.parameters(), resumed.model.parameters(), WithLoss().parameters(), strict=True):
         assert torch.equal(p, q)
         assert not torch.equal(p, start)
 

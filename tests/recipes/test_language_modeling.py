@@ -12,10 +12,8 @@ from transformers.pytorch_utils import Conv1D
 
 import corpus
 import language_modeling
-from baselines.factory import baseline_layers
-from hf_fngd import FNGD
 from language_modeling import ModelArguments, build_model, perplexity, token_losses
-from tests.recipes.running import have_equal_weights, in_parts, interrupt, read, short
+from tests.recipes.running import assert_best_is_scored, assert_matrices, in_parts, interrupted, read, short
 from tests.recipes.translate_pairs import PAIRS
 from text.tokenizer import EOS, train_tokenizer
 
@@ -105,22 +103,12 @@ def test_the_loss_is_the_mean_over_the_tokens_of_a_whole_batch(tmp_path, options
 
 def test_an_interrupted_run_ends_like_one_that_was_not(tmp_path, options):
     argv = [*options, "--save_strategy=epoch", "--num_train_epochs=2", "--do_eval=false", "--do_predict=false"]
-    language_modeling.main([*argv, f"--output_dir={tmp_path / 'whole'}"])
-    interrupt(language_modeling.main, argv)
-    assert "train_loss" not in language_modeling.main(argv)
-    assert have_equal_weights(tmp_path / "whole", tmp_path / "out")
+    interrupted(language_modeling.main, argv, tmp_path)
 
 
 def test_the_best_epoch_is_scored_beside_the_last(tmp_path, options):
-    argv = [*options, "--num_train_epochs=2", "--metric_for_best_model=loss", "--save_total_limit=2"]
-    argv += ["--greater_is_better=true", "--save_strategy=epoch"]
-    report = language_modeling.main(argv)
-    state = read(tmp_path / "out", "trainer_state.json")
-    first, last = (event["eval_loss"] for event in state["log_history"] if "eval_loss" in event)
-    assert last < first
-    # Validation and test sentences are the same; the largest loss is the "best".
-    assert report["best_predict_loss"] == pytest.approx(first, rel=1e-6)
-    assert report["predict_loss"] == pytest.approx(last, rel=1e-6)
+    argv = [*options, "--num_train_epochs=2", "--save_strategy=epoch"]
+    assert_best_is_scored(language_modeling.main, argv, tmp_path / "out", rel=1e-6)
 
 
 def test_the_embedded_corpus_is_the_default(tmp_path, options, monkeypatch):
@@ -134,13 +122,8 @@ def test_the_embedded_corpus_is_the_default(tmp_path, options, monkeypatch):
 def test_fngd_and_the_baselines_take_the_layers_of_the_blocks(tokenizer):
     model = build_model(tokenizer, ModelArguments(**TINY))
     blocks = {name for name, module in model.named_modules() if isinstance(module, Conv1D)}
-    assert set(baseline_layers(model)) == blocks
-    optimizer = FNGD(model)
     batch = tokenizer(TEXTS[:4], padding=True, return_tensors="pt")
-    model(**batch, labels=batch["input_ids"]).loss.backward()
-    optimizer.step()
-    coverage = optimizer.coverage()
-    assert {name.rsplit(".", 1)[0] for name in coverage.preconditioned} == blocks
+    assert_matrices(model, blocks, **batch, labels=batch["input_ids"])
 
 
 @pytest.mark.parametrize(

@@ -11,76 +11,84 @@ from tests.modes.harness import arguments
 
 
 class Clock:
-    """Time that passes by the work that is done."""
+    """Time that passes by the work that is done, and by nothing else."""
 
-    def __init__(self, monkeypatch):
-        self.now = 0.0
-        monkeypatch.setattr("common.timer.time.perf_counter", lambda: self.now)
+    now = 0.0
 
     def spend(self, seconds):
         self.now += seconds
 
 
+CLOCK = Clock()
+
+
+@pytest.fixture(autouse=True)
+def timed_by_the_clock(monkeypatch):
+    monkeypatch.setattr("common.timer.time.perf_counter", lambda: CLOCK.now)
+
+
+def step(timer, seconds=0, parts=()):
+    """A step that takes its time before its parts."""
+    timer.on_step_begin()
+    CLOCK.spend(seconds)
+    for part in parts:
+        timer.end(part)
+    timer.on_step_end()
+
+
 class Slow(torch.autograd.Function):
-    """Takes 1 second forward and 10 backward, of a clock's time."""
+    """Takes 1 second forward and 10 backward."""
 
     @staticmethod
-    def forward(ctx, x, clock):
-        ctx.clock = clock
-        clock.spend(1)
+    def forward(ctx, x):
+        CLOCK.spend(1)
         return x.clone()
 
     @staticmethod
     def backward(ctx, grad):
-        ctx.clock.spend(10)
-        return grad, None
+        CLOCK.spend(10)
+        return grad
 
 
 class Net(nn.Module):
-    def __init__(self, clock):
+    def __init__(self):
         super().__init__()
-        self.clock = clock
         self.weight = nn.Parameter(torch.ones(1))
 
     def forward(self, x, labels=None):
-        return {"loss": Slow.apply(self.weight, self.clock).sum() * x.mean()}
+        return {"loss": Slow.apply(self.weight).sum() * x.mean()}
 
 
 class SlowSGD(torch.optim.SGD):
-    """Takes 100 seconds a step of a clock's time."""
-
-    clock: Clock
+    """Takes 100 seconds a step."""
 
     def step(self, closure=None):
-        self.clock.spend(100)
+        CLOCK.spend(100)
         return super().step(closure)
 
 
 class SlowCallback(TrainerCallback):
     """Takes 10,000 seconds at the end of a step, which is no time of the step."""
 
-    def __init__(self, clock):
-        self.clock = clock
-
     def on_step_end(self, *args, **kwargs):
-        self.clock.spend(10_000)
+        CLOCK.spend(10_000)
+
+
+class Rows(torch.utils.data.Dataset):
+    """Takes 1,000 seconds to load a row, which is no time of a step."""
+
+    def __len__(self):
+        return 12
+
+    def __getitem__(self, row):
+        CLOCK.spend(1000)
+        return {"x": torch.ones(1)}
 
 
 @pytest.mark.parametrize("accumulation", [1, 3])
 def test_parts_of_a_step_are_those_of_its_micro_batches(tmp_path, monkeypatch, accumulation):
-    clock = Clock(monkeypatch)
-    monkeypatch.setattr(SlowSGD, "clock", clock, raising=False)
     monkeypatch.setattr(StepTimer, "WARM_UP", 1)
-
-    class Rows(torch.utils.data.Dataset):
-        def __len__(self):
-            return 12
-
-        def __getitem__(self, row):
-            clock.spend(1000)  # loading, which is no time of a step
-            return {"x": torch.ones(1)}
-
-    net = Net(clock)
+    net = Net()
     sizes = {"max_steps": 3, "per_device_train_batch_size": 1, "gradient_accumulation_steps": accumulation}
     evaluation = {"eval_strategy": "steps", "eval_steps": 1}  # forward passes that are no part of a step
     trainer = RecipeTrainer(
@@ -89,7 +97,7 @@ def test_parts_of_a_step_are_those_of_its_micro_batches(tmp_path, monkeypatch, a
         train_dataset=Rows(),
         eval_dataset=Rows(),
         optimizers=(SlowSGD(net.parameters(), lr=0.1), None),
-        callbacks=[SlowCallback(clock)],
+        callbacks=[SlowCallback()],
     )
     trainer.train()
     report = trainer.timer.report()
@@ -101,47 +109,32 @@ def test_parts_of_a_step_are_those_of_its_micro_batches(tmp_path, monkeypatch, a
 
 
 def test_the_clock_waits_for_the_device(monkeypatch):
-    clock = Clock(monkeypatch)
     monkeypatch.setattr("common.timer.torch.accelerator.is_available", lambda: True)
-    monkeypatch.setattr("common.timer.torch.accelerator.synchronize", lambda: clock.spend(5))
+    monkeypatch.setattr("common.timer.torch.accelerator.synchronize", lambda: CLOCK.spend(5))
     monkeypatch.setattr(StepTimer, "WARM_UP", 0)
     timer = StepTimer()
-    timer.on_step_begin()
-    timer.end("forward")
-    timer.end("backward")
-    timer.on_step_end()
+    step(timer, parts=("forward", "backward"))
     assert timer.parts == [{"forward": 5.0, "backward": 5.0, "update": 5.0}]
     assert timer.seconds == [15.0]
 
 
-def test_a_step_that_was_broken_off_leaves_nothing(monkeypatch):
-    clock = Clock(monkeypatch)
+def test_a_step_that_was_broken_off_leaves_nothing():
     timer = StepTimer()
     timer.on_step_begin()
-    clock.spend(7)
+    CLOCK.spend(7)
     timer.end("forward")  # and out of memory
-    timer.on_step_begin()
-    timer.end("forward")
-    timer.end("backward")
-    timer.on_step_end()
+    step(timer, parts=("forward", "backward"))
     assert timer.parts == [{"forward": 0.0, "backward": 0.0, "update": 0.0}]
 
 
-def test_the_first_steps_are_skipped(monkeypatch):
-    clock = Clock(monkeypatch)
+def test_the_first_steps_are_skipped():
     timer = StepTimer()
-
-    def step(seconds):
-        timer.on_step_begin()
-        clock.spend(seconds)
-        timer.on_step_end()
-
     for _ in range(StepTimer.WARM_UP):
-        step(100)
+        step(timer, 100)
     assert timer.median() is None
     assert timer.mean() is None
     for seconds in (1, 2, 9):
-        step(seconds)
+        step(timer, seconds)
     assert timer.median() == 2
     assert timer.mean() == 4
     assert "step_seconds_forward" not in timer.report()  # nobody told it of parts

@@ -7,7 +7,7 @@ import pytest
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
 import translate
-from tests.recipes.running import have_equal_weights, in_parts, interrupt, read, short
+from tests.recipes.running import assert_best_is_scored, have_equal_weights, in_parts, interrupted, read, short
 from tests.recipes.translate_pairs import PAIRS, TINY_MODEL
 
 CLASSES = {"fngd": "FNGD", "ngd": "FNGD", "adamw": "AdamW", "sgd": "SGD", "kfac": "KFAC"}
@@ -60,16 +60,12 @@ def test_training_translates(tmp_path, options):
 @pytest.mark.parametrize("optimizer", ["adamw", "fngd"])
 def test_an_interrupted_run_ends_like_one_that_was_not(tmp_path, options, optimizer, capsys):
     argv = [*options, f"--optimizer={optimizer}", "--logging_strategy=steps", "--logging_steps=1"]
-    translate.main([*argv, f"--output_dir={tmp_path / 'whole'}"])
-    interrupt(translate.main, argv)
-    report = translate.main(argv)
+    interrupted(translate.main, argv, tmp_path)
     assert f"Resuming from {tmp_path / 'out' / 'checkpoint-4'}" in capsys.readouterr().out
-    assert "train_loss" not in report  # Trainer's would be of the rest alone
     histories = [read(tmp_path / name, "trainer_state.json")["log_history"] for name in ("whole", "out")]
     whole, resumed = ([event["loss"] for event in history if "loss" in event] for history in histories)
     assert len(whole) == 8
     assert resumed == whole
-    assert have_equal_weights(tmp_path / "whole", tmp_path / "out")
 
 
 def test_a_checkpoint_that_was_cut_off_is_passed_over(tmp_path, options, capsys):
@@ -103,19 +99,8 @@ def test_resuming_from_nothing_is_an_error(options, named, message):
 
 
 def test_the_best_epoch_is_scored_beside_the_last(tmp_path, options):
-    argv = [*options, "--optimizer=adamw", "--metric_for_best_model=loss", "--save_total_limit=2"]
-    # The largest loss is the "best", so that the first epoch has it.
-    argv += ["--greater_is_better=true", "--label_smoothing_factor=0"]
-    report = translate.main(argv)
-    out = tmp_path / "out"
-    state = read(out, "trainer_state.json")
-    losses = {event["step"]: event["eval_loss"] for event in state["log_history"] if "eval_loss" in event}
-    best = max(losses, key=losses.get)
-    assert best < max(losses)
-    # Validation and test pairs are the same.
-    assert report["best_predict_loss"] == pytest.approx(losses[best], rel=1e-5)
-    assert report["predict_loss"] == pytest.approx(losses[max(losses)], rel=1e-5)
-    assert have_equal_weights(out, out / f"checkpoint-{max(losses)}")
+    argv = [*options, "--optimizer=adamw", "--label_smoothing_factor=0"]
+    assert_best_is_scored(translate.main, argv, tmp_path / "out", rel=1e-5)
 
 
 def test_accumulation_does_not_change_the_loss(tmp_path, options):

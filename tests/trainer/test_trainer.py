@@ -1,5 +1,6 @@
 """FNGD under the Hugging Face Trainer."""
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -14,6 +15,7 @@ from hf_fngd.trainer.card import amended
 from tests.modes.harness import arguments as quiet
 from tests.modes.nets import KINDS, LINEAR, Kind, bert
 from tests.nets import UPDATES_OF, settings_of
+from tests.steps import assert_equal
 
 SAMPLES, BATCH, EPOCHS = 24, 4, 3
 PER_EPOCH = SAMPLES // BATCH
@@ -289,27 +291,18 @@ class Unfreezing(TrainerCallback):
 
 @pytest.mark.parametrize("stop", [PER_EPOCH - 2, PER_EPOCH + 2])
 def test_an_encoder_that_is_unfrozen_after_the_first_epoch_and_a_run_that_resumes(stop: int, tmp_path: Path) -> None:
-    def make(folder: str, **changes: Any) -> Trainer:
-        model = LINEAR.make()
+    def make() -> PreTrainedModel:
+        model = bert()
         model.base_model.requires_grad_(False)
-        args = arguments(tmp_path / folder, **changes)
-        fngd = FNGD(model, lr=3e-2)
-        return Trainer(
-            model=model,
-            args=args,
-            train_dataset=LINEAR.data(SAMPLES),
-            optimizers=(fngd, None),
-            callbacks=[Unfreezing()],
-        )
+        return model
 
+    kind = dataclasses.replace(LINEAR, make=make)
+    options = {"callbacks": [Unfreezing()], "fngd": {"lr": 3e-2}, "save_strategy": "steps", "save_steps": stop}
     before = LINEAR.make().base_model.state_dict()
-    saving = {"save_strategy": "steps", "save_steps": stop}
-    whole = make("whole", **saving)
+    whole, resumed = (trainer(tmp_path / name, kind, **options) for name in ("whole", "resumed"))
     whole.train()
-    resumed = make("resumed")
     resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / f"checkpoint-{stop}"))
-    weights = [run.model.state_dict() for run in (whole, resumed)]
-    assert all(torch.equal(p, weights[1][name]) for name, p in weights[0].items())
+    assert_equal(whole.model, resumed.model)
     moved = [not torch.equal(p, before[name]) for name, p in whole.model.base_model.state_dict().items()]
     assert sum(moved) > len(moved) // 2
     assert unwrap(whole.optimizer).coverage().missed == {}

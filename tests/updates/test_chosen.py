@@ -11,12 +11,13 @@ import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from torch import Tensor, nn
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer
 
 from hf_fngd import FNGD, FNGDConfig, FNGDFactory, unwrap
 from hf_fngd.updates import RULES, Update
-from tests.nets import data, loss, net
-from tests.steps import assert_equal, digest, train
+from tests.modes.harness import arguments
+from tests.nets import WithLoss, data, loss, net, samples
+from tests.steps import assert_equal, digest, train, with_fngd
 
 
 class Deep(nn.Module):
@@ -136,15 +137,13 @@ def test_only_the_rule_momentum_takes_the_papers_step() -> None:
     """A group under another rule moves as if it were all of the optimizer's."""
 
     def moved(**settings: Any) -> Tensor:
-        model = net()
-        optimizer = FNGD(model, lr=0.01, sharing="never", **settings)
+        model, optimizer = with_fngd(lr=0.01, sharing="never", **settings)
         train(model, optimizer, 3)
         return model.fc2.weight.detach()
 
     mixed = moved(update="momentum", param_groups=[{"params": ["fc2"], "update": "adam"}])
     assert not torch.equal(mixed, moved(update="momentum"))
-    model = net()
-    optimizer = FNGD(model, sharing="never", param_groups=[{"params": ["fc2"], "update": "momentum"}])
+    model, optimizer = with_fngd(sharing="never", param_groups=[{"params": ["fc2"], "update": "momentum"}])
     loss(model, *data(6)).backward()
     optimizer.step()  # in a group alone as well
     assert optimizer.state[model.fc2.weight]["momentum_buffer"].norm() > 0
@@ -236,8 +235,7 @@ HEAD = [{"params": ["fc2"], "lr": 0.03}]
 
 
 def trained_net(groups: Any, steps: int = 3) -> tuple[nn.Module, FNGD]:
-    model = net()
-    optimizer = FNGD(model, lr=0.01, param_groups=groups)
+    model, optimizer = with_fngd(lr=0.01, param_groups=groups)
     train(model, optimizer, steps)
     return model, optimizer
 
@@ -306,30 +304,18 @@ def test_resized_rows_keep_their_moments() -> None:
     assert moments[:11].abs().sum() > 0
 
 
-class Classifier(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.net = net(dtype=torch.float32)
-
-    def forward(self, x: Tensor, labels: Tensor) -> dict[str, Tensor]:
-        logits = self.net(x)
-        return {"loss": F.cross_entropy(logits, labels), "logits": logits}
-
-
 @pytest.mark.parametrize("way", ["optimizers", "factory", "config"])
 def test_trainer_trains_with_them_and_logs_the_rate_of_the_first(way: str, tmp_path: Path) -> None:
-    args = TrainingArguments(
-        tmp_path, max_steps=2, per_device_train_batch_size=4, learning_rate=0.02, logging_steps=1, use_cpu=True,
-        report_to="none", save_strategy="no", disable_tqdm=True, lr_scheduler_type="linear",
-    )  # fmt: skip
-    model, (x, y) = Classifier(), data(8, dtype=torch.float32)
+    logging = {"logging_strategy": "steps", "logging_steps": 1}
+    args = arguments(tmp_path, max_steps=2, learning_rate=0.02, lr_scheduler_type="linear", **logging)
+    model = WithLoss()
     groups = [{"params": ["fc2"], "lr": 0.5}]
     if way == "optimizers":
         own = {"optimizers": (FNGD.from_training_args(model, args, param_groups=groups), None)}
     else:
         kwargs = {"param_groups": groups} if way == "factory" else {"config": FNGDConfig(param_groups=groups)}
         own = {"optimizer_cls_and_kwargs": (FNGDFactory, {"args": args, **kwargs})}
-    trainer = Trainer(model, args, train_dataset=[{"x": a, "labels": b} for a, b in zip(x, y, strict=True)], **own)
+    trainer = Trainer(model, args, train_dataset=samples(8), **own)
     trainer.train()
     logged = [entry["learning_rate"] for entry in trainer.state.log_history if "learning_rate" in entry]
     assert logged == pytest.approx([0.02, 0.01])

@@ -18,14 +18,13 @@ STEPS = 20
 SETTINGS = {"lr": 0.05, "momentum": 0.9, "beta2": 0.98, "eps": 1e-7, "weight_decay": 0.1}
 
 
-def start(shapes: list[tuple[int, ...]]) -> list[Tensor]:
-    generator = torch.Generator().manual_seed(0)
+def start(shapes: list[tuple[int, ...]], seed: int = 0) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(seed)
     return [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes]
 
 
 def gradients(shapes: list[tuple[int, ...]], step: int) -> list[Tensor]:
-    generator = torch.Generator().manual_seed(100 + step)
-    return [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes]
+    return start(shapes, seed=100 + step)
 
 
 def apply(rule: str, params: list[Tensor], grads: list[Tensor], steps: list[int], *state: list[Tensor], **changes: Any):

@@ -2,24 +2,16 @@
 
 import io
 import math
-from typing import Any
 
 import pytest
 import torch
 
 from hf_fngd.weights.base import _POLICIES, SharingPolicy, policy_class, policy_names, register_policy
+from tests.steps import through_file
 from tests.weights.harness import Given, L, prepared, samples, step
 
 NAMES = policy_names()
 SOLVED = policy_names(lambda policy: policy.solves)
-
-
-def saved(policy: SharingPolicy) -> Any:
-    """The state as a checkpoint gives it back, and its size."""
-    file = io.BytesIO()
-    torch.save(policy.state_dict(), file)
-    file.seek(0)
-    return torch.load(file, weights_only=True), len(file.getvalue())
 
 
 # Sample weights --------------------------------------------------------------------------------------------
@@ -105,8 +97,7 @@ def test_the_state_survives_a_checkpoint(name: str, steps: int, dtype: torch.dty
     policy, resumed = (prepared(name, coefficient_steps=3) for _ in range(2))
     for number in range(steps):
         go_on(policy, number)
-    state, _ = saved(policy)
-    resumed.load_state_dict(state)
+    resumed.load_state_dict(through_file(policy.state_dict()))
     assert resumed.diagnostics().keys() <= policy.diagnostics().keys()
     for number in range(steps, steps + 5):
         for found, expected in zip(go_on(resumed, number), go_on(policy, number), strict=True):
@@ -119,7 +110,7 @@ def test_the_state_survives_a_checkpoint(name: str, steps: int, dtype: torch.dty
 def test_a_loaded_state_is_a_copy_and_another_model_finds_nothing_of_it(name: str) -> None:
     policy, resumed = prepared(name), prepared(name)
     step(policy, samples(0), samples(1))
-    before, _ = saved(policy)
+    before = through_file(policy.state_dict())
     resumed.load_state_dict(policy.state_dict())
     step(resumed, samples(2), samples(3))
     assert str(policy.state_dict()) == str(before)
@@ -139,7 +130,8 @@ def test_a_checkpoint_is_no_larger_than_what_was_recorded(name: str) -> None:
     policy = prepared(name)
     for seed in range(2):
         step(policy, samples(seed))
-    assert saved(policy)[1] < 4 * L * 8 * 8 + 2500
+    torch.save(policy.state_dict(), file := io.BytesIO())
+    assert len(file.getvalue()) < 4 * L * 8 * 8 + 2500
 
 
 # The registry ----------------------------------------------------------------------------------------------
