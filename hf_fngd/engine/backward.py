@@ -6,7 +6,7 @@ all-reduce) works unchanged. The batch-mean gradient is never computed, and no p
 A traced graph keeps no Python objects, and an integer that changes from step to step would recompile it. So a
 micro-batch travels through it as a number in a tensor: `begin` numbers the forward pass, and `sample_weights` finds it
 by that number when backward runs, both opaque to the compiler. In a traced graph calls of a layer are not counted (what
-only backward reads, a compiler moves there). What only an eager pass tells, a rehearsal does: `hf_fngd.engine.rehearsal`.
+only backward reads, a compiler moves there); `hf_fngd.engine.rehearsal` finds out what only an eager pass tells.
 """
 
 import itertools
@@ -23,7 +23,7 @@ from hf_fngd.engine.rehearsal import Rehearsal, unpacked
 from hf_fngd.engine.window import MicroBatch
 from hf_fngd.layers.base import LayerKernel, Saved
 from hf_fngd.samples.ids import Ids, of_tokens, read_ids
-from hf_fngd.samples.rows import Rows
+from hf_fngd.samples.rows import NOT_THE_BATCH, Rows
 from hf_fngd.weights.algebra import scaled
 
 # In a CUDA graph the operators would not run again, and would read the sample weights of the step that was captured.
@@ -83,7 +83,7 @@ def _(sample: Tensor, *_: Any) -> Tensor:
 def sample_weights(
     x: Tensor | None, g: Tensor, batch: Tensor, engine: int, place: int, has_bias: bool, dim: int
 ) -> Tensor:
-    """`Layer.weights` ``[N]``, or of rows that were counted over the dimensions to ``dim``; ones where there are none."""
+    """`Layer.weights`; ones where there are none. The rows of x and g were counted over the dimensions to ``dim``."""
     # None where backward comes after the optimizer step: too late to weigh anything.
     found = _batches.get(int(batch)) if g.numel() else None
     w = None
@@ -91,8 +91,13 @@ def sample_weights(
         again = found.complete and place in found.of_graphs
         layer, rows = _engines[engine].layers[place], found.traced(len(g if x is None else x))
         told = None if found.ids is not None or rows is not None else layer.view
-        if told is None or told.plain or told.dim == dim:  # else it was told after this graph was made, as one is anew
+        if told is None or told.plain or (layer.by_rows and told.dim == dim):
             w = layer.weights(x, g, has_bias, found, again, rows or told)
+        else:
+            layer.reach(found)
+            if not layer.by_rows:
+                layer.shared.reasons.add(NOT_THE_BATCH)
+            # else it was told after the graph was made, which is made anew for the next batch
         found.of_graphs.add(place)
     return g.new_ones(len(g if x is None else x)) if w is None else w.to(g.dtype, copy=True)
 

@@ -21,7 +21,7 @@ from hf_fngd.engine.layer import ON_TOP_OF_ANOTHER, USED_ELSEWHERE, Layer
 from hf_fngd.engine.probing import Probing, obstacle, shown
 from hf_fngd.engine.rehearsal import Rehearsal, packed, rehearsing
 from hf_fngd.engine.window import MicroBatch, Window, in_backward
-from hf_fngd.layers.base import ExplicitKernel, is_frozen, plain_class, weight_of
+from hf_fngd.layers.base import is_frozen, plain_class, weight_of
 from hf_fngd.layers.embedding import EmbeddingKernel
 from hf_fngd.samples.ids import COLUMN, Ids, find_ids, is_one_row, of_tokens, read_ids
 from hf_fngd.samples.rows import TOKENS, View
@@ -200,13 +200,13 @@ class Forwards:
             return own(*args, **kwargs)
         own = partial(own, *args, **kwargs)
         if isinstance(batch, Tensor):
-            if layer.unfit is not None:
-                return own()
-            table = isinstance(layer.kernel, EmbeddingKernel)
-            # Of another kernel the gradient has the tokens of a row summed up.
-            counts = self._tokens and (table or isinstance(layer.kernel, ExplicitKernel)) and x[0].dim() + table > 2
-            rows = TOKENS if counts else (View(layer.dim, "last") if layer.dim else None)
-            call = LayerCall(layer.kernel, layer.place, batch, self._engine.number, rows)
+            # What a probe may tell yet is for `sample_weights`: the graph would be made anew.
+            over = None
+            if layer.by_rows and self._tokens and x[0].dim() + isinstance(layer.kernel, EmbeddingKernel) > 2:
+                over = TOKENS
+            elif layer.by_rows and layer.dim:
+                over = View(layer.dim, "last")
+            call = LayerCall(layer.kernel, layer.place, batch, self._engine.number, over)
             return layer.kernel.run(module, own, x[0], call)
         rows, unfit = layer.locate(x[0], batch)
         if unfit is not None:

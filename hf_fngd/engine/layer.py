@@ -10,7 +10,7 @@ from torch import Tensor
 from hf_fngd.distributed.sharded import local
 from hf_fngd.engine.attach import unsupported
 from hf_fngd.engine.window import MicroBatch
-from hf_fngd.layers.base import AMBIGUOUS, GramKernel, LayerKernel, is_frozen, weight_of
+from hf_fngd.layers.base import AMBIGUOUS, ExplicitKernel, GramKernel, LayerKernel, is_frozen, weight_of
 from hf_fngd.layers.embedding import EmbeddingKernel
 from hf_fngd.layers.select import Selected
 from hf_fngd.layers.table import TableKernel
@@ -56,6 +56,8 @@ class Layer:
 
     def __post_init__(self) -> None:
         self.kernel: LayerKernel = self.selected.kernel
+        # Whether a graph can tell its samples by rows; of other kernels the gradient has those of a sample summed up.
+        self.by_rows = isinstance(self.kernel, ExplicitKernel | EmbeddingKernel)
 
     @property
     def reasons(self) -> list[str]:
@@ -128,8 +130,7 @@ class Layer:
         retained graph has been here: then they are new ones, which nothing remembers. Where ``rows`` are given, the
         sample weights that are returned are those of the rows ``[R]``.
         """
-        batch.reach()
-        self.shared.reached = self.shared.ever = True
+        self.reach(batch)
         count = len(g if x is None else x)
         if batch.size == 0 or self._is_plain(x, g, batch, again, rows):
             return None
@@ -139,6 +140,11 @@ class Layer:
         weights = batch.begin() if again or batch.weights is None else batch.weights
         w = weights.weigh(self.place, _Samples(self.kernel, x, g, has_bias, rows, batch.size))
         return w if w is None or rows is None else rows.of_rows(w, count)
+
+    def reach(self, batch: MicroBatch) -> None:
+        """A backward pass has reached a call in this micro-batch."""
+        batch.reach()
+        self.shared.reached = self.shared.ever = True
 
     def _is_plain(self, x: Tensor | None, g: Tensor, batch: MicroBatch, again: bool, rows: Rows | None) -> bool:
         """Whether the samples cannot be weighed in this call; the reason goes to `Shared`."""

@@ -20,7 +20,7 @@ Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 class Rehearsal(NamedTuple):
-    """What a rehearsal needs: the model's arguments, None where they could not be packed, and autocast's dtype, if on."""
+    """What a rehearsal needs: the model's arguments, None where they could not be packed, and autocast's dtype."""
 
     arguments: Arguments | None
     autocast: torch.dtype | None
@@ -91,7 +91,7 @@ def _value(form: tuple[Any, ...], tensors: Iterator[Tensor], integers: Iterator[
     return tuple(values) if kind == "tuple" else values
 
 
-def _drop(_: Any) -> None:
+def _drop(_: Any) -> Any:
     """Of a graph that no backward pass goes through, nothing is needed."""
 
 

@@ -110,12 +110,12 @@ def test_training_in_evaluation_mode_is_told(compiled: bool, bf16: bool, caplog:
 
 
 def test_as_many_positions_as_samples_are_weighed_by_sample(compiled: bool, bf16: bool) -> None:
-    """A probe tells in eager mode, an argument under the compiler; beside ids that say it outright."""
+    """A probe tells, as ids do that say it outright."""
     found = []
     for told in (True, False):
         model = net().float()
         called = prepared(model, compiled)
-        preconditioner = FNGDPreconditioner(model, strict=True, batch_dim=0 if compiled else None)
+        preconditioner = FNGDPreconditioner(model, strict=True)
         x, y = data(6, 6)
         x = x.float()
         x[2] *= 50

@@ -14,7 +14,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from hf_fngd import FNGD, FNGDPreconditioner
 from hf_fngd.weights.base import policy_names
 from tests.nets import LAYERS, Checkpointed, Elsewhere, Net, Twice, data, net, settings_of
-from tests.steps import assert_equal, with_fngd
+from tests.steps import assert_equal
 
 pytestmark = [
     pytest.mark.usefixtures("fresh_compiler"),

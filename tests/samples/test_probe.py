@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from hf_fngd import FNGDPreconditioner
 from hf_fngd.layers.base import AMBIGUOUS
@@ -106,6 +107,7 @@ def test_samples_are_weighed_wherever_they_are(
     assert preconditioner.coverage().note == ""
 
 
+@pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight:UserWarning")
 @pytest.mark.parametrize("sizes", [(5, 7), (6, 6), (1, 4)])
 @pytest.mark.parametrize("order", ["batch first", "time first", "folded, samples first", "folded, positions first"])
 def test_samples_are_told_in_bf16_too(order: str, sizes: tuple[int, int]) -> None:
@@ -122,6 +124,57 @@ def test_samples_are_told_in_bf16_too(order: str, sizes: tuple[int, int]) -> Non
     for name, g in expected(exact, x, y, "clipped", dim, ["fc1", "fc2", "fc3"]).items():
         error = (model.get_parameter(name).grad - g).norm() / g.norm()
         assert error < 0.1, (name, error)
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+@pytest.mark.parametrize("sizes", [(5, 7), (6, 6)])
+@pytest.mark.parametrize("order", ["batch first", "time first", "folded, samples first", "folded, positions first"])
+def test_samples_are_told_in_compiled_models_too(order: str, sizes: tuple[int, int]) -> None:
+    """By the first batch; where that is not first, its own gradient is plain, and the graph is made anew."""
+    dim, counter = int(order == "time first"), CompileCounterWithBackend("aot_eager")
+    model = build(order)
+    plain = copy.deepcopy(model)
+    preconditioner = FNGDPreconditioner(model, **settings_of("clipped"))
+    called = torch.compile(model, backend=counter, fullgraph=True)
+    x, y = batch(*sizes, order)
+    x.select(dim, 0).mul_(20)
+    for step in range(3):
+        model.zero_grad()
+        torch.manual_seed(step)
+        F.cross_entropy(called(x), y).backward()
+        preconditioner.step()
+        drawn = torch.get_rng_state()
+        torch.manual_seed(step)
+        F.cross_entropy(plain(x), y)
+        assert torch.equal(drawn, torch.get_rng_state())
+        if step or not dim:
+            for name, g in expected(plain, x, y, "clipped", dim, ["fc1", "fc2", "fc3", "norm"]).items():
+                torch.testing.assert_close(model.get_parameter(name).grad, g, rtol=1e-7, atol=1e-10, msg=name)
+    report = preconditioner.coverage()
+    assert (report.missed, report.note) == ({}, "")
+    assert ("rms.weight" in report.weighed) == (order == "batch first")  # a graph has its samples summed up elsewhere
+    assert counter.frame_count == 1 + dim
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+@pytest.mark.parametrize(("given", "reason"), [(object(), "inputs that are no tensors"), (None, "RuntimeError: eager")])
+def test_a_compiled_model_that_cannot_run_eagerly_is_told_by_sizes(given: object, reason: str) -> None:
+    class Odd(Attention):
+        def forward(self, x: Tensor, other: Any = None) -> Tensor:
+            if other is None and not torch.compiler.is_compiling():
+                raise RuntimeError("eager")
+            return super().forward(x)
+
+    torch.manual_seed(0)
+    model = Odd().double()
+    preconditioner = FNGDPreconditioner(model)
+    x, y = batch(5, 4, "batch first")
+    F.cross_entropy(torch.compile(model, backend="aot_eager")(x, given), y).backward()
+    preconditioner.step()
+    assert preconditioner.coverage().missed == {}
+    assert reason in preconditioner.coverage().note
 
 
 class TimeFirst(nn.Module):

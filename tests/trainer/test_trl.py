@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 
 from hf_fngd import FNGD, FNGDCallback, FNGDConfig, FNGDFactory, unwrap
+from hf_fngd.engine.layer import USED_ELSEWHERE
 from tests.modes.harness import arguments
 from tests.modes.nets import SIZES, TOKENS, VOCABULARY, llama
 from tests.modes.wrapped import lora, tokenizer
@@ -173,6 +175,30 @@ def test_the_samples_are_weighed(case: Case, passed: str, bf16: bool, tmp_path: 
         5e-2 if bf16 else 1e-5
     )
     assert max(relative_error(plain, clipped) for _, (clipped, plain) in pairs) > 0.5
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
+def test_a_compiled_model_whose_head_is_tied(tmp_path: Path) -> None:
+    """TRL's head multiplies by the embedding's weight, which is plain then, as in an eager model."""
+    compiler, runs = {"torch_compile": True, "torch_compile_backend": "aot_eager"}, []
+    for changes in ({}, compiler):
+        trainer, found, _ = trained(
+            CASES["SFT"],
+            tmp_path,
+            "optimizers",
+            partial(FNGD, **FNGD_SETTINGS),
+            activation_checkpointing=False,
+            **changes,
+        )
+        gradients = [{name.removeprefix("_orig_mod."): p for name, p in step.items()} for step in found]
+        runs.append((unwrap(trainer.optimizer).coverage(), gradients))
+    (report, eager), (compiled_report, compiled) = runs
+    assert report == compiled_report
+    assert report.plain["model.embed_tokens.weight"] == USED_ELSEWHERE
+    assert not compiled_report.note
+    torch.testing.assert_close(compiled, eager, rtol=1e-4, atol=1e-6)
 
 
 def adamw(model: nn.Module) -> torch.optim.Optimizer:
