@@ -10,6 +10,7 @@ from hf_fngd.checks import Check, choice, flag, guess, integer, modules, real, s
 from hf_fngd.layers.base import layer_type_names
 from hf_fngd.layers.select import ALL_LINEAR
 from hf_fngd.updates import FALLBACK_RULES, RULES
+from hf_fngd.updates.block_muon import BLOCK_SIZE
 from hf_fngd.updates.chosen import chosen_groups
 from hf_fngd.weights.base import SharingPolicy, policy_class, policy_names
 
@@ -40,7 +41,7 @@ READ_BY_RULES = ("beta2", "eps")
 _OF_ENGINE = ("sharing", *READ_BY_POLICIES, "target_modules", "exclude_modules", "layer_types", "strict", "batch_dim")
 # What other optimizers call some of them.
 _ELSEWHERE = {"learning_rate": "lr", "betas": "momentum and beta2", "beta1": "momentum", "params": "the model"}
-_MEANT_BY_NONE = {"damping": 0.1, "beta2": 0.999, "eps": 1e-8, "memory_budget": 2**28}
+_MEANT_BY_NONE = {"damping": 0.1, "block_size": BLOCK_SIZE, "beta2": 0.999, "eps": 1e-8, "memory_budget": 2**28}
 
 
 @dataclass(frozen=True)
@@ -55,8 +56,8 @@ class Settings:
     lr: float = _setting(
         1e-3,
         _NOT_NEGATIVE,
-        "Learning rate, >= 0. The root mean square of an update is 0.2 lr with update 'muon', about lr with 'adam', "
-        "and at most lr with 'momentum', before momentum.",
+        "Learning rate, >= 0. The root mean square of an update is 0.2 lr with update 'muon' or 'block_muon', about lr "
+        "with 'adam', and at most lr with 'momentum', before momentum.",
     )
     momentum: float = _setting(
         0.9, real("a number >= 0 and < 1", lambda x: 0 <= x < 1), "Decay of the first moment, in [0, 1)."
@@ -83,8 +84,12 @@ class Settings:
     update: str = _setting(
         "muon",
         choice(RULES),
-        "Update rule of the preconditioned layers, Linear and Conv1D: 'muon', 'adam', or 'momentum', the paper's step "
-        "of 1/lambda' within a trust region, for sharing 'never' and 'replay'.",
+        "Update rule of the preconditioned layers, Linear and Conv1D: 'muon', 'block_muon', which is Muon on blocks of "
+        "rows, 'adam', or 'momentum', the paper's step of 1/lambda' within a trust region, for sharing 'never' and "
+        "'replay'.",
+    )
+    block_size: int | None = _setting(
+        None, integer(1), f"Most rows of a block, >= 1; None: {BLOCK_SIZE}. Read by update 'block_muon'."
     )
     fallback: str = _setting("adamw", choice(FALLBACK_RULES), "Update rule of all other parameters: 'adamw' or 'sgd'.")
     fallback_lr: float | None = _setting(
@@ -157,11 +162,12 @@ class Settings:
         if self.updates == {"momentum"} and self.fallback == "sgd":
             rules = ("update='momentum' and fallback='sgd'", "update='adam' or fallback='adamw'")
             unread |= dict.fromkeys(READ_BY_RULES, rules)
+        if "block_muon" not in self.updates:
+            unread["block_size"] = (f"update={self.update!r}", "update='block_muon'")
         for name, (chosen, others) in unread.items():
             if getattr(self, name) is not None:
                 raise ValueError(
-                    f"{name}={getattr(self, name)!r} has no effect with {chosen}: leave it out, or use {others}, "
-                    "which read it"
+                    f"{name}={getattr(self, name)!r} has no effect with {chosen}: leave it out, or use {others}"
                 )
         if "momentum" in self.updates and not policy.solves:
             solvers = policy_names(lambda other: other.solves)

@@ -39,6 +39,7 @@ values = st.fixed_dictionaries(
         "damping": positive,
         "coefficient_steps": st.none() | counts,
         "update": st.sampled_from(UPDATES),
+        "block_size": counts,
         "fallback": st.sampled_from(list(FALLBACK_RULES)),
         "fallback_lr": st.none() | not_negative,
         "beta2": fractions,
@@ -57,12 +58,14 @@ def readable(given_values: dict[str, Any]) -> dict[str, Any]:
     """Without what nothing would read."""
     policy = policy_class(given_values.get("sharing", "clipped"))
     unread = {"damping", "coefficient_steps", "memory_budget"} - set(policy.reads)
+    rules = {given_values.get("update"), *(group.get("update") for group in given_values.get("param_groups", []))}
+    unread |= set() if "block_muon" in rules else {"block_size"}
     if given_values.get("update") == "momentum" and not policy.solves:
         unread |= {"update"}
     elif (
         given_values.get("update") == "momentum"
         and given_values.get("fallback") == "sgd"
-        and not any("update" in group for group in given_values.get("param_groups", []))
+        and rules <= {"momentum", None}
     ):
         unread |= {"beta2", "eps"}
     return {key: value for key, value in given_values.items() if key not in unread}

@@ -37,6 +37,15 @@ def part(x: Tensor, like: Tensor) -> Tensor:
     return everywhere.redistribute(placements=like.placements).to_local()
 
 
+def holds_blocks(x: Tensor, size: int) -> bool:
+    """Whether each process holds whole blocks of so many rows of a tensor, as many as all others."""
+    if not isinstance(x, DTensor):
+        return True
+    sharded = [x.device_mesh.size(dim) for dim, placement in enumerate(x.placements) if not placement.is_replicate()]
+    by_rows = all(placement.is_replicate() or placement.is_shard(0) for placement in x.placements)
+    return by_rows and x.shape[0] % (math.prod(sharded) * size) == 0
+
+
 def sum_over_parts(totals: Tensor, params: Sequence[Tensor]) -> Tensor:
     """Sums over this process's parts to sums over whole tensors, ``[P]``: one collective if any is sharded."""
     shards = {place: p for place, p in enumerate(params) if isinstance(p, DTensor)}

@@ -29,25 +29,26 @@ Rule = Callable[[Update], None]
 
 
 class UpdateRule(NamedTuple):
-    """A rule and the names of its state tensors."""
+    """A rule, the names of its state tensors, and whether it is for matrices alone."""
 
     update: Rule
     state: tuple[str, ...]
+    matrices: bool
 
 
 RULES: dict[str, UpdateRule] = {}
 
 
-def register_rule(name: str, *state: str) -> Callable[[Rule], Rule]:
+def register_rule(name: str, *state: str, matrices: bool = False) -> Callable[[Rule], Rule]:
     """Function decorator: make an update rule available by its name, with the names of its state tensors.
 
-    Raises ValueError where the name is taken.
+    Where it is for ``matrices`` alone, biases beside them get "adam". Raises ValueError where the name is taken.
     """
 
     def register(rule: Rule) -> Rule:
         if name in RULES:
             raise ValueError(f"there is already an update rule named {name!r}")
-        RULES[name] = UpdateRule(rule, state)
+        RULES[name] = UpdateRule(rule, state, matrices)
         return rule
 
     return register

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from hf_fngd.distributed.sharded import is_sharded
 from hf_fngd.layers.base import is_frozen, may_train
 from hf_fngd.layers.select import Selected
+from hf_fngd.updates.base import RULES
 from hf_fngd.updates.chosen import assigned
 
 logger = logging.getLogger(__name__)
@@ -38,7 +39,7 @@ def parameter_groups(
     Frozen ones that may be unfrozen are among them: torch's schedulers take no group that comes later.
 
     ``rule`` is a key of `hf_fngd.updates.RULES`, and ``layers`` holds the number of each parameter's layer, none in the
-    groups of the rule ``fallback``. Biases are vectors, which "muon" cannot orthogonalize: they get "adam" then. Each
+    groups of the rule ``fallback``. Biases are vectors: where the rule is for matrices alone they get "adam". Each
     of the user's groups is split in the same way, behind the automatic ones.
 
     Raises:
@@ -83,9 +84,10 @@ def _split(
     lr, rule = own.get("lr", settings.lr), own.get("update", settings.update)
     rest_lr = own.get("lr", settings.lr if settings.fallback_lr is None else settings.fallback_lr)
     decay, no_decay = own.get("weight_decay", settings.weight_decay), own.get("weight_decay", 0.0)
+    reads = {"block_size": settings.effective("block_size")} if rule == "block_muon" else {}
     return [
-        _group(f"preconditioned{suffix}", rule, lr, decay),
-        _group(f"preconditioned_no_decay{suffix}", "adam" if rule == "muon" else rule, lr, no_decay),
+        _group(f"preconditioned{suffix}", rule, lr, decay) | reads,
+        _group(f"preconditioned_no_decay{suffix}", "adam" if RULES[rule].matrices else rule, lr, no_decay),
         _group(f"plain{suffix}", fallback, rest_lr, decay),
         _group(f"plain_no_decay{suffix}", fallback, rest_lr, no_decay),
     ]

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch.optim import Optimizer
 
-from hf_fngd.updates.muon import orthogonalize
+from hf_fngd.updates.orthogonal import orthogonalize
 
 
 class Muon(Optimizer):

@@ -9,13 +9,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from hf_fngd.updates import FALLBACK_RULES, RULES, Update, muon, register_rule
-from hf_fngd.updates.muon import orthogonalize
+from hf_fngd.updates import FALLBACK_RULES, RULES, Update, muon, orthogonal, register_rule
+from hf_fngd.updates.orthogonal import block_shape, orthogonalize
 
 SHAPES = [(4, 6), (6, 4), (5,), (4, 6), (3, 3)]
 MATRICES = [(4, 6), (6, 4), (4, 6), (3, 3), (1, 5)]
 STEPS = 20
-SETTINGS = {"lr": 0.05, "momentum": 0.9, "beta2": 0.98, "eps": 1e-7, "weight_decay": 0.1}
+SETTINGS = {"lr": 0.05, "momentum": 0.9, "beta2": 0.98, "eps": 1e-7, "weight_decay": 0.1, "block_size": 3}
 
 
 def start(shapes: list[tuple[int, ...]], seed: int = 0) -> list[Tensor]:
@@ -169,18 +169,18 @@ def test_iterating_on_gram_matrices_is_the_same(smallest: float, dtype: torch.dt
     spectrum = torch.logspace(0, math.log10(smallest), 16).double() if smallest else torch.arange(16) < 2
     matrix = (q * spectrum) @ r.T
     matrix /= matrix.norm()
-    expected = muon._on_matrices(matrix[None])
-    found = muon._on_gram_matrices(matrix[None].to(dtype)).double()
+    expected = orthogonal._on_matrices(matrix[None])
+    found = orthogonal._on_gram_matrices(matrix[None].to(dtype)).double()
     assert (found - expected).norm() / expected.norm() < (1e-11 if dtype == torch.float64 else 1e-3)
 
 
 def test_wide_matrices_alone_are_iterated_on_their_gram_matrices(monkeypatch: pytest.MonkeyPatch) -> None:
     shapes: list[tuple[int, ...]] = []
-    monkeypatch.setattr(muon, "_on_gram_matrices", lambda x: shapes.append(tuple(x.shape)) or x)
+    monkeypatch.setattr(orthogonal, "_on_gram_matrices", lambda x: shapes.append(tuple(x.shape)) or x)
     for shape in ((4, 8), (8, 4), (4, 7), (4, 4), (7, 4)):
         orthogonalize(torch.ones(1, *shape))
     assert shapes == [(1, 4, 8), (1, 4, 8)]
-    assert not muon.prefers_gram(4, 16, torch.bfloat16)
+    assert not orthogonal.prefers_gram(4, 16, torch.bfloat16)
 
 
 @pytest.mark.parametrize("scale", [1e-30, 1e-15, 1e15, 1e30])
@@ -234,8 +234,33 @@ def test_muon_is_torchs_muon_up_to_its_bfloat16() -> None:
         assert torch.linalg.norm(found - expected) < 0.02 * torch.linalg.norm(found - first)
 
 
+@pytest.mark.parametrize("rule", ["muon", "block_muon"])
 @pytest.mark.parametrize("shape", [(32, 32), (32, 256), (256, 32)])
-def test_the_root_mean_square_of_muons_update_is_a_fifth_of_lr(shape: tuple[int, int]) -> None:
+def test_the_root_mean_square_of_muons_update_is_a_fifth_of_lr(shape: tuple[int, int], rule: str) -> None:
     params = [torch.zeros(shape, dtype=torch.float64)]
-    apply("muon", params, gradients([shape], 0), [1], weight_decay=0.0)
+    apply(rule, params, gradients([shape], 0), [1], weight_decay=0.0, block_size=16)
     assert float(params[0].square().mean().sqrt()) == pytest.approx(0.2 * 0.05, rel=0.25)
+
+
+# Muon on blocks --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("rows", "size", "heights"), [(12, 4, 3 * [4]), (10, 4, [4, 4, 2]), (9, 8, [5, 4]), (3, 8, [3])]
+)
+def test_rows_are_split_into_few_equal_blocks(rows: int, size: int, heights: list[int]) -> None:
+    count, height = block_shape(rows, size)
+    assert [min(height, rows - n * height) for n in range(count)] == heights
+
+
+@pytest.mark.parametrize("shape", [(12, 6), (10, 6), (6, 10), (9, 2), (7, 7), (3, 5), (1, 4)])
+@pytest.mark.parametrize("size", [1, 3, 4, 100])
+def test_block_muon_is_muon_on_blocks_of_rows(shape: tuple[int, int], size: int) -> None:
+    params, buffers = start([shape] * 2), [torch.zeros(shape, dtype=torch.float64) for _ in range(2)]
+    _, height = block_shape(shape[0], size)
+    for step in range(STEPS):
+        for p, buffer, g in zip(params, buffers, gradients([shape] * 2, step), strict=True):
+            buffer.mul_(0.9).add_(0.1 * g)
+            blocks = [polynomial(block) for block in (0.9 * buffer + 0.1 * g).split(height)]
+            p.mul_(1 - 0.05 * 0.1).sub_(0.05 * 0.2 * max(height, shape[1]) ** 0.5 * torch.cat(blocks))
+    assert_equal(ours("block_muon", [shape] * 2, block_size=size), params, rtol=1e-7, atol=1e-8)

@@ -1,0 +1,94 @@
+"""Orthogonalizing matrices by Newton-Schulz iterations (Jordan et al. 2024): whole ones, or blocks of their rows."""
+
+import math
+
+import torch
+from torch import Tensor
+
+_STEPS = 5
+# The quintic polynomial of Jordan et al.: brings singular values in (0, 1] to about 1.
+_A, _B, _C = 3.4445, -4.7750, 2.0315
+
+
+def orthogonalize(matrices: Tensor) -> Tensor:
+    """Bring the singular values of each matrix ``[B, rows, columns]`` near 1, whatever its scale.
+
+    With X wide, ``X <- (A + B G + C G^2) X`` where ``G = X X^T``, five times. The result has `working_dtype`.
+    """
+    x = matrices.to(working_dtype(matrices.dtype, matrices.device))
+    tall = x.shape[-2] > x.shape[-1]
+    x = x.mT if tall else x
+    # First by the largest entry: squares of very small or large gradients leave the range.
+    x = x / _largest(x).clamp(min=torch.finfo(x.dtype).tiny)
+    x = (_on_gram_matrices if prefers_gram(x.shape[-2], x.shape[-1], x.dtype) else _on_matrices)(x)
+    return x.mT if tall else x
+
+
+def orthogonalize_blocks(matrices: Tensor, size: int) -> Tensor:
+    """`orthogonalize` blocks of rows of each matrix ``[B, rows, columns]``, every one by itself; in `working_dtype`.
+
+    They are as few equal blocks as have at most ``size`` rows each. Where they do not come out even the last one is
+    filled up with zeros, which change nothing.
+    """
+    rows, columns = matrices.shape[-2:]
+    count, height = block_shape(rows, size)
+    x = torch.nn.functional.pad(matrices, (0, 0, 0, count * height - rows)) if count * height > rows else matrices
+    blocks = orthogonalize(x.reshape(-1, height, columns))
+    return blocks.reshape(len(matrices), count * height, columns)[:, :rows]
+
+
+def block_shape(rows: int, size: int) -> tuple[int, int]:
+    """How many blocks `orthogonalize_blocks` makes of so many rows, and how many rows each has."""
+    count = math.ceil(rows / size)
+    return count, math.ceil(rows / count)
+
+
+def prefers_gram(rows: int, columns: int, dtype: torch.dtype) -> bool:
+    """Whether iterating on Gram matrices is the faster way, for a wide matrix with r rows and c columns.
+
+    It takes ``4 r^2 c + 34 r^3`` operations, iterating on the matrix ``5 (4 r^2 c + 2 r^3)``: fewer from c = 1.5 r on,
+    and half the time at 4 r (on a CPU). Half precision does not hold what the iteration makes of a Gram matrix's
+    rounding; float32 has errors of 1e-3 at most.
+    """
+    return columns >= 2 * rows and dtype in (torch.float32, torch.float64)
+
+
+def working_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """Bfloat16 where a CUDA device has units for it, which is enough and fastest; elsewhere float32 or float64."""
+    if dtype != torch.float64 and device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0):
+        return torch.bfloat16
+    return torch.promote_types(dtype, torch.float32)
+
+
+def _largest(x: Tensor) -> Tensor:
+    """The largest absolute value of each matrix, ``[B, 1, 1]``, in a tenth of an infinity norm's time on a CPU."""
+    return torch.maximum(x.amax((-2, -1), keepdim=True), x.amin((-2, -1), keepdim=True).neg())
+
+
+def _on_matrices(x: Tensor) -> Tensor:
+    x = x / torch.linalg.matrix_norm(x, keepdim=True).clamp(min=torch.finfo(x.dtype).tiny)
+    for _ in range(_STEPS):
+        gram = x @ x.mT
+        polynomial = torch.baddbmm(gram, gram, gram, beta=_B, alpha=_C)
+        x = torch.baddbmm(x, polynomial, x, beta=_A)
+    return x
+
+
+def _on_gram_matrices(x: Tensor) -> Tensor:
+    """The product of the polynomials first, and with X in the end: G becomes ``P G P``, as X becomes ``P X``."""
+    gram = x @ x.mT
+    # The squared norm of X is in it.
+    squared = gram.diagonal(dim1=-2, dim2=-1).sum(-1)[:, None, None].clamp(min=torch.finfo(x.dtype).tiny)
+    gram = gram / squared
+    product = polynomial = _polynomial(gram)
+    for _ in range(_STEPS - 1):
+        gram = polynomial @ gram @ polynomial
+        polynomial = _polynomial(gram)
+        product = polynomial @ product
+    return (product * squared.rsqrt()) @ x
+
+
+def _polynomial(gram: Tensor) -> Tensor:
+    found = torch.baddbmm(gram, gram, gram, beta=_B, alpha=_C)
+    found.diagonal(dim1=-2, dim2=-1).add_(_A)
+    return found
