@@ -89,7 +89,7 @@ def sample_weights(
     w = None
     if found is not None:
         again = found.complete and place in found.of_graphs
-        layer, rows = _engines[engine].layers[place], found.traced(len(g if x is None else x))
+        layer, rows = _engines[engine].layers[place], found.traced((g if x is None else x).shape[0])
         told = None if found.ids is not None or rows is not None else layer.view
         if told is None or told.plain or (layer.by_rows and told.dim == dim):
             w = layer.weights(x, g, has_bias, found, again, rows or told)
@@ -99,7 +99,7 @@ def sample_weights(
                 layer.shared.reasons.add(NOT_THE_BATCH)
             # else it was told after the graph was made, which is made anew for the next batch
         found.of_graphs.add(place)
-    return g.new_ones(len(g if x is None else x)) if w is None else w.to(g.dtype, copy=True)
+    return g.new_ones((g if x is None else x).shape[0]) if w is None else w.to(g.dtype, copy=True)
 
 
 @sample_weights.register_fake

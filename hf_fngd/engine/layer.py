@@ -131,7 +131,7 @@ class Layer:
         sample weights that are returned are those of the rows ``[R]``.
         """
         self.reach(batch)
-        count = len(g if x is None else x)
+        count = (g if x is None else x).shape[0]
         if batch.size == 0 or self._is_plain(x, g, batch, again, rows):
             return None
         if rows is None and (count != batch.size or batch.ids is not None):
@@ -153,10 +153,10 @@ class Layer:
             pass
         elif rows is None:
             self.batch_first, reason = self.kernel.layout(self.batch_first, x, g, batch.rows)
-            if batch.ids is not None and reason is None and len(g if x is None else x) == batch.rows:
+            if batch.ids is not None and reason is None and (g if x is None else x).shape[0] == batch.rows:
                 reason = NOT_ITS_ROWS
         else:
-            fits = rows.fits(len(g if x is None else x), batch.size)
+            fits = rows.fits((g if x is None else x).shape[0], batch.size)
             reason = None if fits else NOT_THE_BATCH
             if fits and rows.plain and batch.size > 1:
                 self.batch_first = True  # for compiled graphs and checkpoints

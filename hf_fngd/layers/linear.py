@@ -19,7 +19,7 @@ from hf_fngd.layers.base import (
     register_layer_type,
 )
 from hf_fngd.layers.subclass import base_of, inherits
-from hf_fngd.weights.algebra import tensor_norms, weighted_bias_sum, weighted_sum
+from hf_fngd.weights.algebra import of_positions, tensor_norms, weighted_bias_sum, weighted_sum
 from hf_fngd.weights.gram import gram, normalize
 
 MATRICES: tuple[type[nn.Module], ...] = (nn.Linear, Conv1D)
@@ -60,7 +60,7 @@ class LinearKernel(GramKernel):
     ) -> tuple[Tensor, Tensor | None]:
         """``[o, i]`` and ``[o]``."""
         a = saved.x.flatten(0, -2)
-        w = None if w is None else w.to(g.dtype)
+        w = None if w is None else of_positions(w.to(g.dtype), g.shape[0])
         return self.product(a, g, w), weighted_bias_sum(g, w) if has_bias else None
 
     def product(self, a: Tensor, g: Tensor, w: Tensor | None) -> Tensor:
@@ -74,12 +74,13 @@ class LinearKernel(GramKernel):
         """
         assert x is not None
         if self.tied:  # as of the table that it shares its weight with
-            return tensor_norms(g.reshape(len(x), -1))
+            return tensor_norms(g.reshape(x.shape[0], -1))
         of_g, of_x = tensor_norms(g), tensor_norms(x if x.dim() == 2 else x.flatten(0, -2))
         if has_bias:
             of_x = torch.hypot(of_x, _ONE)
         of_g *= of_x
-        return of_g if len(of_g) == len(x) else of_g.view(len(x), -1).sum(dim=1)
+        samples = x.shape[0]
+        return of_g if of_g.shape[0] == samples else of_g.view(samples, -1).sum(dim=1)
 
     def gram(self, x: Tensor, g: Tensor, has_bias: bool, memory_budget: int) -> Tensor:
         a, g = (rows.reshape(len(x), -1, rows.shape[-1]) for rows in (x, g))

@@ -36,7 +36,7 @@ class View(NamedTuple):
         """Something for each sample, for each row."""
         if self.order == "one":
             return w
-        times = rows // len(w)
+        times = rows // w.shape[0]
         return w.repeat_interleave(times, 0) if self.order == "first" else w.repeat(times, *[1] * (w.dim() - 1))
 
     def of_samples(self, norms: Tensor, samples: int, adds: bool) -> Tensor:

@@ -8,6 +8,8 @@ Canonical layout, relied on everywhere in this package:
   ``sum_n h_n = dL/dW`` (Eq. 10 and 13). A bias belongs to its layer: it appends the column ``sum_t g[n, t, :]``;
 * ``w[n]``: the sample weights, dimensionless; None stands for ones.
 
+In what runs for each layer, sizes are read by ``shape[0]``: ``len`` of a tensor takes ten times as long.
+
 Equations and sections are those of arXiv 2403.03473.
 """
 
@@ -23,7 +25,7 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
 def weighted_sum(a: Tensor, g: Tensor, w: Tensor | None) -> Tensor:
     """``sum_n w_n h_n`` ``[o, i]`` (Sec. IV-C), by the one matrix product that SGD does anyway.
 
-    a is ``[N T, i]``, g ``[N T, o]``, and w ``[N]``, of one dtype.
+    a is ``[N T, i]``, g ``[N T, o]``, and w ``[N]`` or `of_positions`, of one dtype.
     """
     if w is not None and a.shape[1] < g.shape[1]:  # the weights go to the narrower factor
         a = _scaled_rows(a, w)
@@ -37,16 +39,18 @@ def weighted_bias_sum(g: Tensor, w: Tensor | None) -> Tensor:
     if w is None:
         return g.sum(dim=0)
     # In one product: half precision would round the sums over the samples or over the positions.
-    return torch.mv(g.t(), w[:, None].expand(-1, _positions(g, w)).reshape(len(g)))
+    return torch.mv(g.t(), of_positions(w, g.shape[0]))
+
+
+def of_positions(w: Tensor, rows: int) -> Tensor:
+    """Sample weights ``[N]`` for each of T positions, ``[N T]``; those of as many rows as they are."""
+    samples = w.shape[0]
+    return w if samples == rows else w[:, None].expand(-1, rows // max(1, samples)).reshape(rows)
 
 
 def _scaled_rows(rows: Tensor, w: Tensor) -> Tensor:
     """Rows ``[N T, f]``, T of them a sample, times its sample weight."""
-    return (rows.reshape(len(w), _positions(rows, w), rows.shape[1]) * w.view(-1, 1, 1)).view(rows.shape)
-
-
-def _positions(rows: Tensor, w: Tensor) -> int:
-    return len(rows) // max(1, len(w))  # of no samples, none
+    return rows * of_positions(w, rows.shape[0])[:, None]
 
 
 def tensor_norms(x: Tensor) -> Tensor:
@@ -71,4 +75,4 @@ def clip(norms: Tensor, bound: Tensor) -> Tensor:
     """Sample weights ``[N]`` that bring norms ``[N]`` above a bound down to it; ones where the bound is NaN."""
     bound = bound.nan_to_num(nan=1.0, posinf=torch.inf)
     # A mean of the smallest numbers there are is 0.
-    return bound / torch.maximum(norms, bound).clamp(min=torch.finfo(norms.dtype).tiny)
+    return bound / torch.maximum(norms, bound).clamp_(min=torch.finfo(norms.dtype).tiny)
