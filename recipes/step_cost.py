@@ -151,6 +151,8 @@ ARMS: dict[str, Callable[[nn.Module], Step]] = {
     "engine + SGD-m, replay, shared step": partial(engine, sharing="replay", coefficient_steps=1),
     "engine + SGD-m, never (a coefficient step)": partial(engine, sharing="never"),
     "FNGD muon, clipped (the default)": partial(fngd),
+    "FNGD block_muon, clipped": partial(fngd, update="block_muon"),
+    "FNGD block_muon, w = 1": partial(fngd, update="block_muon", sharing="uniform"),
     "FNGD muon, clipped in linear layers alone": partial(fngd, layer_types=MATRICES),
     "FNGD muon, w = 1": partial(fngd, sharing="uniform"),
     "FNGD adam, clipped": partial(fngd, update="adam"),

@@ -17,7 +17,7 @@ from unittest import mock
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
@@ -27,6 +27,8 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import Trainer
 
 from hf_fngd import FNGD, FNGDCallback
+from hf_fngd.distributed.sharded import whole
+from hf_fngd.updates import muon
 from tests.distributed.harness import SETTINGS, STEPS, agree, alone, batch, engine_state, flat, make, optimizer, run
 from tests.modes.harness import arguments
 from tests.modes.nets import LINEAR
@@ -153,6 +155,24 @@ def _collectives(sharing: str) -> list[int]:
             fngd.state_dict()
             counts.append(0)
     return counts[:-1]
+
+
+def gathered() -> dict[str, list[int]]:
+    """The rows of the matrices that are gathered in a step of each rule, of a sharded model."""
+    found: dict[str, list[int]] = {}
+    for update in ("muon", "block_muon"):
+        model = _shard(net(width=16))
+        fngd = optimizer(model, "uniform", update=update, **({"block_size": 2} if update == "block_muon" else {}))
+        rows: list[int] = []
+
+        def counted(part: Tensor, like: Tensor, rows: list[int] = rows) -> Tensor:
+            rows += [len(like)] if isinstance(like, DTensor) else []
+            return whole(part, like)
+
+        with mock.patch.object(muon, "whole", counted):
+            run(model, fngd, [dist.get_rank()], range(1))
+        found[update] = sorted(rows)
+    return found
 
 
 def uneven_ranks() -> dict[str, Any]:

@@ -23,6 +23,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "sharing": "clipped",
         "param_groups": [{"params": ["fc2"], "lr": 3e-2, "update": "adam"}, {"params": ["norm"], "weight_decay": 0.1}],
     },
+    "uniform, block_muon": {"sharing": "uniform", "update": "block_muon", "block_size": 2},
     "uniform, muon": {"sharing": "uniform", "fallback": "sgd"},
     "never, momentum": {"sharing": "never", "update": "momentum", "fallback": "sgd"},
     "replay, momentum": {"sharing": "replay", "update": "momentum"},
