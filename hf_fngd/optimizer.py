@@ -59,7 +59,11 @@ class FNGD(torch.optim.Optimizer, Joins):
         self._checked: list[int] = []  # the trainable parameters of the last step
         fallback = FALLBACK_RULES[self.settings.fallback]
         inner = self.preconditioner.model
-        groups = parameter_groups(inner, self.preconditioner.matrices, self.settings, fallback)
+        layers, unweighed = self.preconditioner.matrices, self.preconditioner.unweighed
+        groups = parameter_groups(inner, layers, unweighed, self.settings, fallback)
+        self.preconditioner.steps_unweighed(
+            name for group in groups if "stacked" in group for name, _ in group["params"]
+        )
         if self.settings.param_groups:
             named = by_name(inner, self.settings.param_groups)
             self.settings = dataclasses.replace(self.settings, param_groups=named)
@@ -183,7 +187,8 @@ class FNGD(torch.optim.Optimizer, Joins):
             state["step"] += 1
         tensors = [[real(local(state[name])) for state in states] for name in rule.state]
         own = [real(local(p)) for p in params]
-        rule.update(Update(own, grads, tensors, [s["step"] for s in states], params, group))
+        stacked = [group["stacked"][place] for place in live] if "stacked" in group else [1] * len(live)
+        rule.update(Update(own, grads, tensors, [s["step"] for s in states], params, stacked, group))
 
     def end_epoch(self) -> None:
         """See `FNGDPreconditioner.end_epoch`. Trainer needs no such call."""

@@ -3,7 +3,7 @@
 import functools
 import logging
 import weakref
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, Self
 
 import torch
@@ -66,7 +66,7 @@ class FNGDPreconditioner(Joins):
         refuse_complex(selection)
         if own.strict:
             refuse_unfit(selection)
-        self.matrices = selection.matrices
+        self.matrices, self.unweighed = selection.matrices, selection.unweighed
         self._first = self.layers[0].module
         self._attached = attached_layers(selection.layers, solves)
         self.policy.prepare(len(self._attached), **{name: own.effective(name) for name in READ_BY_POLICIES})
@@ -246,6 +246,10 @@ class FNGDPreconditioner(Joins):
     def coverage(self) -> CoverageReport:
         """What is preconditioned, what is not, and why; before the first step, what is going to be."""
         return self._coverage.report()
+
+    def steps_unweighed(self, names: Iterable[str]) -> None:
+        """For the coverage report: these parameters have a plain gradient, and the update rule steps them."""
+        self._coverage.stepped = frozenset(names)
 
     def diagnostics(self) -> dict[str, float]:
         """Dimensionless numbers, for which the host waits for the device.

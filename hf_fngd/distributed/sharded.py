@@ -37,13 +37,17 @@ def part(x: Tensor, like: Tensor) -> Tensor:
     return everywhere.redistribute(placements=like.placements).to_local()
 
 
+def is_split_by_first(x: Tensor) -> bool:
+    """Whether a process's part of a tensor is some of the entries ``x[i]``, whole; also where it is all of them."""
+    return not isinstance(x, DTensor) or all(one.is_replicate() or one.is_shard(0) for one in x.placements)
+
+
 def holds_blocks(x: Tensor, size: int) -> bool:
-    """Whether each process holds whole blocks of so many rows of a tensor, as many as all others."""
+    """Whether each process holds whole blocks of so many rows of a matrix, as many as all others."""
     if not isinstance(x, DTensor):
         return True
-    sharded = [x.device_mesh.size(dim) for dim, placement in enumerate(x.placements) if not placement.is_replicate()]
-    by_rows = all(placement.is_replicate() or placement.is_shard(0) for placement in x.placements)
-    return by_rows and x.shape[0] % (math.prod(sharded) * size) == 0
+    parts = math.prod(x.device_mesh.size(dim) for dim, one in enumerate(x.placements) if not one.is_replicate())
+    return is_split_by_first(x) and x.shape[0] % (parts * size) == 0
 
 
 def sum_over_parts(totals: Tensor, params: Sequence[Tensor]) -> Tensor:

@@ -17,7 +17,7 @@ class CoverageReport:
 
     Attributes:
         preconditioned: of Linear and Conv1D layers, whose samples are weighed; the update rule steps them.
-        plain: with a plain gradient, and why; the fallback rule steps them.
+        plain: with a plain gradient, and why; the fallback rule steps them, unless the reason says another.
         missed: of preconditioned layers that were not weighed in some or all steps, and why.
         weighed: all others whose samples are weighed; the fallback rule steps them.
         note: how the samples were told, where the sizes of tensors had to do; empty otherwise.
@@ -56,6 +56,7 @@ class Coverage:
         self._told = False
         self._told_reasons = 0
         self.note: Callable[[], str] = str
+        self.stepped: frozenset[str] = frozenset()  # of the plain ones, those that the update rule steps
 
     def report(self) -> CoverageReport:
         """What became of every trainable parameter; before the first step, what is going to."""
@@ -76,7 +77,11 @@ class Coverage:
                 preconditioned += names
             else:
                 weighed.update(dict.fromkeys(names))
-        plain = {name: reason for name, reason in plain.items() if name not in weighed}
+        plain = {
+            name: f"{reason}, and the update rule steps it" if name in self.stepped else reason
+            for name, reason in plain.items()
+            if name not in weighed
+        }
         return CoverageReport(tuple(preconditioned), plain, missed, tuple(weighed), self.note())
 
     def tell(self, samples: int, live: Sequence[Layer]) -> None:

@@ -23,6 +23,7 @@ from hf_fngd.layers.convolution import CONVOLUTIONS
 from hf_fngd.layers.linear import MATRICES, LinearKernel
 from hf_fngd.layers.subclass import refusal
 from hf_fngd.layers.table import TableKernel
+from hf_fngd.layers.unweighed import unweighed_matrices
 
 ALL_LINEAR = "all-linear"
 Modules = str | Sequence[str] | None
@@ -64,12 +65,14 @@ class Plain:
 class Selection:
     """The preconditioned layers; all layers to attach, these first; and why each other parameter is another.
 
-    Frozen ones are among them, since they may be unfrozen.
+    Frozen ones are among them, since they may be unfrozen. ``unweighed`` has those of the others that consist of
+    matrices all the same, by their names: how many (`unweighed_matrices`).
     """
 
     matrices: list[Selected]
     layers: list[Selected]
     others: dict[str, Plain]
+    unweighed: dict[str, int]
 
     @property
     def unfit(self) -> dict[str, str]:
@@ -119,6 +122,7 @@ def select_layers(
     matrices: list[Selected] = []
     others: list[Selected] = []
     plain: dict[str, Plain] = {}
+    unweighed: dict[str, int] = {}
     _check_listed(model, target_modules=target_modules, exclude_modules=exclude_modules)
     for name, module in model.named_modules():
         layer_type, kernel = find_kernel(module)
@@ -134,6 +138,11 @@ def select_layers(
         if kernel is not None and not excluded and (_trains_alone(module, kernel) or reason == TIED):
             kernel = replace(kernel, tied=True) if isinstance(kernel, LinearKernel) else kernel
             others.append(Selected(name, module, kernel, False, names))
+        if kernel is None and named and not excluded:
+            alone = {
+                leaf: n for leaf, n in unweighed_matrices(module).items() if uses[id(module._parameters[leaf])] == 1
+            }
+            unweighed |= {known[id(module._parameters[leaf])][0]: n for leaf, n in alone.items()}
         none = reason == COMPUTED or (layer_type is None and not excluded)
         for leaf in names:
             unfit = none and module.get_parameter(leaf).dim() > 1
@@ -153,7 +162,7 @@ def select_layers(
         )
     among = Counter(id(weight_of(layer.module)) for layer in others)
     others = [layer for layer in others if among[id(weight_of(layer.module))] == uses[id(weight_of(layer.module))]]
-    return Selection(matrices, matrices if solves else matrices + others, plain)
+    return Selection(matrices, matrices if solves else matrices + others, plain, unweighed)
 
 
 def refuse_unfit(selection: Selection) -> None:

@@ -17,6 +17,7 @@ class Update:
     state: Sequence[list[Tensor]]  # one list for each name of the rule, shaped like ``params``
     steps: Sequence[int]  # counts each parameter's updates, this one included
     sharded: Sequence[Tensor]  # the parameters themselves
+    stacked: Sequence[int]  # of how many matrices each consists
     group: dict[str, float]  # of which a rule reads ``lr``, ``momentum``, ``beta2``, ``eps`` and ``weight_decay``
 
     def decay(self) -> None:

@@ -32,14 +32,15 @@ def decays(model: nn.Module) -> set[str]:
 
 
 def parameter_groups(
-    model: nn.Module, layers: Sequence[Selected], settings: Any, fallback: str
+    model: nn.Module, layers: Sequence[Selected], unweighed: Mapping[str, int], settings: Any, fallback: str
 ) -> list[dict[str, Any]]:
     """Split the parameters, those of the preconditioned layers first; ``params`` holds names as well.
 
     Frozen ones that may be unfrozen are among them: torch's schedulers take no group that comes later.
 
     ``rule`` is a key of `hf_fngd.updates.RULES`, and ``layers`` holds the number of each parameter's layer, none in the
-    groups of the rule ``fallback``. Biases are vectors: where the rule is for matrices alone they get "adam". Each
+    groups of other parameters. Biases are vectors: where the rule is for matrices alone they get "adam". Such a rule
+    also steps the matrices that are ``unweighed``, of which ``stacked`` holds how many a parameter consists of. Each
     of the user's groups is split in the same way, behind the automatic ones.
 
     Raises:
@@ -60,18 +61,21 @@ def parameter_groups(
     for name, parameter in model.named_parameters():
         if not may_train(parameter):
             continue
-        matrices, vectors, rest, rest_no_decay = splits[numbers.get(id(parameter), -1) + 1]
+        matrices, vectors, others, rest, rest_no_decay = splits[numbers.get(id(parameter), -1) + 1]
         if id(parameter) in owners:
             group = matrices if parameter.dim() > 1 else vectors
             group["layers"].append(owners[id(parameter)])
+        elif name in unweighed and RULES[others["rule"]].matrices:
+            group = others
+            group["stacked"].append(unweighed[name])
         else:
             group = rest if name in decayed else rest_no_decay
         group["params"].append((name, parameter))
     for number, group in enumerate(chosen):
-        if "update" in group and not splits[number + 1][0]["params"]:
+        if "update" in group and not any(split["params"] for split in splits[number + 1][:3:2]):
             raise ValueError(
                 f"param_groups[{number}]['update']={group['update']!r} has no effect: none of the group's parameters "
-                "is the weight of a preconditioned layer. Leave it out"
+                "is a matrix that an update rule steps. Leave it out"
             )
     ordered = [*(group for split in splits for group in split[:2]), *(group for split in splits for group in split[2:])]
     return [group for group in ordered if group["params"]]
@@ -80,7 +84,7 @@ def parameter_groups(
 def _split(
     settings: Any, fallback: str, own: Mapping[str, Any] = MappingProxyType({}), suffix: str = ""
 ) -> list[dict[str, Any]]:
-    """Empty groups for matrices, vectors, and what else is decayed or not, with what a user's group says."""
+    """Empty groups for matrices, vectors, unweighed matrices, and what else is decayed or not, as a user's says."""
     lr, rule = own.get("lr", settings.lr), own.get("update", settings.update)
     rest_lr = own.get("lr", settings.lr if settings.fallback_lr is None else settings.fallback_lr)
     decay, no_decay = own.get("weight_decay", settings.weight_decay), own.get("weight_decay", 0.0)
@@ -88,6 +92,7 @@ def _split(
     return [
         _group(f"preconditioned{suffix}", rule, lr, decay) | reads,
         _group(f"preconditioned_no_decay{suffix}", "adam" if RULES[rule].matrices else rule, lr, no_decay),
+        _group(f"unweighed{suffix}", rule, lr, decay) | reads | {"stacked": []},
         _group(f"plain{suffix}", fallback, rest_lr, decay),
         _group(f"plain_no_decay{suffix}", fallback, rest_lr, no_decay),
     ]

@@ -103,7 +103,7 @@ def test_the_table_has_a_word_for_every_outcome(tmp_path: Path) -> None:
 def test_the_committed_table_is_of_these_modes() -> None:
     text = (Path(__file__).parents[2] / table.PATH).read_text(encoding="utf-8")
     written = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("|")]
-    assert [row[0] for row in written[2:]] == list(MODES)
-    for (_, *cells), mode in zip(written[2:], MODES.values(), strict=True):
-        begin = "equal, error" if mode.refused is None else "refused: "
-        assert all(cell.startswith(begin) for cell in cells), mode.name
+    assert sorted(row[0] for row in written[2:]) == sorted(MODES)  # whose order is that of imports
+    for name, *cells in written[2:]:
+        begin = "equal, error" if MODES[name].refused is None else "refused: "
+        assert all(cell.startswith(begin) for cell in cells), name

@@ -1,0 +1,130 @@
+"""Matrices whose samples cannot be weighed, and which an update rule for matrices steps all the same."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import transformers as hf
+from torch import Tensor, nn
+
+from hf_fngd import FNGD
+from hf_fngd.config import PRESETS
+from hf_fngd.updates.orthogonal import orthogonalize
+
+WIDTH, LR = 8, 1e-2
+
+
+class Reversed(nn.Linear):
+    """No layer type takes it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.flip(-1))
+
+
+class Attention(nn.Module):
+    """torch's own attention, with a head, and a Linear that computes something else."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(WIDTH, 2, batch_first=True, **options)
+        self.reversed, self.head = Reversed(WIDTH, WIDTH), nn.Linear(WIDTH, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y, _ = self.attention(x, x[..., : self.attention.kdim], x[..., : self.attention.vdim], need_weights=False)
+        return self.head(self.reversed(y))
+
+
+def mixture() -> nn.Module:
+    sizes = {"hidden_size": WIDTH, "intermediate_size": 6, "num_attention_heads": 2, "num_key_value_heads": 2}
+    config = hf.MixtralConfig(vocab_size=11, num_hidden_layers=1, num_local_experts=3, num_experts_per_tok=2, **sizes)
+    model = hf.MixtralForCausalLM(config)
+    model.set_experts_implementation("eager")  # the default wants larger sizes
+    return model
+
+
+def run(model: nn.Module) -> Tensor:
+    if isinstance(model, Attention):
+        return model(torch.randn(4, 5, WIDTH, generator=torch.Generator().manual_seed(0))).square().mean()
+    ids = torch.randint(11, (4, 5), generator=torch.Generator().manual_seed(0))
+    return model(input_ids=ids, labels=ids).loss
+
+
+EXPERTS = "model.layers.0.mlp.experts"
+CASES: dict[str, tuple[Callable[[], nn.Module], dict[str, int]]] = {
+    "attention": (Attention, {"attention.in_proj_weight": 3, "attention.out_proj.weight": 1, "reversed.weight": 1}),
+    "cross attention": (
+        lambda: Attention(kdim=4, vdim=6),
+        {f"attention.{name}_proj_weight": 1 for name in "qkv"} | {"attention.out_proj.weight": 1, "reversed.weight": 1},
+    ),
+    "mixture": (mixture, {f"{EXPERTS}.gate_up_proj": 3, f"{EXPERTS}.down_proj": 3}),
+}
+
+
+def build(case: str) -> tuple[nn.Module, dict[str, int]]:
+    torch.manual_seed(0)
+    make, expected = CASES[case]
+    return make().train(), expected
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_each_matrix_is_orthogonalized_by_itself(case: str) -> None:
+    model, expected = build(case)
+    optimizer = FNGD(model, lr=LR, momentum=0.0)
+    before = {name: model.get_parameter(name).detach().clone() for name in expected}
+    run(model).backward()
+    optimizer.step()
+    for name, count in expected.items():
+        p, g = model.get_parameter(name), model.get_parameter(name).grad
+        matrices = g.view(count, -1, g.shape[-1])
+        moved = before[name] - 0.2 * LR * max(matrices.shape[1:]) ** 0.5 * orthogonalize(matrices).view_as(p)
+        torch.testing.assert_close(p.detach(), moved, rtol=1e-5, atol=1e-7)
+    report = optimizer.coverage()
+    assert {name for name, reason in report.plain.items() if reason.endswith("the update rule steps it")} == set(
+        expected
+    )
+    assert not report.missed
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    "settings", [{"update": "adam"}, PRESETS["paper"], {"exclude_modules": "attention.*|reversed|.*experts"}]
+)
+def test_they_have_the_fallback_rule_where_another_update_rule_is_chosen_or_they_are_left_out(
+    case: str, settings: dict[str, Any]
+) -> None:
+    model, expected = build(case)
+    optimizer = FNGD(model, **settings)
+    assert all("stacked" not in group for group in optimizer.param_groups)
+    rest = {name for group in optimizer.param_groups if not group["layers"] for name in group["param_names"]}
+    assert set(expected) <= rest
+    assert not any("update rule" in reason for reason in optimizer.coverage().plain.values())
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_checkpoint_resumes(case: str) -> None:
+    runs = []
+    for interrupted in (False, True):
+        model, _ = build(case)
+        optimizer = FNGD(model, lr=LR, update="block_muon", block_size=2)
+        for step in range(4):
+            run(model).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            if interrupted and step == 1:
+                state, copied = optimizer.state_dict(), build(case)[0]
+                copied.load_state_dict(model.state_dict())
+                model, optimizer = copied, FNGD(copied, lr=LR, update="block_muon", block_size=2)
+                optimizer.load_state_dict(state)
+        runs.append(model.state_dict())
+    assert all(torch.equal(p, runs[1][name]) for name, p in runs[0].items())
+
+
+def test_a_users_group_may_give_them_another_rule() -> None:
+    model, _ = build("attention")
+    groups = [{"params": ["attention.in_proj_weight"], "update": "block_muon"}]
+    found = {
+        name: group["rule"] for group in FNGD(model, param_groups=groups).param_groups for name in group["param_names"]
+    }
+    assert found["attention.in_proj_weight"] == "block_muon"
+    assert found["attention.out_proj.weight"] == "muon"
