@@ -53,7 +53,7 @@ class LinearKernel(GramKernel):
         return F.linear(x.flatten(0, -2), weight, bias), ()
 
     def input_gradient(self, saved: Saved, g: Tensor) -> Tensor:
-        return (g @ saved.weight).view(saved.x.shape)
+        return torch.mm(g, saved.weight).view(saved.x.shape)
 
     def weighted_gradient(
         self, saved: Saved, g: Tensor, w: Tensor | None, has_bias: bool
@@ -97,7 +97,7 @@ class Conv1DKernel(LinearKernel):
         return flat @ weight if bias is None else torch.addmm(bias, flat, weight), ()
 
     def input_gradient(self, saved: Saved, g: Tensor) -> Tensor:
-        return (g @ saved.weight.t()).view(saved.x.shape)
+        return torch.mm(g, saved.weight.t()).view(saved.x.shape)
 
     def product(self, a: Tensor, g: Tensor, w: Tensor | None) -> Tensor:
         """``[i, o]``: the roles of a and g swap, so that no transposed copy is made."""
