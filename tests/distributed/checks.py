@@ -175,6 +175,35 @@ def gathered() -> dict[str, list[int]]:
     return found
 
 
+class SmallExperts(nn.Module):
+    """More experts than processes, and no multiple of these; torch's attention behind them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.Parameter(torch.randn(3, 5, 6) / 2)
+        self.attention, self.head = nn.MultiheadAttention(6, 2, batch_first=True), nn.Linear(6, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.einsum("ntd,edo->nto", x, self.up)
+        return self.head(self.attention(y, y, y, need_weights=False)[0]).mean(1)
+
+
+def unweighed() -> dict[str, float]:
+    """How far a sharded model whose experts and projections Muon steps is from an accumulating one."""
+    rank, world, found = dist.get_rank(), dist.get_world_size(), {}
+    for update in ("muon", "block_muon"):
+        models = []
+        for sharded in (True, False):
+            torch.manual_seed(0)
+            model = SmallExperts().double()
+            with nullcontext() if sharded else alone():
+                fngd = optimizer(fully_shard(model) if sharded else model, "clipped", update=update)
+                run(model, fngd, [rank] if sharded else list(range(world)), range(4))
+            models.append(flat(model))
+        found[update] = float((models[0] - models[1]).abs().max())
+    return found
+
+
 def uneven_ranks() -> dict[str, Any]:
     """The first rank accumulates one micro-batch more than the others, after a forward pass that comes to nothing."""
     rank = dist.get_rank()

@@ -17,7 +17,15 @@ CHECKS = "tests.distributed.checks"
 @pytest.mark.timeout(600)
 def test_two_processes(subtests: pytest.Subtests, tmp_path: Path) -> None:
     names = ["ddp", "fsdp2", "fsdp2_after", "uniform_gradients", "collectives", "empty_ranks", "uneven_ranks", "resume"]
-    names += ["gathered", "distributed_checkpoint", "fsdp2_accumulation", "unfreezing", "tensor_parallel", "trainer"]
+    names += [
+        "gathered",
+        "unweighed",
+        "distributed_checkpoint",
+        "fsdp2_accumulation",
+        "unfreezing",
+        "tensor_parallel",
+        "trainer",
+    ]
     found = launch(CHECKS, 2, tmp_path, *names)
     with subtests.test("ddp"):
         equal_to_accumulation(found["ddp"], tolerance=0.0)
@@ -35,6 +43,8 @@ def test_two_processes(subtests: pytest.Subtests, tmp_path: Path) -> None:
         }
     with subtests.test("blocks that a process holds whole are not gathered"):
         assert found["gathered"] == {"muon": [4, 16], "block_muon": []}
+    with subtests.test("experts and torch's attention"):
+        assert max(found["unweighed"].values()) < 1e-12
     with subtests.test("a rank without a gradient neither hangs nor parts from the others"):
         cases = found["empty_ranks"]
         assert all(outcome["agree"] and outcome["finite"] for outcome in cases.values())
