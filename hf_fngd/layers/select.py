@@ -138,7 +138,7 @@ def select_layers(
         if kernel is not None and not excluded and (_trains_alone(module, kernel) or reason == TIED):
             kernel = replace(kernel, tied=True) if isinstance(kernel, LinearKernel) else kernel
             others.append(Selected(name, module, kernel, False, names))
-        if kernel is None and named and not excluded:
+        if layer_type is None and named and not excluded:
             alone = {
                 leaf: n for leaf, n in unweighed_matrices(module).items() if uses[id(module._parameters[leaf])] == 1
             }
