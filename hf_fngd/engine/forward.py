@@ -25,6 +25,7 @@ from hf_fngd.layers.base import is_frozen, plain_class, weight_of
 from hf_fngd.layers.embedding import EmbeddingKernel
 from hf_fngd.samples.ids import COLUMN, Ids, find_ids, is_one_row, of_tokens, read_ids
 from hf_fngd.samples.rows import TOKENS, View
+from hf_fngd.samples.snapshot import copied
 from hf_fngd.weights.base import StoredWeights
 
 logger = logging.getLogger(__name__)
@@ -102,9 +103,9 @@ class Forwards:
             return
         reason = obstacle(model)
         if reason is None and rehearsal.arguments is None:
-            reason = "the compiled model has inputs that are no tensors, integers, strings or containers of these"
+            reason = "the compiled model has inputs that are no tensors, integers or containers of these"
         if reason is None and rehearsal.arguments is not None:
-            args, kwargs = rehearsal.arguments
+            args, kwargs = copied(rehearsal.arguments)  # a model may change its inputs in place
             self._rehearsing, self._inspected = True, was_inspected
             try:
                 with rehearsing(model, rehearsal):
@@ -135,7 +136,7 @@ class Forwards:
 
     def _model_forward(self, module: nn.Module, own: Callable[..., Any], *args: Any, **given: Any) -> Any:
         kwargs = given if self._own_ids else {key: value for key, value in given.items() if key != COLUMN}
-        if not (module.training and torch.is_grad_enabled()):
+        if not ((module.training or self._rehearsing) and torch.is_grad_enabled()):
             return own(*args, **kwargs)
         if self._inside:  # a forward that was put on the model, as by Accelerate, calls the one that was there
             return own(*args, **kwargs)
@@ -188,7 +189,8 @@ class Forwards:
             self.probing.see(layer, (*args, *kwargs.values()))
             return own(*args, **kwargs)
         weight, x = weight_of(module), (*args, *kwargs.values())
-        trains = module.training and torch.is_grad_enabled() and weight is not None and weight.requires_grad
+        training = module.training or self._rehearsing
+        trains = training and torch.is_grad_enabled() and weight is not None and weight.requires_grad
         if not trains or not x or not layer.kernel.takes(*x):
             return own(*args, **kwargs)
         compiling = torch.compiler.is_compiling()

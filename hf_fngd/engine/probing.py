@@ -41,6 +41,7 @@ class Probing:
         if self.seen is not None and inputs and isinstance(inputs[0], Tensor):
             self.seen.setdefault(layer.place, []).append(digest(inputs[0]))
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # where a frame is traced that the compiler gave up
     def probe(
         self,
         model: nn.Module,

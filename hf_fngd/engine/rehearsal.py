@@ -28,6 +28,7 @@ class Rehearsal(NamedTuple):
 
 
 Packed = tuple[str, list[Tensor], list[int]]
+_DEPTH = 5  # of containers within each other
 
 # What stands in a compiled graph's way to an autograd graph.
 _AUTOGRAD = [
@@ -41,31 +42,35 @@ def packed(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Packed:
     """A model's arguments for an operator; with an empty text where there are others than it takes."""
     tensors: list[Tensor] = []
     integers: list[int] = []
-    text = _text((list(args), dict(kwargs)), tensors, integers)
+    text = _text((list(args), dict(kwargs)), tensors, integers, 0)
     return ("", [], []) if text is None else (text, tensors, integers)
 
 
-def _text(value: Any, tensors: list[Tensor], integers: list[int]) -> str | None:
-    if value is None or isinstance(value, bool | str):
+def _text(value: Any, tensors: list[Tensor], integers: list[int], depth: int) -> str | None:
+    # No strings: a graph would be made anew for each.
+    kind = type(value)
+    if value is None or kind is bool:
         return f"('is', {value!r})"
-    if isinstance(value, int):  # not by its digits, as a graph would be made anew for each
+    if kind is int:  # not by its digits, for the same reason
+        if not -(2**63) <= value < 2**63:
+            return None
         integers.append(value)
         return "('int',)"
-    if type(value) in (Tensor, nn.Parameter) and not value.is_nested:
+    if kind in (Tensor, nn.Parameter) and not value.is_nested and value.layout == torch.strided:
         tensors.append(value.detach())
         return "('tensor',)"
-    if type(value) not in (list, tuple, dict):
+    if kind not in (list, tuple, dict) or depth > _DEPTH:
         return None
     inside = []
-    for one in value.values() if isinstance(value, dict) else value:
-        text = _text(one, tensors, integers)
+    for one in value.values() if kind is dict else value:
+        text = _text(one, tensors, integers, depth + 1)
         if text is None:
             return None
         inside.append(text + ",")
-    if not isinstance(value, dict):
-        return f"('{'tuple' if isinstance(value, tuple) else 'list'}', ({''.join(inside)}))"
+    if kind is not dict:
+        return f"('{'tuple' if kind is tuple else 'list'}', ({''.join(inside)}))"
     for key in value:
-        if not isinstance(key, str):
+        if type(key) is not str:
             return None
     keys = "".join([f"{key!r}," for key in value])
     return f"('dict', ({keys}), ({''.join(inside)}))"
@@ -97,16 +102,18 @@ def _drop(_: Any) -> Any:
 
 @contextlib.contextmanager
 def rehearsing(model: nn.Module, rehearsal: Rehearsal) -> Iterator[None]:
-    """Run a model within an operator of a compiled graph as its trainer would, with an autograd graph behind it.
+    """Run a model within an operator of a compiled graph in eval mode, with an autograd graph behind it.
 
-    Afterwards the model is what it was (`untouched`). No activation is kept.
+    Afterwards the model is what it was (`untouched`; in eval mode, since a training forward may change parameters, as
+    those of a momentum encoder). No activation is kept.
     """
     excluded = torch._C._dispatch_tls_local_exclude_set()
     for key in _AUTOGRAD:
         excluded = excluded.remove(key)
     with (
         torch._C._ForceDispatchKeyGuard(torch._C._dispatch_tls_local_include_set(), excluded),
-        untouched(model, training=True),
+        untouched(model),
+        torch.enable_grad(),
         torch.autograd.graph.saved_tensors_hooks(_drop, _drop),
         torch.autocast(rehearsal.device_type, rehearsal.autocast, enabled=rehearsal.autocast is not None),
     ):

@@ -132,6 +132,11 @@ def check_groups(state: Mapping[str, Any], groups: Sequence[Mapping[str, Any]]) 
             "the update, fallback and param_groups that the checkpoint was made with"
         )
     for stored, own in zip(state["param_groups"], groups, strict=True):
+        if stored.get("block_size") != own.get("block_size"):
+            raise ValueError(
+                f"the checkpoint's block_size is {stored.get('block_size')}, this optimizer's is "
+                f"{own.get('block_size')}: construct FNGD with the block_size that the checkpoint was made with"
+            )
         names = stored.get("param_names", own["param_names"])
         if names != own["param_names"] or len(stored["params"]) != len(own["params"]):
             differing = sorted(set(names) ^ set(own["param_names"]))

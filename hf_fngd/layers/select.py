@@ -138,7 +138,8 @@ def select_layers(
         if kernel is not None and not excluded and (_trains_alone(module, kernel) or reason == TIED):
             kernel = replace(kernel, tied=True) if isinstance(kernel, LinearKernel) else kernel
             others.append(Selected(name, module, kernel, False, names))
-        if layer_type is None and named and not excluded:
+        left_out = isinstance(module, nn.Linear) and "linear" not in wanted
+        if layer_type is None and named and not excluded and not left_out:
             alone = {
                 leaf: n for leaf, n in unweighed_matrices(module).items() if uses[id(module._parameters[leaf])] == 1
             }

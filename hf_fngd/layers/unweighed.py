@@ -16,7 +16,7 @@ def unweighed_matrices(module: nn.Module) -> dict[str, int]:
     A mixture's experts are taken by a rule: the class is called "...Experts", the parameter has three dimensions, and
     the first one counts the experts.
     """
-    shapes = {name: p.shape for name, p in module.named_parameters(recurse=False) if p.dim() > 1}
+    shapes = {name: p.shape for name, p in module.named_parameters(recurse=False) if p.dim() > 1 and not p.is_complex()}
     if isinstance(module, nn.MultiheadAttention):
         counts = {"in_proj_weight": 3, "q_proj_weight": 1, "k_proj_weight": 1, "v_proj_weight": 1}
         return {name: counts[name] for name in shapes if name in counts}

@@ -112,11 +112,8 @@ def _is_the_users(value: Any) -> bool:
 
 
 @contextlib.contextmanager
-def untouched(model: nn.Module, training: bool = False) -> Iterator[None]:
-    """Run in eval mode and without gradients, or with both as in training.
-
-    Afterwards modules and random states are what they were.
-    """
+def untouched(model: nn.Module) -> Iterator[None]:
+    """Run in eval mode and without gradients; afterwards modules and random states are what they were."""
     snapshot, modules = Snapshot(), list(model.modules())
     for module in modules:
         snapshot.take(vars(module))
@@ -128,11 +125,11 @@ def untouched(model: nn.Module, training: bool = False) -> Iterator[None]:
         torch.set_autocast_cache_enabled(False)  # the training forward pass would find casts without a graph in it
         torch.backends.mha.set_fastpath_enabled(False)  # which calls no Linear
         for module in modules:
-            module.training = module.training and training
+            module.training = False
             for hooks in (module._forward_hooks, module._forward_pre_hooks):
                 for key in [key for key, hook in hooks.items() if not _belongs(hook)]:
                     del hooks[key]
-        with torch.random.fork_rng(devices), torch.set_grad_enabled(training):
+        with torch.random.fork_rng(devices), torch.no_grad():
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)

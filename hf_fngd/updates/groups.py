@@ -75,7 +75,7 @@ def parameter_groups(
         if "update" in group and not any(split["params"] for split in splits[number + 1][:3:2]):
             raise ValueError(
                 f"param_groups[{number}]['update']={group['update']!r} has no effect: none of the group's parameters "
-                "is a matrix that an update rule steps. Leave it out"
+                "is a matrix that this rule steps. Leave it out; exclude_modules gives matrices the fallback rule"
             )
     ordered = [*(group for split in splits for group in split[:2]), *(group for split in splits for group in split[2:])]
     return [group for group in ordered if group["params"]]

@@ -2,8 +2,9 @@
 
 import copy
 from collections.abc import Callable
+from enum import StrEnum
 from types import MethodType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -53,6 +54,20 @@ class Uncompiled(Net):
 
     def hidden(self, x: Tensor) -> Tensor:
         return torch.tanh(self.norm(torch.compiler.disable(self.fc1)(x)))
+
+
+class Changing(Net):
+    """Changes its input in place, and a frozen parameter with each training forward pass, as a momentum encoder."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.mean = nn.Parameter(torch.zeros(7), requires_grad=False)
+
+    def hidden(self, x: Tensor) -> Tensor:
+        if self.training:
+            with torch.no_grad():
+                self.mean.mul_(0.5).add_(self.fc1.weight.mean(1), alpha=0.5)
+        return super().hidden(x.mul_(2)) - self.mean
 
 
 class Noting(Net):
@@ -141,6 +156,7 @@ CASES = {
     "a retained graph": Case(step=retained, graphs=None),
     "another forward on the model": Case(graphs=None, compiled=replaced),
     "attributes set in a forward pass": Case(Noting),
+    "inputs and frozen parameters that a forward pass changes": Case(Changing, graphs=None),
     "an empty batch": Case(step=and_nothing, graphs=None),
 }
 
@@ -230,3 +246,22 @@ def test_backward_is_plain_after_the_step_and_after_detaching() -> None:
 def test_a_weight_that_is_used_elsewhere_is_found(dtype: torch.dtype) -> None:
     """By an eager pass of the first batch, with or without autocast."""
     compare(net(cls=Elsewhere, dtype=dtype), Case(step=in_bfloat16 if dtype == torch.float32 else once), "clipped")
+
+
+class Mode(StrEnum):
+    A = "a"
+
+
+@pytest.mark.parametrize(
+    "other", [Mode.A, {Mode.A: 2}, 2**63, "text", ["text"], 0.5, torch.eye(6).to_sparse()], ids=repr
+)
+def test_a_rehearsal_leaves_out_what_it_does_not_take(other: Any) -> None:
+    class Odd(Net):
+        def forward(self, x: Tensor, other: Any = None) -> Tensor:
+            return super().forward(x)
+
+    model, (x, y) = net(cls=Odd), data(6, 4)
+    preconditioner = FNGDPreconditioner(model)
+    F.cross_entropy(torch.compile(model, backend="aot_eager")(x, other=other), y).backward()
+    preconditioner.step()
+    assert not preconditioner.coverage().missed

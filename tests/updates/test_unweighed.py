@@ -137,3 +137,21 @@ def test_a_users_group_may_give_them_another_rule() -> None:
     }
     assert found["attention.in_proj_weight"] == "block_muon"
     assert found["attention.out_proj.weight"] == "muon"
+
+
+def test_complex_matrices_are_none_of_them() -> None:
+    class Complex(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x.to(self.weight.dtype)).abs()
+
+    model = nn.Sequential(nn.Linear(WIDTH, WIDTH), Complex(WIDTH, WIDTH, bias=False, dtype=torch.complex64))
+    optimizer = FNGD(model)
+    model(torch.randn(4, WIDTH)).sum().backward()
+    optimizer.step()
+    assert {g["rule"] for g in optimizer.param_groups if "1.weight" in g["param_names"]} == {"adam"}
+
+
+def test_blocks_of_another_size_do_not_resume() -> None:
+    first, second = (FNGD(nn.Linear(WIDTH, WIDTH), update="block_muon", block_size=size) for size in (2, 4))
+    with pytest.raises(ValueError, match="the checkpoint's block_size is 2, this optimizer's is 4: construct FNGD"):
+        second.load_state_dict(first.state_dict())
