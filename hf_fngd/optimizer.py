@@ -141,7 +141,7 @@ class FNGD(torch.optim.Optimizer, Joins):
         natural = "momentum" in self.settings.updates
         try:
             squared = squared_norms(self.param_groups, exact=natural)
-        except NotImplementedError:  # a gradient has become sparse since the parameters were checked
+        except NotImplementedError:  # torch has no such norms of a sparse gradient, which the check names by parameter
             check_parameters(self.preconditioner.model, self.param_groups)
             raise
         # Finite, and so when an update rule squares them in float32? Here the host waits for the device.
