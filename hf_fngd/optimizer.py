@@ -37,8 +37,9 @@ class FNGD(torch.optim.Optimizer, Joins):
     """Inverse-free fast natural gradient descent (arXiv 2403.03473), and sample clipping, its default.
 
     The backward pass leaves weighted sums of the samples' gradients. `step` applies the update rule to Linear and
-    Conv1D layers, and the fallback rule to everything else (embeddings, tied heads, convolutions, norms). Construct it
-    on the model that is trained, before or without wrapping it for distributed training.
+    Conv1D layers, and the fallback rule to everything else (embeddings, tied heads, convolutions, norms). Muon also
+    steps experts and the projections of torch's attention, whose samples are not weighed. Construct it on the model
+    that is trained, before or without wrapping it for distributed training.
 
     A step in which a gradient is NaN, infinite or too large to be squared in float32 is skipped whole: parameters,
     moments and sample weights stay as they were, and the attribute ``skipped`` counts it (with FNGDCallback, also the
