@@ -62,8 +62,11 @@ class FNGD(torch.optim.Optimizer, Joins):
         inner = self.preconditioner.model
         layers, unweighed = self.preconditioner.matrices, self.preconditioner.unweighed
         groups = parameter_groups(inner, layers, unweighed, self.settings, fallback)
-        self.preconditioner.steps_unweighed(
-            name for group in groups if "stacked" in group for name, _ in group["params"]
+        self.preconditioner.stepped_by(
+            unweighed=(name for group in groups if "stacked" in group for name, _ in group["params"]),
+            fallback=(
+                name for group in groups if not ("stacked" in group or group["layers"]) for name, _ in group["params"]
+            ),
         )
         if self.settings.param_groups:
             named = by_name(inner, self.settings.param_groups)

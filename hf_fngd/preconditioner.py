@@ -247,9 +247,9 @@ class FNGDPreconditioner(Joins):
         """What is preconditioned, what is not, and why; before the first step, what is going to be."""
         return self._coverage.report()
 
-    def steps_unweighed(self, names: Iterable[str]) -> None:
-        """For the coverage report: these parameters have a plain gradient, and the update rule steps them."""
-        self._coverage.stepped = frozenset(names)
+    def stepped_by(self, *, unweighed: Iterable[str], fallback: Iterable[str]) -> None:
+        """For the coverage report: what the update rule steps unweighed, and what the fallback rule steps."""
+        self._coverage.stepped, self._coverage.fallback = frozenset(unweighed), frozenset(fallback)
 
     def diagnostics(self) -> dict[str, float]:
         """Dimensionless numbers, for which the host waits for the device.

@@ -12,6 +12,7 @@ from hf_fngd.layers.select import ALL_LINEAR
 from hf_fngd.updates import FALLBACK_RULES, RULES
 from hf_fngd.updates.block_muon import BLOCK_SIZE
 from hf_fngd.updates.chosen import chosen_groups
+from hf_fngd.updates.orthogonal import STEPS
 from hf_fngd.weights.base import SharingPolicy, policy_class, policy_names
 
 Class = TypeVar("Class", bound=type)
@@ -41,7 +42,14 @@ READ_BY_RULES = ("beta2", "eps")
 _OF_ENGINE = ("sharing", *READ_BY_POLICIES, "target_modules", "exclude_modules", "layer_types", "strict", "batch_dim")
 # What other optimizers call some of them.
 _ELSEWHERE = {"learning_rate": "lr", "betas": "momentum and beta2", "beta1": "momentum", "params": "the model"}
-_MEANT_BY_NONE = {"damping": 0.1, "block_size": BLOCK_SIZE, "beta2": 0.999, "eps": 1e-8, "memory_budget": 2**28}
+_MEANT_BY_NONE = {
+    "damping": 0.1,
+    "block_size": BLOCK_SIZE,
+    "ns_steps": STEPS,
+    "beta2": 0.999,
+    "eps": 1e-8,
+    "memory_budget": 2**28,
+}
 
 
 @dataclass(frozen=True)
@@ -86,12 +94,20 @@ class Settings:
         choice(RULES),
         "Update rule of the preconditioned layers, Linear and Conv1D: 'muon', 'block_muon', which is Muon on blocks of "
         "rows, 'adam', or 'momentum', the paper's step of 1/lambda' within a trust region, for sharing 'never' and "
-        "'replay'.",
+        "'replay'. Muon also steps experts, and the projections of torch's attention.",
     )
     block_size: int | None = _setting(
         None, integer(1), f"Most rows of a block, >= 1; None: {BLOCK_SIZE}. Read by update 'block_muon'."
     )
-    fallback: str = _setting("adamw", choice(FALLBACK_RULES), "Update rule of all other parameters: 'adamw' or 'sgd'.")
+    ns_steps: int | None = _setting(
+        None, integer(1, 100), f"Newton-Schulz steps of update 'muon' and 'block_muon', >= 1; None: {STEPS}."
+    )
+    fallback: str = _setting(
+        "adamw",
+        choice(FALLBACK_RULES),
+        "Update rule of all other parameters: 'adamw' or 'sgd'. With update 'muon' and 'block_muon' an output head is "
+        "one of them, unless target_modules lists it or its group has an 'update'.",
+    )
     fallback_lr: float | None = _setting(
         None,
         real("None (that is, lr) or a finite number >= 0", lambda x: x >= 0),
@@ -164,6 +180,8 @@ class Settings:
             unread |= dict.fromkeys(READ_BY_RULES, rules)
         if "block_muon" not in self.updates:
             unread["block_size"] = (f"update={self.update!r}", "update='block_muon'")
+        if not any(RULES[rule].matrices for rule in self.updates):
+            unread["ns_steps"] = (f"update={self.update!r}", "update='muon' or 'block_muon'")
         for name, (chosen, others) in unread.items():
             if getattr(self, name) is not None:
                 raise ValueError(

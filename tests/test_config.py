@@ -40,6 +40,7 @@ values = st.fixed_dictionaries(
         "coefficient_steps": st.none() | counts,
         "update": st.sampled_from(UPDATES),
         "block_size": counts,
+        "ns_steps": st.integers(1, 100),
         "fallback": st.sampled_from(list(FALLBACK_RULES)),
         "fallback_lr": st.none() | not_negative,
         "beta2": fractions,
@@ -60,6 +61,7 @@ def readable(given_values: dict[str, Any]) -> dict[str, Any]:
     unread = {"damping", "coefficient_steps", "memory_budget"} - set(policy.reads)
     rules = {given_values.get("update"), *(group.get("update") for group in given_values.get("param_groups", []))}
     unread |= set() if "block_muon" in rules else {"block_size"}
+    unread |= set() if rules & {"muon", "block_muon"} or given_values.get("update") is None else {"ns_steps"}
     if given_values.get("update") == "momentum" and not policy.solves:
         unread |= {"update"}
     elif (

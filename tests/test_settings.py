@@ -50,6 +50,7 @@ GOOD: dict[str, list[Any]] = {
     "coefficient_steps": [None, 1, 1000, MAX_INTEGER, numpy.int64(3)],
     "update": list(UPDATES),
     "block_size": [None, 1, 64, numpy.int64(8)],
+    "ns_steps": [None, 1, 5, 100],
     "fallback": list(FALLBACK_RULES),
     "fallback_lr": [None, 0, 1e-4],
     "beta2": [None, 0, 0.999],
@@ -75,6 +76,7 @@ WRONG_TYPES: dict[str, list[Any]] = {
     "coefficient_steps": NOT_AN_INTEGER,
     "update": NOT_A_NAME,
     "block_size": NOT_AN_INTEGER,
+    "ns_steps": NOT_AN_INTEGER,
     "fallback": NOT_A_NAME,
     "fallback_lr": NOT_A_REAL,
     "beta2": NOT_A_REAL,
@@ -96,6 +98,7 @@ WRONG_VALUES: dict[str, list[Any]] = {
     "coefficient_steps": [0, -1, MAX_INTEGER + 1, 10**5000],
     "update": ["", "sgd", "adamw"],
     "block_size": [0, -1, MAX_INTEGER + 1],
+    "ns_steps": [0, -1, 101],
     "fallback": ["", "adam", "muon"],
     "fallback_lr": [-1, *NOT_FINITE],
     "beta2": [-0.1, 1, *NOT_FINITE],
@@ -149,7 +152,13 @@ def test_a_good_value_is_kept_as_json_gives_it_back(key: str, value: Any) -> Non
         found = getattr(make(**READ | {key: value}), key)
         assert found == (list(value) if isinstance(value, tuple) else value)
         assert type(found) in (type(None), str, bool, int, float, list)
-        assert type(found) is not int or key in ("coefficient_steps", "block_size", "memory_budget", "batch_dim")
+        assert type(found) is not int or key in (
+            "coefficient_steps",
+            "block_size",
+            "ns_steps",
+            "memory_budget",
+            "batch_dim",
+        )
         assert found is not value or not isinstance(value, list)
 
 
@@ -233,6 +242,17 @@ def test_the_size_of_blocks_is_refused_where_none_are_made() -> None:
     assert fngd(update="block_muon").param_groups[0]["block_size"] == 32
 
 
+def test_newton_schulz_steps_are_refused_where_none_are_taken() -> None:
+    refused(
+        ValueError,
+        "^ns_steps=3 has no effect with update='adam': .*use update='muon' or 'block_muon'",
+        update="adam",
+        ns_steps=3,
+    )
+    groups = fngd(update="adam", ns_steps=3, param_groups=[{"params": ["fc2"], "update": "muon"}]).param_groups
+    assert [group.get("ns_steps") for group in groups if group["rule"] == "muon"] == [3]
+
+
 @pytest.mark.parametrize("sharing", policy_names())
 def test_the_papers_step_needs_a_policy_that_measures_it(sharing: str) -> None:
     if policy_class(sharing).solves:
@@ -252,7 +272,7 @@ def test_an_unknown_argument_is_a_type_error_with_a_guess(owner: Any, engine: bo
 
 
 def test_unset_arguments_mean_what_their_help_says() -> None:
-    for name in ("damping", "block_size", "beta2", "eps", "memory_budget"):
+    for name in ("damping", "block_size", "ns_steps", "beta2", "eps", "memory_budget"):
         value = Settings().effective(name)
         shown = {2**28: "2**28", 1e-8: "1e-8"}.get(value, str(value))
         assert f"None: {shown}." in Settings.__dataclass_fields__[name].metadata["help"]

@@ -57,6 +57,7 @@ class Coverage:
         self._told_reasons = 0
         self.note: Callable[[], str] = str
         self.stepped: frozenset[str] = frozenset()  # of the plain ones, those that the update rule steps
+        self.fallback: frozenset[str] = frozenset()  # what the fallback rule steps, output heads included
 
     def report(self) -> CoverageReport:
         """What became of every trainable parameter; before the first step, what is going to."""
@@ -73,10 +74,9 @@ class Coverage:
                 reasons = [NEVER_CALLED]
             if reasons:
                 (missed if matrix else plain).update(dict.fromkeys(names, "; ".join(reasons)))
-            elif matrix:
-                preconditioned += names
             else:
-                weighed.update(dict.fromkeys(names))
+                preconditioned += [name for name in names if matrix and name not in self.fallback]
+                weighed.update(dict.fromkeys(name for name in names if not matrix or name in self.fallback))
         plain = {
             name: f"{reason}, and the update rule steps it" if name in self.stepped else reason
             for name, reason in plain.items()

@@ -125,18 +125,20 @@ def check_groups(state: Mapping[str, Any], groups: Sequence[Mapping[str, Any]]) 
             f"{', '.join(differing[:4])}: construct FNGD with the model, param_groups, target_modules and frozen "
             "layers that the checkpoint was made with"
         )
-    found, expected = ([group["rule"] for group in of] for of in (state["param_groups"], groups))
-    if found != expected:
+    rules, expected = ([group["rule"] for group in of] for of in (state["param_groups"], groups))
+    if rules != expected:
         raise ValueError(
-            f"the checkpoint's update rules are {found}, this optimizer's are {expected}: construct FNGD with "
+            f"the checkpoint's update rules are {rules}, this optimizer's are {expected}: construct FNGD with "
             "the update, fallback and param_groups that the checkpoint was made with"
         )
     for stored, own in zip(state["param_groups"], groups, strict=True):
-        if stored.get("block_size") != own.get("block_size"):
-            raise ValueError(
-                f"the checkpoint's block_size is {stored.get('block_size')}, this optimizer's is "
-                f"{own.get('block_size')}: construct FNGD with the block_size that the checkpoint was made with"
-            )
+        # A state of before ns_steps was an argument has five.
+        for setting, before in (("block_size", None), ("ns_steps", 5)):
+            if setting in own and (found := stored.get(setting, before)) != own[setting]:
+                raise ValueError(
+                    f"the checkpoint's {setting} is {found}, this optimizer's is {own[setting]}: construct FNGD with "
+                    f"the {setting} that the checkpoint was made with"
+                )
         names = stored.get("param_names", own["param_names"])
         if names != own["param_names"] or len(stored["params"]) != len(own["params"]):
             differing = sorted(set(names) ^ set(own["param_names"]))

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from hf_fngd.distributed.sharded import holds_blocks
 from hf_fngd.updates.base import Update, register_rule
-from hf_fngd.updates.muon import orthogonalized_momentum
+from hf_fngd.updates.muon import orthogonalized_momentum, steps_of
 from hf_fngd.updates.orthogonal import block_shape, orthogonalize_blocks
 
 BLOCK_SIZE = 32
@@ -23,6 +23,7 @@ def block_muon_update(update: Update) -> None:
     m has ``momentum``, and a block at most ``block_size`` rows r.
     """
     size = int(update.group["block_size"])
+    orthogonal = partial(orthogonalize_blocks, size=size, steps=steps_of(update))
 
     def longer(rows: int, columns: int) -> int:
         return max(block_shape(rows, size)[1], columns)
@@ -30,4 +31,4 @@ def block_muon_update(update: Update) -> None:
     def apart(parameter: Tensor) -> bool:
         return holds_blocks(parameter, size)
 
-    orthogonalized_momentum(update, partial(orthogonalize_blocks, size=size), longer, apart)
+    orthogonalized_momentum(update, orthogonal, longer, apart)

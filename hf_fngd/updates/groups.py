@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from hf_fngd.distributed.sharded import is_sharded
 from hf_fngd.layers.base import is_frozen, may_train
-from hf_fngd.layers.select import Selected
+from hf_fngd.layers.heads import output_heads
+from hf_fngd.layers.select import ALL_LINEAR, Selected
 from hf_fngd.updates.base import RULES
 from hf_fngd.updates.chosen import assigned
 
@@ -41,7 +42,8 @@ def parameter_groups(
     ``rule`` is a key of `hf_fngd.updates.RULES`, and ``layers`` holds the number of each parameter's layer, none in the
     groups of other parameters. Biases are vectors: where the rule is for matrices alone they get "adam". Such a rule
     also steps the matrices that are ``unweighed``, of which ``stacked`` holds how many a parameter consists of. Each
-    of the user's groups is split in the same way, behind the automatic ones.
+    of the user's groups is split in the same way, behind the automatic ones. Where the rule is for matrices, an output
+    head gets the fallback rule, unless the user names it in ``target_modules`` or in a group with a rule.
 
     Raises:
         ValueError: as `hf_fngd.updates.chosen.assigned`, or a user's group has a rule and no matrix.
@@ -51,6 +53,7 @@ def parameter_groups(
     splits = [_split(settings, fallback)]
     splits += [_split(settings, fallback, group, f"_{number}") for number, group in enumerate(chosen)]
     decayed = decays(model)
+    heads = output_heads(model) if settings.target_modules == ALL_LINEAR else set()
     # A bias that is trained beside a frozen weight is none of a preconditioned layer's.
     owners = {
         id(p): number
@@ -61,8 +64,12 @@ def parameter_groups(
     for name, parameter in model.named_parameters():
         if not may_train(parameter):
             continue
-        matrices, vectors, others, rest, rest_no_decay = splits[numbers.get(id(parameter), -1) + 1]
-        if id(parameter) in owners:
+        number = numbers.get(id(parameter), -1)
+        matrices, vectors, others, rest, rest_no_decay = splits[number + 1]
+        chosen_rule = number >= 0 and "update" in chosen[number]
+        if id(parameter) in heads and RULES[matrices["rule"]].matrices and not chosen_rule:
+            group = rest if name in decayed else rest_no_decay
+        elif id(parameter) in owners:
             group = matrices if parameter.dim() > 1 else vectors
             group["layers"].append(owners[id(parameter)])
         elif name in unweighed and RULES[others["rule"]].matrices:
@@ -88,7 +95,8 @@ def _split(
     lr, rule = own.get("lr", settings.lr), own.get("update", settings.update)
     rest_lr = own.get("lr", settings.lr if settings.fallback_lr is None else settings.fallback_lr)
     decay, no_decay = own.get("weight_decay", settings.weight_decay), own.get("weight_decay", 0.0)
-    reads = {"block_size": settings.effective("block_size")} if rule == "block_muon" else {}
+    reads = {"ns_steps": settings.effective("ns_steps")} if RULES[rule].matrices else {}
+    reads |= {"block_size": settings.effective("block_size")} if rule == "block_muon" else {}
     return [
         _group(f"preconditioned{suffix}", rule, lr, decay) | reads,
         _group(f"preconditioned_no_decay{suffix}", "adam" if RULES[rule].matrices else rule, lr, no_decay),

@@ -1,13 +1,14 @@
 """``muon``: orthogonalized Nesterov momentum (Jordan et al. 2024), scaled to AdamW's step (Liu et al. 2025)."""
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from hf_fngd.distributed.sharded import is_split_by_first, part, whole
 from hf_fngd.updates.base import Update, register_rule
-from hf_fngd.updates.orthogonal import orthogonalize, working_dtype
+from hf_fngd.updates.orthogonal import STEPS, orthogonalize, working_dtype
 
 # Root mean square of an orthogonalized update, that of a typical AdamW step (Liu et al. 2025, Sec. 2.2).
 _MUON_RMS = 0.2
@@ -22,7 +23,12 @@ def muon_update(update: Update) -> None:
     The scale lets one learning rate serve matrices of any shape, and AdamW on the parameters beside them. Matrices of
     equal shapes are orthogonalized together; under FSDP2 every process gathers and orthogonalizes all of them.
     """
-    orthogonalized_momentum(update, orthogonalize, max)
+    orthogonalized_momentum(update, partial(orthogonalize, steps=steps_of(update)), max)
+
+
+def steps_of(update: Update) -> int:
+    """``ns_steps`` of the parameter group, which a state of before it was an argument does not have."""
+    return int(update.group.get("ns_steps", STEPS))
 
 
 def orthogonalized_momentum(

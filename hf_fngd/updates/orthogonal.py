@@ -5,26 +5,26 @@ import math
 import torch
 from torch import Tensor
 
-_STEPS = 5
+STEPS = 5
 # The quintic polynomial of Jordan et al.: brings singular values in (0, 1] to about 1.
 _A, _B, _C = 3.4445, -4.7750, 2.0315
 
 
-def orthogonalize(matrices: Tensor) -> Tensor:
+def orthogonalize(matrices: Tensor, steps: int = STEPS) -> Tensor:
     """Bring the singular values of each matrix ``[B, rows, columns]`` near 1, whatever its scale.
 
-    With X wide, ``X <- (A + B G + C G^2) X`` where ``G = X X^T``, five times. The result has `working_dtype`.
+    With X wide, ``X <- (A + B G + C G^2) X`` where ``G = X X^T``, so many times. The result has `working_dtype`.
     """
     x = matrices.to(working_dtype(matrices.dtype, matrices.device))
     tall = x.shape[-2] > x.shape[-1]
     x = x.mT if tall else x
     # First by the largest entry: squares of very small or large gradients leave the range.
     x = x / _largest(x).clamp(min=torch.finfo(x.dtype).tiny)
-    x = (_on_gram_matrices if prefers_gram(x.shape[-2], x.shape[-1], x.dtype) else _on_matrices)(x)
+    x = (_on_gram_matrices if prefers_gram(x.shape[-2], x.shape[-1], x.dtype) else _on_matrices)(x, steps)
     return x.mT if tall else x
 
 
-def orthogonalize_blocks(matrices: Tensor, size: int) -> Tensor:
+def orthogonalize_blocks(matrices: Tensor, size: int, steps: int = STEPS) -> Tensor:
     """`orthogonalize` blocks of rows of each matrix ``[B, rows, columns]``, every one by itself; in `working_dtype`.
 
     They are as few equal blocks as have at most ``size`` rows each. Where they do not come out even the last one is
@@ -33,7 +33,7 @@ def orthogonalize_blocks(matrices: Tensor, size: int) -> Tensor:
     rows, columns = matrices.shape[-2:]
     count, height = block_shape(rows, size)
     x = torch.nn.functional.pad(matrices, (0, 0, 0, count * height - rows)) if count * height > rows else matrices
-    blocks = orthogonalize(x.reshape(-1, height, columns))
+    blocks = orthogonalize(x.reshape(-1, height, columns), steps)
     return blocks.reshape(len(matrices), count * height, columns)[:, :rows]
 
 
@@ -65,23 +65,23 @@ def _largest(x: Tensor) -> Tensor:
     return torch.maximum(x.amax((-2, -1), keepdim=True), x.amin((-2, -1), keepdim=True).neg())
 
 
-def _on_matrices(x: Tensor) -> Tensor:
+def _on_matrices(x: Tensor, steps: int) -> Tensor:
     x = x / torch.linalg.matrix_norm(x, keepdim=True).clamp(min=torch.finfo(x.dtype).tiny)
-    for _ in range(_STEPS):
+    for _ in range(steps):
         gram = x @ x.mT
         polynomial = torch.baddbmm(gram, gram, gram, beta=_B, alpha=_C)
         x = torch.baddbmm(x, polynomial, x, beta=_A)
     return x
 
 
-def _on_gram_matrices(x: Tensor) -> Tensor:
+def _on_gram_matrices(x: Tensor, steps: int) -> Tensor:
     """The product of the polynomials first, and with X in the end: G becomes ``P G P``, as X becomes ``P X``."""
     gram = x @ x.mT
     # The squared norm of X is in it.
     squared = gram.diagonal(dim1=-2, dim2=-1).sum(-1)[:, None, None].clamp(min=torch.finfo(x.dtype).tiny)
     gram = gram / squared
     product = polynomial = _polynomial(gram)
-    for _ in range(_STEPS - 1):
+    for _ in range(steps - 1):
         gram = polynomial @ gram @ polynomial
         polynomial = _polynomial(gram)
         product = polynomial @ product

@@ -18,6 +18,7 @@ from baselines.eva import Eva
 from baselines.kfac import KFAC
 from baselines.muon import Muon
 from baselines.shampoo import Shampoo
+from hf_fngd.layers.heads import output_heads
 from hf_fngd.updates.groups import decays
 
 
@@ -29,11 +30,13 @@ class Baseline:
         title: The name to report.
         build: Takes parameter groups, the layers that own their matrices, and the options; returns the optimizer.
         options: The options of `recipes/translate.py` that it has a use for.
+        heads: Whether it takes classifiers; its authors leave all output layers to AdamW where it does not.
     """
 
     title: str
     build: Callable[..., Optimizer]
     options: tuple[str, ...]
+    heads: bool = True
 
 
 def _soap(groups: list[dict[str, Any]], layers: Sequence[nn.Module], **options: Any) -> Optimizer:
@@ -52,7 +55,7 @@ def _without_layers(cls: Callable[..., Optimizer]) -> Callable[..., Optimizer]:
 
 
 BASELINES: dict[str, Baseline] = {
-    "muon": Baseline("Muon", _without_layers(Muon), ("momentum",)),
+    "muon": Baseline("Muon", _without_layers(Muon), ("momentum",), heads=False),
     "soap": Baseline("SOAP", _soap, ("beta2", "eps", "inverse_every")),
     "shampoo": Baseline(
         "Shampoo", _without_layers(Shampoo), ("momentum", "beta2", "eps", "statistics_every", "inverse_every")
@@ -96,7 +99,8 @@ class BaselineFactory:
         useless = [option for option in options if option not in baseline.options]
         if useless:
             raise ValueError(f"{name} has no use for {', '.join(useless)}; it takes {', '.join(baseline.options)}.")
-        layers = list(baseline_layers(model).values())
+        heads = set() if baseline.heads else output_heads(model)
+        layers = [layer for layer in baseline_layers(model).values() if id(layer.weight) not in heads]
         matrices, rest = split(model, layers, weight_decay)
         optimizers = [baseline.build(matrices, layers, lr=lr, **options)]
         if rest:

@@ -67,9 +67,9 @@ def assert_best_is_scored(main, argv, out, rel):
     assert have_equal_weights(out, out / f"checkpoint-{last}")
 
 
-def assert_matrices(model, names, **batch):
-    """FNGD and the baselines both take these layers of a model, and no other, for matrices."""
-    assert set(baseline_layers(model)) == names
+def assert_matrices(model, names, head=None, **batch):
+    """FNGD and the baselines both take these layers of a model, and no other, for matrices; the head FNGD does not."""
+    assert set(baseline_layers(model)) == names | ({head} - {None})
     optimizer = FNGD(model)
     model(**batch).loss.backward()
     optimizer.step()

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 from torch import nn
-from transformers import GPT2Config, GPT2LMHeadModel, Trainer
+from transformers import GPT2Config, GPT2ForSequenceClassification, GPT2LMHeadModel, Trainer
 
 from baselines import BASELINES, BaselineFactory
 from baselines.eva import Eva
@@ -226,6 +226,13 @@ def test_every_baseline_learns(name):
         loss(model, x, y).backward()
         optimizer.step()
     assert loss(model, x, y).item() < first / 3
+
+
+def test_muon_alone_leaves_a_classifier_to_adamw(name):
+    model = GPT2ForSequenceClassification(gpt2().config)
+    optimizer = BaselineFactory()(model, name=name, lr=0.1)
+    matrices = {id(p) for group in optimizer.optimizers[0].param_groups for p in group["params"]}
+    assert (id(model.score.weight) in matrices) == (name != "muon")
 
 
 def test_weight_decay_spares_biases_and_norms(name):

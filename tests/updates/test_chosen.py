@@ -382,7 +382,7 @@ def test_layer_wise_rates_train_as_a_slow_reference_does(update: str) -> None:
             decay = 0.3 if name.startswith("head") else 0.0 if bias_or_norm else 0.1
             m = moments.setdefault(name, [torch.zeros_like(p), torch.zeros_like(p)])
             with torch.no_grad():
-                if update == "muon" and p.dim() == 2 and name != "embedding.weight":
+                if update == "muon" and p.dim() == 2 and not name.startswith(("embedding", "head")):
                     group = {"lr": lr, "momentum": 0.9, "weight_decay": decay}
                     RULES["muon"].update(Update([p], [gradients[name]], [m[:1]], [step + 1], [p], [1], group))
                     continue

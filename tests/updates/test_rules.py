@@ -136,11 +136,11 @@ def test_the_arguments_name_rules() -> None:
 # Muon ------------------------------------------------------------------------------------------------------
 
 
-def polynomial(matrix: Tensor) -> Tensor:
-    """What five quintic iterations make of the singular values, those of a matrix of unit Frobenius norm."""
+def polynomial(matrix: Tensor, steps: int = 5) -> Tensor:
+    """What quintic iterations make of the singular values, those of a matrix of unit Frobenius norm."""
     u, s, vh = torch.linalg.svd(matrix, full_matrices=False)
     s = s / s.square().sum().sqrt()
-    for _ in range(5):
+    for _ in range(steps):
         s = 3.4445 * s - 4.7750 * s**3 + 2.0315 * s**5
     return u @ torch.diag(s) @ vh
 
@@ -152,6 +152,15 @@ def test_orthogonalize_acts_on_the_singular_values(shape: tuple[int, int]) -> No
     assert found.shape == matrices.shape
     for matrix, result in zip(matrices, found, strict=True):
         torch.testing.assert_close(result, polynomial(matrix), rtol=1e-9, atol=1e-10)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3])
+@pytest.mark.parametrize("rule", ["muon", "block_muon"])
+@pytest.mark.parametrize("shape", [(3, 4), (3, 7), (2, 1)])
+def test_fewer_steps(shape: tuple[int, int], rule: str, steps: int) -> None:
+    params, g = [torch.zeros(shape, dtype=torch.float64)], gradients([shape], 0)
+    apply(rule, params, g, [1], ns_steps=steps, momentum=0.0)
+    torch.testing.assert_close(params[0], -0.05 * 0.2 * max(shape) ** 0.5 * polynomial(g[0], steps))
 
 
 def test_orthogonalize_brings_singular_values_near_one() -> None:
@@ -169,14 +178,14 @@ def test_iterating_on_gram_matrices_is_the_same(smallest: float, dtype: torch.dt
     spectrum = torch.logspace(0, math.log10(smallest), 16).double() if smallest else torch.arange(16) < 2
     matrix = (q * spectrum) @ r.T
     matrix /= matrix.norm()
-    expected = orthogonal._on_matrices(matrix[None])
-    found = orthogonal._on_gram_matrices(matrix[None].to(dtype)).double()
+    expected = orthogonal._on_matrices(matrix[None], 5)
+    found = orthogonal._on_gram_matrices(matrix[None].to(dtype), 5).double()
     assert (found - expected).norm() / expected.norm() < (1e-11 if dtype == torch.float64 else 1e-3)
 
 
 def test_wide_matrices_alone_are_iterated_on_their_gram_matrices(monkeypatch: pytest.MonkeyPatch) -> None:
     shapes: list[tuple[int, ...]] = []
-    monkeypatch.setattr(orthogonal, "_on_gram_matrices", lambda x: shapes.append(tuple(x.shape)) or x)
+    monkeypatch.setattr(orthogonal, "_on_gram_matrices", lambda x, _: shapes.append(tuple(x.shape)) or x)
     for shape in ((4, 8), (8, 4), (4, 7), (4, 4), (7, 4)):
         orthogonalize(torch.ones(1, *shape))
     assert shapes == [(1, 4, 8), (1, 4, 8)]
@@ -214,9 +223,9 @@ def test_muon_is_nesterov_momentum_through_the_singular_values() -> None:
 def test_muon_takes_as_many_matrices_together_as_the_memory_allows(monkeypatch: pytest.MonkeyPatch) -> None:
     together: list[int] = []
 
-    def count(matrices: Tensor) -> Tensor:
+    def count(matrices: Tensor, steps: int) -> Tensor:
         together.append(len(matrices))
-        return orthogonalize(matrices)
+        return orthogonalize(matrices, steps)
 
     expected = ours("muon", [(4, 6)] * 5)
     monkeypatch.setattr(muon, "orthogonalize", count)

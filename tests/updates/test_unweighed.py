@@ -151,7 +151,21 @@ def test_complex_matrices_are_none_of_them() -> None:
     assert {g["rule"] for g in optimizer.param_groups if "1.weight" in g["param_names"]} == {"adam"}
 
 
-def test_blocks_of_another_size_do_not_resume() -> None:
-    first, second = (FNGD(nn.Linear(WIDTH, WIDTH), update="block_muon", block_size=size) for size in (2, 4))
-    with pytest.raises(ValueError, match="the checkpoint's block_size is 2, this optimizer's is 4: construct FNGD"):
+@pytest.mark.parametrize(("key", "values"), [("block_size", (2, 4)), ("ns_steps", (5, 3))])
+def test_blocks_of_another_size_or_other_steps_do_not_resume(key: str, values: tuple[int, int]) -> None:
+    first, second = (FNGD(nn.Linear(WIDTH, WIDTH), update="block_muon", **{key: value}) for value in values)
+    message = f"the checkpoint's {key} is {values[0]}, this optimizer's is {values[1]}: construct FNGD"
+    with pytest.raises(ValueError, match=message):
         second.load_state_dict(first.state_dict())
+
+
+def test_a_state_of_before_steps_were_an_argument_has_five() -> None:
+    first, fewer = FNGD(model := nn.Linear(WIDTH, WIDTH)), FNGD(nn.Linear(WIDTH, WIDTH), ns_steps=3)
+    state = first.state_dict()
+    for group in state["param_groups"]:
+        group.pop("ns_steps", None)
+    with pytest.raises(ValueError, match="the checkpoint's ns_steps is 5, this optimizer's is 3"):
+        fewer.load_state_dict(state)
+    first.load_state_dict(state)
+    model(torch.randn(3, WIDTH)).sum().backward()
+    first.step()
