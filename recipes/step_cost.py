@@ -34,6 +34,7 @@ from benchmark.report import append, measured, plot, section
 from common.command_line import words
 
 SUITES = Path(__file__).parent / "configs" / "step_cost.yaml"
+PRECISIONS = {"cpu": ["fp32"], "cuda": ["fp32", "bf16"]}
 _ABOUT_FILES = ("arms", "suite", "output", "plot")  # options that are no part of a setting
 
 
@@ -47,7 +48,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     runs = [options]
     if options.suite:
         suite = yaml.safe_load(SUITES.read_text(encoding="utf-8"))[options.suite]
-        runs = [parser.parse_args([*words({"device": options.suite} | setting), *argv]) for setting in suite]
+        runs = [
+            parser.parse_args([*words({"device": options.suite, "precision": precision} | setting), *argv])
+            for setting in suite
+            for precision in PRECISIONS[options.suite]
+        ]
     for run in runs:
         if run.device.startswith("cuda") and not torch.cuda.is_available():
             parser.error(f"--device {run.device}: torch {torch.__version__} finds no CUDA device here.")
@@ -95,7 +100,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--output", type=Path, help="append the results to this file, one line of JSON an arm")
     parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw the ratios")
-    parser.add_argument("--suite", choices=["cpu", "cuda"], help=f"measure all settings of configs/{SUITES.name}")
+    parser.add_argument("--suite", choices=PRECISIONS, help=f"measure all settings of configs/{SUITES.name}")
     return parser
 
 

@@ -50,7 +50,7 @@ def measure(options: argparse.Namespace, arms: Iterable[str]) -> list[Record]:
         runs[name]()
         runs[name]()  # the first step may be another than all later ones
         of_all, of_matrices = state_bytes(model, optimizer)
-        records[name] = {"arm": name, "parameters": sum(p.numel() for p in first.parameters())}
+        records[name] = {"arm": name, "parameters": count(first.parameters())}
         records[name] |= {"predicted": expected(optimizer), "state_bytes": of_all, "matrix_state_bytes": of_matrices}
     times: dict[str, list[float]] = {name: [] for name in runs}
     for _ in tqdm(range(options.rounds), desc="rounds"):
@@ -89,7 +89,7 @@ def layers_of(model: nn.Module) -> list[tuple[nn.Module, bool]]:
 
 
 def state_bytes(model: nn.Module, optimizer: Optimizer) -> tuple[float, float]:
-    """The bytes of state tensors a parameter: of all, and of the matrices of layers that are not tied.
+    """The bytes of state tensors a trained parameter: of all, and of the matrices of layers that are not tied.
 
     The preconditioner's own state counts among all.
     """
@@ -97,8 +97,12 @@ def state_bytes(model: nn.Module, optimizer: Optimizer) -> tuple[float, float]:
     engine = getattr(optimizer, "preconditioner", None)
     of_all = sum(states.values()) + (bytes_of(engine.state_dict()) if engine is not None else 0)
     matrices = [layer.weight for layer, tied in layers_of(model) if not tied]
-    numbers = [sum(p.numel() for p in parameters) for parameters in (model.parameters(), matrices)]
-    return of_all / numbers[0], sum(states.get(p, 0) for p in matrices) / numbers[1]
+    return of_all / count(model.parameters()), sum(states.get(p, 0) for p in matrices) / count(matrices)
+
+
+def count(parameters: Iterable[Tensor]) -> int:
+    """The numbers that are trained; marian's positions are not."""
+    return sum(p.numel() for p in parameters if p.requires_grad)
 
 
 def parts_of(optimizer: Optimizer) -> list[Optimizer]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import statistics
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -55,8 +56,9 @@ def section(settings: Settings, records: Sequence[Record]) -> str:
             f"{record['peak_mib']:.0f}"
         ]
         rows.append([record["arm"], *cells, *(str(record["operations"].get(name, 0)) for name in WATCHED)])
-    first = f"SGD-m: {median(records):.1f} ms a step, median of {settings['rounds']}; "
-    return f"{caption(settings)}:\n\n{table(head, rows)}\n\n{first}{records[0]['parameters'] / 1e6:.1f}M parameters.\n"
+    last = f"SGD-m: {median(records):.1f} ms a step, median of {settings['rounds']}; "
+    last += f"{records[0]['parameters'] / 1e6:.1f}M trained parameters."
+    return f"{caption(settings)}:\n\n{table(head, rows)}\n\n{last}\n"
 
 
 def caption(settings: Settings) -> str:
@@ -78,9 +80,8 @@ def plot(path: Path, settings: Sequence[Settings], runs: Sequence[Sequence[Recor
     for axes, setting, records in zip(panels, settings, runs, strict=True):
         names = [record["arm"] for record in records]
         ratios = [record["ratio_of_medians"] for record in records]
-        bounds = [quartiles(record, records) for record in records]
-        errors = [[ratio - low for ratio, (low, _) in zip(ratios, bounds, strict=True)]]
-        errors.append([high - ratio for ratio, (_, high) in zip(ratios, bounds, strict=True)])
+        bounds = zip(*(quartiles(record, records) for record in records), strict=True)
+        errors = [[abs(ratio - x) for ratio, x in zip(ratios, of_all, strict=True)] for of_all in bounds]
         axes.barh(names, ratios, xerr=errors, color="tab:blue", alpha=0.8, ecolor="0.3")
         known = [(record["predicted"], record["arm"]) for record in records if record["predicted"] is not None]
         axes.plot(*zip(*known, strict=True), "D", color="tab:orange", markersize=4, label="predicted by operations")
@@ -88,7 +89,7 @@ def plot(path: Path, settings: Sequence[Settings], runs: Sequence[Sequence[Recor
         axes.axvline(adamw, color="0.3", linestyle=":", linewidth=1, label=ADAMW)
         axes.invert_yaxis()
         axes.set(xlabel="step over SGD-m's, median and quartiles")
-        axes.set_title(caption(setting), fontsize=7)
+        axes.set_title(textwrap.fill(caption(setting), 90), fontsize=7)
         axes.grid(axis="x", alpha=0.3)
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper center", ncols=2)
     figure.savefig(path, dpi=120)
