@@ -1,0 +1,65 @@
+"""What a step should cost: additions and multiplications, counted from shapes alone. Pure functions.
+
+A layer is ``(o, i)``, its output and input features; there are N samples of T positions each. Multiplying ``[p, q]`` by
+``[q, r]`` takes ``2 p q r`` operations, as in torch's FlopCounterMode.
+
+An operation costs the same wherever it is. So these are left out: traffic of memory (what is element by element, as
+norms, activations, losses and the updates of SGD and AdamW, counts nothing), the lower rate of small products, the
+precision, and the host's time, which decides where a device is fast and a model small.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+
+from hf_fngd.updates.orthogonal import block_shape, prefers_gram
+from hf_fngd.weights.gram import cheaper_route
+
+Shapes = Iterable[tuple[int, int]]
+
+
+def forward_and_backward(layers: Shapes, n: int, t: int, attentions: int = 0, width: int = 0) -> float:
+    """Three products a layer, and six of ``T x width x T`` a sample and attention (all heads, masks or not)."""
+    return sum(6 * n * t * o * i for o, i in layers) + attentions * 12 * n * t * t * width
+
+
+def weighting(layers: Shapes, n: int, t: int) -> float:
+    """What a step with sample weights at hand adds: they multiply the narrower factor of each weight's gradient."""
+    return sum(n * t * min(o, i) for o, i in layers)
+
+
+def clipping(layers: Shapes, n: int, t: int) -> float:
+    """What `clipped` adds: the norms of inputs and output gradients, and `weighting`."""
+    layers = list(layers)
+    return sum(2 * n * t * (o + i) for o, i in layers) + weighting(layers, n, t)
+
+
+def coefficient_step(layers: Shapes, n: int, t: int) -> float:
+    """What a coefficient step adds, as `never` in every step: Gram matrices, their solution and `weighting`."""
+    layers = list(layers)
+    solution = n**3 / 3 + 2 * n**2
+    return sum(gram_matrix(o, i, n, t) + solution for o, i in layers) + weighting(layers, n, t)
+
+
+def gram_matrix(o: int, i: int, n: int, t: int) -> float:
+    """K ``[N, N]`` of one layer, by the cheaper route."""
+    if cheaper_route(n, t, i, o) == "formed":
+        return 2 * n * t * o * i + 2 * n**2 * o * i
+    of_triangle = 1 if t == 1 else 5 / 8  # in four blocks of rows, where the memory budget has room for them
+    return of_triangle * 2 * n**2 * t**2 * (o + i)
+
+
+def orthogonalization(rows: int, columns: int, dtype: torch.dtype, gram: bool = True) -> float:
+    """Muon's five iterations on a matrix: on its Gram matrix, where ``gram`` allows and `prefers_gram` says so."""
+    m, n = sorted((rows, columns))
+    if gram and prefers_gram(m, n, dtype):
+        return 4 * m * m * n + 34 * m**3
+    return 5 * (4 * m * m * n + 2 * m**3)
+
+
+def block_orthogonalization(rows: int, columns: int, size: int, dtype: torch.dtype) -> float:
+    """The same on blocks of at most ``size`` rows."""
+    count, height = block_shape(rows, size)
+    return count * orthogonalization(height, columns, dtype)

@@ -1,0 +1,99 @@
+"""Untrained models of any size, and their batches."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from transformers import (
+    BertConfig,
+    BertForMaskedLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MarianConfig,
+    MarianMTModel,
+    PreTrainedModel,
+)
+
+
+def marian(options: argparse.Namespace) -> MarianMTModel:
+    """The Transformer of Vaswani et al. (2017)."""
+    return MarianMTModel(
+        MarianConfig(
+            vocab_size=options.vocab_size,
+            d_model=options.d_model,
+            encoder_layers=options.layers,
+            decoder_layers=options.layers,
+            encoder_ffn_dim=options.ffn_dim,
+            decoder_ffn_dim=options.ffn_dim,
+            encoder_attention_heads=options.heads,
+            decoder_attention_heads=options.heads,
+            max_position_embeddings=max(1024, options.length),
+            activation_function="relu",
+            pad_token_id=0,
+            eos_token_id=1,
+            decoder_start_token_id=0,
+        )
+    )
+
+
+def gpt2(options: argparse.Namespace) -> GPT2LMHeadModel:
+    """GPT-2 (Radford et al. 2019), whose layers are Conv1D."""
+    return GPT2LMHeadModel(
+        GPT2Config(
+            vocab_size=options.vocab_size,
+            n_embd=options.d_model,
+            n_layer=options.layers,
+            n_head=options.heads,
+            n_inner=options.ffn_dim,
+            n_positions=max(1024, options.length),
+            bos_token_id=1,
+            eos_token_id=1,
+        )
+    )
+
+
+def bert(options: argparse.Namespace) -> BertForMaskedLM:
+    """BERT (Devlin et al. 2019)."""
+    return BertForMaskedLM(BertConfig(**sizes(options)))
+
+
+def llama(options: argparse.Namespace) -> LlamaForCausalLM:
+    """Llama (Touvron et al. 2023): RMS norms, gated feed-forward layers, an untied head."""
+    return LlamaForCausalLM(LlamaConfig(**sizes(options), pad_token_id=0))
+
+
+def sizes(options: argparse.Namespace) -> dict[str, int]:
+    """What most configurations call their sizes."""
+    return {
+        "vocab_size": options.vocab_size,
+        "hidden_size": options.d_model,
+        "num_hidden_layers": options.layers,
+        "num_attention_heads": options.heads,
+        "intermediate_size": options.ffn_dim,
+        "max_position_embeddings": max(512, options.length),
+    }
+
+
+MODELS: dict[str, Callable[[argparse.Namespace], PreTrainedModel]] = {
+    "marian": marian,
+    "gpt2": gpt2,
+    "bert": bert,
+    "llama": llama,
+}
+
+
+def attentions(options: argparse.Namespace) -> int:
+    """How many attentions a model has: marian's decoder layers have two each."""
+    return int(options.layers) * (3 if options.model == "marian" else 1)
+
+
+def batch(options: argparse.Namespace) -> dict[str, Tensor]:
+    """Random tokens ``[batch_size, length]``."""
+    shape = (options.batch_size, options.length)
+    names = ("input_ids", "labels")
+    return {name: torch.randint(2, options.vocab_size, shape, device=options.device) for name in names}

@@ -1,0 +1,107 @@
+"""The file of measured settings, and tables and bars of it."""
+
+from __future__ import annotations
+
+import json
+import statistics
+import textwrap
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure  # no pyplot: it would look for a display
+
+from benchmark.arms import ADAMW, SGD
+from benchmark.measure import WATCHED, Record
+from comparison.markdown import table
+
+Settings = Mapping[str, Any]
+
+
+def append(path: Path, settings: Settings, records: Sequence[Record]) -> None:
+    """Write a line of JSON an arm, all at once: a setting is in the file as a whole, or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    whole = not path.exists() or path.read_bytes()[-1:] in (b"", b"\n")
+    with path.open("a", encoding="utf-8") as file:
+        file.write("".join(["" if whole else "\n", *(json.dumps({**settings, **r}) + "\n" for r in records)]))
+
+
+def measured(path: Path, settings: Settings, arms: Sequence[str]) -> list[Record]:
+    """The arms of the last run of a setting in the file; none where it did not have all of these arms."""
+    found: dict[str, Record] = {}
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError:  # cut off by a kill
+            continue
+        if settings.items() <= record.items():
+            if record["arm"] == SGD:  # the first one of a run
+                found = {}
+            found[record["arm"]] = record
+    return [found[arm] for arm in arms] if found.keys() >= set(arms) else []
+
+
+def section(settings: Settings, records: Sequence[Record]) -> str:
+    """What was measured, and its table."""
+    head = ["step", "ratio of medians", "ratio of means", "quartiles", "over AdamW", "predicted"]
+    head += ["state, bytes a parameter", "of matrices", "peak of a step, MiB"]
+    head += [name.removeprefix("aten::") for name in WATCHED]
+    rows = []
+    for record in records:
+        low, high = quartiles(record, records)
+        predicted = "-" if record["predicted"] is None else f"{record['predicted']:.2f}"
+        cells = [f"{record[name]:.2f}" for name in ("ratio_of_medians", "ratio_of_means")]
+        cells += [f"{low:.2f} to {high:.2f}", f"{record['ratio_to_adamw']:.2f}", predicted]
+        cells += [f"{record[name]:.1f}" for name in ("state_bytes", "matrix_state_bytes")] + [
+            f"{record['peak_mib']:.0f}"
+        ]
+        rows.append([record["arm"], *cells, *(str(record["operations"].get(name, 0)) for name in WATCHED)])
+    last = f"SGD-m: {median(records):.1f} ms a step, median of {settings['rounds']}; "
+    last += f"{records[0]['parameters'] / 1e6:.1f}M trained parameters."
+    return f"{caption(settings)}:\n\n{table(head, rows)}\n\n{last}\n"
+
+
+def caption(settings: Settings) -> str:
+    """A setting in a line."""
+    found = (
+        "{model}, d {d_model}, feed-forward layers of {ffn_dim}, {layers} layers, {heads} heads, {vocab_size} tokens "
+    )
+    found += "in the vocabulary, batches of {batch_size} x {length}, {precision}, {device}"
+    compiled = ", compiled" if settings["compile"] else ""
+    threads = f", threads: {settings['threads']}" if settings["device"] == "cpu" else ""
+    return found.format(**settings) + compiled + threads
+
+
+def plot(path: Path, settings: Sequence[Settings], runs: Sequence[Sequence[Record]]) -> None:
+    """Draw the ratios of medians to SGD-m as bars, with quartiles and predictions; a panel a setting."""
+    heights = [1 + 0.25 * len(records) for records in runs]
+    figure = Figure(figsize=(9, sum(heights)), layout="constrained")
+    panels = figure.subplots(len(runs), 1, squeeze=False, gridspec_kw={"height_ratios": heights})[:, 0]
+    for axes, setting, records in zip(panels, settings, runs, strict=True):
+        names = [record["arm"] for record in records]
+        ratios = [record["ratio_of_medians"] for record in records]
+        bounds = zip(*(quartiles(record, records) for record in records), strict=True)
+        errors = [[abs(ratio - x) for ratio, x in zip(ratios, of_all, strict=True)] for of_all in bounds]
+        axes.barh(names, ratios, xerr=errors, color="tab:blue", alpha=0.8, ecolor="0.3")
+        known = [(record["predicted"], record["arm"]) for record in records if record["predicted"] is not None]
+        axes.plot(*zip(*known, strict=True), "D", color="tab:orange", markersize=4, label="predicted by operations")
+        adamw = next(record["ratio_of_medians"] for record in records if record["arm"] == ADAMW)
+        axes.axvline(adamw, color="0.3", linestyle=":", linewidth=1, label=ADAMW)
+        axes.invert_yaxis()
+        axes.set(xlabel="step over SGD-m's, median and quartiles")
+        axes.set_title(textwrap.fill(caption(setting), 90), fontsize=7)
+        axes.grid(axis="x", alpha=0.3)
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper center", ncols=2)
+    figure.savefig(path, dpi=120)
+
+
+def median(records: Sequence[Record]) -> float:
+    """SGD-m's, in milliseconds."""
+    return statistics.median(next(record["milliseconds"] for record in records if record["arm"] == SGD))
+
+
+def quartiles(record: Record, records: Sequence[Record]) -> tuple[float, float]:
+    """The lower and the upper quartile of an arm's steps over SGD-m's median."""
+    times = record["milliseconds"]
+    low, _, high = statistics.quantiles(times if len(times) > 1 else times * 2, n=4)
+    return low / median(records), high / median(records)
