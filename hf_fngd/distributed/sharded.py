@@ -42,12 +42,13 @@ def is_split_by_first(x: Tensor) -> bool:
     return not isinstance(x, DTensor) or all(one.is_replicate() or one.is_shard(0) for one in x.placements)
 
 
-def holds_blocks(x: Tensor, size: int) -> bool:
-    """Whether each process holds whole blocks of so many rows of a matrix, as many as all others."""
+def holds_blocks(x: Tensor, size: int, matrices: int = 1) -> bool:
+    """Whether each process holds whole blocks of so many rows, as many as all others, of matrices stacked in ``x``."""
     if not isinstance(x, DTensor):
         return True
     parts = math.prod(x.device_mesh.size(dim) for dim, one in enumerate(x.placements) if not one.is_replicate())
-    return is_split_by_first(x) and x.shape[0] % (parts * size) == 0
+    rows = x.shape[0]
+    return is_split_by_first(x) and rows % (parts * size) == 0 and rows // matrices % size == 0
 
 
 def sum_over_parts(totals: Tensor, params: Sequence[Tensor]) -> Tensor:

@@ -1,7 +1,7 @@
 """``block_muon``: Muon on blocks of rows, each orthogonalized by itself, at a small part of Muon's price.
 
 Orthogonalizing r rows of c entries takes ``4 r^2 c`` operations and some ``34 r^3`` more, so that blocks of r rows cost
-r over the number of rows of what the whole matrix does. Under FSDP2 a process that holds whole blocks gathers nothing.
+r over the number of rows of what the whole matrix does. Under FSDP2 a process with whole blocks exchanges nothing.
 """
 
 from functools import partial
@@ -25,10 +25,10 @@ def block_muon_update(update: Update) -> None:
     size = int(update.group["block_size"])
     orthogonal = partial(orthogonalize_blocks, size=size, steps=steps_of(update))
 
-    def longer(rows: int, columns: int) -> int:
-        return max(block_shape(rows, size)[1], columns)
+    def height(rows: int) -> int:
+        return block_shape(rows, size)[1]
 
-    def apart(parameter: Tensor) -> bool:
-        return holds_blocks(parameter, size)
+    def apart(parameter: Tensor, matrices: int) -> bool:
+        return holds_blocks(parameter, size, matrices)
 
-    orthogonalized_momentum(update, orthogonal, longer, apart)
+    orthogonalized_momentum(update, orthogonal, height, apart)

@@ -6,7 +6,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from hf_fngd.distributed.sharded import is_split_by_first, part, whole
+from hf_fngd.distributed.owners import Kind, by_kind, exchanges
+from hf_fngd.distributed.sharded import is_sharded, is_split_by_first
 from hf_fngd.updates.base import Update, register_rule
 from hf_fngd.updates.orthogonal import STEPS, orthogonalize, working_dtype
 
@@ -21,9 +22,9 @@ def muon_update(update: Update) -> None:
     """``m <- lerp(g, m)``, ``p <- p - 0.2 lr sqrt(max(rows, columns)) orthogonalize(lerp(g, m))``; m has ``momentum``.
 
     The scale lets one learning rate serve matrices of any shape, and AdamW on the parameters beside them. Matrices of
-    equal shapes are orthogonalized together; under FSDP2 every process gathers and orthogonalizes all of them.
+    equal shapes are orthogonalized together; under FSDP2 each matrix by one process.
     """
-    orthogonalized_momentum(update, partial(orthogonalize, steps=steps_of(update)), max)
+    orthogonalized_momentum(update, partial(orthogonalize, steps=steps_of(update)), lambda rows: rows)
 
 
 def steps_of(update: Update) -> int:
@@ -34,38 +35,45 @@ def steps_of(update: Update) -> int:
 def orthogonalized_momentum(
     update: Update,
     orthogonal: Callable[[Tensor], Tensor],
-    longer: Callable[[int, int], int],
-    apart: Callable[[Tensor], bool] = lambda _: False,
+    height: Callable[[int], int],
+    apart: Callable[[Tensor, int], bool] = lambda *_: False,
 ) -> None:
     """The step of `muon_update` with another function in place of `orthogonalize`, of matrices ``[B, rows, columns]``.
 
-    ``longer`` tells of a matrix's rows and columns the longer side of what the function makes orthogonal, and ``apart``
-    of a parameter whether under FSDP2 each process's part can be taken for a matrix of its own. So can a part of
-    parameters with three dimensions, of which the first one counts matrices.
+    ``height`` tells of a matrix's rows how many the function makes orthogonal at a time, and ``apart`` of a parameter
+    that consists of so many matrices whether under FSDP2 each process's part can be taken for a matrix of its own. So
+    can a part of parameters with three dimensions, of which the first one counts matrices.
     """
     (buffers,), grads, momentum = update.state, update.grads, update.group["momentum"]
     torch._foreach_lerp_(buffers, grads, 1 - momentum)
     update.decay()
-    # The tensors that parts belong to, and the shapes that are orthogonalized.
-    own = [apart(like) if like.dim() < 3 else is_split_by_first(like) for like in update.sharded]
-    sharded = [p if is_own else like for p, like, is_own in zip(update.params, update.sharded, own, strict=True)]
-    counts = [len(p) if p.dim() == 3 else count for p, count in zip(sharded, update.stacked, strict=True)]
-    kinds = [(p.shape, count, d.dtype, d.device) for p, count, d in zip(sharded, counts, grads, strict=True)]
-    for shape, count, dtype, device in dict.fromkeys(kinds):
-        if not shape.numel():  # a layer without features
-            continue
-        columns = shape[-1]
-        rows = shape.numel() // (count * columns)
-        alike = [place for place, of in enumerate(kinds) if of == (shape, count, dtype, device)]
-        working = working_dtype(dtype, device)
-        some = max(1, _MUON_BYTES // (shape.numel() * working.itemsize))
-        for members in (alike[start : start + some] for start in range(0, len(alike), some)):
-            parts = torch._foreach_lerp([grads[m] for m in members], [buffers[m] for m in members], momentum)
-            directions = [whole(d.to(working), sharded[m]) for d, m in zip(parts, members, strict=True)]
-            matrices = torch.stack(directions).view(-1, rows, columns)
-            updates = orthogonal(matrices).to(dtype).reshape(-1, *shape).unbind()
+    tensors, kinds = [], {}  # what parts belong to
+    for place, (p, like, d) in enumerate(zip(update.params, update.sharded, grads, strict=True)):
+        count = update.stacked[place]
+        if apart(like, count) if like.dim() < 3 else is_split_by_first(like):
+            like, count = p, 1 if is_sharded(like) else count
+        tensors.append(like)
+        if like.numel():  # not so in a layer without features
+            matrices = len(like) if like.dim() == 3 else count
+            kinds[place] = Kind(like.shape, matrices, d.dtype, d.device, working_dtype(d.dtype, d.device))
+
+    def sides(kind: Kind) -> tuple[int, int]:
+        return height(kind.rows), kind.columns
+
+    # Orthogonalizing takes operations in proportion.
+    for exchange in exchanges(tensors, kinds, lambda kind: kind.shape.numel() * min(sides(kind)), _MUON_BYTES):
+        members = exchange.members
+        directions = torch._foreach_lerp([grads[m] for m in members], [buffers[m] for m in members], momentum)
+        wholes = exchange.collect({m: d.to(kinds[m].working) for m, d in zip(members, directions, strict=True)})
+        updates: dict[int, Tensor] = {}
+        for kind, alike in by_kind(exchange.mine, kinds).items():
+            batch = torch.stack([wholes[m] for m in alike]).view(-1, kind.rows, kind.columns)
+            found = orthogonal(batch).to(exchange.dtype or kind.dtype).reshape(-1, *kind.shape)
+            updates.update(zip(alike, found.unbind(), strict=True))
+        parts = exchange.give_back(updates)
+        for kind, alike in by_kind(members, kinds).items():
             torch._foreach_add_(
-                [update.params[m] for m in members],
-                [part(u, sharded[m]).to(device) for u, m in zip(updates, members, strict=True)],
-                alpha=-update.group["lr"] * _MUON_RMS * longer(rows, columns) ** 0.5,
+                [update.params[m] for m in alike],
+                [parts[m].to(kind.device, kind.dtype) for m in alike],
+                alpha=-update.group["lr"] * _MUON_RMS * max(sides(kind)) ** 0.5,
             )

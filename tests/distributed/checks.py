@@ -8,8 +8,8 @@ import json
 import os
 import sys
 import tempfile
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -21,15 +21,28 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
 from transformers import Trainer
 
 from hf_fngd import FNGD, FNGDCallback
-from hf_fngd.distributed.sharded import whole
-from hf_fngd.updates import muon
-from tests.distributed.harness import SETTINGS, STEPS, agree, alone, batch, engine_state, flat, make, optimizer, run
+from hf_fngd.updates import RULES, block_muon, muon
+from hf_fngd.updates.base import Update
+from tests.distributed.harness import (
+    SETTINGS,
+    STEPS,
+    Collectives,
+    agree,
+    alone,
+    batch,
+    engine_state,
+    every,
+    flat,
+    make,
+    optimizer,
+    run,
+)
 from tests.modes.harness import arguments
 from tests.modes.nets import LINEAR
 from tests.nets import data, loss, net
@@ -157,21 +170,88 @@ def _collectives(sharing: str) -> list[int]:
     return counts[:-1]
 
 
-def gathered() -> dict[str, list[int]]:
-    """The rows of the matrices that are gathered in a step of each rule, of a sharded model."""
-    found: dict[str, list[int]] = {}
+@contextmanager
+def orthogonalized() -> Iterator[list[int]]:
+    """In its context: how many matrices this rank orthogonalizes at a time."""
+    counts: list[int] = []
+
+    def counting(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def counted(matrices: Tensor, **options: Any) -> Tensor:
+            counts.append(len(matrices))
+            return function(matrices, **options)
+
+        return counted
+
+    with (
+        mock.patch.object(muon, "orthogonalize", counting(muon.orthogonalize)),
+        mock.patch.object(block_muon, "orthogonalize_blocks", counting(block_muon.orthogonalize_blocks)),
+    ):
+        yield counts
+
+
+def exchanged() -> dict[str, Any]:
+    """A sharded model's step: its collectives, the bytes that all ranks send in each, the matrices that each makes."""
+    found = {}
     for update in ("muon", "block_muon"):
-        model = _shard(net(width=16))
+        model = _shard(net(width=12))
         fngd = optimizer(model, "uniform", update=update, **({"block_size": 2} if update == "block_muon" else {}))
-        rows: list[int] = []
+        loss(model, *batch(0, dist.get_rank())).backward()
+        with orthogonalized() as counts, Collectives() as made:
+            fngd.step()
+        found[update] = [made.names, [sum(sent) for sent in zip(*every(made.sent), strict=True)], every(sum(counts))]
+    return found
 
-        def counted(part: Tensor, like: Tensor, rows: list[int] = rows) -> Tensor:
-            rows += [len(like)] if isinstance(like, DTensor) else []
-            return whole(part, like)
 
-        with mock.patch.object(muon, "whole", counted):
-            run(model, fngd, [dist.get_rank()], range(1))
-        found[update] = sorted(rows)
+# Rows fewer than ranks, as many, not divisible, tall and wide, alike; stacked matrices, another dtype.
+MATRICES: list[tuple[tuple[int, ...], int, torch.dtype]] = [
+    *(
+        ((rows, columns), 1, torch.float64)
+        for rows, columns in ((1, 4), (2, 7), (7, 5), (6, 6), (5, 30), (6, 6), (6, 6))
+    ),
+    *(((12, 4), stacked, torch.float64) for stacked in (3, 1)),
+    ((4, 3), 1, torch.float32),
+    ((5, 4, 3), 5, torch.float64),
+]
+
+
+def owned() -> dict[str, Any]:
+    """Three steps of the rules on sharded matrices, against whole ones; how many matrices all ranks orthogonalize.
+
+    Four ranks are two copies of two. One matrix more is split along its columns, and gathered.
+    """
+    world, found = dist.get_world_size(), {}
+    mesh = init_device_mesh("cpu", (2, 2) if world == 4 else (world,))
+    for update, limit in product(("muon", "block_muon"), (2**28, 400)):
+        group = {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.1, "block_size": 2}
+        stacked = [count for _, count, _ in MATRICES] + [1]
+        dims = [0] * len(MATRICES) + [1]
+        torch.manual_seed(0)
+        ones = [torch.randn(shape, dtype=dtype) for shape, _, dtype in [*MATRICES, ((5, 6), 1, torch.float64)]]
+        buffers = [torch.zeros_like(p) for p in ones]
+
+        def split(tensors: list[Tensor], dims: list[int] = dims) -> list[Tensor]:
+            placements = ([*[Replicate()] * (mesh.ndim - 1), Shard(dim)] for dim in dims)
+            return [distribute_tensor(x.clone(), mesh, of) for x, of in zip(tensors, placements, strict=True)]
+
+        sharded, before = split(ones), [p.clone() for p in ones]
+        state = [x.to_local() for x in split(buffers)]
+        counts: list[int] = []
+        with torch.no_grad(), mock.patch.object(muon, "_MUON_BYTES", limit):
+            for step in range(3):
+                grads = [torch.randn_like(p) for p in ones]
+                RULES[update].update(Update(ones, grads, [buffers], [step + 1] * len(ones), ones, stacked, group))
+                own, parts = [p.to_local() for p in sharded], [g.to_local() for g in split(grads)]
+                with orthogonalized() as counts, Collectives() as made:
+                    RULES[update].update(Update(own, parts, [state], [step + 1] * len(own), sharded, stacked, group))
+            errors = [float((p.full_tensor() - q).abs().max()) for p, q in zip(sharded, ones, strict=True)]
+        single = errors.pop([p.dtype for p in ones].index(torch.float32))
+        found[f"{update}, {limit}"] = {
+            "error": max(errors),
+            "error in float32": single,
+            "moved": min(float((p - q).abs().max()) for p, q in zip(ones, before, strict=True)),
+            "matrices": sum(every(sum(counts))),
+            "collectives": made.names,
+        }
     return found
 
 

@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from hf_fngd import FNGD
 from tests.nets import data, loss, net, settings_of
@@ -73,10 +74,34 @@ def flat(model: nn.Module) -> Tensor:
 def agree(*values: Any) -> bool:
     """Whether all ranks hold the same, bit for bit."""
     own = digest(list(values))
-    found: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(found, own)
-    return found == [own] * len(found)
+    return every(own) == [own] * dist.get_world_size()
 
 
 def engine_state(fngd: FNGD) -> Any:
     return fngd.state_dict()["param_groups"][0]["fngd"]
+
+
+class Collectives(TorchDispatchMode):
+    """In its context: the collectives by name, and the bytes that each all-to-all takes from here to other ranks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+        self.sent: list[int] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        namespace, name = func._schema.name.split("::")
+        if namespace in ("c10d", "_c10d_functional") and not name.startswith(("wait", "_")):
+            self.names.append(name)
+            if name == "alltoall_base_":
+                self.sent.append(
+                    (args[1].numel() - args[4][dist.ProcessGroup.unbox(args[2]).rank()]) * args[1].itemsize
+                )
+        return func(*args, **(kwargs or {}))
+
+
+def every(own: Any) -> list[Any]:
+    """The values of all ranks."""
+    found = [None] * dist.get_world_size()
+    dist.all_gather_object(found, own)
+    return found

@@ -12,13 +12,18 @@ from tests.distributed.harness import SETTINGS
 from tests.distributed.launch import launch
 
 CHECKS = "tests.distributed.checks"
+# A step's collectives: of the gradients' norms, to the owners of matrices and back.
+NORM, EXCHANGE = ["allreduce_"], ["alltoall_base_"] * 2
+# In `checks.owned`: matrices that have an owner, and experts.
+MATRICES, EXPERTS = 12, 5
 
 
 @pytest.mark.timeout(600)
 def test_two_processes(subtests: pytest.Subtests, tmp_path: Path) -> None:
     names = ["ddp", "fsdp2", "fsdp2_after", "uniform_gradients", "collectives", "empty_ranks", "uneven_ranks", "resume"]
     names += [
-        "gathered",
+        "exchanged",
+        "owned",
         "unweighed",
         "distributed_checkpoint",
         "fsdp2_accumulation",
@@ -41,8 +46,10 @@ def test_two_processes(subtests: pytest.Subtests, tmp_path: Path) -> None:
             "clipped": [1] * 12,  # of the mean norms
             "uniform": [0] * 12,
         }
-    with subtests.test("blocks that a process holds whole are not gathered"):
-        assert found["gathered"] == {"muon": [4, 16], "block_muon": []}
+    with subtests.test("two exchanges for all matrices, none for blocks that a process holds whole"):
+        away = 8 * (12 * 5 + 4 * 12) // 2  # bytes: float64, and half of each matrix is the owner's own part
+        assert found["exchanged"] == {"muon": [NORM + EXCHANGE, [away] * 2, [1, 1]], "block_muon": [NORM, [], [2, 2]]}
+    owned(subtests, found["owned"], orthogonalized=MATRICES + EXPERTS + 2)
     with subtests.test("experts and torch's attention"):
         assert max(found["unweighed"].values()) < 1e-12
     with subtests.test("a rank without a gradient neither hangs nor parts from the others"):
@@ -79,8 +86,21 @@ def test_two_processes(subtests: pytest.Subtests, tmp_path: Path) -> None:
 
 
 @pytest.mark.timeout(600)
+def test_three_processes(subtests: pytest.Subtests, tmp_path: Path) -> None:
+    found = launch(CHECKS, 3, tmp_path, "exchanged", "owned")
+    with subtests.test("parts of two, two and no rows"):
+        narrow = 8 * 2 * 12
+        assert found["exchanged"] == {
+            "muon": [NORM + EXCHANGE, [8 * 8 * 5 + narrow] * 2, [1, 1, 0]],
+            "block_muon": [NORM + EXCHANGE, [narrow] * 2, [2, 1, 1]],
+        }
+    owned(subtests, found["owned"], orthogonalized=MATRICES + EXPERTS + 3)
+
+
+@pytest.mark.timeout(600)
 def test_four_processes(subtests: pytest.Subtests, tmp_path: Path) -> None:
-    found = launch(CHECKS, 4, tmp_path, "ddp", "fsdp2", "uniform_gradients", "empty_ranks")
+    found = launch(CHECKS, 4, tmp_path, "ddp", "fsdp2", "uniform_gradients", "empty_ranks", "owned")
+    owned(subtests, found["owned"], orthogonalized=2 * (MATRICES + EXPERTS) + 4)
     for mode in ("ddp", "fsdp2"):
         with subtests.test(mode):
             equal_to_accumulation(found[mode], tolerance=1e-12)
@@ -98,3 +118,17 @@ def equal_to_accumulation(found: dict[str, Any], tolerance: float) -> None:
         assert outcome["error"] <= tolerance, name
         assert outcome["moved"] > 0.05, name
         assert outcome["missed"] == 0, name
+
+
+def owned(subtests: pytest.Subtests, found: dict[str, Any], orthogonalized: int) -> None:
+    """Sharded matrices move as whole ones, and copies of one rank alone orthogonalize each."""
+    for case, outcome in found.items():
+        with subtests.test("owners", case=case):
+            assert outcome["moved"] > 0.05
+            assert outcome["error"] < 1e-12
+            assert outcome["error in float32"] < 1e-6
+    for case in ("muon, 268435456", "muon, 400"):
+        assert found[case]["matrices"] == orthogonalized
+    whole, in_portions = (found[case]["collectives"] for case in ("muon, 268435456", "muon, 400"))
+    assert whole == ["all_gather_into_tensor", *EXCHANGE, *EXCHANGE]  # float64 and float32
+    assert len(in_portions) > len(whole)

@@ -1,0 +1,174 @@
+"""FSDP2: which process works on which whole matrix, and how the matrix gets there and back."""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import chain, zip_longest
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Shard
+
+from hf_fngd.distributed.sharded import part, whole
+
+Tensors = dict[int, Tensor]  # by their numbers
+
+
+class Kind(NamedTuple):
+    """What tensors have in common that are worked on together."""
+
+    shape: torch.Size  # of a whole tensor
+    matrices: int  # that it consists of
+    dtype: torch.dtype  # of the parts, and their device
+    device: torch.device
+    working: torch.dtype  # of the whole tensor
+
+    @property
+    def rows(self) -> int:
+        """Of each matrix."""
+        return self.shape.numel() // (self.matrices * self.columns)
+
+    @property
+    def columns(self) -> int:
+        """Of each matrix."""
+        return self.shape[-1]
+
+
+def by_kind(places: Iterable[int], kinds: Mapping[int, Kind]) -> dict[Kind, list[int]]:
+    """Those of each kind."""
+    found: dict[Kind, list[int]] = {}
+    for place in places:
+        found.setdefault(kinds[place], []).append(place)
+    return found
+
+
+class Gathered:
+    """Tensors that every process works on: each sharded one is gathered by itself."""
+
+    dtype: torch.dtype | None = None  # that `give_back` takes; None for that of the parts
+
+    def __init__(self, tensors: Sequence[Tensor], members: Sequence[int]) -> None:
+        self.members = self.mine = members
+        self._tensors = tensors
+
+    def collect(self, parts: Tensors) -> Tensors:
+        """From this process's parts of the ``members`` to those that are ``mine``, whole. A collective."""
+        return {m: whole(x, self._tensors[m]) for m, x in parts.items()}
+
+    def give_back(self, wholes: Tensors) -> Tensors:
+        """From those that are ``mine``, whole, to this process's parts of the ``members``. A collective."""
+        return {m: part(x, self._tensors[m]) for m, x in wholes.items()}
+
+
+class Owned:
+    """Tensors that one process each works on: one exchange brings their parts to the owners, one brings them back.
+
+    They are split along their first dimension over ``dimension`` of the mesh, whose i-th process has the i-th of
+    ``owned``. ``dtype`` is that of all that is exchanged.
+    """
+
+    def __init__(
+        self,
+        tensors: Sequence[Tensor],
+        owned: Sequence[Sequence[int]],
+        dtype: torch.dtype,
+        mesh: DeviceMesh,
+        dimension: int,
+    ) -> None:
+        self.dtype: torch.dtype | None = dtype
+        self.members, self.mine = list(chain(*owned)), owned[mesh.get_local_rank(dimension)]
+        self._group, self._device = mesh.get_group(dimension), mesh.device_type
+        self._shapes = {m: tensors[m].shape for m in self.members}
+        world, rank = mesh.size(dimension), mesh.get_local_rank(dimension)
+        self._sizes = {m: part_sizes(shape, world) for m, shape in self._shapes.items()}
+        self._here = [self._sizes[m][rank] for m in self.members]
+        # Entries that this process holds of each owner's tensors, and that each process holds of this one's.
+        self._to_owners = [sum(self._sizes[m][rank] for m in some) for some in owned]
+        self._from_holders = [sum(self._sizes[m][holder] for m in self.mine) for holder in range(world)]
+
+    def collect(self, parts: Tensors) -> Tensors:
+        """See `Gathered.collect`."""
+        received = self._exchange([parts[m] for m in self.members], self._to_owners, self._from_holders)
+        pieces = received.split_with_sizes(
+            [size for sizes in zip(*(self._sizes[m] for m in self.mine), strict=True) for size in sizes]
+        )
+        count = len(self.mine)
+        return {m: torch.cat(pieces[n::count]).view(self._shapes[m]) for n, m in enumerate(self.mine)}
+
+    def give_back(self, wholes: Tensors) -> Tensors:
+        """See `Gathered.give_back`."""
+        pieces = (wholes[m].flatten().split_with_sizes(self._sizes[m]) for m in self.mine)
+        received = self._exchange(list(chain(*zip(*pieces, strict=True))), self._from_holders, self._to_owners)
+        parts = zip(self.members, received.split_with_sizes(self._here), strict=True)
+        return {m: x.view(-1, *self._shapes[m][1:]) for m, x in parts}
+
+    def _exchange(self, pieces: Sequence[Tensor], sent: list[int], received: list[int]) -> Tensor:
+        flat = [x.flatten() if x.device.type == self._device else x.flatten().to(self._device) for x in pieces]
+        own = torch.cat(flat) if flat else torch.empty(0, dtype=self.dtype, device=self._device)
+        found = own.new_empty(sum(received))
+        dist.all_to_all_single(found, own, received, sent, group=self._group)
+        return found
+
+
+def exchanges(
+    tensors: Sequence[Tensor], kinds: Mapping[int, Kind], cost: Callable[[Kind], int], limit: int
+) -> Iterator[Gathered | Owned]:
+    """Split the tensors that have a kind into some that are worked on at a time; the same on all processes.
+
+    Those are at most ``limit`` bytes in a process, or one tensor. Tensors that are split along their first dimension
+    alone, over one dimension of their mesh, get owners of about equal ``cost``; the others are `Gathered`.
+    """
+    split = {place: over for place in kinds if (over := _split_over(tensors[place]))}
+    for places in by_kind((place for place in kinds if place not in split), kinds).values():
+        yield from (Gathered(tensors, some) for some in _in_portions(places, kinds, limit))
+    together: dict[tuple[object, torch.dtype], list[int]] = {}
+    for place, (mesh, dimension) in split.items():
+        together.setdefault((mesh.get_group(dimension), kinds[place].working), []).append(place)
+    for (_, dtype), places in together.items():
+        mesh, dimension = split[places[0]]
+        owned = shared_out({place: cost(kinds[place]) for place in places}, mesh.size(dimension))
+        for some in zip_longest(*(_in_portions(places, kinds, limit) for places in owned), fillvalue=()):
+            yield Owned(tensors, some, dtype, mesh, dimension)
+
+
+def shared_out(costs: Mapping[int, int], processes: int) -> list[list[int]]:
+    """The keys that each process gets: the dearest first, each to whom has the least to do."""
+    owned: list[list[int]] = [[] for _ in range(processes)]
+    loads = [0] * processes
+    for place in sorted(costs, key=costs.__getitem__, reverse=True):
+        owner = loads.index(min(loads))
+        owned[owner].append(place)
+        loads[owner] += costs[place]
+    return owned
+
+
+def _in_portions(places: Iterable[int], kinds: Mapping[int, Kind], limit: int) -> Iterator[list[int]]:
+    portion: list[int] = []
+    taken = 0
+    for place in places:
+        size = kinds[place].shape.numel() * kinds[place].working.itemsize
+        if portion and taken + size > limit:
+            yield portion
+            portion, taken = [], 0
+        portion.append(place)
+        taken += size
+    if portion:
+        yield portion
+
+
+def _split_over(x: Tensor) -> tuple[DeviceMesh, int] | None:
+    """The dimension of a mesh whose several processes hold the parts of a tensor that is split along its first one."""
+    if not isinstance(x, DTensor):
+        return None
+    split = [(dimension, one) for dimension, one in enumerate(x.placements) if not one.is_replicate()]
+    # Of Shard's relatives none splits into consecutive rows.
+    if len(split) != 1 or type(split[0][1]) is not Shard or split[0][1].dim or x.device_mesh.size(split[0][0]) == 1:
+        return None
+    return x.device_mesh, split[0][0]
+
+
+def part_sizes(shape: torch.Size, world: int) -> list[int]:
+    """How many entries each process holds: rows as `torch.chunk` splits them, and none where there are no more."""
+    rows = -(-shape[0] // world)
+    return [shape[1:].numel() * max(0, min(rows, shape[0] - rank * rows)) for rank in range(world)]
