@@ -51,15 +51,15 @@ def gram_matrix(o: int, i: int, n: int, t: int) -> float:
     return of_triangle * 2 * n**2 * t**2 * (o + i)
 
 
-def orthogonalization(rows: int, columns: int, dtype: torch.dtype, gram: bool = True) -> float:
-    """Muon's five iterations on a matrix: on its Gram matrix, where ``gram`` allows and `prefers_gram` says so."""
+def orthogonalization(rows: int, columns: int, dtype: torch.dtype, steps: int = 5, gram: bool = True) -> float:
+    """Muon's iterations on a matrix: on its Gram matrix, where ``gram`` allows and `prefers_gram` says so."""
     m, n = sorted((rows, columns))
     if gram and prefers_gram(m, n, dtype):
-        return 4 * m * m * n + 34 * m**3
-    return 5 * (4 * m * m * n + 2 * m**3)
+        return 4 * m * m * n + (8 * steps - 6) * m**3
+    return steps * (4 * m * m * n + 2 * m**3)
 
 
-def block_orthogonalization(rows: int, columns: int, size: int, dtype: torch.dtype) -> float:
+def block_orthogonalization(rows: int, columns: int, size: int, dtype: torch.dtype, steps: int = 5) -> float:
     """The same on blocks of at most ``size`` rows."""
     count, height = block_shape(rows, size)
-    return count * orthogonalization(height, columns, dtype)
+    return count * orthogonalization(height, columns, dtype, steps)

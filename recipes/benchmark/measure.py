@@ -137,17 +137,18 @@ def prediction(model: nn.Module, options: argparse.Namespace, optimizer: Optimiz
 def update_operations(optimizer: Optimizer) -> float | None:
     """The products of the update rules; None where one of them is not known."""
     total = 0.0
-    for rule, group in (
-        (group.get("rule", type(part).__name__), group) for part in parts_of(optimizer) for group in part.param_groups
-    ):
-        for p in group["params"] if rule not in ("SGD", "AdamW", "adam", "momentum") else []:
-            dtype = working_dtype(p.dtype, p.device)
-            if rule == "block_muon":
-                total += cost_model.block_orthogonalization(*p.shape, group["block_size"], dtype)
-            elif rule in ("muon", "Muon"):  # torch's has its steps in the group, and no other form
-                total += cost_model.orthogonalization(*p.shape, dtype, gram="ns_steps" not in group)
-            else:
-                return None
+    for part in parts_of(optimizer):
+        for group in part.param_groups:
+            rule, steps = group.get("rule", type(part).__name__), group.get("ns_steps", 5)
+            for p in group["params"] if rule not in ("SGD", "AdamW", "adam", "momentum") else []:
+                dtype = working_dtype(p.dtype, p.device)
+                if rule == "block_muon":
+                    total += cost_model.block_orthogonalization(*p.shape, group["block_size"], dtype, steps)
+                elif rule in ("muon", "Muon"):  # torch's does without Gram matrices
+                    of_torch = type(part).__module__.startswith("torch.")
+                    total += cost_model.orthogonalization(*p.shape, dtype, steps, gram=not of_torch)
+                else:
+                    return None
     return total
 
 
