@@ -46,6 +46,7 @@ class ModelArguments:
     n_positions: int = option(128, "Longer sentences are cut to so many tokens.")
     dropout: float = option(0.1, "Dropout on embeddings, attention weights and each sublayer's output.")
     vocab_size: int = option(8000, "Size of the vocabulary, an upper bound.")
+    tie_word_embeddings: bool = option(True, "Whether the output head and the embedding share one matrix.")
 
     def __post_init__(self) -> None:
         """Reject sizes that do not fit together."""
@@ -92,6 +93,7 @@ def build_model(tokenizer: PreTrainedTokenizerBase, arguments: ModelArguments) -
             n_layer=arguments.n_layer,
             n_head=arguments.n_head,
             n_positions=arguments.n_positions,
+            tie_word_embeddings=arguments.tie_word_embeddings,
             resid_pdrop=arguments.dropout,
             embd_pdrop=arguments.dropout,
             attn_pdrop=arguments.dropout,
