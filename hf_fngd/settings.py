@@ -64,8 +64,8 @@ class Settings:
     lr: float = _setting(
         1e-3,
         _NOT_NEGATIVE,
-        "Learning rate, >= 0. The root mean square of an update is 0.2 lr with update 'muon' or 'block_muon', about lr "
-        "with 'adam', and at most lr with 'momentum', before momentum.",
+        "Learning rate, >= 0. The root mean square of an update is 0.14 to 0.2 lr with update 'block_muon' or 'muon', "
+        "about lr with 'adam', and at most lr with 'momentum', before momentum.",
     )
     momentum: float = _setting(
         0.9, real("a number >= 0 and < 1", lambda x: 0 <= x < 1), "Decay of the first moment, in [0, 1)."
@@ -90,11 +90,11 @@ class Settings:
         "sharing 'replay'.",
     )
     update: str = _setting(
-        "muon",
+        "block_muon",
         choice(RULES),
-        "Update rule of the preconditioned layers, Linear and Conv1D: 'muon', 'block_muon', which is Muon on blocks of "
-        "rows, 'adam', or 'momentum', the paper's step of 1/lambda' within a trust region, for sharing 'never' and "
-        "'replay'. Muon also steps experts, and the projections of torch's attention.",
+        "Update rule of the preconditioned layers, Linear and Conv1D: 'block_muon', which is Muon on blocks of rows, "
+        "'muon' on whole matrices, 'adam', or 'momentum', the paper's step of 1/lambda' within a trust region, for "
+        "sharing 'never' and 'replay'. Muon also steps experts, and the projections of torch's attention.",
     )
     block_size: int | None = _setting(
         None, integer(1), f"Most rows of a block, >= 1; None: {BLOCK_SIZE}. Read by update 'block_muon'."
@@ -191,7 +191,7 @@ class Settings:
             solvers = policy_names(lambda other: other.solves)
             raise ValueError(
                 f"update='momentum' steps by the paper's 1/lambda', which {sharing} does not measure: use "
-                f"update='muon' or 'adam', or sharing={' or '.join(map(repr, solvers))}"
+                f"update='block_muon' or 'adam', or sharing={' or '.join(map(repr, solvers))}"
             )
 
     @property
