@@ -106,7 +106,7 @@ class Settings:
         "adamw",
         choice(FALLBACK_RULES),
         "Update rule of all other parameters: 'adamw' or 'sgd'. With update 'muon' and 'block_muon' an output head is "
-        "one of them, unless target_modules lists it or its group has an 'update'.",
+        "one of them, unless target_modules names it or its group has an 'update'.",
     )
     fallback_lr: float | None = _setting(
         None,

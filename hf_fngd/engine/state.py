@@ -145,7 +145,8 @@ def check_groups(state: Mapping[str, Any], groups: Sequence[Mapping[str, Any]]) 
             raise ValueError(
                 f"the checkpoint's parameters in the group {own['name']!r} are not this optimizer's"
                 + (f" (only one has {', '.join(differing[:3])})" if differing else ", or in another order")
-                + ": resume with the model, param_groups, target_modules and frozen layers of the checkpoint"
+                + ": resume with the model, param_groups, target_modules and frozen layers of the checkpoint. An "
+                "output head had the update rule before version 0.2.0, and has it with target_modules='.*'"
             )
         for key, name, p in zip(stored["params"], own["param_names"], own["params"], strict=True):
             for entry, value in state["state"].get(key, {}).items():
