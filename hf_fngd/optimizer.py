@@ -62,11 +62,10 @@ class FNGD(torch.optim.Optimizer, Joins):
         inner = self.preconditioner.model
         layers, unweighed = self.preconditioner.matrices, self.preconditioner.unweighed
         groups = parameter_groups(inner, layers, unweighed, self.settings, fallback)
+        grouped = [(name, group) for group in groups for name, _ in group["params"]]
         self.preconditioner.stepped_by(
-            unweighed=(name for group in groups if "stacked" in group for name, _ in group["params"]),
-            fallback=(
-                name for group in groups if not ("stacked" in group or group["layers"]) for name, _ in group["params"]
-            ),
+            unweighed=(name for name, group in grouped if "matrices" in group and not group["layers"]),
+            fallback=(name for name, group in grouped if not ("matrices" in group or group["layers"])),
         )
         if self.settings.param_groups:
             named = by_name(inner, self.settings.param_groups)
@@ -191,8 +190,8 @@ class FNGD(torch.optim.Optimizer, Joins):
             state["step"] += 1
         tensors = [[real(local(state[name])) for state in states] for name in rule.state]
         own = [real(local(p)) for p in params]
-        stacked = [group["stacked"][place] for place in live] if "stacked" in group else [1] * len(live)
-        rule.update(Update(own, grads, tensors, [s["step"] for s in states], params, stacked, group))
+        matrices = [tuple(group["matrices"][place]) for place in live] if rule.matrices else []
+        rule.update(Update(own, grads, tensors, [s["step"] for s in states], params, matrices, group))
 
     def end_epoch(self) -> None:
         """See `FNGDPreconditioner.end_epoch`. Trainer needs no such call."""
@@ -261,8 +260,12 @@ class FNGD(torch.optim.Optimizer, Joins):
             check_groups(state_dict, kept)
         # Before torch's, which it must not leave half done: it may refuse the state.
         self.preconditioner.load_state_dict(own["engine"])
-        first, *others = state_dict["param_groups"]
-        groups = [{key: value for key, value in first.items() if key != _STATE_KEY}, *others]
+        groups = [
+            # The layers' numbers, and the matrices, are those of this version.
+            {key: value for key, value in stored.items() if key != _STATE_KEY}
+            | {key: group[key] for key in ("layers", "matrices") if key in group}
+            for stored, group in zip(state_dict["param_groups"], kept, strict=True)
+        ]
         self.param_groups = kept
         super().load_state_dict({**state_dict, "param_groups": groups})
         self.skipped = own["skipped"]

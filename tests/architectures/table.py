@@ -11,6 +11,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 import torch
 import transformers
 
+from hf_fngd.layers.select import COUPLES
 from tests.architectures.families import FAMILIES, Family
 from tests.architectures.oracle import Verdict, verdicts
 from tests.architectures.registry import MISSED, POSITIONS, PRECONDITIONED, TIED, WEIGHED, kind
@@ -100,7 +101,7 @@ def reasons(count: int, outcomes: Mapping[str, str], exclude: object) -> str:
     """The number of parameters, and after it how many there are for each reason."""
     suffix = kind("")
     short = Counter(
-        SHORT.get(outcome, outcome.removesuffix(suffix))
+        SHORT.get(outcome, outcome.removesuffix(f": {COUPLES}").removesuffix(suffix))
         for outcome in outcomes.values()
         if outcome != PRECONDITIONED and outcome not in exclude
     )

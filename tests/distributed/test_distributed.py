@@ -14,8 +14,8 @@ from tests.distributed.launch import launch
 CHECKS = "tests.distributed.checks"
 # A step's collectives: of the gradients' norms, to the owners of matrices and back.
 NORM, EXCHANGE = ["allreduce_"], ["alltoall_base_"] * 2
-# In `checks.owned`: matrices that have an owner, and experts.
-MATRICES, EXPERTS = 12, 5
+# In `checks.owned`: matrices that have an owner, and those that the first dimension counts.
+MATRICES, EXPERTS = 20, 11
 
 
 @pytest.mark.timeout(600)
