@@ -36,10 +36,11 @@ _STATE_KEY = "fngd"
 class FNGD(torch.optim.Optimizer, Joins):
     """Inverse-free fast natural gradient descent (arXiv 2403.03473), and sample clipping, its default.
 
-    The backward pass leaves weighted sums of the samples' gradients. `step` applies the update rule to Linear and
-    Conv1D layers, and the fallback rule to everything else (embeddings, tied heads, convolutions, norms). Muon also
-    steps experts and the projections of torch's attention, whose samples are not weighed. Construct it on the model
-    that is trained, before or without wrapping it for distributed training.
+    The backward pass leaves weighted sums of the samples' gradients. `step` applies the update rule to Linear, Conv1D
+    and convolution layers, and the fallback rule to everything else (embeddings, tied heads, norms). Muon also steps
+    experts and the projections of torch's attention, whose samples are not weighed, and leaves output heads and some
+    convolutions to the fallback rule. Construct it on the model that is trained, before or without wrapping it for
+    distributed training.
 
     A step in which a gradient is NaN, infinite or too large to be squared in float32 is skipped whole: parameters,
     moments and sample weights stay as they were, and the attribute ``skipped`` counts it (with FNGDCallback, also the

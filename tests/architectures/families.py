@@ -342,6 +342,32 @@ family(
 )
 
 
+def maps(n: int, t: int) -> Batch:
+    """Images of which every pixel has a class."""
+    generator = torch.Generator().manual_seed(n)
+    return images(16, 16)(n, t) | {"labels": torch.randint(CLASSES, (n, 16, 16), generator=generator)}
+
+
+SEGFORMER_SIZES = {
+    **{"num_encoder_blocks": 2, "depths": [1, 1], "sr_ratios": [2, 1], "hidden_sizes": [8, 16]},
+    **{"patch_sizes": [3, 3], "strides": [2, 2], "num_attention_heads": [1, 2], "mlp_ratios": [2, 2]},
+    **{"decoder_hidden_size": 8, "num_labels": CLASSES},
+}
+
+family(
+    "SegFormer",
+    sized(hf.SegformerForSemanticSegmentation, **SEGFORMER_SIZES),
+    """
+        **.proj **.attention.(q|k|v|o)_proj **.sequence_reduction **.mlp.fc(1|2) **.dwconv
+        decode_head.(linear_fuse|classifier)
+    """,
+    batch=maps,
+    oracle="captured",
+    square=16,
+    remark="the decoder's batch statistics couple the samples",
+)
+
+
 def captions(n: int, t: int) -> Batch:
     return padded(n, t) | {"pixel_values": signal(n, 3, 12, 12), "return_loss": True}
 

@@ -130,8 +130,8 @@ def render() -> str:
         "every step a coefficient step but for those of the columns on clipping.",
         "",
         "- **tensors**: trainable parameter tensors, each counted once; **plain**: those that get the plain gradient "
-        "by their kind, with the types of their modules; **missed**: those of Linear and Conv1D layers that get it "
-        "nevertheless, with the reasons of the coverage report, shortened.",
+        "by their kind, with the types of their modules; **missed**: those of Linear, Conv1D and "
+        "convolution layers that get it nevertheless, with the reasons of the coverage report, shortened.",
         '- **oracle**: where the per-sample gradients come from. "alone": each sample is run by itself. "captured": '
         "the samples interact, and each one's share is formed from the layer's inputs and output gradients in the "
         "plain model.",
