@@ -272,19 +272,34 @@ class SmallExperts(nn.Module):
         return self.head(self.attention(y, y, y, need_weights=False)[0]).mean(1)
 
 
+class SmallFilters(nn.Module):
+    """Filters with fewer output channels than there are processes, of several groups, depthwise, transposed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.whole, self.one = nn.Conv1d(3, 6, 1), nn.Conv1d(6, 9, 3, padding=1), nn.Conv1d(9, 1, 1)
+        self.grouped, self.depthwise = nn.Conv1d(9, 6, 2, groups=3), nn.Conv1d(6, 6, 1, groups=6)
+        self.up, self.out = nn.ConvTranspose1d(6, 8, 3, 2, groups=2), nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.tanh(self.whole(self.first(x)))
+        y = torch.tanh(self.depthwise(self.grouped(y * self.one(y))))
+        return self.out(torch.tanh(self.up(y)).mean(2))
+
+
 def unweighed() -> dict[str, float]:
-    """How far a sharded model whose experts and projections Muon steps is from an accumulating one."""
+    """How far a sharded model whose experts and projections, or filters, Muon steps is from an accumulating one."""
     rank, world, found = dist.get_rank(), dist.get_world_size(), {}
-    for update in ("muon", "block_muon"):
+    for update, kind, sharing in product(("muon", "block_muon"), (SmallExperts, SmallFilters), ("clipped", "never")):
         models = []
         for sharded in (True, False):
             torch.manual_seed(0)
-            model = SmallExperts().double()
+            model = kind().double()
             with nullcontext() if sharded else alone():
-                fngd = optimizer(fully_shard(model) if sharded else model, "clipped", update=update)
+                fngd = optimizer(fully_shard(model) if sharded else model, sharing, update=update)
                 run(model, fngd, [rank] if sharded else list(range(world)), range(4))
             models.append(flat(model))
-        found[update] = float((models[0] - models[1]).abs().max())
+        found[f"{update}, {kind.__name__}, {sharing}"] = float((models[0] - models[1]).abs().max())
     return found
 
 

@@ -12,6 +12,7 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from hf_fngd import FNGD
 from hf_fngd.updates.orthogonal import block_shape
+from tests.reference import run
 from tests.steps import assert_equal, through_file
 from tests.updates.test_rules import polynomial
 
@@ -165,6 +166,30 @@ def test_a_trajectory_is_that_of_a_slow_reference(update: str, layout: torch.mem
     assert report.plain["flipping.weight"].endswith("a forward of its own, and the update rule steps it")
 
 
+@pytest.mark.parametrize("sharing", ["never", "replay"])
+def test_the_papers_steps_are_those_of_the_slow_reference(sharing: str) -> None:
+    def loss(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        return F.cross_entropy(model(x).mean(2), y)
+
+    generator = torch.Generator().manual_seed(0)
+    batches = [
+        (torch.randn(4, 3, 6, 10, generator=generator).double(), torch.randint(2, (4,), generator=generator))
+        for _ in range(5)
+    ]
+    settings = {"lr": 0.05, "momentum": 0.9, "weight_decay": 0.0, "fallback_lr": 0.02, "damping": 0.01}
+    model = made()
+    layers = ["image", "depthwise", "classifier", *OWNED]
+    expected = run(model, layers, batches, loss, epoch=2, sharing=sharing, **settings)
+    optimizer = FNGD(model, update="momentum", fallback="sgd", sharing=sharing, **settings)
+    for step, (x, y) in enumerate(batches):
+        optimizer.zero_grad()
+        loss(model, x, y).backward()
+        optimizer.step()
+        if step % 2:
+            optimizer.end_epoch()
+        torch.testing.assert_close([p.detach() for p in model.parameters()], expected[step], rtol=1e-9, atol=1e-9)
+
+
 @pytest.mark.parametrize("update", ["muon", "block_muon", "adam"])
 def test_a_run_resumes(update: str) -> None:
     model, interrupted = made(), made()
@@ -208,7 +233,7 @@ def as_before(state: dict[str, Any]) -> dict[str, Any]:
 def test_a_checkpoint_of_before_goes_on_where_a_convolution_sees_the_image_alone(
     change: Callable[[dict[str, Any]], dict[str, Any]],
 ) -> None:
-    def run(model: nn.Module, optimizer: FNGD, steps: range) -> None:
+    def go_on(model: nn.Module, optimizer: FNGD, steps: range) -> None:
         for step in steps:
             for part in range(2):  # norms of the last step count
                 backward(lambda x, of=part: model(x) * (1 + of), 2 * step + part)
@@ -218,12 +243,12 @@ def test_a_checkpoint_of_before_goes_on_where_a_convolution_sees_the_image_alone
     torch.manual_seed(0)
     model = Patches().double()
     optimizer = FNGD(model, lr=LR)
-    run(model, optimizer, range(3))
+    go_on(model, optimizer, range(3))
     again = copy.deepcopy(model)
     resumed = FNGD(again, lr=LR)
     resumed.load_state_dict(change(optimizer.state_dict()))
     for each in ((model, optimizer), (again, resumed)):
-        run(*each, range(3, 6))
+        go_on(*each, range(3, 6))
     assert_equal(again, model)
     assert [group["layers"] for group in resumed.param_groups] == [group["layers"] for group in optimizer.param_groups]
 
