@@ -33,7 +33,7 @@ TIED = "the weight is tied to another module"
 COMPUTED = "the layer's weight is computed from other parameters (as by pruning or weight normalization)"
 FROZEN = "the layer's weight is frozen"
 COUPLES = (
-    "its statistics couple the samples: in the layers before it a sample's gradient is what comes through its own "
+    "its statistics couple the samples; in the layers before it a sample's gradient is what comes through its own "
     "entries, its effect on the other samples included"
 )
 # A pattern may come from anyone, with a shared config: no match of a name takes longer than this, in seconds.
