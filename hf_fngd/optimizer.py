@@ -36,10 +36,11 @@ _STATE_KEY = "fngd"
 class FNGD(torch.optim.Optimizer, Joins):
     """Inverse-free fast natural gradient descent (arXiv 2403.03473), and sample clipping, its default.
 
-    The backward pass leaves weighted sums of the samples' gradients. `step` applies the update rule to Linear and
-    Conv1D layers, and the fallback rule to everything else (embeddings, tied heads, convolutions, norms). Muon also
-    steps experts and the projections of torch's attention, whose samples are not weighed. Construct it on the model
-    that is trained, before or without wrapping it for distributed training.
+    The backward pass leaves weighted sums of the samples' gradients. `step` applies the update rule to Linear, Conv1D
+    and convolution layers, and the fallback rule to everything else (embeddings, tied heads, norms). Muon also steps
+    experts and the projections of torch's attention, whose samples are not weighed, and leaves output heads and some
+    convolutions to the fallback rule. Construct it on the model that is trained, before or without wrapping it for
+    distributed training.
 
     A step in which a gradient is NaN, infinite or too large to be squared in float32 is skipped whole: parameters,
     moments and sample weights stay as they were, and the attribute ``skipped`` counts it (with FNGDCallback, also the
@@ -62,11 +63,10 @@ class FNGD(torch.optim.Optimizer, Joins):
         inner = self.preconditioner.model
         layers, unweighed = self.preconditioner.matrices, self.preconditioner.unweighed
         groups = parameter_groups(inner, layers, unweighed, self.settings, fallback)
+        grouped = [(name, group) for group in groups for name, _ in group["params"]]
         self.preconditioner.stepped_by(
-            unweighed=(name for group in groups if "stacked" in group for name, _ in group["params"]),
-            fallback=(
-                name for group in groups if not ("stacked" in group or group["layers"]) for name, _ in group["params"]
-            ),
+            unweighed=(name for name, group in grouped if "matrices" in group and not group["layers"]),
+            fallback=(name for name, group in grouped if not ("matrices" in group or group["layers"])),
         )
         if self.settings.param_groups:
             named = by_name(inner, self.settings.param_groups)
@@ -191,8 +191,8 @@ class FNGD(torch.optim.Optimizer, Joins):
             state["step"] += 1
         tensors = [[real(local(state[name])) for state in states] for name in rule.state]
         own = [real(local(p)) for p in params]
-        stacked = [group["stacked"][place] for place in live] if "stacked" in group else [1] * len(live)
-        rule.update(Update(own, grads, tensors, [s["step"] for s in states], params, stacked, group))
+        matrices = [tuple(group["matrices"][place]) for place in live] if rule.matrices else []
+        rule.update(Update(own, grads, tensors, [s["step"] for s in states], params, matrices, group))
 
     def end_epoch(self) -> None:
         """See `FNGDPreconditioner.end_epoch`. Trainer needs no such call."""
@@ -261,8 +261,12 @@ class FNGD(torch.optim.Optimizer, Joins):
             check_groups(state_dict, kept)
         # Before torch's, which it must not leave half done: it may refuse the state.
         self.preconditioner.load_state_dict(own["engine"])
-        first, *others = state_dict["param_groups"]
-        groups = [{key: value for key, value in first.items() if key != _STATE_KEY}, *others]
+        groups = [
+            # The layers' numbers, and the matrices, are those of this version.
+            {key: value for key, value in stored.items() if key != _STATE_KEY}
+            | {key: group[key] for key in ("layers", "matrices") if key in group}
+            for stored, group in zip(state_dict["param_groups"], kept, strict=True)
+        ]
         self.param_groups = kept
         super().load_state_dict({**state_dict, "param_groups": groups})
         self.skipped = own["skipped"]

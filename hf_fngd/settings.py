@@ -8,6 +8,7 @@ from typing import Any, Self, TypeVar
 
 from hf_fngd.checks import Check, choice, flag, guess, integer, modules, real, shown, wrong_type
 from hf_fngd.layers.base import layer_type_names
+from hf_fngd.layers.heads import FEW_CHANNELS
 from hf_fngd.layers.select import ALL_LINEAR
 from hf_fngd.updates import FALLBACK_RULES, RULES
 from hf_fngd.updates.block_muon import BLOCK_SIZE
@@ -92,9 +93,9 @@ class Settings:
     update: str = _setting(
         "block_muon",
         choice(RULES),
-        "Update rule of the preconditioned layers, Linear and Conv1D: 'block_muon', which is Muon on blocks of rows, "
-        "'muon' on whole matrices, 'adam', or 'momentum', the paper's step of 1/lambda' within a trust region, for "
-        "sharing 'never' and 'replay'. Muon also steps experts, and the projections of torch's attention.",
+        "Update rule of the preconditioned layers, Linear, Conv1D and convolutions: 'block_muon', which is Muon on "
+        "blocks of rows, 'muon' on whole matrices, 'adam', or 'momentum', the paper's step of 1/lambda' within a trust "
+        "region, for sharing 'never' and 'replay'. Muon also steps experts, and the projections of torch's attention.",
     )
     block_size: int | None = _setting(
         None, integer(1), f"Most rows of a block, >= 1; None: {BLOCK_SIZE}. Read by update 'block_muon'."
@@ -105,8 +106,9 @@ class Settings:
     fallback: str = _setting(
         "adamw",
         choice(FALLBACK_RULES),
-        "Update rule of all other parameters: 'adamw' or 'sgd'. With update 'muon' and 'block_muon' an output head is "
-        "one of them, unless target_modules names it or its group has an 'update'.",
+        "Update rule of all other parameters: 'adamw' or 'sgd'. With update 'muon' and 'block_muon' depthwise filters "
+        "are among them, and, unless target_modules names them or their group has an 'update', output heads and "
+        f"convolutions whose input has at most {FEW_CHANNELS} channels.",
     )
     fallback_lr: float | None = _setting(
         None,
@@ -138,8 +140,8 @@ class Settings:
     target_modules: str | list[str] = _setting(  # noqa: RUF009
         ALL_LINEAR,
         modules(f"{ALL_LINEAR!r}, {_NAMES}", fewest=1),
-        "Linear and Conv1D layers to precondition: 'all-linear', a regular expression that matches the whole name, or "
-        "a list of names or dotted suffixes (PEFT's).",
+        "Linear, Conv1D and convolution layers to precondition: 'all-linear', which is all of them, a regular "
+        "expression that matches the whole name, or a list of names or dotted suffixes (PEFT's).",
     )
     exclude_modules: str | list[str] | None = _setting(  # noqa: RUF009
         None,

@@ -20,6 +20,7 @@ class Kind(NamedTuple):
 
     shape: torch.Size  # of a whole tensor
     matrices: int  # that it consists of
+    columns: int  # of each matrix
     dtype: torch.dtype  # of the parts, and their device
     device: torch.device
     working: torch.dtype  # of the whole tensor
@@ -28,11 +29,6 @@ class Kind(NamedTuple):
     def rows(self) -> int:
         """Of each matrix."""
         return self.shape.numel() // (self.matrices * self.columns)
-
-    @property
-    def columns(self) -> int:
-        """Of each matrix."""
-        return self.shape[-1]
 
 
 def by_kind(places: Iterable[int], kinds: Mapping[int, Kind]) -> dict[Kind, list[int]]:

@@ -16,7 +16,7 @@ class CoverageReport:
     """What became of every trainable parameter of a model, by its name.
 
     Attributes:
-        preconditioned: of Linear and Conv1D layers, whose samples are weighed; the update rule steps them.
+        preconditioned: of Linear, Conv1D and convolution layers, whose samples are weighed; the update rule steps them.
         plain: with a plain gradient, and why; the fallback rule steps them, unless the reason says another.
         missed: of preconditioned layers that were not weighed in some or all steps, and why.
         weighed: all others whose samples are weighed; the fallback rule steps them.

@@ -20,7 +20,8 @@ _NEW: list[Any] = [None, [], False, False]
 def check_state(state: Mapping[str, Any], sharing: str, layers: Sequence[str], frozen: Collection[str] = ()) -> State:
     """A state in the form of today's version; ValueError where it is damaged, or of another policy or other layers.
 
-    Layers that are frozen may be missing, as in a state of before they were attached.
+    Layers that are frozen may be missing, as in a state of before they were attached, and the others may have another
+    order, as in one of before convolutions were preconditioned.
     """
     check_keys(state, ("layers", "sharing", "policy"))
     if state["sharing"] in GONE:
@@ -32,11 +33,11 @@ def check_state(state: Mapping[str, Any], sharing: str, layers: Sequence[str], f
         )
     found = _of_0_1_0(state, layers) if "averages" in state else dict(state)
     known = list(found["layers"])
-    if known != list(layers) and known == [name for name in layers if name in known or name not in frozen]:
+    if known != list(layers) and {*known} | {*frozen} >= {*layers} >= {*known}:
         own = {name: found["layers"].get(name, _NEW) for name in layers}
         found |= {"layers": own, "policy": _arranged(found["policy"], known, layers)}
     if list(found["layers"]) != list(layers):
-        differing = sorted(set(found["layers"]) ^ set(layers)) or ["the order"]
+        differing = sorted(set(found["layers"]) ^ set(layers))
         raise ValueError(
             f"the checkpoint has {len(found['layers'])} attached layers, this model has {len(layers)}; they differ in "
             f"{', '.join(differing[:3])}: build the optimizer with the model, target_modules, exclude_modules and "

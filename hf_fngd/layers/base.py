@@ -30,6 +30,7 @@ AMBIGUOUS = (
 
 Forward = functools.partial[Any]
 Layout = tuple[bool | None, str | None]
+Matrices = tuple[int, int]  # how many a parameter consists of, stacked in its first dimensions, and the columns of each
 
 
 class Call(Protocol):
@@ -139,6 +140,10 @@ class GramKernel(ExplicitKernel):
     @abstractmethod
     def gram(self, x: Tensor, g: Tensor, has_bias: bool, memory_budget: int) -> Tensor:
         """K ``[N, N]`` up to one factor, from input and output gradient, within a temporary memory in bytes."""
+
+    def matrices(self, weight: Tensor) -> Matrices:
+        """Of which matrices the layer's weight consists, for update rules (default: it is one)."""
+        return 1, weight.shape[-1]
 
 
 MakeKernel = Callable[[nn.Module], LayerKernel | None]

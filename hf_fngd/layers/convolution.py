@@ -1,7 +1,7 @@
-"""torch's convolutions, transposed ones included: weighted gradient and norms (a Gram matrix they do not form).
+"""torch's convolutions, transposed ones included.
 
-No patches are extracted. The sample weights go on the input or on the output gradient, whichever is smaller, and the
-convolution's own weight gradient does the rest (Sec. IV-C).
+The weighted gradient extracts no patches: the sample weights go on the input or on the output gradient, whichever is
+smaller, and the convolution's own weight gradient does the rest (Sec. IV-C). The Gram matrix does.
 """
 
 from dataclasses import dataclass
@@ -14,24 +14,27 @@ from torch.nn.modules.conv import _ConvNd
 
 from hf_fngd.layers.base import (
     Call,
-    ExplicitKernel,
     Forward,
+    GramKernel,
     Layout,
+    Matrices,
     Saved,
     operands,
     register_layer_type,
 )
 from hf_fngd.layers.subclass import base_of
-from hf_fngd.weights.algebra import scaled, tensor_norms
+from hf_fngd.weights.algebra import accumulation_dtype, scaled, tensor_norms
+from hf_fngd.weights.gram import normalize
+from hf_fngd.weights.patches import Geometry, gram_of_patches
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 
 @dataclass(frozen=True)
-class ConvolutionKernel(ExplicitKernel):
-    """``y = W * x + b``, channels first, over images of ``dims`` dimensions."""
+class ConvolutionKernel(GramKernel):
+    """``y = W * x + b``, channels first, over images of as many dimensions as the filter has."""
 
-    dims: int
+    size: tuple[int, ...]  # of the filter
     arguments: tuple[Any, ...]  # of torch's convolution after the bias: stride, padding, dilation and so on
     pad: tuple[int, ...]  # F.pad's, for a padding that torch's convolution cannot do by itself
     mode: str  # F.pad's
@@ -39,7 +42,7 @@ class ConvolutionKernel(ExplicitKernel):
     adds = True
 
     def takes(self, x: Any, *others: Any) -> bool:  # an input without a batch has a dimension less
-        return isinstance(x, Tensor) and x.dim() == self.dims + 2 and not others
+        return isinstance(x, Tensor) and x.dim() == len(self.size) + 2 and not others
 
     def run(self, module: nn.Module, own: Forward, x: Tensor, call: Call) -> Tensor:
         # Padded first, as torch does: autocast pads in float32.
@@ -72,6 +75,35 @@ class ConvolutionKernel(ExplicitKernel):
         assert x is not None
         return tensor_norms(g) * tensor_norms(x)
 
+    def gram(self, x: Tensor, g: Tensor, has_bias: bool, memory_budget: int) -> Tensor:
+        """By patches of the input; of a transposed convolution by those of its output gradient.
+
+        That one's weight gradient is the one of the convolution that takes g to x, where both have changed places.
+        """
+        stride, padding, dilation, transposed, _, groups = self.arguments
+        if x.dim() == len(self.size) + 2:  # otherwise a sample has several rows, in the second dimension
+            x, g = x.unsqueeze(1), g.unsqueeze(1)
+        with torch.autocast(x.device.type, enabled=False):
+            x, g = x.to(accumulation_dtype(x.dtype)), normalize(g)
+            image, grads = (
+                one.reshape(*one.shape[:2], groups, one.shape[2] // groups, *one.shape[3:])
+                for one in ((g, x) if transposed else (x, g))
+            )
+            geometry = Geometry(self.size, stride, padding, dilation)
+            k = gram_of_patches(image, grads, geometry, memory_budget=memory_budget)
+            if has_bias:
+                sums = g.transpose(1, 2).flatten(2).sum(dim=2)
+                k.addmm_(sums, sums.t())
+            return k.mul_(len(x))
+
+    def matrices(self, weight: Tensor) -> Matrices:
+        """``[o, i k]``, one a group of channels; of a transposed convolution ``[i, o k]``.
+
+        So a filter is the matrix that takes a patch to a position or, transposed, a position to a patch. The latter is
+        the adjoint of the convolution with the same filter, and has its matrix.
+        """
+        return self.arguments[-1], weight.shape[1:].numel()
+
 
 @register_layer_type("convolution")
 def convolution_kernel(module: nn.Module) -> ConvolutionKernel | None:
@@ -85,4 +117,4 @@ def convolution_kernel(module: nn.Module) -> ConvolutionKernel | None:
         # As torch's own: `_reversed_padding_repeated_twice` has what F.pad takes, for "same" and "valid" too.
         pad, padding = tuple(module._reversed_padding_repeated_twice), (0,) * dims
     arguments = (module.stride, padding, module.dilation, module.transposed, module.output_padding, module.groups)
-    return ConvolutionKernel(dims, arguments, pad, "constant" if mode == "zeros" else mode)
+    return ConvolutionKernel(module.kernel_size, arguments, pad, "constant" if mode == "zeros" else mode)

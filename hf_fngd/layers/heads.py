@@ -1,14 +1,17 @@
-"""Output heads: the layers that make logits, whose weights have a row for each class or token.
+"""What update rules for matrices leave to the fallback rule, though it belongs to preconditioned layers.
 
-Update rules for matrices are for what maps features to features. Rows of a head belong to one class or token each, as
-those of an embedding do.
+Such rules are for what maps features to features. Rows of an output head belong to one class or token each, as those of
+an embedding do; a convolution that sees pixels or a waveform embeds these; a depthwise filter mixes no features.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from torch import nn
 
+from hf_fngd.layers.convolution import CONVOLUTIONS
+
+FEW_CHANNELS = 4  # at most those of an image, or of the latent images of diffusion models
 # Of models that transformers knows nothing about: torchvision's, timm's, and those that name theirs as transformers do.
 _NAMES = ("lm_head", "classifier", "score", "head", "fc")
 
@@ -18,15 +21,34 @@ def output_heads(model: nn.Module) -> set[int]:
 
     In models of transformers, wrapped ones and parts of others included, a head is what ``get_output_embeddings`` says,
     and each layer outside the base model that has as many outputs as the config has labels or tokens. In other models
-    it is a Linear, or the last one of a Sequential, that is a child of the model itself and called "lm_head",
-    "classifier", "score", "head" or "fc".
+    it is a Linear or a convolution, or the last one of a Sequential, that is a child of the model itself and called
+    "lm_head", "classifier", "score", "head" or "fc".
     """
     pretrained = [module for module in model.modules() if _is_pretrained(module)]
     heads = [head for module in pretrained for head in _of_pretrained(module)]
     if not pretrained:
         children = [child for name, child in model.named_children() if name in _NAMES]
-        heads = [module for child in children for module in list(child.modules())[-1:] if isinstance(module, nn.Linear)]
-    return {id(parameter) for head in heads for parameter in head.parameters(recurse=False)}
+        last = [module for child in children for module in list(child.modules())[-1:]]
+        heads = [module for module in last if isinstance(module, (nn.Linear, *CONVOLUTIONS))]
+    return _parameters(heads)
+
+
+def first_filters(model: nn.Module) -> set[int]:
+    """The ``id`` of each parameter of a convolution whose input has few channels."""
+    return _parameters(one for one in _convolutions(model) if one.in_channels <= FEW_CHANNELS)
+
+
+def depthwise_filters(model: nn.Module) -> set[int]:
+    """The ``id`` of each parameter of a convolution with one input channel in each of its groups."""
+    return _parameters(one for one in _convolutions(model) if one.in_channels == one.groups > 1)
+
+
+def _convolutions(model: nn.Module) -> Iterator[Any]:
+    return (module for module in model.modules() if isinstance(module, CONVOLUTIONS))
+
+
+def _parameters(modules: Iterable[nn.Module]) -> set[int]:
+    return {id(parameter) for module in modules for parameter in module.parameters(recurse=False)}
 
 
 def _is_pretrained(module: nn.Module) -> bool:
@@ -44,6 +66,7 @@ def _of_pretrained(model: Any) -> Iterator[nn.Module]:
     sizes = {getattr(config, name, None) for name in ("num_labels", "vocab_size")} - {None, 0}
     base = {id(module) for module in model.base_model.modules()}
     for module in model.modules():
-        outputs = getattr(module, "out_features", getattr(module, "nf", None))  # Linear, Conv1D
+        sizes_of = (getattr(module, name, None) for name in ("out_features", "nf", "out_channels"))
+        outputs = next((size for size in sizes_of if size is not None), None)
         if id(module) not in base and isinstance(getattr(module, "weight", None), nn.Parameter) and outputs in sizes:
             yield module

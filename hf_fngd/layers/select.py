@@ -7,11 +7,13 @@ from dataclasses import dataclass, replace
 
 import regex
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from hf_fngd.checks import shown
 from hf_fngd.layers.base import (
     GramKernel,
     LayerKernel,
+    Matrices,
     find_kernel,
     is_frozen,
     layer_type_names,
@@ -30,6 +32,10 @@ Modules = str | Sequence[str] | None
 TIED = "the weight is tied to another module"
 COMPUTED = "the layer's weight is computed from other parameters (as by pruning or weight normalization)"
 FROZEN = "the layer's weight is frozen"
+COUPLES = (
+    "its statistics couple the samples; in the layers before it a sample's gradient is what comes through its own "
+    "entries, its effect on the other samples included"
+)
 # A pattern may come from anyone, with a shared config: no match of a name takes longer than this, in seconds.
 _PATTERN_TIMEOUT = 1.0
 
@@ -41,7 +47,7 @@ class Selected:
     name: str
     module: nn.Module
     kernel: LayerKernel
-    matrix: bool  # a Linear or Conv1D with a weight of its own: it gets the update rule, all others the fallback rule
+    matrix: bool  # preconditioned: it has a weight of its own, and gets the update rule, all others the fallback rule
     names: Mapping[str, Sequence[str]]  # of its own parameters: all that they have in the model
 
     @property
@@ -66,13 +72,13 @@ class Selection:
     """The preconditioned layers; all layers to attach, these first; and why each other parameter is another.
 
     Frozen ones are among them, since they may be unfrozen. ``unweighed`` has those of the others that consist of
-    matrices all the same, by their names: how many (`unweighed_matrices`).
+    matrices all the same, by their names (`unweighed_matrices`).
     """
 
     matrices: list[Selected]
     layers: list[Selected]
     others: dict[str, Plain]
-    unweighed: dict[str, int]
+    unweighed: dict[str, Matrices]
 
     @property
     def unfit(self) -> dict[str, str]:
@@ -105,11 +111,11 @@ def select_layers(
 ) -> Selection:
     """Choose the layers to attach; for the arguments see `hf_fngd.settings.Settings`.
 
-    A Linear or Conv1D is preconditioned if its weight belongs to it alone (a tied output head shares its weight with an
-    embedding), ``target_modules`` names it and ``exclude_modules`` does not. Of the other layers those are attached
-    whose type is registered, and none where the sharing policy ``solves``, for which they would have to form Gram
-    matrices. A weight that several modules share is weighed with all of them, or with none. Frozen layers are selected
-    as if they were trained.
+    A Linear, Conv1D or convolution is preconditioned if its weight belongs to it alone (a tied output head shares its
+    weight with an embedding), ``target_modules`` names it and ``exclude_modules`` does not. Of the other layers those
+    are attached whose type is registered, and none where the sharing policy ``solves``, for which they would have to
+    form Gram matrices. A weight that several modules share is weighed with all of them, or with none. Frozen layers are
+    selected as if they were trained.
 
     Raises:
         ValueError: a listed module matches none of the model's, or nothing that is trained now is left to precondition.
@@ -122,7 +128,7 @@ def select_layers(
     matrices: list[Selected] = []
     others: list[Selected] = []
     plain: dict[str, Plain] = {}
-    unweighed: dict[str, int] = {}
+    unweighed: dict[str, Matrices] = {}
     _check_listed(model, target_modules=target_modules, exclude_modules=exclude_modules)
     for name, module in model.named_modules():
         layer_type, kernel = find_kernel(module)
@@ -138,7 +144,10 @@ def select_layers(
         if kernel is not None and not excluded and (_trains_alone(module, kernel) or reason == TIED):
             kernel = replace(kernel, tied=True) if isinstance(kernel, LinearKernel) else kernel
             others.append(Selected(name, module, kernel, False, names))
-        left_out = isinstance(module, nn.Linear) and "linear" not in wanted
+        left_out = any(
+            isinstance(module, bases) and of not in wanted
+            for of, bases in (("linear", nn.Linear), ("convolution", CONVOLUTIONS))
+        )
         if layer_type is None and named and not excluded and not left_out:
             alone = {
                 leaf: n for leaf, n in unweighed_matrices(module).items() if uses[id(module._parameters[leaf])] == 1
@@ -152,11 +161,11 @@ def select_layers(
         refused = [
             f"{name or 'the model'} ({type(module).__name__}: {why})"
             for name, module in model.named_modules()
-            if (why := refusal(module, *MATRICES))
+            if (why := refusal(module, *MATRICES, *CONVOLUTIONS))
         ]
         raise ValueError(
-            "nothing to precondition: the model has no trainable torch.nn.Linear or transformers Conv1D, nor a "
-            f"subclass that computes the same, that target_modules={shown(target_modules)}, "
+            "nothing to precondition: the model has no trainable torch.nn.Linear, transformers Conv1D or convolution, "
+            f"nor a subclass that computes the same, that target_modules={shown(target_modules)}, "
             f"exclude_modules={shown(exclude_modules)} and layer_types={layer_types!r} select"
             + (f"; not taken: {', '.join(refused[:3])}" if refused else "")
             + (f"; {len(matrices)} are frozen, and one has to be trained when FNGD is built" if matrices else "")
@@ -204,7 +213,7 @@ def _reason(
     if excluded:
         return "among exclude_modules"
     if not isinstance(kernel, GramKernel):
-        why = refusal(module, *MATRICES, *CONVOLUTIONS)
+        why = COUPLES if isinstance(module, _BatchNorm) else refusal(module, *MATRICES, *CONVOLUTIONS)
         return f"{type(module).__name__} is not a preconditioned layer type" + (f": {why}" if why else "")
     weight = module.weight
     if not isinstance(weight, nn.Parameter):

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from hf_fngd.layers.base import (
     Call,
     Forward,
-    GramKernel,
     LayerKernel,
     Layout,
     With,
@@ -23,6 +22,7 @@ from hf_fngd.layers.base import (
     to_train,
     trained,
 )
+from hf_fngd.layers.linear import LinearKernel
 from hf_fngd.samples.rows import NOT_THE_BATCH
 
 NOT_ON_ROWS = "its forward does not compute the same on one row a sample of its parameters"
@@ -78,4 +78,4 @@ def table_kernel(module: nn.Module) -> TableKernel | None:
     if not own or any(p.dim() != 3 or len(p) != 1 for p in own):
         return None
     below = (find_kernel(child)[1] for child in module.modules() if child is not module)
-    return None if any(isinstance(kernel, GramKernel) for kernel in below) else TableKernel()
+    return None if any(isinstance(kernel, LinearKernel) for kernel in below) else TableKernel()

@@ -1,27 +1,32 @@
 """Matrices in modules whose samples no layer type can weigh, and which an update rule for matrices steps all the same.
 
 These are the experts of a mixture, whose tokens are known to their module alone, the projections of torch's own
-attention, which calls no layer, and subclasses of Linear that do not compute what it does.
+attention, which calls no layer, and subclasses of Linear and convolutions that do not compute what these do.
 """
 
+import torch
 from torch import nn
 
-from hf_fngd.layers.base import plain_class
+from hf_fngd.layers.base import Matrices, plain_class
+from hf_fngd.layers.convolution import CONVOLUTIONS
 from hf_fngd.layers.linear import MATRICES
 
 
-def unweighed_matrices(module: nn.Module) -> dict[str, int]:
-    """By the name of a module's own parameter: of how many matrices, stacked in its first dimensions, it consists.
+def unweighed_matrices(module: nn.Module) -> dict[str, Matrices]:
+    """By the name of a module's own parameter: of which matrices it consists.
 
     A mixture's experts are taken by a rule: the class is called "...Experts", the parameter has three dimensions, and
     the first one counts the experts.
     """
     shapes = {name: p.shape for name, p in module.named_parameters(recurse=False) if p.dim() > 1 and not p.is_complex()}
+    counts: dict[str, int] = {}
     if isinstance(module, nn.MultiheadAttention):
         counts = {"in_proj_weight": 3, "q_proj_weight": 1, "k_proj_weight": 1, "v_proj_weight": 1}
-        return {name: counts[name] for name in shapes if name in counts}
-    if isinstance(module, MATRICES):
-        return dict.fromkeys([name for name, shape in shapes.items() if name == "weight" and len(shape) == 2], 1)
-    if plain_class(module).__name__.endswith("Experts"):
-        return {name: shape[0] for name, shape in shapes.items() if len(shape) == 3}
-    return {}
+    elif isinstance(module, MATRICES):
+        counts = {"weight": 1} if len(shapes.get("weight", ())) == 2 else {}
+    elif isinstance(module, CONVOLUTIONS):
+        shape = shapes.get("weight", torch.Size())
+        return {"weight": (module.groups, shape[1:].numel())} if len(shape) > 2 else {}
+    elif plain_class(module).__name__.endswith("Experts"):
+        counts = {name: shape[0] for name, shape in shapes.items() if len(shape) == 3}
+    return {name: (counts[name], shape[-1]) for name, shape in shapes.items() if name in counts}

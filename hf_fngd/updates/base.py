@@ -7,6 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from hf_fngd.layers.base import Matrices
+
 
 @dataclass(frozen=True)
 class Update:
@@ -17,7 +19,7 @@ class Update:
     state: Sequence[list[Tensor]]  # one list for each name of the rule, shaped like ``params``
     steps: Sequence[int]  # counts each parameter's updates, this one included
     sharded: Sequence[Tensor]  # the parameters themselves
-    stacked: Sequence[int]  # of how many matrices each consists
+    matrices: Sequence[Matrices]  # of which each consists, for rules that are for matrices alone
     group: dict[str, float]  # of which a rule reads ``lr``, ``momentum``, ``beta2``, ``eps`` and ``weight_decay``
 
     def decay(self) -> None:

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from hf_fngd.distributed.sharded import is_sharded
-from hf_fngd.layers.base import is_frozen, may_train
-from hf_fngd.layers.heads import output_heads
+from hf_fngd.layers.base import GramKernel, Matrices, is_frozen, may_train
+from hf_fngd.layers.heads import depthwise_filters, first_filters, output_heads
 from hf_fngd.layers.select import ALL_LINEAR, Selected
 from hf_fngd.updates.base import RULES
 from hf_fngd.updates.chosen import assigned
@@ -33,7 +33,7 @@ def decays(model: nn.Module) -> set[str]:
 
 
 def parameter_groups(
-    model: nn.Module, layers: Sequence[Selected], unweighed: Mapping[str, int], settings: Any, fallback: str
+    model: nn.Module, layers: Sequence[Selected], unweighed: Mapping[str, Matrices], settings: Any, fallback: str
 ) -> list[dict[str, Any]]:
     """Split the parameters, those of the preconditioned layers first; ``params`` holds names as well.
 
@@ -41,9 +41,10 @@ def parameter_groups(
 
     ``rule`` is a key of `hf_fngd.updates.RULES`, and ``layers`` holds the number of each parameter's layer, none in the
     groups of other parameters. Biases are vectors: where the rule is for matrices alone they get "adam". Such a rule
-    also steps the matrices that are ``unweighed``, of which ``stacked`` holds how many a parameter consists of. Each
-    of the user's groups is split in the same way, behind the automatic ones. Where the rule is for matrices, an output
-    head gets the fallback rule, unless the user names it in ``target_modules`` or in a group with a rule.
+    also steps the matrices that are ``unweighed``. Its groups have ``matrices``, which tells of which each parameter
+    consists. Each of the user's groups is split in the same way, behind the automatic ones. Where the rule is for
+    matrices, depthwise filters get the fallback rule. So do output heads and convolutions of few channels, unless the
+    user names them in ``target_modules`` or in a group with a rule.
 
     Raises:
         ValueError: as `hf_fngd.updates.chosen.assigned`, or a user's group has a rule and no matrix.
@@ -53,7 +54,8 @@ def parameter_groups(
     splits = [_split(settings, fallback)]
     splits += [_split(settings, fallback, group, f"_{number}") for number, group in enumerate(chosen)]
     decayed = decays(model)
-    heads = output_heads(model) if settings.target_modules == ALL_LINEAR else set()
+    outer = output_heads(model) | first_filters(model) if settings.target_modules == ALL_LINEAR else set()
+    depthwise = depthwise_filters(model)
     # A bias that is trained beside a frozen weight is none of a preconditioned layer's.
     owners = {
         id(p): number
@@ -66,15 +68,21 @@ def parameter_groups(
             continue
         number = numbers.get(id(parameter), -1)
         matrices, vectors, others, rest, rest_no_decay = splits[number + 1]
+        for_matrices = RULES[matrices["rule"]].matrices
         chosen_rule = number >= 0 and "update" in chosen[number]
-        if id(parameter) in heads and RULES[matrices["rule"]].matrices and not chosen_rule:
+        left = id(parameter) in depthwise or (id(parameter) in outer and not chosen_rule)
+        if for_matrices and left:
             group = rest if name in decayed else rest_no_decay
         elif id(parameter) in owners:
             group = matrices if parameter.dim() > 1 else vectors
-            group["layers"].append(owners[id(parameter)])
-        elif name in unweighed and RULES[others["rule"]].matrices:
+            group["layers"].append(owner := owners[id(parameter)])
+            if "matrices" in group:
+                kernel = layers[owner].kernel
+                assert isinstance(kernel, GramKernel)
+                group["matrices"].append([*kernel.matrices(parameter)])
+        elif name in unweighed and for_matrices:
             group = others
-            group["stacked"].append(unweighed[name])
+            group["matrices"].append([*unweighed[name]])
         else:
             group = rest if name in decayed else rest_no_decay
         group["params"].append((name, parameter))
@@ -97,10 +105,15 @@ def _split(
     decay, no_decay = own.get("weight_decay", settings.weight_decay), own.get("weight_decay", 0.0)
     reads = {"ns_steps": settings.effective("ns_steps")} if RULES[rule].matrices else {}
     reads |= {"block_size": settings.effective("block_size")} if rule == "block_muon" else {}
+    for_matrices = RULES[rule].matrices
+    preconditioned, unweighed = (
+        _group(f"{name}{suffix}", rule, lr, decay) | reads | ({"matrices": []} if for_matrices else {})
+        for name in ("preconditioned", "unweighed")
+    )
     return [
-        _group(f"preconditioned{suffix}", rule, lr, decay) | reads,
-        _group(f"preconditioned_no_decay{suffix}", "adam" if RULES[rule].matrices else rule, lr, no_decay),
-        _group(f"unweighed{suffix}", rule, lr, decay) | reads | {"stacked": []},
+        preconditioned,
+        _group(f"preconditioned_no_decay{suffix}", "adam" if for_matrices else rule, lr, no_decay),
+        unweighed,
         _group(f"plain{suffix}", fallback, rest_lr, decay),
         _group(f"plain_no_decay{suffix}", fallback, rest_lr, no_decay),
     ]

@@ -41,21 +41,23 @@ def orthogonalized_momentum(
     """The step of `muon_update` with another function in place of `orthogonalize`, of matrices ``[B, rows, columns]``.
 
     ``height`` tells of a matrix's rows how many the function makes orthogonal at a time, and ``apart`` of a parameter
-    that consists of so many matrices whether under FSDP2 each process's part can be taken for a matrix of its own. So
-    can a part of parameters with three dimensions, of which the first one counts matrices.
+    that consists of so many matrices whether under FSDP2 each process's part can be taken for a matrix of its own.
+    Where the first dimension counts the matrices, a part consists of some of them.
     """
     (buffers,), grads, momentum = update.state, update.grads, update.group["momentum"]
     torch._foreach_lerp_(buffers, grads, 1 - momentum)
     update.decay()
     tensors, kinds = [], {}  # what parts belong to
     for place, (p, like, d) in enumerate(zip(update.params, update.sharded, grads, strict=True)):
-        count = update.stacked[place]
-        if apart(like, count) if like.dim() < 3 else is_split_by_first(like):
-            like, count = p, 1 if is_sharded(like) else count
+        count, columns = update.matrices[place]
+        if is_sharded(like):
+            if count == like.shape[0] and is_split_by_first(like):
+                like, count = p, p.shape[0]
+            elif apart(like, count):
+                like, count = p, 1
         tensors.append(like)
         if like.numel():  # not so in a layer without features
-            matrices = len(like) if like.dim() == 3 else count
-            kinds[place] = Kind(like.shape, matrices, d.dtype, d.device, working_dtype(d.dtype, d.device))
+            kinds[place] = Kind(like.shape, count, columns, d.dtype, d.device, working_dtype(d.dtype, d.device))
 
     def sides(kind: Kind) -> tuple[int, int]:
         return height(kind.rows), kind.columns
@@ -67,7 +69,7 @@ def orthogonalized_momentum(
         wholes = exchange.collect({m: d.to(kinds[m].working) for m, d in zip(members, directions, strict=True)})
         updates: dict[int, Tensor] = {}
         for kind, alike in by_kind(exchange.mine, kinds).items():
-            batch = torch.stack([wholes[m] for m in alike]).view(-1, kind.rows, kind.columns)
+            batch = torch.stack([wholes[m] for m in alike]).reshape(-1, kind.rows, kind.columns)
             found = orthogonal(batch).to(exchange.dtype or kind.dtype).reshape(-1, *kind.shape)
             updates.update(zip(alike, found.unbind(), strict=True))
         parts = exchange.give_back(updates)

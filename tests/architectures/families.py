@@ -249,9 +249,9 @@ family(
     "Mamba",
     sized(hf.MambaForCausalLM, "intermediate_size", state_size=4, time_step_rank=3),
     "backbone.layers.*.mixer.(in|x|out)_proj",
-    {NEVER_CALLED: "backbone.layers.*.mixer.dt_proj"},
+    {NEVER_CALLED: "backbone.layers.*.mixer.(dt_proj|conv1d)"},
     tied="lm_head",
-    remark="no attention; dt_proj is used past its forward; a fused kernel would pass more layers by",
+    remark="no attention; dt_proj and conv1d are used past their forward; a fused kernel would pass more layers by",
 )
 
 
@@ -287,7 +287,7 @@ family(
 family(
     "ViT",
     sized(hf.ViTForImageClassification, image_size=(8, 16), patch_size=4, num_labels=CLASSES),
-    "vit.layers.*.attention.(q|k|v|o)_proj vit.layers.*.mlp.fc(1|2) classifier",
+    "vit.layers.*.attention.(q|k|v|o)_proj vit.layers.*.mlp.fc(1|2) classifier **.patch_embeddings.projection",
     batch=images(8, 16),
     square=9,
 )
@@ -304,7 +304,7 @@ family(
     # The second stage has a single window, so that its attention sees whole samples.
     """
         swin.encoder.layers.*.blocks.*.mlp.fc(1|2) swin.encoder.layers.0.downsample.reduction
-        swin.encoder.layers.*.blocks.*.attention.(q|k|v|o)_proj classifier
+        swin.encoder.layers.*.blocks.*.attention.(q|k|v|o)_proj classifier **.patch_embeddings.projection
     """,
     # Attention runs on [samples * windows, positions of a window, features]: four windows.
     batch=images(16, 16),
@@ -318,10 +318,53 @@ RESNET_SIZES = {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1], 
 family(
     "ResNet",
     sized(hf.ResNetForImageClassification, **RESNET_SIZES, num_labels=CLASSES),
-    "classifier.1",
+    "**.convolution classifier.1",
     batch=images(16, 16),
     oracle="captured",
-    remark="convolutions are not preconditioned; the batch statistics couple the samples",
+    remark="the batch statistics couple the samples",
+)
+
+family(
+    "ConvNeXt",
+    sized(
+        hf.ConvNextForImageClassification,
+        hidden_sizes=[8, 16],
+        depths=[1, 2],
+        patch_size=2,
+        num_stages=2,
+        num_labels=CLASSES,
+    ),
+    """
+        **.patch_embeddings **.dwconv **.downsampling_layer.1 **.pwconv(1|2) classifier
+    """,
+    batch=images(9, 8),
+    remark="depthwise convolutions",
+)
+
+
+def maps(n: int, t: int) -> Batch:
+    """Images of which every pixel has a class."""
+    generator = torch.Generator().manual_seed(n)
+    return images(16, 16)(n, t) | {"labels": torch.randint(CLASSES, (n, 16, 16), generator=generator)}
+
+
+SEGFORMER_SIZES = {
+    **{"num_encoder_blocks": 2, "depths": [1, 1], "sr_ratios": [2, 1], "hidden_sizes": [8, 16]},
+    **{"patch_sizes": [3, 3], "strides": [2, 2], "num_attention_heads": [1, 2], "mlp_ratios": [2, 2]},
+    **{"decoder_hidden_size": 8, "num_labels": CLASSES},
+}
+
+family(
+    "SegFormer",
+    sized(hf.SegformerForSemanticSegmentation, **SEGFORMER_SIZES),
+    """
+        **.proj **.attention.(q|k|v|o)_proj **.sequence_reduction **.mlp.fc(1|2) **.dwconv
+        decode_head.(linear_fuse|classifier)
+    """,
+    batch=maps,
+    oracle="captured",
+    square=16,
+    remark="the decoder's batch statistics couple the samples",
 )
 
 
@@ -341,7 +384,10 @@ def clip() -> nn.Module:
 family(
     "CLIP",
     clip,
-    "(text|vision)_model.encoder.layers.*.(self_attn.(q|k|v|out)_proj|mlp.fc(1|2)) (text|visual)_projection",
+    """
+        (text|vision)_model.encoder.layers.*.(self_attn.(q|k|v|out)_proj|mlp.fc(1|2)) (text|visual)_projection
+        vision_model.embeddings.patch_embedding
+    """,
     batch=captions,
     oracle="captured",
     square=10,
@@ -370,7 +416,7 @@ def speech(n: int, t: int) -> Batch:
 family(
     "Whisper",
     sized(hf.WhisperForConditionalGeneration, **WHISPER_SIZES),
-    BART_LINEARS,
+    f"{BART_LINEARS} model.encoder.conv(1|2)",
     batch=speech,
     tied="proj_out",
     remark="sinusoidal positions of the encoder are frozen",
@@ -386,6 +432,7 @@ family(
     "Wav2Vec2 (CTC)",
     sized(hf.Wav2Vec2ForCTC, **WAV2VEC2_SIZES),
     """
+        wav2vec2.feature_extractor.conv_layers.*.conv
         wav2vec2.feature_projection.projection wav2vec2.encoder.layers.*.attention.(q|k|v|out)_proj
         wav2vec2.encoder.layers.*.feed_forward.(intermediate|output)_dense lm_head
     """,

@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 from hf_fngd import CoverageReport, FNGDPreconditioner
 from hf_fngd.layers.base import find_kernel
@@ -184,19 +183,14 @@ def calls_in(model: nn.Module, batch: Batch, modules: Sequence[str]) -> dict[str
 
 
 def captured(model: nn.Module, batch: Batch, layers: Sequence[str]) -> Gradients:
-    """U of the layers that see ``[samples, ..., features]``."""
+    """U of the layers that see ``[samples, ...]``."""
     u: Gradients = {}
     for name, (a, g) in calls_in(model, batch, layers).items():
-        module = model.get_submodule(name)
-        shares = []
-        for a_n, g_n in zip(a.unbind(), g.unbind(), strict=True):
-            a_n, g_n = a_n.reshape(-1, a.shape[-1]), g_n.reshape(-1, g.shape[-1])
-            h = g_n.t() @ a_n
-            own = {"weight": h.t() if isinstance(module, Conv1D) else h, "bias": g_n.sum(dim=0)}
-            shares.append({key: len(a) * value.flatten() for key, value in own.items()})
-        for full in own_parameters(name, module):
-            leaf = full.rpartition(".")[2]
-            u[full] = torch.stack([share[leaf] for share in shares], dim=1)
+        module, names = model.get_submodule(name), own_parameters(name, model.get_submodule(name))
+        own = [model.get_parameter(full) for full in names]
+        shares = [torch.autograd.grad(module(a[n : n + 1]), own, g[n : n + 1]) for n in range(len(a))]
+        for full, of in zip(names, zip(*shares, strict=True), strict=True):
+            u[full] = torch.stack([len(a) * h.flatten() for h in of], dim=1)
     return u
 
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from hf_fngd.engine.layer import CALLED_AGAIN, NEVER_CALLED, USED_ELSEWHERE
 from hf_fngd.layers.base import AMBIGUOUS
+from hf_fngd.layers.select import COUPLES
 from hf_fngd.samples.rows import NOT_THE_BATCH
 
 Batch = dict[str, Any]
@@ -27,8 +28,8 @@ MISSED = (NOT_THE_BATCH, AMBIGUOUS, CALLED_AGAIN, USED_ELSEWHERE, NEVER_CALLED)
 
 
 def kind(layer_type: str) -> str:
-    """The reason why the parameters of a module that is no Linear or Conv1D are plain."""
-    return f"{layer_type} is not a preconditioned layer type"
+    """The reason why the parameters of a module that is no Linear, Conv1D or convolution are plain."""
+    return f"{layer_type} is not a preconditioned layer type" + f": {COUPLES}" * layer_type.startswith("BatchNorm")
 
 
 @dataclass(frozen=True, eq=False)

@@ -11,6 +11,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 import torch
 import transformers
 
+from hf_fngd.layers.select import COUPLES
 from tests.architectures.families import FAMILIES, Family
 from tests.architectures.oracle import Verdict, verdicts
 from tests.architectures.registry import MISSED, POSITIONS, PRECONDITIONED, TIED, WEIGHED, kind
@@ -100,7 +101,7 @@ def reasons(count: int, outcomes: Mapping[str, str], exclude: object) -> str:
     """The number of parameters, and after it how many there are for each reason."""
     suffix = kind("")
     short = Counter(
-        SHORT.get(outcome, outcome.removesuffix(suffix))
+        SHORT.get(outcome, outcome.removesuffix(f": {COUPLES}").removesuffix(suffix))
         for outcome in outcomes.values()
         if outcome != PRECONDITIONED and outcome not in exclude
     )
@@ -129,8 +130,8 @@ def render() -> str:
         "every step a coefficient step but for those of the columns on clipping.",
         "",
         "- **tensors**: trainable parameter tensors, each counted once; **plain**: those that get the plain gradient "
-        "by their kind, with the types of their modules; **missed**: those of Linear and Conv1D layers that get it "
-        "nevertheless, with the reasons of the coverage report, shortened.",
+        "by their kind, with the types of their modules; **missed**: those of Linear, Conv1D and "
+        "convolution layers that get it nevertheless, with the reasons of the coverage report, shortened.",
         '- **oracle**: where the per-sample gradients come from. "alone": each sample is run by itself. "captured": '
         "the samples interact, and each one's share is formed from the layer's inputs and output gradients in the "
         "plain model.",

@@ -27,6 +27,7 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import Trainer
 
 from hf_fngd import FNGD, FNGDCallback
+from hf_fngd.layers.base import Matrices
 from hf_fngd.updates import RULES, block_muon, muon
 from hf_fngd.updates.base import Update
 from tests.distributed.harness import (
@@ -202,15 +203,18 @@ def exchanged() -> dict[str, Any]:
     return found
 
 
-# Rows fewer than ranks, as many, not divisible, tall and wide, alike; stacked matrices, another dtype.
-MATRICES: list[tuple[tuple[int, ...], int, torch.dtype]] = [
+# Rows fewer than ranks, as many, not divisible, tall and wide, alike; stacked matrices, another dtype. Experts; filters
+# of one and two dimensions, whole and in groups, as many of these as output channels.
+MATRICES: list[tuple[tuple[int, ...], Matrices, torch.dtype]] = [
     *(
-        ((rows, columns), 1, torch.float64)
+        ((rows, columns), (1, columns), torch.float64)
         for rows, columns in ((1, 4), (2, 7), (7, 5), (6, 6), (5, 30), (6, 6), (6, 6))
     ),
-    *(((12, 4), stacked, torch.float64) for stacked in (3, 1)),
-    ((4, 3), 1, torch.float32),
-    ((5, 4, 3), 5, torch.float64),
+    *(((12, 4), (stacked, 4), torch.float64) for stacked in (3, 1)),
+    ((4, 3), (1, 3), torch.float32),
+    ((5, 4, 3), (5, 3), torch.float64),
+    *(((6, 3, 5), (groups, 15), torch.float64) for groups in (1, 2, 6)),
+    *(((8, 3, 3, 2), (groups, 18), torch.float64) for groups in (1, 4)),
 ]
 
 
@@ -223,7 +227,7 @@ def owned() -> dict[str, Any]:
     mesh = init_device_mesh("cpu", (2, 2) if world == 4 else (world,))
     for update, limit in product(("muon", "block_muon"), (2**28, 400)):
         group = {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.1, "block_size": 2}
-        stacked = [count for _, count, _ in MATRICES] + [1]
+        matrices = [of for _, of, _ in MATRICES] + [(1, 6)]
         dims = [0] * len(MATRICES) + [1]
         torch.manual_seed(0)
         ones = [torch.randn(shape, dtype=dtype) for shape, _, dtype in [*MATRICES, ((5, 6), 1, torch.float64)]]
@@ -239,10 +243,10 @@ def owned() -> dict[str, Any]:
         with torch.no_grad(), mock.patch.object(muon, "_MUON_BYTES", limit):
             for step in range(3):
                 grads = [torch.randn_like(p) for p in ones]
-                RULES[update].update(Update(ones, grads, [buffers], [step + 1] * len(ones), ones, stacked, group))
+                RULES[update].update(Update(ones, grads, [buffers], [step + 1] * len(ones), ones, matrices, group))
                 own, parts = [p.to_local() for p in sharded], [g.to_local() for g in split(grads)]
                 with orthogonalized() as counts, Collectives() as made:
-                    RULES[update].update(Update(own, parts, [state], [step + 1] * len(own), sharded, stacked, group))
+                    RULES[update].update(Update(own, parts, [state], [step + 1] * len(own), sharded, matrices, group))
             errors = [float((p.full_tensor() - q).abs().max()) for p, q in zip(sharded, ones, strict=True)]
         single = errors.pop([p.dtype for p in ones].index(torch.float32))
         found[f"{update}, {limit}"] = {
@@ -268,19 +272,34 @@ class SmallExperts(nn.Module):
         return self.head(self.attention(y, y, y, need_weights=False)[0]).mean(1)
 
 
+class SmallFilters(nn.Module):
+    """Filters with fewer output channels than there are processes, of several groups, depthwise, transposed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.whole, self.one = nn.Conv1d(3, 6, 1), nn.Conv1d(6, 9, 3, padding=1), nn.Conv1d(9, 1, 1)
+        self.grouped, self.depthwise = nn.Conv1d(9, 6, 2, groups=3), nn.Conv1d(6, 6, 1, groups=6)
+        self.up, self.out = nn.ConvTranspose1d(6, 8, 3, 2, groups=2), nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.tanh(self.whole(self.first(x)))
+        y = torch.tanh(self.depthwise(self.grouped(y * self.one(y))))
+        return self.out(torch.tanh(self.up(y)).mean(2))
+
+
 def unweighed() -> dict[str, float]:
-    """How far a sharded model whose experts and projections Muon steps is from an accumulating one."""
+    """How far a sharded model whose experts and projections, or filters, Muon steps is from an accumulating one."""
     rank, world, found = dist.get_rank(), dist.get_world_size(), {}
-    for update in ("muon", "block_muon"):
+    for update, kind, sharing in product(("muon", "block_muon"), (SmallExperts, SmallFilters), ("clipped", "never")):
         models = []
         for sharded in (True, False):
             torch.manual_seed(0)
-            model = SmallExperts().double()
+            model = kind().double()
             with nullcontext() if sharded else alone():
-                fngd = optimizer(fully_shard(model) if sharded else model, "clipped", update=update)
+                fngd = optimizer(fully_shard(model) if sharded else model, sharing, update=update)
                 run(model, fngd, [rank] if sharded else list(range(world)), range(4))
             models.append(flat(model))
-        found[update] = float((models[0] - models[1]).abs().max())
+        found[f"{update}, {kind.__name__}, {sharing}"] = float((models[0] - models[1]).abs().max())
     return found
 
 

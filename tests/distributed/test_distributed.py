@@ -14,8 +14,8 @@ from tests.distributed.launch import launch
 CHECKS = "tests.distributed.checks"
 # A step's collectives: of the gradients' norms, to the owners of matrices and back.
 NORM, EXCHANGE = ["allreduce_"], ["alltoall_base_"] * 2
-# In `checks.owned`: matrices that have an owner, and experts.
-MATRICES, EXPERTS = 12, 5
+# In `checks.owned`: matrices that have an owner, and those that the first dimension counts.
+MATRICES, EXPERTS = 20, 11
 
 
 @pytest.mark.timeout(600)
@@ -50,7 +50,7 @@ def test_two_processes(subtests: pytest.Subtests, tmp_path: Path) -> None:
         away = 8 * (12 * 5 + 4 * 12) // 2  # bytes: float64, and half of each matrix is the owner's own part
         assert found["exchanged"] == {"muon": [NORM + EXCHANGE, [away] * 2, [1, 1]], "block_muon": [NORM, [], [2, 2]]}
     owned(subtests, found["owned"], orthogonalized=MATRICES + EXPERTS + 2)
-    with subtests.test("experts and torch's attention"):
+    with subtests.test("experts, torch's attention and filters"):
         assert max(found["unweighed"].values()) < 1e-12
     with subtests.test("a rank without a gradient neither hangs nor parts from the others"):
         cases = found["empty_ranks"]

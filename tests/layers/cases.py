@@ -131,11 +131,30 @@ CASES = {
     "Conv2d, circular, same": convolution((2, 4, 6), nn.Conv2d, 2, 3, (2, 3), padding="same", padding_mode="circular"),
     "Conv2d, channels last": replace(convolution((2, 4, 6), nn.Conv2d, 2, 4, 3), change=channels_last),
     "Conv2d, a subclass": convolution((2, 4, 6), InheritingConv2d, 2, 4, 3),
+    "Conv2d, replicate": convolution(
+        (3, 5, 7), nn.Conv2d, 3, 2, (2, 3), stride=(3, 2), padding=(2, 1), padding_mode="replicate"
+    ),
+    "Conv2d, points": convolution((3, 5, 3), nn.Conv2d, 3, 4, 1, stride=2),
+    "Conv3d, depthwise, circular": convolution(
+        (2, 3, 4, 5),
+        nn.Conv3d,
+        2,
+        2,
+        (1, 2, 3),
+        groups=2,
+        padding=(0, 1, 2),
+        dilation=(1, 1, 2),
+        padding_mode="circular",
+    ),
     "Conv3d": convolution((2, 3, 4, 2), nn.Conv3d, 2, 3, (2, 3, 1), stride=(1, 2, 1), padding=1),
     "ConvTranspose1d": convolution((2, 4), nn.ConvTranspose1d, 2, 3, 3),
     "ConvTranspose2d": convolution(
         (4, 3, 2), nn.ConvTranspose2d, 4, 6, 3, stride=2, padding=1, output_padding=1, groups=2, dilation=2
     ),
+    "ConvTranspose2d, room for another patch": convolution(
+        (2, 3, 3), nn.ConvTranspose2d, 2, 4, (2, 3), stride=(1, 2), dilation=(3, 1), output_padding=(2, 1)
+    ),
+    "ConvTranspose1d, depthwise": convolution((3, 5), nn.ConvTranspose1d, 3, 6, 2, stride=3, groups=3, padding=1),
     "ConvTranspose3d": convolution((2, 2, 3, 2), nn.ConvTranspose3d, 2, 2, 2),
     "LayerNorm": Case("norm", lambda bias: nn.LayerNorm(4, bias=bias), (4,)),
     "LayerNorm, positions": Case("norm", lambda bias: nn.LayerNorm(4, bias=bias), (3, 4)),

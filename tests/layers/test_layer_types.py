@@ -19,6 +19,7 @@ from tests.steps import gradient, relative_error
 
 pytestmark = pytest.mark.usefixtures("fresh_compiler")
 FIRST = 30.0  # how often the first sample counts
+PRECONDITIONED = ("linear", "conv1d", "convolution")
 WITH_BIAS = [pytest.param(case, bias, id=f"{name}-{bias}") for name, case in CASES.items() for bias in case.biases]
 ONCE = [pytest.param(case, case.biases[0], id=name) for name, case in CASES.items()]
 
@@ -163,10 +164,10 @@ def test_the_gradient_is_the_sum_of_the_clipped_samples(case: Case, bias: str, w
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
     assert {*report.preconditioned, *report.weighed} == trained
     own = [name for name in trained if name.startswith("module")]
-    assert set(own) <= set(report.preconditioned if case.type in ("linear", "conv1d") else report.weighed)
+    assert set(own) <= set(report.preconditioned if case.type in PRECONDITIONED else report.weighed)
 
 
-GRAM = [parameter for parameter in WITH_BIAS if parameter.values[0].type in ("linear", "conv1d")]
+GRAM = [parameter for parameter in WITH_BIAS if parameter.values[0].type in PRECONDITIONED]
 
 
 @pytest.mark.parametrize(("case", "bias"), GRAM)

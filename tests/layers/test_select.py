@@ -165,7 +165,7 @@ NOTHING = [
     (nn.Linear(2, 2).requires_grad_(False), "all-linear", None, "nothing to precondition"),
     (Model().requires_grad_(False), "all-linear", None, "6 are frozen, and one has to be trained when FNGD is built"),
     # Its out_proj is a subclass of Linear that is never called.
-    (nn.MultiheadAttention(4, 2), "all-linear", None, r"no trainable torch\.nn\.Linear or transformers Conv1D"),
+    (nn.MultiheadAttention(4, 2), "all-linear", None, r"no trainable torch\.nn\.Linear, transformers Conv1D or conv"),
 ]
 
 

@@ -384,7 +384,9 @@ def test_layer_wise_rates_train_as_a_slow_reference_does(update: str) -> None:
             with torch.no_grad():
                 if update == "muon" and p.dim() == 2 and not name.startswith(("embedding", "head")):
                     group = {"lr": lr, "momentum": 0.9, "weight_decay": decay}
-                    RULES["muon"].update(Update([p], [gradients[name]], [m[:1]], [step + 1], [p], [1], group))
+                    RULES["muon"].update(
+                        Update([p], [gradients[name]], [m[:1]], [step + 1], [p], [(1, p.shape[-1])], group)
+                    )
                     continue
                 m[0].mul_(0.9).add_(gradients[name], alpha=0.1)
                 m[1].mul_(0.999).add_(gradients[name].square(), alpha=0.001)

@@ -30,7 +30,8 @@ def gradients(shapes: list[tuple[int, ...]], step: int) -> list[Tensor]:
 def apply(rule: str, params: list[Tensor], grads: list[Tensor], steps: list[int], *state: list[Tensor], **changes: Any):
     """Update in place; returns the state, new where none is given."""
     kept = state or tuple([torch.zeros_like(p) for p in params] for _ in RULES[rule].state)
-    RULES[rule].update(Update(params, grads, kept, steps, params, [1] * len(params), SETTINGS | changes))
+    matrices = [(1, p.shape[-1]) for p in params]
+    RULES[rule].update(Update(params, grads, kept, steps, params, matrices, SETTINGS | changes))
     return kept
 
 
