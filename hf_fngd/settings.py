@@ -11,7 +11,7 @@ from hf_fngd.layers.base import layer_type_names
 from hf_fngd.layers.heads import FEW_CHANNELS
 from hf_fngd.layers.select import ALL_LINEAR
 from hf_fngd.updates import FALLBACK_RULES, RULES
-from hf_fngd.updates.block_muon import BLOCK_SIZE
+from hf_fngd.updates.block_muon import FEWEST
 from hf_fngd.updates.chosen import chosen_groups
 from hf_fngd.updates.orthogonal import STEPS
 from hf_fngd.weights.base import SharingPolicy, policy_class, policy_names
@@ -45,7 +45,6 @@ _OF_ENGINE = ("sharing", *READ_BY_POLICIES, "target_modules", "exclude_modules",
 _ELSEWHERE = {"learning_rate": "lr", "betas": "momentum and beta2", "beta1": "momentum", "params": "the model"}
 _MEANT_BY_NONE = {
     "damping": 0.1,
-    "block_size": BLOCK_SIZE,
     "ns_steps": STEPS,
     "beta2": 0.999,
     "eps": 1e-8,
@@ -98,7 +97,10 @@ class Settings:
         "region, for sharing 'never' and 'replay'. Muon also steps experts, and the projections of torch's attention.",
     )
     block_size: int | None = _setting(
-        None, integer(1), f"Most rows of a block, >= 1; None: {BLOCK_SIZE}. Read by update 'block_muon'."
+        None,
+        integer(1),
+        f"Most rows of a block, >= 1; None: a quarter of the matrix's shorter side, but at least {FEWEST}. Read by "
+        "update 'block_muon'.",
     )
     ns_steps: int | None = _setting(
         None, integer(1, 100), f"Newton-Schulz steps of update 'muon' and 'block_muon', >= 1; None: {STEPS}."

@@ -240,7 +240,7 @@ def test_the_size_of_blocks_is_refused_where_none_are_made() -> None:
     refused(ValueError, message, update="muon", block_size=8)
     groups = fngd(update="muon", block_size=8, param_groups=[{"params": ["fc2"], "update": "block_muon"}]).param_groups
     assert [group.get("block_size") for group in groups if group["rule"] == "block_muon"] == [8]
-    assert fngd().param_groups[0]["block_size"] == 32
+    assert fngd().param_groups[0]["block_size"] is None
 
 
 def test_newton_schulz_steps_are_refused_where_none_are_taken() -> None:
@@ -273,7 +273,7 @@ def test_an_unknown_argument_is_a_type_error_with_a_guess(owner: Any, engine: bo
 
 
 def test_unset_arguments_mean_what_their_help_says() -> None:
-    for name in ("damping", "block_size", "ns_steps", "beta2", "eps", "memory_budget"):
+    for name in ("damping", "ns_steps", "beta2", "eps", "memory_budget"):
         value = Settings().effective(name)
         shown = {2**28: "2**28", 1e-8: "1e-8"}.get(value, str(value))
         assert f"None: {shown}." in Settings.__dataclass_fields__[name].metadata["help"]

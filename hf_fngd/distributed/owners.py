@@ -21,6 +21,7 @@ class Kind(NamedTuple):
     shape: torch.Size  # of a whole tensor
     matrices: int  # that it consists of
     columns: int  # of each matrix
+    height: int  # rows of a block of each
     dtype: torch.dtype  # of the parts, and their device
     device: torch.device
     working: torch.dtype  # of the whole tensor

@@ -104,7 +104,7 @@ def _split(
     rest_lr = own.get("lr", settings.lr if settings.fallback_lr is None else settings.fallback_lr)
     decay, no_decay = own.get("weight_decay", settings.weight_decay), own.get("weight_decay", 0.0)
     reads = {"ns_steps": settings.effective("ns_steps")} if RULES[rule].matrices else {}
-    reads |= {"block_size": settings.effective("block_size")} if rule == "block_muon" else {}
+    reads |= {"block_size": settings.block_size} if rule == "block_muon" else {}
     for_matrices = RULES[rule].matrices
     preconditioned, unweighed = (
         _group(f"{name}{suffix}", rule, lr, decay) | reads | ({"matrices": []} if for_matrices else {})

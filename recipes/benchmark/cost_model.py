@@ -10,11 +10,13 @@ precision, and the host's time, which decides where a device is fast and a model
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 
 import torch
 
-from hf_fngd.updates.orthogonal import block_shape, prefers_gram
+from hf_fngd.updates.block_muon import block_rows
+from hf_fngd.updates.orthogonal import prefers_gram
 from hf_fngd.weights.gram import cheaper_route
 
 Shapes = Iterable[tuple[int, int]]
@@ -59,7 +61,7 @@ def orthogonalization(rows: int, columns: int, dtype: torch.dtype, steps: int = 
     return steps * (4 * m * m * n + 2 * m**3)
 
 
-def block_orthogonalization(rows: int, columns: int, size: int, dtype: torch.dtype, steps: int = 5) -> float:
-    """The same on blocks of at most ``size`` rows."""
-    count, height = block_shape(rows, size)
-    return count * orthogonalization(height, columns, dtype, steps)
+def block_orthogonalization(rows: int, columns: int, size: int | None, dtype: torch.dtype, steps: int = 5) -> float:
+    """The same on blocks of at most ``size`` rows; None: those of the default."""
+    height = block_rows(rows, columns, size)
+    return math.ceil(rows / height) * orthogonalization(height, columns, dtype, steps)

@@ -28,8 +28,9 @@ from transformers import Trainer
 
 from hf_fngd import FNGD, FNGDCallback
 from hf_fngd.layers.base import Matrices
-from hf_fngd.updates import RULES, block_muon, muon
+from hf_fngd.updates import RULES, muon
 from hf_fngd.updates.base import Update
+from hf_fngd.updates.orthogonal import block_shape, orthogonalize_blocks
 from tests.distributed.harness import (
     SETTINGS,
     STEPS,
@@ -173,25 +174,19 @@ def _collectives(sharing: str) -> list[int]:
 
 @contextmanager
 def orthogonalized() -> Iterator[list[int]]:
-    """In its context: how many matrices this rank orthogonalizes at a time."""
+    """In its context: how many matrices, or blocks, this rank orthogonalizes at a time."""
     counts: list[int] = []
 
-    def counting(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        def counted(matrices: Tensor, **options: Any) -> Tensor:
-            counts.append(len(matrices))
-            return function(matrices, **options)
+    def counted(matrices: Tensor, size: int, steps: int) -> Tensor:
+        counts.append(len(matrices) * block_shape(matrices.shape[1], size)[0])
+        return orthogonalize_blocks(matrices, size, steps)
 
-        return counted
-
-    with (
-        mock.patch.object(muon, "orthogonalize", counting(muon.orthogonalize)),
-        mock.patch.object(block_muon, "orthogonalize_blocks", counting(block_muon.orthogonalize_blocks)),
-    ):
+    with mock.patch.object(muon, "orthogonalize_blocks", counted):
         yield counts
 
 
 def exchanged() -> dict[str, Any]:
-    """A sharded model's step: its collectives, the bytes that all ranks send in each, the matrices that each makes."""
+    """A sharded model's step: its collectives, the bytes that all ranks send in each, what each orthogonalizes."""
     found = {}
     for update in ("muon", "block_muon"):
         model = _shard(net(width=12))

@@ -48,7 +48,7 @@ def test_two_processes(subtests: pytest.Subtests, tmp_path: Path) -> None:
         }
     with subtests.test("two exchanges for all matrices, none for blocks that a process holds whole"):
         away = 8 * (12 * 5 + 4 * 12) // 2  # bytes: float64, and half of each matrix is the owner's own part
-        assert found["exchanged"] == {"muon": [NORM + EXCHANGE, [away] * 2, [1, 1]], "block_muon": [NORM, [], [2, 2]]}
+        assert found["exchanged"] == {"muon": [NORM + EXCHANGE, [away] * 2, [1, 1]], "block_muon": [NORM, [], [4, 4]]}
     owned(subtests, found["owned"], orthogonalized=MATRICES + EXPERTS + 2)
     with subtests.test("experts, torch's attention and filters"):
         assert max(found["unweighed"].values()) < 1e-12
@@ -92,7 +92,7 @@ def test_three_processes(subtests: pytest.Subtests, tmp_path: Path) -> None:
         narrow = 8 * 2 * 12
         assert found["exchanged"] == {
             "muon": [NORM + EXCHANGE, [8 * 8 * 5 + narrow] * 2, [1, 1, 0]],
-            "block_muon": [NORM + EXCHANGE, [narrow] * 2, [2, 1, 1]],
+            "block_muon": [NORM + EXCHANGE, [narrow] * 2, [4, 2, 2]],
         }
     owned(subtests, found["owned"], orthogonalized=MATRICES + EXPERTS + 3)
 

@@ -81,7 +81,7 @@ def rules(optimizer: FNGD) -> dict[str, str]:
 def test_muon_steps_all_filters_but_depthwise_ones_heads_and_those_that_see_an_image(
     settings: dict[str, Any], stepped: set[str]
 ) -> None:
-    found = rules(FNGD(made(), **settings))
+    found = rules(FNGD(made(), update="muon", **settings))
     assert {name for name, rule in found.items() if rule == "muon"} == stepped
 
 
