@@ -64,7 +64,7 @@ class Settings:
     lr: float = _setting(
         1e-3,
         _NOT_NEGATIVE,
-        "Learning rate, >= 0. The root mean square of an update is 0.14 to 0.2 lr with update 'block_muon' or 'muon', "
+        "Learning rate, >= 0. The root mean square of an update is 0.14 to 0.2 lr with update 'muon' or 'block_muon', "
         "about lr with 'adam', and at most lr with 'momentum', before momentum.",
     )
     momentum: float = _setting(
@@ -90,11 +90,11 @@ class Settings:
         "sharing 'replay'.",
     )
     update: str = _setting(
-        "block_muon",
+        "muon",
         choice(RULES),
-        "Update rule of the preconditioned layers, Linear, Conv1D and convolutions: 'block_muon', which is Muon on "
-        "blocks of rows, 'muon' on whole matrices, 'adam', or 'momentum', the paper's step of 1/lambda' within a trust "
-        "region, for sharing 'never' and 'replay'. Muon also steps experts, and the projections of torch's attention.",
+        "Update rule of the preconditioned layers, Linear, Conv1D and convolutions: 'muon', 'block_muon', which is "
+        "Muon on blocks of rows, 'adam', or 'momentum', the paper's step of 1/lambda' within a trust region, for "
+        "sharing 'never' and 'replay'. Muon also steps experts, and the projections of torch's attention.",
     )
     block_size: int | None = _setting(
         None,
@@ -195,7 +195,7 @@ class Settings:
             solvers = policy_names(lambda other: other.solves)
             raise ValueError(
                 f"update='momentum' steps by the paper's 1/lambda', which {sharing} does not measure: use "
-                f"update='block_muon' or 'adam', or sharing={' or '.join(map(repr, solvers))}"
+                f"update='muon' or 'adam', or sharing={' or '.join(map(repr, solvers))}"
             )
 
     @property
