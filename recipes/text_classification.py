@@ -228,8 +228,13 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """Train, evaluate, write the output folder, and return what all_results.json holds."""
     parsed = parse(DATACLASSES, argv, output_dir="outputs/text_classification")
     data_args, model_args, forgetting_args, optimizer_args, args = parsed
-    if forgetting_args.forgetting_dataset is not None and (model_args.model_name_or_path is None or args.fsdp):
-        raise ValueError("--forgetting_dataset measures a pretrained model: name one, and leave out --fsdp.")
+    if forgetting_args.forgetting_dataset is not None and (
+        model_args.model_name_or_path is None or args.fsdp or args.deepspeed
+    ):
+        raise ValueError(
+            "--forgetting_dataset measures a pretrained model, whole on one device: name one by --model_name_or_path, "
+            "and leave out --fsdp and --deepspeed."
+        )
     run = prepare(optimizer_args, args, data_args.overwrite_output_dir)
     with args.main_process_first(desc="loading the dataset"):  # the other processes find the download
         texts, labels = number_labels(load_splits(data_args, subjects.load, (TEXT, LABEL)))

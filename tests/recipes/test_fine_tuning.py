@@ -296,5 +296,5 @@ def test_bad_options_name_the_fix(argv, more, message):
 
 @pytest.mark.parametrize("option", ["--lora_r=2", "--freeze_encoder=true", "--forgetting_dataset=subjects"])
 def test_a_new_model_is_not_fine_tuned(argv, option):
-    with pytest.raises(ValueError, match=r"need --model_name_or_path|pretrained model: name one"):
+    with pytest.raises(ValueError, match=r"need --model_name_or_path|name one by --model_name_or_path"):
         text_classification.main([*argv[1:], option])
