@@ -254,7 +254,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     facts: dict[str, Any] = {
         "recipe": "text_classification.py",
         "task": "text-classification",
-        "dataset_name": data_args.dataset_name,
+        "dataset_name": None if data_args.dataset_name is None else shown(data_args.dataset_name),
         "num_labels": len(labels),
         "trained": trained,
         "shots": data_args.shots,

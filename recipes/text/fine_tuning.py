@@ -81,7 +81,7 @@ class FineTuningArguments:
             lora_alpha=self.lora_alpha or 2 * self.lora_r,
             lora_dropout=self.lora_dropout or 0.0,
             target_modules=ALL_LINEAR if targets == [ALL_LINEAR] else targets,
-            modules_to_save=trained,
+            modules_to_save=[*trained],  # PEFT extends the list
         )
         return get_peft_model(model, config), (
             f"trained: LoRA adapters of rank {config.r} (alpha {config.lora_alpha}, dropout {config.lora_dropout:g}) "

@@ -197,8 +197,9 @@ def test_adapters_load_as_the_card_says(argv, pretrained, tmp_path, monkeypatch,
     shots = ["--shots=12", "--validation_shots=2"]
     report = text_classification.main([*argv, *LORA, *forgetting, *shots, f"--optimizer={optimizer}"])
     card = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
-    assert "start: `tiny`; trained: LoRA adapters of rank 2 (alpha 4, dropout 0) on query, dense, and all" in card
-    assert "48 training rows, 12 of each class" in card
+    assert "start: `tiny`; trained: LoRA adapters of rank 2 (alpha 4, dropout 0) on query, dense" in card
+    assert ", and all weights of classifier\n- data: `rows`, 48 training rows, 12 of each class" in card
+    assert str(tmp_path) not in card
     assert f"optimizer: **{report['optimizer']}**" in card
     assert "| | accuracy | expected calibration error, 15 bins | loss |" in card
     assert "| test, after one epoch |" in card
