@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+import numpy as np
 import torch
 from torch.utils.data import DataLoader
 from transformers import EvalPrediction, Trainer, TrainerCallback
@@ -47,7 +48,11 @@ class RecipeTrainer(Trainer):
             self.args.dataloader_drop_last = asked
 
 
+def logits_of(prediction: EvalPrediction) -> np.ndarray:
+    """Return the logits `[n, C]`; those of some models come first of several outputs."""
+    return prediction.predictions[0] if isinstance(prediction.predictions, tuple) else prediction.predictions
+
+
 def accuracy(prediction: EvalPrediction) -> dict[str, float]:
-    """Return the share of right answers, for Trainer's `compute_metrics`; some models' logits come first of several."""
-    logits = prediction.predictions[0] if isinstance(prediction.predictions, tuple) else prediction.predictions
-    return {"accuracy": float((logits.argmax(axis=-1) == prediction.label_ids).mean())}
+    """Return the share of right answers, for Trainer's `compute_metrics`."""
+    return {"accuracy": float((logits_of(prediction).argmax(axis=-1) == prediction.label_ids).mean())}

@@ -250,6 +250,16 @@ def test_base_is_a_recipes_own_file(toy):
     assert load(Path(toy.argv[0])).options == {"width": 5, "depth": 2, "mode": ""}
 
 
+def test_a_comparison_like_another_has_its_keys_and_options(toy):
+    toy.values["options"] = {"width": 1, "depth": 1}
+    file = Path(toy.argv[0])
+    for name, changes in {"like": {"like": file.name, "options": {"depth": 2}}, "more": {"like": "like.yaml"}}.items():
+        file.with_stem(name).write_text(json.dumps(changes), encoding="utf-8")
+    first, more = load(file), load(file.with_stem("more"))
+    assert (more.options, more.name) == ({"width": 1, "depth": 2}, "more")
+    assert (more.arms, more.final) == (first.arms, first.final)
+
+
 def test_folders_have_plain_names(toy):
     toy.values["arms"] = {"a, w = 1/2": {"options": {"lr": 0.1}}}
     (run,) = load(Path(toy.argv[0])).final_runs({"a, w = 1/2": {}})[:1]
