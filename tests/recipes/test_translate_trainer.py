@@ -132,7 +132,7 @@ def test_batches_of_few_shapes(tmp_path, monkeypatch):
     shapes, compute = set(), TranslationTrainer.compute_loss
 
     def seen(self, model, inputs, *args, **kwargs):
-        shapes.update((inputs[name].shape[1] for name in ("input_ids", "labels")))
+        shapes.update(inputs[name].shape[1] for name in ("input_ids", "labels"))
         return compute(self, model, inputs, *args, **kwargs)
 
     monkeypatch.setattr(TranslationTrainer, "compute_loss", seen)
