@@ -38,6 +38,11 @@ class RecipeTrainer(Trainer):
         self.timer.end("backward")
         return loss
 
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """Log the mean time of a step beside the training loss: all that a run which is cut off leaves of it."""
+        mean = self.timer.mean() if "loss" in logs else None
+        super().log(logs if mean is None else logs | {"step_seconds_mean": mean}, *args, **kwargs)
+
     def _get_dataloader(self, *args: Any, is_training: bool = False, **kwargs: Any) -> DataLoader:
         """Drop the last rows of an epoch in training alone: Trainer's own drops them in an evaluation too."""
         asked = self.args.dataloader_drop_last
