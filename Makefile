@@ -5,10 +5,11 @@ BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup translate test lint package clean
+.PHONY: help setup translate paper test lint package clean
 
 help:
 	@echo "make translate   train a small English-German Transformer with FNGD on the embedded corpus (CPU, minutes)"
+	@echo "make paper       the paper's comparison on one CUDA device, in MINUTES=25, from a folder DATA=...; again to go on"
 	@echo "make test        run the tests"
 	@echo "make lint        formatter, linter, type checker"
 	@echo "make package     build the sdist and the wheel, and try both in an environment of their own"
@@ -30,6 +31,9 @@ $(READY): pyproject.toml constraints.txt
 translate: setup
 	MALLOC_MMAP_THRESHOLD_=1000000000 MALLOC_TRIM_THRESHOLD_=4000000000 $(BIN)/accelerate launch --num_processes 1 --num_machines 1 --gpu_ids 0 --mixed_precision no --dynamo_backend no \
 		recipes/translate.py --config recipes/configs/quickstart.yaml
+
+paper: setup
+	$(BIN)/python recipes/paper.py --minutes $(or $(MINUTES),25) $(if $(DATA),--dataset_name '$(DATA)')
 
 test: setup
 	$(BIN)/python -m pytest

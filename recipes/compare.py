@@ -4,15 +4,18 @@
     python recipes/compare.py recipes/configs/compare/smoke.yaml --report
 
 Each run is a process of the recipe. Those that finished are appended to recipes/results/NAME.jsonl and never repeated;
-started again, the command goes on where it was stopped. In the end, or at once with `--report`, it writes NAME.md and
-NAME.png beside. The exit code is 1 if a run failed.
+started again, the command goes on where it was stopped. With `--minutes` it stops by itself: the runs that it cuts off
+are appended with their curves so far, and resume at the next start. In the end, or at once with `--report`, it writes
+NAME.md and NAME.png beside. The exit code is 1 if a run failed.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 import signal
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -31,6 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("config", type=Path, help="YAML file of the comparison")
     parser.add_argument("--jobs", type=int, default=1, help="runs side by side, on one device")
+    parser.add_argument("--minutes", type=float, default=math.inf, help="stop after so long; start again to go on")
     parser.add_argument("--report", action="store_true", help="run nothing, write the report of what has finished")
     parser.add_argument("--list", action="store_true", help="run nothing, print the runs and which have finished")
     parser.add_argument("--arms", nargs="+", metavar="ARM", help="only these optimizers")
@@ -42,7 +46,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser.parse_args(argv)
     if options.jobs < 1:
         parser.error(f"--jobs is {options.jobs}; it must be at least 1.")
-    comparison = load(options.config, _assignments(parser, options.set), options.arms)
+    deadline = time.monotonic() + 60 * options.minutes
+    comparison = load(options.config, assignments(parser, options.set), options.arms)
     results = Results(options.results_dir / f"{comparison.name}.jsonl")
     if options.list:
         _print_plan(comparison, results)
@@ -50,13 +55,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     failed = 0
     if not options.report:
         output_dir = options.output_dir or Path("outputs", "compare", comparison.name)
-        failed = run(Runner(comparison, results, output_dir, options.jobs))
-    page = options.results_dir / f"{comparison.name}.md"
+        failed = run(Runner(comparison, results, output_dir, options.jobs, deadline))
+    write_page(comparison, results, options.results_dir)
+    return 1 if failed else 0
+
+
+def write_page(comparison: Comparison, results: Results, folder: Path) -> None:
+    """Write the report, NAME.md, and the curves, NAME.png, into a folder."""
+    page = folder / f"{comparison.name}.md"
     page.parent.mkdir(parents=True, exist_ok=True)
     page.write_text(report(comparison, results), encoding="utf-8")
     plot(comparison, results, page.with_suffix(".png"))
     print(f"Wrote {page} and {page.with_suffix('.png').name}.")
-    return 1 if failed else 0
 
 
 def run(runner: Runner) -> int:
@@ -68,7 +78,7 @@ def run(runner: Runner) -> int:
         failed = runner.execute(comparison.screen_runs())
         best = best_points(comparison, results)
         for arm in comparison.arms:
-            if arm not in best:
+            if arm not in best and time.monotonic() < runner.deadline:
                 print(f"{arm}: no grid point finished with a number; it has no final runs.")
         return failed + runner.execute(comparison.final_runs(best))
     finally:
@@ -80,13 +90,15 @@ def _print_plan(comparison: Comparison, results: Results) -> None:
     runs = comparison.screen_runs() + comparison.final_runs(best)
     for one in runs:
         state = "finished" if results.finished(one) else "failed" if results.failed(one) else "to do"
+        state = "cut off" if results.unfinished(one) else state
         print(f"{state:8} {one}")
     unknown = [arm for arm in comparison.arms if arm not in best]
     if unknown:
         print(f"{len(comparison.final.seeds)} final runs each of {', '.join(unknown)}, when their grids are screened")
 
 
-def _assignments(parser: argparse.ArgumentParser, pairs: Sequence[str]) -> dict[str, Any]:
+def assignments(parser: argparse.ArgumentParser, pairs: Sequence[str]) -> dict[str, Any]:
+    """Return the options of `--set`."""
     values = {}
     for pair in pairs:
         name, sign, text = pair.partition("=")

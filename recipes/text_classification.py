@@ -3,24 +3,33 @@
     accelerate launch recipes/text_classification.py --output_dir outputs/text_classification
     accelerate launch recipes/text_classification.py --model_name_or_path google-bert/bert-base-uncased
         --dataset_name fancyzhx/ag_news --train_split 'train[:95%]' --validation_split 'train[95%:]'
+    accelerate launch recipes/text_classification.py --model_name_or_path sentence-transformers/all-MiniLM-L6-v2
+        --dataset_name PolyAI/banking77 --validation_shots 10 --shots 5 --lora_r 8 --forgetting_dataset subjects
 
 The output folder holds the model and its tokenizer, README.md, all_results.json and learning_curve.png. A run that was
 interrupted resumes from its last checkpoint when it is started again. With `--metric_for_best_model accuracy` and
 `--save_total_limit 2` the test split is also scored with the weights of the best epoch, as best_predict_accuracy.
+
+A pretrained model is fine-tuned whole, by LoRA adapters (`--lora_r`), or in its output layers (`--freeze_encoder`).
+`--shots` draws a few examples of each class; `--forgetting_dataset` measures what becomes of another task.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 from datasets import ClassLabel, Dataset, DatasetDict
+from peft import PeftModel
 from transformers import (
     AutoModelForSequenceClassification,
     BertConfig,
     BertForSequenceClassification,
     DataCollatorWithPadding,
+    EarlyStoppingCallback,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -28,10 +37,12 @@ from transformers import (
 from common.arguments import OptimizerArguments, TextTrainingArguments, at_least_one, check_model_size, option, parse
 from common.loss import make_loss
 from common.run import prepare
-from common.trainer import accuracy
 from text import subjects
 from text.arguments import TextArguments
-from text.data import TEXT, encode, load_splits
+from text.calibration import accuracy_and_calibration
+from text.data import TEXT, draw_shots, encode, load_splits
+from text.fine_tuning import FineTuningArguments, with_layer_decay
+from text.forgetting import EMBEDDED, Forgetting, ForgettingArguments
 from text.run import train_and_score
 from text.tokenizer import EOS, load_or_train
 
@@ -44,20 +55,27 @@ class DataArguments(TextArguments):
 
     label_column: str = option("label", "Column of the labels: class labels, whole numbers or strings.")
     max_length: int = option(128, "Longer texts are cut to so many tokens.")
+    shots: int | None = option(None, "Train on so many rows of each class, drawn with the seed. Default: all rows.")
+    validation_shots: int | None = option(
+        None, "Validate on so many training rows of each class, the same ones for all seeds. Default: a split."
+    )
 
     def __post_init__(self) -> None:
         """Reject values that no run can use."""
         super().__post_init__()
-        at_least_one(self, "max_length")
+        at_least_one(self, "max_length", "shots", "validation_shots")
+        if self.validation_shots is not None:
+            if self.max_eval_samples is not None or self.validation_split != "validation":
+                raise ValueError(
+                    "--validation_shots draws training rows: leave out --validation_split and --max_eval_samples."
+                )
+            self.validation_split = self.train_split
 
 
 @dataclass
-class ModelArguments:
+class ModelArguments(FineTuningArguments):
     """A model to fine-tune, or the size of a BERT to train from scratch."""
 
-    model_name_or_path: str | None = option(
-        None, "Hub id or local folder of a model and its tokenizer. Default: a new BERT of the sizes below."
-    )
     hidden_size: int = option(128, "New model: width of embeddings and hidden states; feed-forward layers have four.")
     num_hidden_layers: int = option(2, "New model: layers.")
     num_attention_heads: int = option(4, "New model: attention heads; they divide hidden_size.")
@@ -66,14 +84,39 @@ class ModelArguments:
 
     def __post_init__(self) -> None:
         """Reject sizes that do not fit together, or that nobody would heed."""
-        given = [f.name for f in fields(self) if getattr(self, f.name) != f.default and f.name != "model_name_or_path"]
+        super().__post_init__()
+        sizes = fields(self)[len(fields(FineTuningArguments)) :]
+        given = [f.name for f in sizes if getattr(self, f.name) != f.default]
         if self.model_name_or_path is not None and given:
             raise ValueError(f"{', '.join(given)}: options of a new model; leave them out with --model_name_or_path.")
         at_least_one(self, "hidden_size", "num_hidden_layers", "num_attention_heads")
         check_model_size(self, "num_attention_heads", "hidden_size")
 
 
-DATACLASSES = (DataArguments, ModelArguments, OptimizerArguments, TextTrainingArguments)
+@dataclass
+class ClassificationTrainingArguments(TextTrainingArguments):
+    """TrainingArguments, and when else to score or to stop."""
+
+    early_stopping_patience: int | None = option(
+        None, "Stop after so many evaluations without a better metric_for_best_model. Default: never."
+    )
+    predict_first_epoch: bool = option(False, "Score the test split after one epoch as well.")
+
+    def __post_init__(self) -> None:
+        """Reject what early stopping cannot go by."""
+        super().__post_init__()
+        at_least_one(self, "early_stopping_patience")
+        if self.early_stopping_patience is not None and not self.load_best_model_at_end:
+            raise ValueError("--early_stopping_patience needs --load_best_model_at_end and --metric_for_best_model.")
+
+
+DATACLASSES = (
+    DataArguments,
+    ModelArguments,
+    ForgettingArguments,
+    OptimizerArguments,
+    ClassificationTrainingArguments,
+)
 
 
 def number_labels(splits: DatasetDict) -> tuple[DatasetDict, list[str]]:
@@ -110,22 +153,53 @@ def number_labels(splits: DatasetDict) -> tuple[DatasetDict, list[str]]:
     return DatasetDict(numbered), names or [str(value) for value in values]
 
 
+def choose_rows(splits: DatasetDict, data_args: DataArguments, seed: int) -> DatasetDict:
+    """Draw the rows to train and to validate on, where only some of each class are wanted."""
+    train, chosen = splits["train"], DatasetDict(splits)
+    if data_args.validation_shots is not None:
+        drawn, rest = draw_shots(list(train[LABELS]), data_args.validation_shots, seed=0)
+        chosen["validation"], train = train.select(drawn), train.select(rest)
+    if data_args.shots is not None:
+        train = train.select(draw_shots(list(train[LABELS]), data_args.shots, seed)[0])
+    chosen["train"] = train
+    return chosen
+
+
+def load_forgetting(args: ForgettingArguments) -> DatasetDict:
+    """Load the texts of another task, with their numbered labels."""
+    data = DataArguments(
+        dataset_name=None if args.forgetting_dataset == EMBEDDED else args.forgetting_dataset,
+        text_column=args.forgetting_text_column,
+        label_column=args.forgetting_label_column,
+        validation_split="test",
+    )
+    sizes = {"train_size": args.forgetting_samples, "test_size": args.forgetting_samples}
+    return number_labels(load_splits(data, partial(subjects.load, validation_size=1, **sizes), (TEXT, LABEL)))[0]
+
+
 def build_model(
     tokenizer: PreTrainedTokenizerBase, model_args: ModelArguments, max_length: int, labels: Sequence[str]
-) -> PreTrainedModel:
-    """Load the model that was named, with a new output layer, or build a small BERT; both from torch's generator."""
+) -> tuple[PreTrainedModel | PeftModel, str]:
+    """Load the model that was named, with a new output layer, or build a small BERT; both from torch's generator.
+
+    Returns:
+        The model, and what is trained of it in words.
+    """
     names: dict[str, Any] = {
         "id2label": dict(enumerate(labels)),
         "label2id": {label: number for number, label in enumerate(labels)},
     }
     if model_args.model_name_or_path is not None:
-        return AutoModelForSequenceClassification.from_pretrained(
+        model, found = AutoModelForSequenceClassification.from_pretrained(
             model_args.model_name_or_path,
             pad_token_id=tokenizer.pad_token_id,
             ignore_mismatched_sizes=True,  # an output layer for other labels
+            output_loading_info=True,
             **names,
         )
-    return BertForSequenceClassification(
+        new = {*found["missing_keys"], *(key for key, *_ in found["mismatched_keys"])}
+        return model_args.adapt(model, {name.rpartition(".")[0] for name in new})
+    model = BertForSequenceClassification(
         BertConfig(
             vocab_size=len(tokenizer),
             hidden_size=model_args.hidden_size,
@@ -142,14 +216,30 @@ def build_model(
             **names,
         )
     )
+    return model, "trained from scratch"
+
+
+def shown(name: str) -> str:
+    """Return a Hub id as it is, and of a local folder the name alone: reports are shared."""
+    return Path(name).resolve().name if Path(name).exists() else name
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """Train, evaluate, write the output folder, and return what all_results.json holds."""
-    data_args, model_args, optimizer_args, args = parse(DATACLASSES, argv, output_dir="outputs/text_classification")
+    parsed = parse(DATACLASSES, argv, output_dir="outputs/text_classification")
+    data_args, model_args, forgetting_args, optimizer_args, args = parsed
+    if forgetting_args.forgetting_dataset is not None and (
+        model_args.model_name_or_path is None or args.fsdp or args.deepspeed
+    ):
+        raise ValueError(
+            "--forgetting_dataset measures a pretrained model, whole on one device: name one by --model_name_or_path, "
+            "and leave out --fsdp and --deepspeed."
+        )
     run = prepare(optimizer_args, args, data_args.overwrite_output_dir)
     with args.main_process_first(desc="loading the dataset"):  # the other processes find the download
         texts, labels = number_labels(load_splits(data_args, subjects.load, (TEXT, LABEL)))
+        others = None if forgetting_args.forgetting_dataset is None else load_forgetting(forgetting_args)
+    texts = choose_rows(texts, data_args, args.seed if args.data_seed is None else args.data_seed)
     named = run.checkpoint or model_args.model_name_or_path
     # In a new tokenizer the first token stands for the whole text.
     tokenizer = load_or_train(named, texts["train"][TEXT], model_args.vocab_size, f"{EOS} $A")
@@ -160,16 +250,38 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
 
     splits = encode(texts, tokenize, data_args.preprocessing_num_workers)
     run.seed()
-    facts = {"recipe": "text_classification.py", "task": "text-classification", "dataset_name": data_args.dataset_name}
+    model, trained = build_model(tokenizer, model_args, max_length, labels)
+    facts: dict[str, Any] = {
+        "recipe": "text_classification.py",
+        "task": "text-classification",
+        "dataset_name": None if data_args.dataset_name is None else shown(data_args.dataset_name),
+        "num_labels": len(labels),
+        "trained": trained,
+        "shots": data_args.shots,
+        "lora_r": model_args.lora_r,
+    }
+    if model_args.model_name_or_path is not None:
+        facts["model_name_or_path"] = shown(model_args.model_name_or_path)
+    if model_args.layer_decay is not None:
+        run = with_layer_decay(run, model, optimizer_args.optimizer, model_args.layer_decay)
+    forgetting = None
+    if others is not None:
+        facts["forgetting_dataset"] = shown(forgetting_args.forgetting_dataset)
+        samples = forgetting_args.forgetting_samples
+        forgetting = Forgetting(model.to(args.device), tokenizer, others, samples, max_length)
+    patience = args.early_stopping_patience
     return train_and_score(
         run,
-        build_model(tokenizer, model_args, max_length, labels),
+        model,
         tokenizer,
         splits,
-        facts | {"model_name_or_path": model_args.model_name_or_path, "num_labels": len(labels)},
+        facts,
+        callbacks=[] if patience is None else [EarlyStoppingCallback(patience)],
+        first_epoch=args.do_predict and args.predict_first_epoch,
+        measure=None if forgetting is None else forgetting.measure,
         data_collator=DataCollatorWithPadding(tokenizer),
         compute_loss_func=make_loss(args.label_smoothing_factor),
-        compute_metrics=accuracy,
+        compute_metrics=accuracy_and_calibration,
     )
 
 

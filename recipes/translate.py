@@ -59,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         splits,
         facts,
         trainer_cls=TranslationTrainer,
-        data_collator=DataCollatorForSeq2Seq(tokenizer, model=model),
+        data_collator=DataCollatorForSeq2Seq(tokenizer, model=model, pad_to_multiple_of=data_args.pad_to_multiple_of),
         compute_loss_func=make_loss(args.label_smoothing_factor, data_args),
         compute_metrics=make_bleu(tokenizer, len(splits["validation"])) if args.predict_with_generate else None,
     )

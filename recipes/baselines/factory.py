@@ -101,6 +101,8 @@ class BaselineFactory:
             raise ValueError(f"{name} has no use for {', '.join(useless)}; it takes {', '.join(baseline.options)}.")
         heads = set() if baseline.heads else output_heads(model)
         layers = [layer for layer in baseline_layers(model).values() if id(layer.weight) not in heads]
+        if not layers:
+            raise ValueError(f"{baseline.title} has nothing to step: the one trained matrix is an output layer's.")
         matrices, rest = split(model, layers, weight_decay)
         optimizers = [baseline.build(matrices, layers, lr=lr, **options)]
         if rest:

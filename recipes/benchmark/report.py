@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import statistics
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,16 +30,24 @@ def append(path: Path, settings: Settings, records: Sequence[Record]) -> None:
 def measured(path: Path, settings: Settings, arms: Sequence[str]) -> list[Record]:
     """The arms of the last run of a setting in the file; none where it did not have all of these arms."""
     found: dict[str, Record] = {}
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError:  # cut off by a kill
-            continue
+    for record in _records(path):
         if settings.items() <= record.items():
             if record["arm"] == SGD:  # the first one of a run
                 found = {}
             found[record["arm"]] = record
     return [found[arm] for arm in arms] if found.keys() >= set(arms) else []
+
+
+def progress(path: Path) -> tuple[int, float]:
+    """The settings in the file, and the seconds that their steps took."""
+    records = list(_records(path))
+    return sum(r["arm"] == SGD for r in records), sum(sum(r["milliseconds"]) for r in records) / 1000
+
+
+def _records(path: Path) -> Iterator[Record]:
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+        with contextlib.suppress(json.JSONDecodeError):  # cut off by a kill
+            yield json.loads(line)
 
 
 def section(settings: Settings, records: Sequence[Record]) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+import numpy as np
 import torch
 from torch.utils.data import DataLoader
 from transformers import EvalPrediction, Trainer, TrainerCallback
@@ -37,6 +38,11 @@ class RecipeTrainer(Trainer):
         self.timer.end("backward")
         return loss
 
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """Log the mean time of a step beside the training loss: all that a run which is cut off leaves of it."""
+        mean = self.timer.mean() if "loss" in logs else None
+        super().log(logs if mean is None else logs | {"step_seconds_mean": mean}, *args, **kwargs)
+
     def _get_dataloader(self, *args: Any, is_training: bool = False, **kwargs: Any) -> DataLoader:
         """Drop the last rows of an epoch in training alone: Trainer's own drops them in an evaluation too."""
         asked = self.args.dataloader_drop_last
@@ -47,7 +53,11 @@ class RecipeTrainer(Trainer):
             self.args.dataloader_drop_last = asked
 
 
+def logits_of(prediction: EvalPrediction) -> np.ndarray:
+    """Return the logits `[n, C]`; those of some models come first of several outputs."""
+    return prediction.predictions[0] if isinstance(prediction.predictions, tuple) else prediction.predictions
+
+
 def accuracy(prediction: EvalPrediction) -> dict[str, float]:
-    """Return the share of right answers, for Trainer's `compute_metrics`; some models' logits come first of several."""
-    logits = prediction.predictions[0] if isinstance(prediction.predictions, tuple) else prediction.predictions
-    return {"accuracy": float((logits.argmax(axis=-1) == prediction.label_ids).mean())}
+    """Return the share of right answers, for Trainer's `compute_metrics`."""
+    return {"accuracy": float((logits_of(prediction).argmax(axis=-1) == prediction.label_ids).mean())}

@@ -125,14 +125,15 @@ def load(path: Path, overrides: Mapping[str, Any] | None = None, arms: Sequence[
     """Read a comparison.
 
     Args:
-        path: The YAML file. `base` names a recipe's own file of options, relative to it.
+        path: The YAML file. `base` names a recipe's own file of options, relative to it; `like` another comparison,
+            beside it, whose keys it takes over where it has none; of `options` it takes over each one.
         overrides: Options of all runs that win over the file's.
         arms: Names of the optimizers to keep; by default all.
 
     Raises:
         ValueError: A key does not exist or is missing, a grid has no values, or an option is set in two places.
     """
-    values = _mapping(path, yaml.safe_load(path.read_text(encoding="utf-8")))
+    values = _read(path)
     known = {f.name for f in fields(Comparison)} - {"name"} | {"base"}
     _check_keys(str(path), values, known, {"recipe", "metric", "test_metrics", "final", "arms"})
     options = _mapping("options", values.get("options"))
@@ -170,6 +171,15 @@ def load(path: Path, overrides: Mapping[str, Any] | None = None, arms: Sequence[
             if both:
                 raise ValueError(f"arm {name} and its stages both set {', '.join(sorted(both))}.")
     return comparison
+
+
+def _read(path: Path) -> dict[str, Any]:
+    values = _mapping(path, yaml.safe_load(path.read_text(encoding="utf-8")))
+    if "like" not in values:
+        return values
+    other = _read(path.parent / values.pop("like"))
+    options = [_mapping("options", each.get("options")) for each in (other, values)]
+    return other | values | {"options": options[0] | options[1]}
 
 
 def recorded(options: Mapping[str, Any]) -> dict[str, Any]:

@@ -12,21 +12,23 @@ from comparison.results import Record, Results, best_points, step_seconds
 
 
 def plot(comparison: Comparison, results: Results, path: Path) -> None:
-    """Draw the curves of the best points, against epochs and against seconds: a line a seed, a colour an optimizer."""
+    """Draw the curves of the best points, by epochs and seconds: a line a seed (dashed: cut off), a colour an arm."""
     rows = len(comparison.curves)
     palette = colormaps["tab10" if len(comparison.arms) <= 10 else "tab20"]
     figure = Figure(figsize=(11, 3.6 * rows), layout="constrained")
     axes = figure.subplots(rows, 2, squeeze=False, sharey="row")
     for number, run in enumerate(comparison.final_runs(best_points(comparison, results))):
-        record = results.finished(run)
+        record = results.finished(run) or results.unfinished(run)
         if record is None:
             continue
         color = palette(list(comparison.arms).index(run.arm))
+        style = "-" if record["status"] == "finished" else "--"
         label = run.arm if run.seed == comparison.final.seeds[0] else None
         for row, metric in enumerate(comparison.curves):
             for column, unit in enumerate(("epoch", "seconds")):
                 x, y = series(record, metric, unit)
-                axes[row][column].plot(x, y, color=color, label=label, alpha=0.8, linewidth=1.2, zorder=number + 2)
+                look = {"color": color, "linestyle": style, "linewidth": 1.2, "alpha": 0.8}
+                axes[row][column].plot(x, y, label=label, zorder=number + 2, **look)
     for row, metric in enumerate(comparison.curves):
         for column, unit in enumerate(("epoch", "seconds of optimizer steps")):
             axes[row][column].set(xlabel=unit, ylabel=metric if column == 0 else "")

@@ -39,10 +39,11 @@ def report(comparison: Comparison, results: Results) -> str:
     for run in comparison.final_runs(best):
         if record := results.finished(run):
             finals[run.arm].append(record)
-    parts = [f"# {comparison.name}", _introduction(comparison)]
+    parts = [f"# {comparison.name}", _introduction(comparison, results)]
     if found := remarks(comparison, results, finals):
         parts.append("**Mind:**\n\n" + "\n".join(f"- {remark}" for remark in found))
     parts += ["## Best grid points", _best_table(comparison, finals), *_signatures(finals)]
+    parts += _unfinished_section(comparison, results)
     parts += speed.speed(comparison, finals) + _gap_section(finals) + grid_sections(comparison, results)
     set_elsewhere = {*comparison.screen.options, *comparison.final.options}
     set_elsewhere.update(*(arm.grid for arm in comparison.arms.values()))
@@ -104,9 +105,9 @@ def _overlaps(comparison: Comparison, finals: dict[str, list[Record]]) -> list[s
     ]
 
 
-def _introduction(comparison: Comparison) -> str:
+def _introduction(comparison: Comparison, results: Results) -> str:
     sense = "highest" if comparison.maximize else "lowest"
-    lines = [f"Runs of `{comparison.recipe.name}` by `recipes/compare.py`; the lines are in `{comparison.name}.jsonl`."]
+    lines = [f"Runs of `{comparison.recipe.name}` by `recipes/compare.py`; the lines are in `{results.path.name}`."]
     if comparison.screen_runs():
         seeds = ", ".join(map(str, comparison.screen.seeds))
         lines.append(
@@ -134,6 +135,20 @@ def _best_table(comparison: Comparison, finals: dict[str, list[Record]]) -> str:
         cells += [number(mean(map(measure, records))) for measure in (training_seconds, step_seconds)]
         rows.append(cells)
     return table(head, rows)
+
+
+def _unfinished_section(comparison: Comparison, results: Results) -> list[str]:
+    """Say how far the final runs came that were cut off; the plot has their curves, dashed."""
+    head = ["optimizer", "point", "seed", "step", "of", comparison.metric, "best so far", "seconds a step"]
+    runs = comparison.final_runs(best_points(comparison, results))
+    rows = [
+        [run.arm, describe(run.point), str(run.seed), str(record["step"]), str(record["max_steps"] or "-")]
+        + [number(x) for x in (value(record, comparison.metric), best_epoch(comparison, record), step_seconds(record))]
+        for run in runs
+        if (record := results.unfinished(run))
+    ]
+    caption = "Out of time before the end, in the middle of their schedules: not the scores of finished runs."
+    return ["## Unfinished runs", caption, table(head, rows)] if rows else []
 
 
 def _gap_section(finals: dict[str, list[Record]]) -> list[str]:

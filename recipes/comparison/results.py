@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from comparison.plan import Comparison, Run, recorded
+from hf_fngd import last_complete_checkpoint
 
 Record = dict[str, Any]
 _CURVE = ("epoch", "step")
@@ -18,9 +19,10 @@ _CURVE = ("epoch", "step")
 class Results:
     """The runs that ended, by their keys. Of several lines of a run the last one counts.
 
-    A line holds `stage`, `arm`, `point`, `seed`, `key`, `options`, `status` ("finished" or "failed"), `seconds` (of the
-    process; null where it had ended before), `jobs`, `resumed`; if it finished `metrics`, what the recipe reported
-    except for lists, and `curve`, its events; if it failed `error`.
+    A line holds `stage`, `arm`, `point`, `seed`, `key`, `options`, `status` ("finished", "failed" or "unfinished"),
+    `seconds` (of the process; null where it had ended before), `jobs`, `resumed`; if it finished `metrics`, what the
+    recipe reported except for lists, and `curve`, its events; if it failed `error`. A run that was cut off for want of
+    time has `metrics` and `curve` up to its last checkpoint, and `step` of `max_steps`.
 
     Args:
         path: The file; it need not exist.
@@ -44,6 +46,14 @@ class Results:
     def failed(self, run: Run) -> Record | None:
         """Return the record of a run whose last try failed."""
         return self._with_status(run, "failed")
+
+    def unfinished(self, run: Run) -> Record | None:
+        """Return the record of a run that was cut off for want of time."""
+        return self._with_status(run, "unfinished")
+
+    def of_arm(self, arm: str) -> list[Record]:
+        """Return the records of an arm's runs that finished or were cut off."""
+        return [r for r in self._records.values() if r["arm"] == arm and r["status"] != "failed"]
 
     def _with_status(self, run: Run, status: str) -> Record | None:
         record = self._records.get(run.key)
@@ -78,9 +88,30 @@ def read_outcome(folder: Path, comparison: Comparison) -> Record:
     if comparison.metric not in reported:
         return {"status": "failed", "error": f"all_results.json has no {comparison.metric}"}
     metrics = {key: value for key, value in reported.items() if not isinstance(value, list) and key != "dataset_name"}
+    return _finite({"status": "finished", "metrics": metrics, "curve": _curve(history, comparison)})
+
+
+def read_progress(folder: Path, comparison: Comparison) -> Record:
+    """Read how far a run came that was cut off, from the checkpoint that it will resume from.
+
+    Returns:
+        A part of a record: "unfinished" with `metrics` and `curve`, `step` and `max_steps`; the latter 0 and null where
+        there is no checkpoint.
+    """
+    checkpoint = last_complete_checkpoint(folder)
+    state: Record = {"log_history": [], "global_step": 0, "max_steps": None}
+    if checkpoint is not None:
+        state = json.loads(Path(checkpoint, "trainer_state.json").read_text(encoding="utf-8"))
+    history = state["log_history"]
+    last = {key: event[key] for event in history for key in event if key in (comparison.metric, "step_seconds_mean")}
+    progress = {"step": state["global_step"], "max_steps": state["max_steps"]}
+    return _finite({"status": "unfinished", "metrics": last, "curve": _curve(history, comparison), **progress})
+
+
+def _curve(history: Iterable[Record], comparison: Comparison) -> list[Record]:
     kept = {*_CURVE, *comparison.curves, "loss", comparison.metric}
     curve = [{key: event[key] for key in event if key in kept} for event in history]
-    return _finite({"status": "finished", "metrics": metrics, "curve": [event for event in curve if len(event) > 2]})
+    return [event for event in curve if len(event) > 2]
 
 
 def best_points(comparison: Comparison, results: Results) -> dict[str, dict[str, Any]]:

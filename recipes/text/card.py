@@ -15,7 +15,13 @@ from huggingface_hub import EvalResult, ModelCardData
 
 SCORES = {"bleu": "BLEU", "perplexity": "perplexity", "accuracy": "accuracy"}
 """What a recipe's metrics are called."""
-_SPLITS = {"eval": "validation", "predict": "test", "best_predict": "test, at the best epoch"}
+_SPLITS = {
+    "eval": "validation",
+    "predict": "test",
+    "best_predict": "test, at the best epoch",
+    "first_predict": "test, after one epoch",
+}
+_COLUMNS = SCORES | {"calibration_error": "expected calibration error, 15 bins"}
 _EMBEDDED = "the embedded data of the recipe"
 _CARD = """---
 {metadata}
@@ -23,23 +29,37 @@ _CARD = """---
 
 # {name}
 
-A `{report[model]}` of {report[parameters]:,} parameters{languages}, trained by hf_fngd's `recipes/{report[recipe]}`.
+A `{report[model]}` of {report[parameters]:,} trained parameters{languages}, by hf_fngd's `recipes/{report[recipe]}`.
 
 {scores}
 
-- data: {dataset}, {report[train_samples]:,} training rows
+{start}- data: {dataset}, {report[train_samples]:,} training rows{shots}
 - optimizer: **{report[optimizer]}**, with the arguments below
-- {length} in batches of {batch} rows ({args.world_size} process(es), {accumulation} accumulation step(s))
+- {length}{kept}, in batches of {batch} rows ({args.world_size} process(es), {accumulation} accumulation step(s))
 - schedule {args.lr_scheduler_type.value} with {warm_up}, gradient clipped at norm {args.max_grad_norm:g}
 - label smoothing {args.label_smoothing_factor:g}, seed {report[seed]}
-
+{forgetting}
 ```json
 {optimizer_arguments}
 ```
-
+{loading}
 ![Learning curve](learning_curve.png)
 
 Versions: {versions}.
+"""
+_FORGETTING = """- texts of another task (`{forgetting_dataset}`): their embeddings have a mean cosine similarity of
+  {forgetting_cosine:.4f} with those before training; a linear probe on them had an accuracy of
+  {forgetting_probe_before:.4f} before and has one of {forgetting_probe_after:.4f}
+"""
+_LOADING = """
+```python
+from peft import PeftModel
+from transformers import AutoConfig, AutoModelForSequenceClassification
+
+config = AutoConfig.from_pretrained("{name}")  # the names of the classes
+base = AutoModelForSequenceClassification.from_pretrained("{base}", config=config, ignore_mismatched_sizes=True)
+model = PeftModel.from_pretrained(base, "{name}")
+```
 """
 
 
@@ -56,15 +76,21 @@ def render_card(report: dict[str, Any], args: transformers.TrainingArguments) ->
     """
     languages = [report[name] for name in ("source_lang", "target_lang") if name in report]
     warm_up = f"{args.warmup_steps:g} warm-up steps" if args.warmup_steps >= 1 else f"{args.warmup_steps:.0%} warm-up"
+    base, name, length = report.get("model_name_or_path"), Path(args.output_dir).resolve().name, _length(report, args)
     return _CARD.format(
         report=report,
         args=args,
         metadata=_metadata(report, args, languages).to_yaml(),
-        name=Path(args.output_dir).resolve().name,
+        name=name,
         languages=" that translates from `{}` to `{}`".format(*languages) if languages else "",
         scores=_scores(report),
         dataset=f"`{report['dataset_name']}`" if report["dataset_name"] else _EMBEDDED,
-        length=f"{args.max_steps} steps" if args.max_steps > 0 else f"{args.num_train_epochs:g} epochs",
+        start=f"- start: `{base}`; {report['trained']}\n" if base else "",
+        shots=f", {report['shots']} of each class, drawn with the seed" if report.get("shots") else "",
+        length=length,
+        kept=f", the weights of the best {args.metric_for_best_model} kept" if args.load_best_model_at_end else "",
+        forgetting=_FORGETTING.format(**report) if "forgetting_cosine" in report else "",
+        loading=_LOADING.format(base=base, name=name) if report.get("lora_r") else "",
         batch=args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
         accumulation=args.gradient_accumulation_steps,
         warm_up=warm_up,
@@ -76,13 +102,19 @@ def render_card(report: dict[str, Any], args: transformers.TrainingArguments) ->
     )
 
 
+def _length(report: dict[str, Any], args: transformers.TrainingArguments) -> str:
+    planned = f"{args.max_steps} steps" if args.max_steps > 0 else f"{args.num_train_epochs:g} epochs"
+    return f"{report['stopped_at']:g} epochs, stopped early ({planned} at most)" if "stopped_at" in report else planned
+
+
 def _metadata(report: dict[str, Any], args: transformers.TrainingArguments, languages: list[str]) -> ModelCardData:
     dataset = report["dataset_name"]
     # A local path has no page to link to.
-    on_hub = dataset is not None and dataset.count("/") == 1 and not dataset.startswith((".", "/", "~"))
+    on_hub, base = _on_hub(dataset), report.get("model_name_or_path")
     return ModelCardData(
         language=languages or None,
-        library_name="transformers",
+        library_name="peft" if report.get("lora_r") else "transformers",
+        base_model=base if _on_hub(base) else None,
         pipeline_tag=report["task"],
         tags=["hf_fngd", report["optimizer"].lower()],
         datasets=[dataset] if on_hub else None,
@@ -105,9 +137,13 @@ def _metadata(report: dict[str, Any], args: transformers.TrainingArguments, lang
     )
 
 
+def _on_hub(name: str | None) -> bool:
+    return name is not None and name.count("/") == 1 and not name.startswith((".", "/", "~"))
+
+
 def _scores(report: dict[str, Any]) -> str:
     """Return a table, a row a split that was scored."""
-    names = [name for name in (*SCORES, "loss") if any(f"{prefix}_{name}" in report for prefix in _SPLITS)]
+    names = [name for name in (*_COLUMNS, "loss") if any(f"{prefix}_{name}" in report for prefix in _SPLITS)]
     rows = [
         f"| {split} | {' | '.join(format(report[f'{prefix}_{name}'], '.4g') for name in names)} |"
         for prefix, split in _SPLITS.items()
@@ -115,7 +151,7 @@ def _scores(report: dict[str, Any]) -> str:
     ]
     if not rows:
         return "Not evaluated yet."
-    table = [f"| | {' | '.join(SCORES.get(name, name) for name in names)} |", "|---" * (len(names) + 1) + "|", *rows]
+    table = [f"| | {' | '.join(_COLUMNS.get(name, name) for name in names)} |", "|---" * (len(names) + 1) + "|", *rows]
     if "num_beams" in report:
         search = "greedy search" if report["num_beams"] == 1 else f"beam search with {report['num_beams']} beams"
         signature = next(report[name] for name in report if name.endswith("bleu_signature"))

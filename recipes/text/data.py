@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import torch
 from datasets import Dataset, DatasetDict, Features, load_dataset
 
 from common.data import first
@@ -78,6 +79,27 @@ def encode(
             for name, rows in splits.items()
         }
     )
+
+
+def draw_shots(labels: Sequence[int], shots: int, seed: int) -> tuple[list[int], list[int]]:
+    """Draw so many rows of each class.
+
+    Returns:
+        The places of the rows that were drawn, and of the others, both in ascending order.
+
+    Raises:
+        ValueError: A class has fewer rows.
+    """
+    numbers, drawn, generator = torch.tensor(labels), [], torch.Generator().manual_seed(seed)
+    for label in numbers.unique().tolist():
+        places = (numbers == label).nonzero().flatten()
+        if len(places) < shots:
+            raise ValueError(
+                f"Class {label} has {len(places)} training rows to draw {shots} from: lower --shots or "
+                "--validation_shots."
+            )
+        drawn += places[torch.randperm(len(places), generator=generator)[:shots]].tolist()
+    return sorted(drawn), sorted(set(range(len(labels))) - set(drawn))
 
 
 def longest_first(rows: Dataset) -> Dataset:

@@ -2,28 +2,33 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from datasets import DatasetDict
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from peft import PeftModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
 from common.optimizers import describe
 from common.run import Run
 from text.card import SCORES, render_card
 from text.data import longest_first
 from text.plot import plot_learning_curve
-from text.trainer import TextTrainer
+from text.trainer import FIRST, FirstEpoch, TextTrainer
 
 
 def train_and_score(
     run: Run,
-    model: PreTrainedModel,
+    model: PreTrainedModel | PeftModel,
     tokenizer: PreTrainedTokenizerBase,
     splits: DatasetDict,
     facts: dict[str, Any],
     *,
     trainer_cls: type[TextTrainer] = TextTrainer,
+    callbacks: Sequence[TrainerCallback] = (),
+    first_epoch: bool = False,
+    measure: Callable[[], dict[str, Any]] | None = None,
     **trainer_kwargs: Any,
 ) -> dict[str, Any]:
     """Train, score, and write the output folder.
@@ -36,6 +41,9 @@ def train_and_score(
         facts: What all_results.json is to hold of model and data; the card wants the names of the recipe, its task
             and its dataset among them.
         trainer_cls: The Trainer.
+        callbacks: Callbacks beside the optimizer's.
+        first_epoch: Whether the test split is scored after one epoch as well.
+        measure: What else is measured at the end, to be reported.
         **trainer_kwargs: Collator, loss, metrics.
 
     Returns:
@@ -43,8 +51,9 @@ def train_and_score(
     """
     args = run.args
     held_out = {name: longest_first(splits[name]) for name in ("validation", "test")}
+    whole = model.get_base_model() if isinstance(model, PeftModel) else model
     report: dict[str, Any] = facts | {
-        "model": type(model).__name__,
+        "model": type(whole).__name__,
         "parameters": model.num_parameters(only_trainable=True),
         "train_samples": len(splits["train"]),
         "seed": args.seed,
@@ -57,10 +66,17 @@ def train_and_score(
         train_dataset=splits["train"],
         eval_dataset=held_out["validation"],
         processing_class=tokenizer,
-        callbacks=run.callbacks,
+        callbacks=[*run.callbacks, *callbacks],
         **trainer_kwargs,
     )
+    if first_epoch:
+        trainer.add_callback(FirstEpoch(trainer, held_out["test"]))
     report |= run.train(trainer)
+    if whole is not model and trainer.is_world_process_zero():
+        whole.config.save_pretrained(args.output_dir)  # adapters come without the names of the classes
+    if trainer.state.global_step < trainer.state.max_steps:
+        report["stopped_at"] = trainer.state.epoch
+    report |= {key: item for event in trainer.state.log_history for key, item in event.items() if key.startswith(FIRST)}
     if args.do_eval:
         report |= trainer.score(held_out["validation"], "eval")
     if args.do_predict:
@@ -69,6 +85,8 @@ def train_and_score(
         if best is not None and not args.load_best_model_at_end:
             with trainer.weights_of(best):
                 report |= trainer.score(held_out["test"], "best_predict")
+    if measure is not None:
+        report |= measure()
     trainer.save_metrics("all", report, combined=False)
     trainer.create_model_card()
     if trainer.is_world_process_zero():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -9,12 +10,17 @@ from typing import Any
 
 import numpy as np
 from datasets import Dataset
+from peft import PeftModel, load_peft_weights, set_peft_model_state_dict
 from torch import Tensor
 from torch.utils.data import Sampler, SequentialSampler
+from transformers import TrainerCallback, TrainerState
 
 from common.trainer import RecipeTrainer
 from text.data import LENGTH
 from text.sampler import ShuffledLengthGroups
+
+FIRST = "first_predict"
+"""Prefix of the test scores after one epoch."""
 
 
 class TextTrainer(RecipeTrainer):
@@ -64,11 +70,26 @@ class TextTrainer(RecipeTrainer):
     def weights_of(self, checkpoint: str) -> Iterator[None]:
         """Give the model the weights of a checkpoint for a while."""
         last = {name: tensor.clone() for name, tensor in self.model.state_dict().items()}
-        self.model.load_state_dict(type(self.model).from_pretrained(checkpoint).state_dict())
+        if isinstance(self.model, PeftModel):
+            set_peft_model_state_dict(self.model, load_peft_weights(checkpoint))
+        else:
+            self.model.load_state_dict(type(self.model).from_pretrained(checkpoint).state_dict())
         try:
             yield
         finally:
             self.model.load_state_dict(last)
+
+
+class FirstEpoch(TrainerCallback):
+    """Scores rows after one epoch, and logs it: what a checkpoint keeps outlives an interruption."""
+
+    def __init__(self, trainer: TextTrainer, rows: Dataset) -> None:
+        self.trainer, self.rows = trainer, rows
+
+    def on_epoch_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        """Score."""
+        if state.epoch is not None and math.isclose(state.epoch, 1, abs_tol=1e-6):
+            self.trainer.log(self.trainer.score(self.rows, FIRST))
 
 
 def mean_nll(scores: np.ndarray | Tensor) -> float:

@@ -26,6 +26,9 @@ class DataArguments(OutlierArguments, RowArguments):
     max_source_length: int = option(128, "Longer sources are cut to so many tokens.")
     max_target_length: int = option(128, "Longer targets are cut, and generation stops, at so many tokens.")
     num_beams: int = option(1, "Beams of the generation; 1 is greedy.")
+    pad_to_multiple_of: int | None = option(
+        None, "Pad batches to lengths that this divides: a compiled model has few shapes then."
+    )
 
     def __post_init__(self) -> None:
         """Reject values that no run can use."""
@@ -33,7 +36,11 @@ class DataArguments(OutlierArguments, RowArguments):
         RowArguments.__post_init__(self)
         if self.source_lang == self.target_lang:
             raise ValueError(f"source_lang and target_lang are both {self.source_lang!r}; name two languages.")
-        at_least_one(self, "max_source_length", "max_target_length", "num_beams")
+        at_least_one(self, "max_source_length", "max_target_length", "num_beams", "pad_to_multiple_of")
+        for name in ("max_source_length", "max_target_length"):
+            longest = getattr(self, name)
+            if longest % (self.pad_to_multiple_of or 1):  # the model has no positions beyond the longest
+                raise ValueError(f"pad_to_multiple_of={self.pad_to_multiple_of} must divide {name}={longest}.")
 
 
 @dataclass

@@ -25,7 +25,7 @@ def short(folder, *options):
 
 def have_equal_weights(*folders):
     """Return whether the models in two folders are the same, bit for bit."""
-    one, other = (load_file(folder / "model.safetensors") for folder in folders)
+    one, other = (load_file(file) for folder in folders for file in folder.glob("*model.safetensors"))
     return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 

@@ -163,6 +163,33 @@ def test_an_interrupted_run_starts_again_where_its_checkpoint_is(toy):
     assert toy.calls() == 2
 
 
+def test_a_run_that_the_time_cuts_off_leaves_its_curve_and_goes_on(toy, capsys):
+    toy.values |= {"options": {"mode": "slow"}, "arms": {name: {"options": {"lr": 0.1}} for name in "ab"}}
+    toy.values["final"] = {"seeds": [1], "options": {"epochs": 3}}
+    start = time.monotonic()
+    assert toy.run("--minutes=0.1") == 0
+    assert time.monotonic() - start < 50
+    assert (
+        "final a seed 1: out of time at step 4 of 12, eval_score 7\nOut of time: 1 of 2 runs" in capsys.readouterr().out
+    )
+    (line,) = toy.lines()
+    assert (line["status"], line["step"], line["max_steps"]) == ("unfinished", 4, 12)
+    assert line["curve"] == [{"epoch": 1, "step": 4, "loss": 1}, {"epoch": 1, "step": 4, "eval_score": 7.0}]
+    assert series(line, "eval_score", "seconds") == ([2.0], [7.0])
+    assert toy.row("a", "## Unfinished runs") == ["a", "-", "1", "4", "12", "7", "7", "0.5"]
+    assert "- a has no finished final run." in toy.page()
+    toy.run("--list")
+    assert "cut off  final a seed 1\nto do    final b seed 1\n" in capsys.readouterr().out
+
+    (toy.folder / "out" / "repaired").touch()
+    assert toy.run("--minutes=5") == 0
+    assert [(line["arm"], line["status"], line["resumed"]) for line in toy.lines()[1:]] == [
+        ("b", "finished", False),  # the least advanced one first
+        ("a", "finished", True),
+    ]
+    assert "Unfinished" not in toy.page()
+
+
 def test_what_other_code_left_is_no_result(toy, monkeypatch):
     toy.values |= {"arms": {"a": {"options": {"lr": 0.1}}}, "final": {"seeds": [1]}}
     assert toy.run() == 0
@@ -248,6 +275,16 @@ def test_base_is_a_recipes_own_file(toy):
     (toy.folder / "base.yaml").write_text("width: 3\ndepth: 2\noutput_dir: elsewhere\n", encoding="utf-8")
     toy.values |= {"base": "base.yaml", "options": {"width": 5, "mode": ""}}
     assert load(Path(toy.argv[0])).options == {"width": 5, "depth": 2, "mode": ""}
+
+
+def test_a_comparison_like_another_has_its_keys_and_options(toy):
+    toy.values["options"] = {"width": 1, "depth": 1}
+    file = Path(toy.argv[0])
+    for name, changes in {"like": {"like": file.name, "options": {"depth": 2}}, "more": {"like": "like.yaml"}}.items():
+        file.with_stem(name).write_text(json.dumps(changes), encoding="utf-8")
+    first, more = load(file), load(file.with_stem("more"))
+    assert (more.options, more.name) == ({"width": 1, "depth": 2}, "more")
+    assert (more.arms, more.final) == (first.arms, first.final)
 
 
 def test_folders_have_plain_names(toy):

@@ -152,7 +152,7 @@ def test_a_model_by_name_is_fine_tuned_whatever_it_classified_before(tmp_path, o
 
 
 def test_fngd_and_the_baselines_take_blocks_and_pooler(tokenizer):
-    model = build_model(tokenizer, ModelArguments(**TINY), 32, ["a", "b", "c"])
+    model, _ = build_model(tokenizer, ModelArguments(**TINY), 32, ["a", "b", "c"])
     linear = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     assert {"classifier", "bert.pooler.dense"} <= linear
     batch = tokenizer([row["sentence"] for row in ROWS[:4]], padding=True, return_tensors="pt")

@@ -126,3 +126,17 @@ def test_batches_add_up_to_the_corpus():
     for prediction, reference in zip(predictions, REFERENCES, strict=True):
         metric.add(prediction=prediction, reference=reference)
     assert metric.compute()["score"] == sacrebleu.corpus_bleu(predictions, [REFERENCES]).score
+
+
+def test_batches_of_few_shapes(tmp_path, monkeypatch):
+    shapes, compute = set(), TranslationTrainer.compute_loss
+
+    def seen(self, model, inputs, *args, **kwargs):
+        shapes.update(inputs[name].shape[1] for name in ("input_ids", "labels"))
+        return compute(self, model, inputs, *args, **kwargs)
+
+    monkeypatch.setattr(TranslationTrainer, "compute_loss", seen)
+    words = [f"--dataset_name={write_splits(tmp_path / 'pairs')}", f"--output_dir={tmp_path / 'out'}", *TINY_MODEL]
+    words += ["--max_steps=11", "--per_device_train_batch_size=16", "--pad_to_multiple_of=16", "--save_strategy=no"]
+    translate.main([*words, "--eval_strategy=no", "--do_eval=false", "--do_predict=false", "--optimizer=adamw"])
+    assert shapes <= {16, 32}
