@@ -145,7 +145,7 @@ class FNGD(torch.optim.Optimizer, Joins):
         natural = "momentum" in self.settings.updates
         try:
             squared = squared_norms(self.param_groups, exact=natural)
-        except NotImplementedError:  # torch has no such norms of a sparse gradient, which the check names by parameter
+        except NotImplementedError:  # torch cannot take the norm of a sparse gradient: say whose gradient it is
             check_parameters(self.preconditioner.model, self.param_groups)
             raise
         # Finite, and so when an update rule squares them in float32? Here the host waits for the device.

@@ -56,11 +56,7 @@ def _is_pretrained(module: nn.Module) -> bool:
 
 
 def _of_pretrained(model: Any) -> Iterator[nn.Module]:
-    try:
-        head = model.get_output_embeddings()
-    except (AttributeError, NotImplementedError):  # of a model without one
-        head = None
-    if isinstance(head, nn.Module):
+    if isinstance(head := model.get_output_embeddings(), nn.Module):
         yield head
     config = model.config
     sizes = {getattr(config, name, None) for name in ("num_labels", "vocab_size")} - {None, 0}
