@@ -8,7 +8,7 @@ from typing import Any, Self, TypeVar
 
 from hf_fngd.checks import Check, choice, flag, guess, integer, modules, real, shown, wrong_type
 from hf_fngd.layers.base import layer_type_names
-from hf_fngd.layers.heads import FEW_CHANNELS
+from hf_fngd.layers.fallback import FEW_CHANNELS
 from hf_fngd.layers.select import ALL_LINEAR
 from hf_fngd.updates import FALLBACK_RULES, RULES
 from hf_fngd.updates.block_muon import FEWEST

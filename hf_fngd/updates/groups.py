@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from hf_fngd.distributed.sharded import is_sharded
 from hf_fngd.layers.base import GramKernel, Matrices, is_frozen, may_train
-from hf_fngd.layers.heads import depthwise_filters, first_filters, output_heads
+from hf_fngd.layers.fallback import depthwise_filters, first_filters, output_heads
 from hf_fngd.layers.select import ALL_LINEAR, Selected
 from hf_fngd.updates.base import RULES
 from hf_fngd.updates.chosen import assigned

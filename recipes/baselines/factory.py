@@ -18,7 +18,7 @@ from baselines.eva import Eva
 from baselines.kfac import KFAC
 from baselines.muon import Muon
 from baselines.shampoo import Shampoo
-from hf_fngd.layers.heads import output_heads
+from hf_fngd.layers.fallback import output_heads
 from hf_fngd.updates.groups import decays
 
 
