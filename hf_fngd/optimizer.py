@@ -20,6 +20,7 @@ from hf_fngd.engine.state import GONE, check_groups, check_keys, gone, with_froz
 from hf_fngd.preconditioner import FNGDPreconditioner
 from hf_fngd.settings import Settings, with_settings
 from hf_fngd.updates import FALLBACK_RULES, RULES, Update
+from hf_fngd.updates.block_muon import block_rows
 from hf_fngd.updates.chosen import by_name
 from hf_fngd.updates.gradients import of_layers, real, squared_norms
 from hf_fngd.updates.groups import check_parameters, parameter_groups, resized, trainable
@@ -71,6 +72,8 @@ class FNGD(torch.optim.Optimizer, Joins):
         if self.settings.param_groups:
             named = by_name(inner, self.settings.param_groups)
             self.settings = dataclasses.replace(self.settings, param_groups=named)
+        if any("positions" in group for group in groups):
+            self.preconditioner.positions = 0
         defaults = {name: self.settings.effective(name) for name in ("lr", "momentum", "beta2", "eps")}
         super().__init__(groups, defaults)
 
@@ -159,7 +162,10 @@ class FNGD(torch.optim.Optimizer, Joins):
                     self.skipped,
                 )
             return loss
+        asked = self.preconditioner.positions == 0
         self.preconditioner.step()
+        if asked and self.preconditioner.positions:
+            self._settle_blocks(self.preconditioner.positions)
         scales = None
         if squared is not None and natural:
             policy = self.preconditioner.policy
@@ -169,6 +175,25 @@ class FNGD(torch.optim.Optimizer, Joins):
         for group in self.param_groups:
             self._update_group(group, scales)
         return loss
+
+    def _settle_blocks(self, positions: int) -> None:
+        """The first step has shown how many positions a layer sees, on which the size of blocks depends."""
+        whole = matrices = 0
+        for group in self.param_groups:
+            if "positions" not in group:
+                continue
+            group["positions"] = positions
+            for p, (count, columns) in zip(group["params"], group["matrices"], strict=True):
+                rows = p.numel() // max(1, count * columns)
+                matrices += count
+                whole += count * (block_rows(rows, columns, None, positions) == rows)
+        logger.info(
+            "update='block_muon' orthogonalizes %d of %d matrices whole, and the others in blocks of rows: a layer "
+            "sees %d positions a step. The checkpoint keeps this number; block_size sets the rows",
+            whole,
+            matrices,
+            positions,
+        )
 
     def _update_group(self, group: dict[str, Any], scales: Tensor | None) -> None:
         rule = RULES[group["rule"]]
@@ -263,12 +288,15 @@ class FNGD(torch.optim.Optimizer, Joins):
         self.preconditioner.load_state_dict(own["engine"])
         groups = [
             # The layers' numbers, and the matrices, are those of this version.
-            {key: value for key, value in stored.items() if key != _STATE_KEY}
+            {key: group[key] for key in ("positions",) if key in group}
+            | {key: value for key, value in stored.items() if key != _STATE_KEY}
             | {key: group[key] for key in ("layers", "matrices") if key in group}
             for stored, group in zip(state_dict["param_groups"], kept, strict=True)
         ]
         self.param_groups = kept
         super().load_state_dict({**state_dict, "param_groups": groups})
+        if self.preconditioner.positions is not None:
+            self.preconditioner.positions = min(g["positions"] for g in self.param_groups if "positions" in g)
         self.skipped = own["skipped"]
 
 

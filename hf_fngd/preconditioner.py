@@ -12,6 +12,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.utils.hooks import RemovableHandle
 
 from hf_fngd.distributed.environment import rank_and_world, refuse_environment
+from hf_fngd.distributed.exchange import sum_over_processes
 from hf_fngd.distributed.join import Joins, JoinState
 from hf_fngd.distributed.sharded import is_sharded
 from hf_fngd.engine.attach import refuse_attached, unsupported
@@ -78,6 +79,9 @@ class FNGDPreconditioner(Joins):
         self._window = Window()
         self.epoch_ended = False
         self._fsdp: bool | None = None  # not known before the first forward pass
+        # How many positions a preconditioned layer sees in a step of all processes, for update rules; None where none
+        # asks, 0: to be found in the next step.
+        self.positions: int | None = None
         self._hooks: list[RemovableHandle] = []
         self._coverage = Coverage(selection, self._attached, own.strict)
         self._forwards = Forwards(model, self._attached, self._window, weakref.WeakMethod(self._begin), own.batch_dim)
@@ -112,13 +116,14 @@ class FNGDPreconditioner(Joins):
         ``sharing="clipped"`` norms in every step.
         """
         _, world = rank_and_world()
-        begun = self._window.begun
+        begun, multiplications = self._window.begun, self._window.multiplications
         self.joining.announce(begun // world, True, self.device)
         batches = self._window.close()
         self._forwards.batch, self.epoch_ended = None, self._edge.passed()
         compared = 0
         if batches or world > 1:
             compared = self.policy.close(batches, begun, self._like())
+        self._find_positions(multiplications)
         self._coverage.tell(compared, self._forwards.live)
         self._heed_epoch()
 
@@ -193,6 +198,17 @@ class FNGDPreconditioner(Joins):
     def follow_step(self, begun: int) -> None:
         """In a Join context, without batches of one's own: what belongs to a step of the other processes."""
         self.policy.close([], begun, self._like())
+        self._find_positions(0)
+
+    def _find_positions(self, multiplications: int) -> None:
+        """From this process's multiplications in the step: those of all processes, in the mean over the weights."""
+        if self.positions != 0:
+            return
+        device = "cpu" if rank_and_world()[1] == 1 else self.device
+        total = float(sum_over_processes(torch.tensor([multiplications], dtype=torch.float64, device=device)))
+        if total:  # or else the step had no gradients
+            weights = [weight_of(layer.module) for layer in self.layers]
+            self.positions = max(1, round(total / sum(w.numel() for w in weights if w is not None)))
 
     @property
     def device(self) -> torch.device:
@@ -225,7 +241,9 @@ class FNGDPreconditioner(Joins):
         version = 0 if weight is None else weight._version
         self._window.make_room(self._has_gradients(), version)
         begin = functools.partial(self.policy.begin, size, self._window.next_offset)
-        batch = MicroBatch(size, begin, [0] * len(self._attached), version, ids, recomputed=in_backward())
+        asked = None if self.positions != 0 else 0
+        calls = [0] * len(self._attached)
+        batch = MicroBatch(size, begin, calls, version, ids, recomputed=in_backward(), multiplications=asked)
         self._window.add(batch)
         return batch
 

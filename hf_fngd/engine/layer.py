@@ -131,6 +131,8 @@ class Layer:
         sample weights that are returned are those of the rows ``[R]``.
         """
         self.reach(batch)
+        if batch.multiplications is not None and self.selected.matrix:
+            batch.multiplications += self._multiplications(x, g)
         count = (g if x is None else x).shape[0]
         if batch.size == 0 or self._is_plain(x, g, batch, again, rows):
             return None
@@ -145,6 +147,12 @@ class Layer:
         """A backward pass has reached a call in this micro-batch."""
         batch.reach()
         self.shared.reached = self.shared.ever = True
+
+    def _multiplications(self, x: Tensor | None, g: Tensor) -> int:
+        weight = weight_of(self.selected.module)
+        assert isinstance(self.kernel, GramKernel)
+        assert x is not None
+        return 0 if weight is None else self.kernel.multiplications(x, g, weight)
 
     def _is_plain(self, x: Tensor | None, g: Tensor, batch: MicroBatch, again: bool, rows: Rows | None) -> bool:
         """Whether the samples cannot be weighed in this call; the reason goes to `Shared`."""

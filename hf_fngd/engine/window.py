@@ -54,6 +54,7 @@ class MicroBatch:
     ids: Ids | None = None  # which of the samples each row or token belongs to, where the batch says so
     tokens: bool = False  # whether a traced graph has its tokens for rows
     recomputed: bool = False  # whether the forward pass is one that checkpointing of the whole model recomputes
+    multiplications: int | None = None  # of its preconditioned layers' forwards; None where nobody asks
     reached: bool = False  # whether a backward pass reached any layer
     complete: bool = False  # whether that came to its end
     of_graphs: set[int] = field(default_factory=set)  # layers that a traced backward pass has reached
@@ -94,6 +95,11 @@ class Window:
     def begun(self) -> int:
         """How many micro-batches began since the last step, those of the other processes included."""
         return rank_and_world()[1] * sum(batch.reached or not batch.recomputed for batch in self._batches)
+
+    @property
+    def multiplications(self) -> int:
+        """Those of the micro-batches since the last step."""
+        return sum(batch.multiplications or 0 for batch in self._batches if batch.complete)
 
     @property
     def next_offset(self) -> int:

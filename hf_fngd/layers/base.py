@@ -145,6 +145,10 @@ class GramKernel(ExplicitKernel):
         """Of which matrices the layer's weight consists, for update rules (default: it is one)."""
         return 1, weight.shape[-1]
 
+    def multiplications(self, x: Tensor, g: Tensor, weight: Tensor) -> int:
+        """Those of one call's forward: an entry of the weight counts once a position (default: as of ``x W^T``)."""
+        return g.numel() * weight.shape[-1]
+
 
 MakeKernel = Callable[[nn.Module], LayerKernel | None]
 _LAYER_TYPES: dict[str, MakeKernel] = {}

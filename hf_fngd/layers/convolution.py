@@ -104,6 +104,10 @@ class ConvolutionKernel(GramKernel):
         """
         return self.arguments[-1], weight.shape[1:].numel()
 
+    def multiplications(self, x: Tensor, g: Tensor, weight: Tensor) -> int:
+        transposed = self.arguments[3]
+        return (x if transposed else g).numel() * weight.shape[1:].numel()
+
 
 @register_layer_type("convolution")
 def convolution_kernel(module: nn.Module) -> ConvolutionKernel | None:

@@ -103,6 +103,9 @@ class Conv1DKernel(LinearKernel):
         """``[i, o]``: the roles of a and g swap, so that no transposed copy is made."""
         return weighted_sum(g, a, w)
 
+    def multiplications(self, x: Tensor, g: Tensor, weight: Tensor) -> int:
+        return x.numel() * weight.shape[-1]
+
 
 @dataclass(frozen=True)
 class OwnLinearKernel(LinearKernel):

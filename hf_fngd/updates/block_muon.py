@@ -1,14 +1,21 @@
 """``block_muon``: Muon on blocks of rows, each orthogonalized by itself, at a small part of Muon's price.
 
-Orthogonalizing r rows of c entries takes ``4 r^2 c`` operations and some ``34 r^3`` more, so that blocks of r rows cost
-r over the number of rows of what the whole matrix does. Under FSDP2 a process with whole blocks exchanges nothing.
+Orthogonalizing r rows of c entries takes ``4 r^2 c`` operations and some ``34 r^3`` more, whatever the batch. So whole
+matrices cost little beside a large batch, and several times forward and backward beside a small one. Under FSDP2 a
+process with whole blocks exchanges nothing.
 """
+
+import functools
+
+import torch
 
 from hf_fngd.updates.base import Update, register_rule
 from hf_fngd.updates.muon import orthogonalized_momentum
-from hf_fngd.updates.orthogonal import block_shape
+from hf_fngd.updates.orthogonal import STEPS, block_shape, count_operations
 
-# Without a size: this share of a matrix's shorter side, and so many rows at least. Half the share lost half a BLEU.
+# Without a size: as many rows as take this part of a layer's own operations in forward and backward,
+PRICE = 16
+# but this part of a matrix's shorter side, and so many rows, at least. Half of that lost half a BLEU.
 SHARE, FEWEST = 4, 32
 
 
@@ -18,11 +25,24 @@ def block_muon_update(update: Update) -> None:
 
     m has ``momentum``, and a block r rows (`block_rows`).
     """
-    size = update.group["block_size"]
-    orthogonalized_momentum(update, lambda rows, columns: block_rows(rows, columns, size))
+    size, positions = update.group["block_size"], int(update.group.get("positions", 0))
+    orthogonalized_momentum(update, lambda rows, columns: block_rows(rows, columns, size, positions))
 
 
-def block_rows(rows: int, columns: int, size: float | None) -> int:
-    """How many rows a block of a matrix has: at most ``size``; None: a quarter of the shorter side, at least 32."""
-    most = max(FEWEST, min(rows, columns) // SHARE) if size is None else int(size)
-    return block_shape(rows, most)[1]
+@functools.cache
+def block_rows(rows: int, columns: int, size: float | None, positions: int = 0) -> int:
+    """How many rows a block of a matrix has: at most ``size``.
+
+    None: so many that the matrix's orthogonalization takes at most a sixteenth of the operations of its layer's forward
+    and backward, ``6 positions rows columns`` a step; but at least a quarter of the shorter side, and 32. Operations
+    are counted as for float32 and `STEPS` wherever it runs, so that blocks are the same on all machines.
+    """
+    if size is not None:
+        return block_shape(rows, int(size))[1]
+    fewest = max(FEWEST, min(rows, columns) // SHARE)
+    affordable = 6 * positions * rows * columns / PRICE
+    for number in range(1, block_shape(rows, fewest)[0]):
+        count, height = block_shape(rows, -(-rows // number))
+        if count * count_operations(height, columns, STEPS, torch.float32) <= affordable:
+            return height
+    return block_shape(rows, fewest)[1]

@@ -110,6 +110,8 @@ def _split(
         _group(f"{name}{suffix}", rule, lr, decay) | reads | ({"matrices": []} if for_matrices else {})
         for name in ("preconditioned", "unweighed")
     )
+    if rule == "block_muon" and settings.block_size is None:
+        preconditioned["positions"] = 0  # found in the first step, where layers are weighed
     return [
         preconditioned,
         _group(f"preconditioned_no_decay{suffix}", "adam" if for_matrices else rule, lr, no_decay),

@@ -16,7 +16,7 @@ from collections.abc import Iterable
 import torch
 
 from hf_fngd.updates.block_muon import block_rows
-from hf_fngd.updates.orthogonal import prefers_gram
+from hf_fngd.updates.orthogonal import count_operations
 from hf_fngd.weights.gram import cheaper_route
 
 Shapes = Iterable[tuple[int, int]]
@@ -53,15 +53,9 @@ def gram_matrix(o: int, i: int, n: int, t: int) -> float:
     return of_triangle * 2 * n**2 * t**2 * (o + i)
 
 
-def orthogonalization(rows: int, columns: int, dtype: torch.dtype, steps: int = 5, gram: bool = True) -> float:
-    """Muon's iterations on a matrix: on its Gram matrix, where ``gram`` allows and `prefers_gram` says so."""
-    m, n = sorted((rows, columns))
-    if gram and prefers_gram(m, n, dtype):
-        return 4 * m * m * n + (8 * steps - 6) * m**3
-    return steps * (4 * m * m * n + 2 * m**3)
-
-
-def block_orthogonalization(rows: int, columns: int, size: int | None, dtype: torch.dtype, steps: int = 5) -> float:
-    """The same on blocks of at most ``size`` rows; None: those of the default."""
-    height = block_rows(rows, columns, size)
-    return math.ceil(rows / height) * orthogonalization(height, columns, dtype, steps)
+def block_orthogonalization(
+    rows: int, columns: int, size: int | None, positions: int, dtype: torch.dtype, steps: int = 5
+) -> float:
+    """Muon's iterations on blocks of at most ``size`` rows; None: those of the default at so many positions a step."""
+    height = block_rows(rows, columns, size, positions)
+    return math.ceil(rows / height) * count_operations(height, columns, steps, dtype)

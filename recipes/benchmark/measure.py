@@ -23,7 +23,7 @@ from baselines.composite import Composite
 from benchmark import cost_model
 from benchmark.arms import ADAMW, ARMS, SGD
 from benchmark.models import MODELS, attentions, batch
-from hf_fngd.updates.orthogonal import working_dtype
+from hf_fngd.updates.orthogonal import count_operations, working_dtype
 
 Run = Callable[[], None]
 Record = dict[str, Any]
@@ -121,7 +121,7 @@ def prediction(model: nn.Module, options: argparse.Namespace, optimizer: Optimiz
     layers = layers_of(model)
     shapes = [(layer.weight.shape[0], layer.weight.shape[1]) for layer, _ in layers]
     untied = [shape for shape, (_, tied) in zip(shapes, layers, strict=True) if not tied]
-    added = update_operations(optimizer)
+    added = update_operations(optimizer, n * t)
     if added is None:
         return None
     if engine := getattr(optimizer, "preconditioner", None):
@@ -134,8 +134,8 @@ def prediction(model: nn.Module, options: argparse.Namespace, optimizer: Optimiz
     return 1 + added / cost_model.forward_and_backward(shapes, n, t, attentions(options), options.d_model)
 
 
-def update_operations(optimizer: Optimizer) -> float | None:
-    """The products of the update rules; None where one of them is not known."""
+def update_operations(optimizer: Optimizer, positions: int) -> float | None:
+    """The products of the update rules at so many positions a step; None where one of them is not known."""
     total = 0.0
     for part in parts_of(optimizer):
         for group in part.param_groups:
@@ -143,10 +143,11 @@ def update_operations(optimizer: Optimizer) -> float | None:
             for p in group["params"] if rule not in ("SGD", "AdamW", "adam", "momentum") else []:
                 dtype = working_dtype(p.dtype, p.device)
                 if rule == "block_muon":
-                    total += cost_model.block_orthogonalization(*p.shape, group["block_size"], dtype, steps)
-                elif rule in ("muon", "Muon"):  # torch's does without Gram matrices
+                    size = group["block_size"]
+                    total += cost_model.block_orthogonalization(*p.shape, size, positions, dtype, steps)
+                elif rule in ("muon", "Muon"):  # torch's does without Gram matrices, in whatever precision
                     of_torch = type(part).__module__.startswith("torch.")
-                    total += cost_model.orthogonalization(*p.shape, dtype, steps, gram=not of_torch)
+                    total += count_operations(*p.shape, steps, torch.bfloat16 if of_torch else dtype)
                 else:
                     return None
     return total

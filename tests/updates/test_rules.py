@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from hf_fngd.updates import FALLBACK_RULES, RULES, Update, muon, orthogonal, register_rule
-from hf_fngd.updates.block_muon import block_rows
 from hf_fngd.updates.orthogonal import block_shape, orthogonalize, orthogonalize_blocks
 
 SHAPES = [(4, 6), (6, 4), (5,), (4, 6), (3, 3)]
@@ -275,22 +274,3 @@ def test_block_muon_is_muon_on_blocks_of_rows(shape: tuple[int, int], size: int)
             blocks = [polynomial(block) for block in (0.9 * buffer + 0.1 * g).split(height)]
             p.mul_(1 - 0.05 * 0.1).sub_(0.05 * 0.2 * max(height, shape[1]) ** 0.5 * torch.cat(blocks))
     assert_equal(ours("block_muon", [shape] * 2, block_size=size), params, rtol=1e-7, atol=1e-8)
-
-
-@pytest.mark.parametrize(
-    ("shape", "size", "height"),
-    [
-        ((64, 64), None, 32),
-        ((128, 512), None, 32),
-        ((512, 512), None, 128),
-        ((2048, 512), None, 128),
-        ((512, 2048), None, 128),
-        ((600, 600), None, 150),
-        ((24, 900), None, 24),
-        ((100, 512), None, 25),  # as few equal blocks as have 32 rows at most
-        ((512, 512), 32, 32),
-        ((512, 512), 1000, 512),
-    ],
-)
-def test_a_block_has_a_quarter_of_the_shorter_side(shape: tuple[int, int], size: int | None, height: int) -> None:
-    assert block_rows(*shape, size) == height
