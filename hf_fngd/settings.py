@@ -8,7 +8,6 @@ from typing import Any, Self, TypeVar
 
 from hf_fngd.checks import Check, choice, flag, guess, integer, modules, real, shown, wrong_type
 from hf_fngd.layers.base import layer_type_names
-from hf_fngd.layers.fallback import FEW_CHANNELS
 from hf_fngd.layers.select import ALL_LINEAR
 from hf_fngd.updates import FALLBACK_RULES, RULES
 from hf_fngd.updates.block_muon import FEWEST
@@ -109,8 +108,7 @@ class Settings:
         "adamw",
         choice(FALLBACK_RULES),
         "Update rule of all other parameters: 'adamw' or 'sgd'. With update 'muon' and 'block_muon' depthwise filters "
-        "are among them, and, unless target_modules names them or their group has an 'update', output heads and "
-        f"convolutions whose input has at most {FEW_CHANNELS} channels.",
+        "are among them, and output heads, unless target_modules names them or their group has an 'update'.",
     )
     fallback_lr: float | None = _setting(
         None,

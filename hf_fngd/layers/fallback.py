@@ -1,7 +1,7 @@
 """What update rules for matrices leave to the fallback rule, though it belongs to preconditioned layers.
 
 Such rules are for what maps features to features. Rows of an output head belong to one class or token each, as those of
-an embedding do; a convolution that sees pixels or a waveform embeds these; a depthwise filter mixes no features.
+an embedding do; a depthwise filter mixes no features.
 """
 
 from collections.abc import Iterable, Iterator
@@ -11,7 +11,6 @@ from torch import nn
 
 from hf_fngd.layers.convolution import CONVOLUTIONS
 
-FEW_CHANNELS = 4  # at most those of an image, or of the latent images of diffusion models
 # Of models that transformers knows nothing about: torchvision's, timm's, and those that name theirs as transformers do.
 _NAMES = ("lm_head", "classifier", "score", "head", "fc")
 
@@ -33,18 +32,10 @@ def output_heads(model: nn.Module) -> set[int]:
     return _parameters(heads)
 
 
-def first_filters(model: nn.Module) -> set[int]:
-    """The ``id`` of each parameter of a convolution whose input has few channels."""
-    return _parameters(one for one in _convolutions(model) if one.in_channels <= FEW_CHANNELS)
-
-
 def depthwise_filters(model: nn.Module) -> set[int]:
     """The ``id`` of each parameter of a convolution with one input channel in each of its groups."""
-    return _parameters(one for one in _convolutions(model) if one.in_channels == one.groups > 1)
-
-
-def _convolutions(model: nn.Module) -> Iterator[Any]:
-    return (module for module in model.modules() if isinstance(module, CONVOLUTIONS))
+    convolutions = (module for module in model.modules() if isinstance(module, CONVOLUTIONS))
+    return _parameters(one for one in convolutions if one.in_channels == one.groups > 1)
 
 
 def _parameters(modules: Iterable[nn.Module]) -> set[int]:

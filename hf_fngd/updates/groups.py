@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from hf_fngd.distributed.sharded import is_sharded
 from hf_fngd.layers.base import GramKernel, Matrices, is_frozen, may_train
-from hf_fngd.layers.fallback import depthwise_filters, first_filters, output_heads
+from hf_fngd.layers.fallback import depthwise_filters, output_heads
 from hf_fngd.layers.select import ALL_LINEAR, Selected
 from hf_fngd.updates.base import RULES
 from hf_fngd.updates.chosen import assigned
@@ -43,8 +43,8 @@ def parameter_groups(
     groups of other parameters. Biases are vectors: where the rule is for matrices alone they get "adam". Such a rule
     also steps the matrices that are ``unweighed``. Its groups have ``matrices``, which tells of which each parameter
     consists. Each of the user's groups is split in the same way, behind the automatic ones. Where the rule is for
-    matrices, depthwise filters get the fallback rule. So do output heads and convolutions of few channels, unless the
-    user names them in ``target_modules`` or in a group with a rule.
+    matrices, depthwise filters get the fallback rule. So do output heads, unless the user names them in
+    ``target_modules`` or in a group with a rule.
 
     Raises:
         ValueError: as `hf_fngd.updates.chosen.assigned`, or a user's group has a rule and no matrix.
@@ -54,7 +54,7 @@ def parameter_groups(
     splits = [_split(settings, fallback)]
     splits += [_split(settings, fallback, group, f"_{number}") for number, group in enumerate(chosen)]
     decayed = decays(model)
-    outer = output_heads(model) | first_filters(model) if settings.target_modules == ALL_LINEAR else set()
+    heads = output_heads(model) if settings.target_modules == ALL_LINEAR else set()
     depthwise = depthwise_filters(model)
     # A bias that is trained beside a frozen weight is none of a preconditioned layer's.
     owners = {
@@ -70,7 +70,7 @@ def parameter_groups(
         matrices, vectors, others, rest, rest_no_decay = splits[number + 1]
         for_matrices = RULES[matrices["rule"]].matrices
         chosen_rule = number >= 0 and "update" in chosen[number]
-        left = id(parameter) in depthwise or (id(parameter) in outer and not chosen_rule)
+        left = id(parameter) in depthwise or (id(parameter) in heads and not chosen_rule)
         if for_matrices and left:
             group = rest if name in decayed else rest_no_decay
         elif id(parameter) in owners:

@@ -49,8 +49,8 @@ class Filters(nn.Module):
         return self.classifier(torch.tanh(y))
 
 
-MUON = {f"{name}.weight" for name in ("whole", "grouped", "flipping", "up", "line", "space")}
-OWNED = ("whole", "grouped", "up", "line", "space")  # whose biases go with them
+MUON = {f"{name}.weight" for name in ("image", "whole", "grouped", "flipping", "up", "line", "space")}
+OWNED = ("image", "whole", "grouped", "up", "line", "space")  # whose biases go with them
 
 
 def made(seed: int = 0) -> Filters:
@@ -71,16 +71,12 @@ def rules(optimizer: FNGD) -> dict[str, str]:
     ("settings", "stepped"),
     [
         ({}, MUON),
-        ({"target_modules": ["image", "whole", "depthwise", "classifier"]},
-         {"image.weight", "whole.weight", "classifier.weight"}),
+        ({"target_modules": ["whole", "depthwise", "classifier"]}, {"whole.weight", "classifier.weight"}),
         ({"exclude_modules": ["up", "flipping"]}, MUON - {"up.weight", "flipping.weight"}),
-        ({"param_groups": [{"params": ["image", "depthwise", "classifier"], "update": "muon"}]},
-         MUON | {"image.weight", "classifier.weight"}),
+        ({"param_groups": [{"params": ["depthwise", "classifier"], "update": "muon"}]}, MUON | {"classifier.weight"}),
     ],
 )  # fmt: skip
-def test_muon_steps_all_filters_but_depthwise_ones_heads_and_those_that_see_an_image(
-    settings: dict[str, Any], stepped: set[str]
-) -> None:
+def test_muon_steps_all_filters_but_depthwise_ones_and_heads(settings: dict[str, Any], stepped: set[str]) -> None:
     found = rules(FNGD(made(), update="muon", **settings))
     assert {name for name, rule in found.items() if rule == "muon"} == stepped
 
@@ -161,7 +157,7 @@ def test_a_trajectory_is_that_of_a_slow_reference(update: str, layout: torch.mem
     report = optimizer.coverage()
     owned = {f"{name}.{leaf}" for name in OWNED for leaf in ("weight", "bias")}
     assert set(report.preconditioned) == owned
-    apart = {f"{name}.{leaf}" for name in ("image", "depthwise", "classifier") for leaf in ("weight", "bias")}
+    apart = {f"{name}.{leaf}" for name in ("depthwise", "classifier") for leaf in ("weight", "bias")}
     assert set(report.weighed) == apart
     assert report.plain["flipping.weight"].endswith("a forward of its own, and the update rule steps it")
 
@@ -206,19 +202,19 @@ def test_a_run_resumes(update: str) -> None:
 # Checkpoints of before -------------------------------------------------------------------------------------
 
 
-class Patches(nn.Module):
-    """As a Vision Transformer: a convolution sees the image, and Linear layers follow."""
+class Mixing(nn.Module):
+    """As Mamba: of convolutions there are depthwise ones alone."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.embed, self.mix, self.out = nn.Conv2d(3, 6, 2, 2), nn.Linear(6, 6), nn.Linear(6, 6)
+        self.embed, self.mix, self.out = nn.Conv2d(3, 6, 2, 2, groups=3), nn.Linear(6, 6), nn.Linear(6, 6)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.out(F.gelu(self.mix(self.embed(x).flatten(2).mT)))
 
 
 def as_before(state: dict[str, Any]) -> dict[str, Any]:
-    """The state of a `Patches` as it was when convolutions were none of the preconditioned layers."""
+    """The state of a `Mixing` as it was when convolutions were none of the preconditioned layers."""
     state = copy.deepcopy(state)
     for group in state["param_groups"]:
         group["layers"] = [number - 1 for number in group["layers"]]
@@ -230,7 +226,7 @@ def as_before(state: dict[str, Any]) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("change", [copy.deepcopy, as_before], ids=["today's", "before"])
-def test_a_checkpoint_of_before_goes_on_where_a_convolution_sees_the_image_alone(
+def test_a_checkpoint_of_before_goes_on_where_convolutions_are_depthwise(
     change: Callable[[dict[str, Any]], dict[str, Any]],
 ) -> None:
     def go_on(model: nn.Module, optimizer: FNGD, steps: range) -> None:
@@ -241,7 +237,7 @@ def test_a_checkpoint_of_before_goes_on_where_a_convolution_sees_the_image_alone
             optimizer.zero_grad()
 
     torch.manual_seed(0)
-    model = Patches().double()
+    model = Mixing().double()
     optimizer = FNGD(model, lr=LR)
     go_on(model, optimizer, range(3))
     again = copy.deepcopy(model)
