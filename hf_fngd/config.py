@@ -147,7 +147,7 @@ def _check_version(version: object) -> int:
 
 def _of_version_1(values: Mapping[str, Any]) -> dict[str, Any]:
     """The keys of a file that hf_fngd 0.1.0 wrote: every argument, also those that its other settings did not read."""
-    found = dict(values)
+    found = {"update": "muon", **values}  # its default
     scale, refresh, rest = found.pop("step_scale", "rms"), found.pop("refresh", None), found.pop("weigh_rest", True)
     sharing, momentum = found.get("sharing", "clipped"), found.get("update") == "momentum"
     gone = None

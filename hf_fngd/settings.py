@@ -10,7 +10,7 @@ from hf_fngd.checks import Check, choice, flag, guess, integer, modules, real, s
 from hf_fngd.layers.base import layer_type_names
 from hf_fngd.layers.select import ALL_LINEAR
 from hf_fngd.updates import FALLBACK_RULES, RULES
-from hf_fngd.updates.block_muon import FEWEST
+from hf_fngd.updates.block_muon import FEWEST, PRICE
 from hf_fngd.updates.chosen import chosen_groups
 from hf_fngd.updates.orthogonal import STEPS
 from hf_fngd.weights.base import SharingPolicy, policy_class, policy_names
@@ -63,7 +63,7 @@ class Settings:
     lr: float = _setting(
         1e-3,
         _NOT_NEGATIVE,
-        "Learning rate, >= 0. The root mean square of an update is 0.14 to 0.2 lr with update 'muon' or 'block_muon', "
+        "Learning rate, >= 0. The root mean square of an update is 0.14 to 0.2 lr with update 'block_muon' or 'muon', "
         "about lr with 'adam', and at most lr with 'momentum', before momentum.",
     )
     momentum: float = _setting(
@@ -89,17 +89,18 @@ class Settings:
         "sharing 'replay'.",
     )
     update: str = _setting(
-        "muon",
+        "block_muon",
         choice(RULES),
-        "Update rule of the preconditioned layers, Linear, Conv1D and convolutions: 'muon', 'block_muon', which is "
-        "Muon on blocks of rows, 'adam', or 'momentum', the paper's step of 1/lambda' within a trust region, for "
-        "sharing 'never' and 'replay'. Muon also steps experts, and the projections of torch's attention.",
+        "Update rule of the preconditioned layers, Linear, Conv1D and convolutions: 'block_muon', which is Muon on "
+        "blocks of rows, 'muon' on whole matrices, 'adam', or 'momentum', the paper's step of 1/lambda' within a trust "
+        "region, for sharing 'never' and 'replay'. Muon also steps experts, and the projections of torch's attention.",
     )
     block_size: int | None = _setting(
         None,
         integer(1),
-        f"Most rows of a block, >= 1; None: a quarter of the matrix's shorter side, but at least {FEWEST}. Read by "
-        "update 'block_muon'.",
+        f"Most rows of a block, >= 1; None: a quarter of the matrix's shorter side and at least {FEWEST}, and more "
+        f"where orthogonalizing takes at most one {PRICE}th of the operations of the layer's forward and backward. Read "
+        "by update 'block_muon'.",
     )
     ns_steps: int | None = _setting(
         None, integer(1, 100), f"Newton-Schulz steps of update 'muon' and 'block_muon', >= 1; None: {STEPS}."
@@ -193,7 +194,7 @@ class Settings:
             solvers = policy_names(lambda other: other.solves)
             raise ValueError(
                 f"update='momentum' steps by the paper's 1/lambda', which {sharing} does not measure: use "
-                f"update='muon' or 'adam', or sharing={' or '.join(map(repr, solvers))}"
+                f"update='block_muon' or 'adam', or sharing={' or '.join(map(repr, solvers))}"
             )
 
     @property

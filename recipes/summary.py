@@ -53,14 +53,14 @@ STYLES = {
     "muon, momentum 0.9": ("tab:orange", "--"),
     "muon, clipped outputs": ("tab:orange", "--"),
     "fngd": ("tab:red", "-"),
-    "fngd, clipped outputs": ("tab:red", "-."),
-    "fngd, w = 1": ("tab:red", ":"),
-    "w = 1": ("tab:red", ":"),
+    "fngd, muon": ("tab:pink", "-"),
+    "fngd, muon, w = 1": ("tab:pink", ":"),
+    "muon, w = 1": ("tab:pink", ":"),
     "fngd adam": ("tab:purple", "-"),
 }
 """Colour and style of an optimizer's line."""
 
-CLIPPED = ("muon", "muon, clipped outputs", "fngd")
+CLIPPED = ("muon", "muon, clipped outputs", "fngd, muon", "fngd")
 REMEDIES = ("adamw", "adamw, bounded loss", "adamw, clipped outputs", *CLIPPED)
 """What there is against outsized samples."""
 PIXELS = ("cifar10", "test accuracy, %", 0.01)
@@ -76,7 +76,7 @@ PANELS = (
         "outliers_vit",
         "An outlier in every batch (images, ViT)",
         *PIXELS,
-        ("adamw, without outliers", "adamw", "adamw, clipped outputs", *CLIPPED, "fngd, clipped outputs", "fngd adam"),
+        ("adamw, without outliers", "adamw", "adamw, clipped outputs", *CLIPPED, "fngd adam"),
     ),
     Panel(
         "unscaled_mlp",
@@ -88,15 +88,15 @@ PANELS = (
         "outliers_translation",
         "An outlier in every batch (translation)",
         *PAIRS,
-        ("adamw", "adamw, bounded loss", *CLIPPED, "fngd, clipped outputs", "fngd, w = 1"),
+        ("adamw", "adamw, bounded loss", *CLIPPED, "fngd, muon, w = 1"),
     ),
     Panel(
         "multi30k_small",
         "Multi30K, two epochs (Transformer)",
         *PAIRS,
-        ("adamw", "soap", "muon", "muon, momentum 0.9", "fngd, w = 1", "fngd"),
+        ("adamw", "soap", "muon", "muon, momentum 0.9", "fngd, muon", "fngd"),
     ),
-    Panel("multi30k_long", "5,000 pairs, 30 epochs (Transformer)", *PAIRS, ("adamw", "w = 1", "fngd")),
+    Panel("multi30k_long", "5,000 pairs, 30 epochs (Transformer)", *PAIRS, ("adamw", "muon, w = 1", "fngd, muon")),
 )
 
 

@@ -177,12 +177,15 @@ PAPER_1 = {"sharing": "replay", "refresh": 0, "damping": 0.003, "step_scale": "n
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
-        ({}, {}),
-        ({"lr": 0.5, "fallback": "sgd", "strict": True}, {"lr": 0.5, "fallback": "sgd", "strict": True}),
-        ({"refresh": 3, "coefficient_steps": 7, "damping": 0.5}, {}),  # which "clipped" did not read
-        ({"weigh_rest": False}, {"layer_types": ["linear", "conv1d"]}),
+        ({}, {"update": "muon"}),
+        (
+            {"lr": 0.5, "fallback": "sgd", "strict": True},
+            {"lr": 0.5, "fallback": "sgd", "strict": True, "update": "muon"},
+        ),
+        ({"refresh": 3, "coefficient_steps": 7, "damping": 0.5}, {"update": "muon"}),  # which "clipped" did not read
+        ({"weigh_rest": False}, {"layer_types": ["linear", "conv1d"], "update": "muon"}),
         ({"sharing": "uniform", "update": "adam", "refresh": 9}, {"sharing": "uniform", "update": "adam"}),
-        ({"sharing": "never", "damping": 0.5}, {"sharing": "never", "damping": 0.5}),
+        ({"sharing": "never", "damping": 0.5}, {"sharing": "never", "damping": 0.5, "update": "muon"}),
         # Whose first phase was at most 100 steps long.
         (PAPER_1 | {"fallback": "sgd", "weigh_rest": False}, {**PRESETS["paper"], "coefficient_steps": 100}),
         (PAPER_1 | {"update": "muon", "coefficient_steps": 7}, PAPER_1 | {"update": "muon", "coefficient_steps": 7}),
@@ -194,6 +197,10 @@ def test_a_file_of_version_1_means_what_it_meant(changes: dict[str, Any], expect
     for name in setting_names():
         assert found.effective(name) == config.effective(name), name
     assert FNGDConfig.from_dict(found.to_dict()) == found
+
+
+def test_the_default_of_version_1_was_muon() -> None:
+    assert FNGDConfig.from_dict({"config_version": "1.0"}).update == "muon"
 
 
 @pytest.mark.parametrize(

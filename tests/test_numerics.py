@@ -12,7 +12,7 @@ from hf_fngd.updates import FALLBACK_RULES
 from tests.nets import UPDATES, UPDATES_OF, Net, data, loss, net, settings_of
 
 RULES = [(update, fallback) for update in UPDATES for fallback in FALLBACK_RULES]
-DEFAULT = ("muon", "adamw")
+DEFAULT = ("block_muon", "adamw")
 EVERY = [*((*rules, "replay") for rules in RULES), (*DEFAULT, "clipped")]
 CAP = 3  # steps 0 to 2 compute coefficients, the later ones share them
 

@@ -140,7 +140,7 @@ def test_configs_and_training_arguments_are_settings_of_their_attributes() -> No
     assert optimizer.param_groups[0]["lr"] == 0.5
     assert optimizer.param_groups[0]["rule"] == "momentum"
     assert optimizer.settings.damping == 0.2
-    for given, rule in ((None, "muon"), (dataclasses.replace(config, lr=1e-3), "momentum")):
+    for given, rule in ((None, "block_muon"), (dataclasses.replace(config, lr=1e-3), "momentum")):
         optimizer = FNGD.from_training_args(net(), args, given)
         group = optimizer.param_groups[0]
         assert (group["lr"], group["weight_decay"], group["rule"]) == (0.25, 0.125, rule)

@@ -236,10 +236,11 @@ def test_what_neither_rule_reads_is_refused(key: str) -> None:
 
 
 def test_the_size_of_blocks_is_refused_where_none_are_made() -> None:
-    refused(ValueError, "^block_size=8 has no effect with update='muon': .*use update='block_muon'", block_size=8)
-    groups = fngd(block_size=8, param_groups=[{"params": ["fc2"], "update": "block_muon"}]).param_groups
+    message = "^block_size=8 has no effect with update='muon': .*use update='block_muon'"
+    refused(ValueError, message, update="muon", block_size=8)
+    groups = fngd(update="muon", block_size=8, param_groups=[{"params": ["fc2"], "update": "block_muon"}]).param_groups
     assert [group.get("block_size") for group in groups if group["rule"] == "block_muon"] == [8]
-    assert fngd(update="block_muon").param_groups[0]["block_size"] is None
+    assert fngd().param_groups[0]["block_size"] is None
 
 
 def test_newton_schulz_steps_are_refused_where_none_are_taken() -> None:
@@ -258,7 +259,7 @@ def test_the_papers_step_needs_a_policy_that_measures_it(sharing: str) -> None:
     if policy_class(sharing).solves:
         assert fngd(sharing=sharing, update="momentum").param_groups[0]["rule"] == "momentum"
     else:
-        refused(ValueError, "update='momentum' steps by .*use update='muon'", sharing=sharing, update="momentum")
+        refused(ValueError, "update='momentum' steps by .*use update='block_muon'", sharing=sharing, update="momentum")
 
 
 @pytest.mark.parametrize(("owner", "engine"), [(FNGD, False), (FNGDPreconditioner, True)])

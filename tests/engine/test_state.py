@@ -180,7 +180,7 @@ OTHERS = [
         id="policy",
     ),
     pytest.param(
-        Net, {"update": "adam"}, {}, r"\['adam', 'adam', 'adam'\], this optimizer's are \['muon'", id="update"
+        Net, {"update": "adam"}, {}, r"\['adam', 'adam', 'adam'\], this optimizer's are \['block_muon'", id="update"
     ),
     pytest.param(Net, {"fallback": "sgd"}, {}, "update rules are", id="fallback"),
     pytest.param(partial(Net, width=9), {}, {}, "shape", id="shapes"),

@@ -78,7 +78,7 @@ def test_the_cost_model_counts_what_torch_counts(model: str) -> None:
         "engine + SGD-m, clipped",
         "engine + SGD-m, never (a coefficient step)",
         SHARED,
-        "FNGD muon, clipped (the default)",
+        "FNGD muon, clipped",
         "FNGD block_muon, w = 1",
         "FNGD adam, never (NGD)",
         arms.TORCH_MUON,
@@ -127,7 +127,13 @@ def test_the_peak_is_what_lives_at_once() -> None:
 
 @pytest.mark.parametrize(
     ("arm", "of_matrices"),
-    [("SGD-m", 4), ("AdamW, fused", 8), ("FNGD block_muon, clipped", 4), ("Muon", 4), (arms.TORCH_MUON, 4)],
+    [
+        ("SGD-m", 4),
+        ("AdamW, fused", 8),
+        ("FNGD block_muon, clipped (the default)", 4),
+        ("Muon", 4),
+        (arms.TORCH_MUON, 4),
+    ],
 )
 def test_state_is_counted_in_tensors(arm: str, of_matrices: int) -> None:
     options = step_cost.make_parser().parse_args([*TOY.split(), "--model", "gpt2", "--vocab_size", "400"])

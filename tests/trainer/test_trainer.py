@@ -222,7 +222,7 @@ def test_the_model_card_has_the_settings(optim: dict[str, str], tmp_path: Path) 
     lines = [line for line in card.splitlines() if line.startswith(("- optimizer", "- learning", "- lr_", "decay"))]
     assert lines == [
         "- learning_rate: 0.003",
-        "- optimizer: FNGD of hf-fngd with lr=0.003, sharing='clipped', update='muon', momentum=0.8; "
+        "- optimizer: FNGD of hf-fngd with lr=0.003, sharing='clipped', update='block_muon', momentum=0.8; "
         "all settings are in fngd_config.json",
         "- lr_scheduler_type: linear",
     ]
@@ -237,7 +237,7 @@ def test_the_model_card_has_the_settings(optim: dict[str, str], tmp_path: Path) 
 
 def test_a_card_of_another_kind_gets_a_section_or_stays() -> None:
     optimizer = FNGD(model := bert(), lr=3e-3)
-    line = "- optimizer: FNGD of hf-fngd with lr=0.003, sharing='clipped', update='muon'; all settings are in "
+    line = "- optimizer: FNGD of hf-fngd with lr=0.003, sharing='clipped', update='block_muon'; all settings are in "
     assert amended("# A", optimizer) == f"# A\n\n### Optimizer\n\n{line}fngd_config.json\n\n"
     framed = amended("# A\n\n### Framework versions\n\n- B\n", optimizer)
     assert framed == f"# A\n\n### Optimizer\n\n{line}fngd_config.json\n\n### Framework versions\n\n- B\n"

@@ -119,9 +119,9 @@ def test_a_group_is_split_as_the_model_is_and_those_of_layers_come_first() -> No
     optimizer = FNGD(model, param_groups=groups, **settings)
     keys = ["name", "rule", "lr", "weight_decay", "layers", "param_names"]
     assert [[group[key] for key in keys] for group in optimizer.param_groups] == [
-        ["preconditioned", "muon", 1.0, 0.25, [1], ["layer.1.fc.weight"]],
+        ["preconditioned", "block_muon", 1.0, 0.25, [1], ["layer.1.fc.weight"]],
         ["preconditioned_no_decay", "adam", 1.0, 0.0, [1], ["layer.1.fc.bias"]],
-        ["preconditioned_0", "muon", 0.1, 0.25, [0], ["layer.0.fc.weight"]],
+        ["preconditioned_0", "block_muon", 0.1, 0.25, [0], ["layer.0.fc.weight"]],
         ["preconditioned_no_decay_0", "adam", 0.1, 0.0, [0], ["layer.0.fc.bias"]],
         ["preconditioned_1", "adam", 1.0, 0.5, [2], ["head.weight"]],
         ["preconditioned_no_decay_1", "adam", 1.0, 0.5, [2], ["head.bias"]],

@@ -124,19 +124,19 @@ def test_a_linear_whose_type_is_left_out_has_the_fallback_rule() -> None:
     model = nn.Sequential(nn.Linear(WIDTH, WIDTH), hf.pytorch_utils.Conv1D(WIDTH, WIDTH))
     groups = FNGD(model, layer_types=["conv1d"]).param_groups
     assert {name: group["rule"] for group in groups for name in group["param_names"]} == {
-        "1.weight": "muon",
+        "1.weight": "block_muon",
         **dict.fromkeys(["1.bias", "0.weight", "0.bias"], "adam"),
     }
 
 
 def test_a_users_group_may_give_them_another_rule() -> None:
     model, _ = build("attention")
-    groups = [{"params": ["attention.in_proj_weight"], "update": "block_muon"}]
+    groups = [{"params": ["attention.in_proj_weight"], "update": "muon"}]
     found = {
         name: group["rule"] for group in FNGD(model, param_groups=groups).param_groups for name in group["param_names"]
     }
-    assert found["attention.in_proj_weight"] == "block_muon"
-    assert found["attention.out_proj.weight"] == "muon"
+    assert found["attention.in_proj_weight"] == "muon"
+    assert found["attention.out_proj.weight"] == "block_muon"
 
 
 def test_complex_matrices_are_none_of_them() -> None:
