@@ -99,8 +99,8 @@ class Settings:
         None,
         integer(1),
         f"Most rows of a block, >= 1; None: a quarter of the matrix's shorter side and at least {FEWEST}, and more "
-        f"where orthogonalizing takes at most one {PRICE}th of the operations of the layer's forward and backward. Read "
-        "by update 'block_muon'.",
+        f"where orthogonalizing takes at most 1/{PRICE} of the operations of the layer's forward and backward. "
+        "Read by update 'block_muon'.",
     )
     ns_steps: int | None = _setting(
         None, integer(1, 100), f"Newton-Schulz steps of update 'muon' and 'block_muon', >= 1; None: {STEPS}."
