@@ -78,7 +78,7 @@ def against_accumulation(prepare: Callable[..., tuple[nn.Module, FNGD]]) -> dict
 
 def by_parts(state: dict[str, Any]) -> dict[str, Any]:
     """A state, with the norms that "clipped" keeps in units of a sample's part in the gradient of all processes."""
-    engine = dict(state["engine"])
+    engine = state["engine"] | {"positions": state["positions"]}
     if "world" in engine["policy"]:
         policy = dict(engine["policy"])
         world = policy.pop("world")

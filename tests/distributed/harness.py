@@ -18,17 +18,17 @@ STEPS, EPOCH = 12, 6
 
 # Every sharing policy, update rule and fallback at least once.
 SETTINGS: dict[str, dict[str, Any]] = {
-    "clipped, muon": {"sharing": "clipped"},
+    "clipped, muon": {"sharing": "clipped", "update": "muon"},
     "clipped, adam": {"sharing": "clipped", "update": "adam", "weight_decay": 0.1},
     "clipped, groups": {
         "sharing": "clipped",
         "param_groups": [{"params": ["fc2"], "lr": 3e-2, "update": "adam"}, {"params": ["norm"], "weight_decay": 0.1}],
     },
     "uniform, block_muon": {"sharing": "uniform", "update": "block_muon", "block_size": 2},
-    "uniform, muon": {"sharing": "uniform", "fallback": "sgd"},
+    "uniform, default": {"sharing": "uniform", "fallback": "sgd"},
     "never, momentum": {"sharing": "never", "update": "momentum", "fallback": "sgd"},
     "replay, momentum": {"sharing": "replay", "update": "momentum"},
-    "replay, muon": {"sharing": "replay", "coefficient_steps": None},
+    "replay, default": {"sharing": "replay", "coefficient_steps": None},
 }
 
 
@@ -78,7 +78,8 @@ def agree(*values: Any) -> bool:
 
 
 def engine_state(fngd: FNGD) -> Any:
-    return fngd.state_dict()["param_groups"][0]["fngd"]
+    groups = fngd.state_dict()["param_groups"]
+    return groups[0]["fngd"] | {"positions": [group.get("positions") for group in groups]}
 
 
 class Collectives(TorchDispatchMode):
