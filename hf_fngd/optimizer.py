@@ -178,21 +178,27 @@ class FNGD(torch.optim.Optimizer, Joins):
 
     def _settle_blocks(self, positions: int) -> None:
         """The first step has shown how many positions a layer sees, on which the size of blocks depends."""
-        whole = matrices = 0
         for group in self.param_groups:
-            if "positions" not in group:
+            if "positions" in group:
+                group["positions"] = positions
+        logger.info("%s", self._blocks())
+
+    def _blocks(self) -> str:
+        """What became of the matrices whose blocks depend on the positions; empty before that is known."""
+        whole = matrices = positions = 0
+        for group in self.param_groups:
+            if not group.get("positions"):
                 continue
-            group["positions"] = positions
+            positions = group["positions"]
             for p, (count, columns) in zip(group["params"], group["matrices"], strict=True):
                 rows = p.numel() // max(1, count * columns)
                 matrices += count
                 whole += count * (block_rows(rows, columns, None, positions) == rows)
-        logger.info(
-            "update='block_muon' orthogonalizes %d of %d matrices whole, and the others in blocks of rows: a layer "
-            "sees %d positions a step. The checkpoint keeps this number; block_size sets the rows",
-            whole,
-            matrices,
-            positions,
+        if not matrices:
+            return ""
+        return (
+            f"At {positions} positions a step update='block_muon' orthogonalizes {whole} of {matrices} matrices whole, "
+            "and the others in blocks of rows. Checkpoints keep this number; block_size sets the rows."
         )
 
     def _update_group(self, group: dict[str, Any], scales: Tensor | None) -> None:
@@ -236,8 +242,9 @@ class FNGD(torch.optim.Optimizer, Joins):
         self.preconditioner.detach()
 
     def coverage(self) -> CoverageReport:
-        """See `FNGDPreconditioner.coverage`."""
-        return self.preconditioner.coverage()
+        """`FNGDPreconditioner.coverage`; after the first step its note says how many matrices are in blocks."""
+        report = self.preconditioner.coverage()
+        return dataclasses.replace(report, note="\n  ".join(filter(None, [report.note, self._blocks()])))
 
     @torch.no_grad()
     def diagnostics(self) -> dict[str, float]:

@@ -20,7 +20,7 @@ class CoverageReport:
         plain: with a plain gradient, and why; the fallback rule steps them, unless the reason says another.
         missed: of preconditioned layers that were not weighed in some or all steps, and why.
         weighed: all others whose samples are weighed; the fallback rule steps them.
-        note: how the samples were told, where the sizes of tensors had to do; empty otherwise.
+        note: how the samples were told, where the sizes of tensors had to do, and what the optimizer adds; or empty.
     """
 
     preconditioned: tuple[str, ...]

@@ -201,5 +201,12 @@ def test_a_large_batch_has_whole_matrices(length: int, whole: bool, caplog: pyte
         assert torch.equal(trained("muon"), trained("block_muon")) == whole
     told = [record.getMessage() for record in caplog.records if "block_muon" in record.getMessage()]
     assert len(told) == 1
+    assert told[0].startswith(f"At {4 * length} positions a step")
     assert f"orthogonalizes {2 if whole else 0} of 2 matrices whole" in told[0]
-    assert f"a layer sees {4 * length} positions a step" in told[0]
+
+
+def test_the_coverage_report_says_it_as_soon_as_it_is_known() -> None:
+    model, optimizer, x, expected = made()
+    assert "positions" not in str(optimizer.coverage())
+    train(model, optimizer, x)
+    assert str(optimizer.coverage()).splitlines()[-1].startswith(f"  At {expected} positions a step")
