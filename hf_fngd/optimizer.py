@@ -20,7 +20,7 @@ from hf_fngd.engine.state import GONE, check_groups, check_keys, gone, with_froz
 from hf_fngd.preconditioner import FNGDPreconditioner
 from hf_fngd.settings import Settings, with_settings
 from hf_fngd.updates import FALLBACK_RULES, RULES, Update
-from hf_fngd.updates.block_muon import block_rows
+from hf_fngd.updates.block_muon import known_positions, settle, settled
 from hf_fngd.updates.chosen import by_name
 from hf_fngd.updates.gradients import of_layers, real, squared_norms
 from hf_fngd.updates.groups import check_parameters, parameter_groups, resized, trainable
@@ -72,8 +72,7 @@ class FNGD(torch.optim.Optimizer, Joins):
         if self.settings.param_groups:
             named = by_name(inner, self.settings.param_groups)
             self.settings = dataclasses.replace(self.settings, param_groups=named)
-        if any("positions" in group for group in groups):
-            self.preconditioner.positions = 0
+        self.preconditioner.positions = known_positions(groups)
         defaults = {name: self.settings.effective(name) for name in ("lr", "momentum", "beta2", "eps")}
         super().__init__(groups, defaults)
 
@@ -162,10 +161,8 @@ class FNGD(torch.optim.Optimizer, Joins):
                     self.skipped,
                 )
             return loss
-        asked = self.preconditioner.positions == 0
         self.preconditioner.step()
-        if asked and self.preconditioner.positions:
-            self._settle_blocks(self.preconditioner.positions)
+        settle(self.param_groups, self.preconditioner.positions)
         scales = None
         if squared is not None and natural:
             policy = self.preconditioner.policy
@@ -175,31 +172,6 @@ class FNGD(torch.optim.Optimizer, Joins):
         for group in self.param_groups:
             self._update_group(group, scales)
         return loss
-
-    def _settle_blocks(self, positions: int) -> None:
-        """The first step has shown how many positions a layer sees, on which the size of blocks depends."""
-        for group in self.param_groups:
-            if "positions" in group:
-                group["positions"] = positions
-        logger.info("%s", self._blocks())
-
-    def _blocks(self) -> str:
-        """What became of the matrices whose blocks depend on the positions; empty before that is known."""
-        whole = matrices = positions = 0
-        for group in self.param_groups:
-            if not group.get("positions"):
-                continue
-            positions = group["positions"]
-            for p, (count, columns) in zip(group["params"], group["matrices"], strict=True):
-                rows = p.numel() // max(1, count * columns)
-                matrices += count
-                whole += count * (block_rows(rows, columns, None, positions) == rows)
-        if not matrices:
-            return ""
-        return (
-            f"At {positions} positions a step update='block_muon' orthogonalizes {whole} of {matrices} matrices whole, "
-            "and the others in blocks of rows. Checkpoints keep this number; block_size sets the rows."
-        )
 
     def _update_group(self, group: dict[str, Any], scales: Tensor | None) -> None:
         rule = RULES[group["rule"]]
@@ -244,7 +216,7 @@ class FNGD(torch.optim.Optimizer, Joins):
     def coverage(self) -> CoverageReport:
         """`FNGDPreconditioner.coverage`; after the first step its note says how many matrices are in blocks."""
         report = self.preconditioner.coverage()
-        return dataclasses.replace(report, note="\n  ".join(filter(None, [report.note, self._blocks()])))
+        return dataclasses.replace(report, note="\n  ".join(filter(None, [report.note, settled(self.param_groups)])))
 
     @torch.no_grad()
     def diagnostics(self) -> dict[str, float]:
@@ -302,8 +274,7 @@ class FNGD(torch.optim.Optimizer, Joins):
         ]
         self.param_groups = kept
         super().load_state_dict({**state_dict, "param_groups": groups})
-        if self.preconditioner.positions is not None:
-            self.preconditioner.positions = min(g["positions"] for g in self.param_groups if "positions" in g)
+        self.preconditioner.positions = known_positions(self.param_groups)
         self.skipped = own["skipped"]
 
 

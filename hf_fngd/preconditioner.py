@@ -79,8 +79,7 @@ class FNGDPreconditioner(Joins):
         self._window = Window()
         self.epoch_ended = False
         self._fsdp: bool | None = None  # not known before the first forward pass
-        # How many positions a preconditioned layer sees in a step of all processes, for update rules; None where none
-        # asks, 0: to be found in the next step.
+        # That a layer sees in a step of all processes, for update rules; 0: not known yet, None: nobody asks.
         self.positions: int | None = None
         self._hooks: list[RemovableHandle] = []
         self._coverage = Coverage(selection, self._attached, own.strict)
@@ -120,10 +119,9 @@ class FNGDPreconditioner(Joins):
         self.joining.announce(begun // world, True, self.device)
         batches = self._window.close()
         self._forwards.batch, self.epoch_ended = None, self._edge.passed()
-        compared = 0
-        if batches or world > 1:
-            compared = self.policy.close(batches, begun, self._like())
-        self._find_positions(multiplications)
+        compared = self.policy.close(batches, begun, self._like()) if batches or world > 1 else 0
+        if self.positions == 0:
+            self._find_positions(multiplications)
         self._coverage.tell(compared, self._forwards.live)
         self._heed_epoch()
 
@@ -198,15 +196,14 @@ class FNGDPreconditioner(Joins):
     def follow_step(self, begun: int) -> None:
         """In a Join context, without batches of one's own: what belongs to a step of the other processes."""
         self.policy.close([], begun, self._like())
-        self._find_positions(0)
+        if self.positions == 0:
+            self._find_positions(0)
 
     def _find_positions(self, multiplications: int) -> None:
         """From this process's multiplications in the step: those of all processes, in the mean over the weights."""
-        if self.positions != 0:
-            return
         device = "cpu" if rank_and_world()[1] == 1 else self.device
-        total = float(sum_over_processes(torch.tensor([multiplications], dtype=torch.float64, device=device)))
-        if total:  # or else the step had no gradients
+        own = torch.tensor([multiplications], dtype=torch.float64, device=device)
+        if total := float(sum_over_processes(own)):  # or else the step had no gradients
             weights = [weight_of(layer.module) for layer in self.layers]
             self.positions = max(1, round(total / sum(w.numel() for w in weights if w is not None)))
 
@@ -241,8 +238,7 @@ class FNGDPreconditioner(Joins):
         version = 0 if weight is None else weight._version
         self._window.make_room(self._has_gradients(), version)
         begin = functools.partial(self.policy.begin, size, self._window.next_offset)
-        asked = None if self.positions != 0 else 0
-        calls = [0] * len(self._attached)
+        calls, asked = [0] * len(self._attached), 0 if self.positions == 0 else None
         batch = MicroBatch(size, begin, calls, version, ids, recomputed=in_backward(), multiplications=asked)
         self._window.add(batch)
         return batch

@@ -6,12 +6,19 @@ process with whole blocks exchanges nothing.
 """
 
 import functools
+import logging
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 
 from hf_fngd.updates.base import Update, register_rule
 from hf_fngd.updates.muon import orthogonalized_momentum
 from hf_fngd.updates.orthogonal import STEPS, block_shape, count_operations
+
+logger = logging.getLogger(__name__)
+
+Groups = Sequence[dict[str, Any]]
 
 # Without a size: as many rows as take this part of a layer's own operations in forward and backward,
 PRICE = 16
@@ -46,3 +53,34 @@ def block_rows(rows: int, columns: int, size: float | None, positions: int = 0) 
         if count * count_operations(height, columns, STEPS, torch.float32) <= affordable:
             return height
     return block_shape(rows, fewest)[1]
+
+
+def known_positions(groups: Groups) -> int | None:
+    """How many positions a layer sees in a step, as groups without a size know; 0: not yet; None: no such group."""
+    return min((group["positions"] for group in groups if "positions" in group), default=None)
+
+
+def settle(groups: Groups, positions: int | None) -> None:
+    """Tell it the groups that do not know it yet, once a step has shown it."""
+    if positions and known_positions(groups) == 0:
+        for group in groups:
+            if "positions" in group:
+                group["positions"] = positions
+        logger.info("%s", settled(groups))
+
+
+def settled(groups: Groups) -> str:
+    """What became of the matrices of groups without a size; empty before the positions are known."""
+    positions = known_positions(groups)
+    if not positions:
+        return ""
+    whole = matrices = 0
+    for group in groups:
+        for p, (count, columns) in zip(group["params"], group["matrices"], strict=True) if "positions" in group else ():
+            rows = p.numel() // max(1, count * columns)
+            matrices += count
+            whole += count * (rows == 0 or block_rows(rows, columns, None, positions) == rows)
+    return (
+        f"At {positions} positions a step update='block_muon' orthogonalizes {whole} of {matrices} matrices whole, and "
+        "the others in blocks of rows. Checkpoints keep this number; block_size sets the rows."
+    )
