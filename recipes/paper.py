@@ -47,7 +47,7 @@ TOY |= {"dataset_name": None, "max_train_samples": 1280, "max_eval_samples": 32,
 TOY |= {"num_train_epochs": 2, "use_cpu": True, "dataloader_num_workers": 1, "max_source_length": 32}
 TOY |= {"max_target_length": 32, "per_device_eval_batch_size": 32}
 TOY_SUITE = {"d_model": 16, "ffn_dim": 32, "layers": 1, "heads": 2, "vocab_size": 40, "batch_size": 4, "length": 4}
-TOY_SUITE |= {"rounds": 2, "precision": "fp32", "arms": ["FNGD muon, clipped (the default)"]}
+TOY_SUITE |= {"rounds": 2, "precision": "fp32", "arms": ["FNGD block_muon, clipped (the default)"]}
 LEAST = 30  # seconds in which a part can do something
 LOADING = 1.3  # seconds of training a second of steps: evaluation, data, checkpoints
 
