@@ -8,8 +8,8 @@ import json
 import os
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import nullcontext
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -17,33 +17,29 @@ from unittest import mock
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
 from transformers import Trainer
 
 from hf_fngd import FNGD, FNGDCallback
-from hf_fngd.layers.base import Matrices
-from hf_fngd.updates import RULES, muon
-from hf_fngd.updates.base import Update
-from hf_fngd.updates.orthogonal import block_shape, orthogonalize_blocks
+from tests.distributed import matrices
 from tests.distributed.harness import (
     SETTINGS,
     STEPS,
-    Collectives,
     agree,
     alone,
     batch,
     engine_state,
-    every,
     flat,
     make,
     optimizer,
     run,
+    shard,
 )
 from tests.modes.harness import arguments
 from tests.modes.nets import LINEAR
@@ -96,7 +92,7 @@ def ddp() -> dict[str, Any]:
 
 def fsdp2() -> dict[str, Any]:
     """FNGD on a sharded model: torch's own order."""
-    return against_accumulation(lambda model, settings: (_shard(model), optimizer(model, **settings)))
+    return against_accumulation(lambda model, settings: (shard(model), optimizer(model, **settings)))
 
 
 def fsdp2_after() -> dict[str, Any]:
@@ -105,18 +101,13 @@ def fsdp2_after() -> dict[str, Any]:
     def prepare(model: nn.Module, settings: dict[str, Any]) -> tuple[nn.Module, FNGD]:
         fngd = optimizer(model, **settings)
         names = {p: name for name, p in model.named_parameters()}
-        _shard(model)
+        shard(model)
         sharded = dict(model.named_parameters())
         for group in fngd.param_groups:
             group["params"] = [sharded[names[p]] for p in group["params"]]
         return model, fngd
 
     return against_accumulation(prepare)
-
-
-def _shard(model: nn.Module) -> nn.Module:
-    fully_shard(model.get_submodule("fc1"))  # a layer by itself, and the rest with the root
-    return fully_shard(model)
 
 
 def _is_active(called: nn.Module) -> bool:
@@ -170,132 +161,6 @@ def _collectives(sharing: str) -> list[int]:
             fngd.state_dict()
             counts.append(0)
     return counts[:-1]
-
-
-@contextmanager
-def orthogonalized() -> Iterator[list[int]]:
-    """In its context: how many matrices, or blocks, this rank orthogonalizes at a time."""
-    counts: list[int] = []
-
-    def counted(matrices: Tensor, size: int, steps: int) -> Tensor:
-        counts.append(len(matrices) * block_shape(matrices.shape[1], size)[0])
-        return orthogonalize_blocks(matrices, size, steps)
-
-    with mock.patch.object(muon, "orthogonalize_blocks", counted):
-        yield counts
-
-
-def exchanged() -> dict[str, Any]:
-    """A sharded model's step: its collectives, the bytes that all ranks send in each, what each orthogonalizes."""
-    found = {}
-    for update in ("muon", "block_muon"):
-        model = _shard(net(width=12))
-        fngd = optimizer(model, "uniform", update=update, **({"block_size": 2} if update == "block_muon" else {}))
-        loss(model, *batch(0, dist.get_rank())).backward()
-        with orthogonalized() as counts, Collectives() as made:
-            fngd.step()
-        found[update] = [made.names, [sum(sent) for sent in zip(*every(made.sent), strict=True)], every(sum(counts))]
-    return found
-
-
-# Rows fewer than ranks, as many, not divisible, tall and wide, alike; stacked matrices, another dtype. Experts; filters
-# of one and two dimensions, whole and in groups, as many of these as output channels.
-MATRICES: list[tuple[tuple[int, ...], Matrices, torch.dtype]] = [
-    *(
-        ((rows, columns), (1, columns), torch.float64)
-        for rows, columns in ((1, 4), (2, 7), (7, 5), (6, 6), (5, 30), (6, 6), (6, 6))
-    ),
-    *(((12, 4), (stacked, 4), torch.float64) for stacked in (3, 1)),
-    ((4, 3), (1, 3), torch.float32),
-    ((5, 4, 3), (5, 3), torch.float64),
-    *(((6, 3, 5), (groups, 15), torch.float64) for groups in (1, 2, 6)),
-    *(((8, 3, 3, 2), (groups, 18), torch.float64) for groups in (1, 4)),
-]
-
-
-def owned() -> dict[str, Any]:
-    """Three steps of the rules on sharded matrices, against whole ones; how many matrices all ranks orthogonalize.
-
-    Four ranks are two copies of two. One matrix more is split along its columns, and gathered.
-    """
-    world, found = dist.get_world_size(), {}
-    mesh = init_device_mesh("cpu", (2, 2) if world == 4 else (world,))
-    for update, limit in product(("muon", "block_muon"), (2**28, 400)):
-        group = {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.1, "block_size": 2}
-        matrices = [of for _, of, _ in MATRICES] + [(1, 6)]
-        dims = [0] * len(MATRICES) + [1]
-        torch.manual_seed(0)
-        ones = [torch.randn(shape, dtype=dtype) for shape, _, dtype in [*MATRICES, ((5, 6), 1, torch.float64)]]
-        buffers = [torch.zeros_like(p) for p in ones]
-
-        def split(tensors: list[Tensor], dims: list[int] = dims) -> list[Tensor]:
-            placements = ([*[Replicate()] * (mesh.ndim - 1), Shard(dim)] for dim in dims)
-            return [distribute_tensor(x.clone(), mesh, of) for x, of in zip(tensors, placements, strict=True)]
-
-        sharded, before = split(ones), [p.clone() for p in ones]
-        state = [x.to_local() for x in split(buffers)]
-        counts: list[int] = []
-        with torch.no_grad(), mock.patch.object(muon, "_MUON_BYTES", limit):
-            for step in range(3):
-                grads = [torch.randn_like(p) for p in ones]
-                RULES[update].update(Update(ones, grads, [buffers], [step + 1] * len(ones), ones, matrices, group))
-                own, parts = [p.to_local() for p in sharded], [g.to_local() for g in split(grads)]
-                with orthogonalized() as counts, Collectives() as made:
-                    RULES[update].update(Update(own, parts, [state], [step + 1] * len(own), sharded, matrices, group))
-            errors = [float((p.full_tensor() - q).abs().max()) for p, q in zip(sharded, ones, strict=True)]
-        single = errors.pop([p.dtype for p in ones].index(torch.float32))
-        found[f"{update}, {limit}"] = {
-            "error": max(errors),
-            "error in float32": single,
-            "moved": min(float((p - q).abs().max()) for p, q in zip(ones, before, strict=True)),
-            "matrices": sum(every(sum(counts))),
-            "collectives": made.names,
-        }
-    return found
-
-
-class SmallExperts(nn.Module):
-    """More experts than processes, and no multiple of these; torch's attention behind them."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.up = nn.Parameter(torch.randn(3, 5, 6) / 2)
-        self.attention, self.head = nn.MultiheadAttention(6, 2, batch_first=True), nn.Linear(6, 4)
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = torch.einsum("ntd,edo->nto", x, self.up)
-        return self.head(self.attention(y, y, y, need_weights=False)[0]).mean(1)
-
-
-class SmallFilters(nn.Module):
-    """Filters with fewer output channels than there are processes, of several groups, depthwise, transposed."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.first, self.whole, self.one = nn.Conv1d(3, 6, 1), nn.Conv1d(6, 9, 3, padding=1), nn.Conv1d(9, 1, 1)
-        self.grouped, self.depthwise = nn.Conv1d(9, 6, 2, groups=3), nn.Conv1d(6, 6, 1, groups=6)
-        self.up, self.out = nn.ConvTranspose1d(6, 8, 3, 2, groups=2), nn.Linear(8, 4)
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = torch.tanh(self.whole(self.first(x)))
-        y = torch.tanh(self.depthwise(self.grouped(y * self.one(y))))
-        return self.out(torch.tanh(self.up(y)).mean(2))
-
-
-def unweighed() -> dict[str, float]:
-    """How far a sharded model whose experts and projections, or filters, Muon steps is from an accumulating one."""
-    rank, world, found = dist.get_rank(), dist.get_world_size(), {}
-    for update, kind, sharing in product(("muon", "block_muon"), (SmallExperts, SmallFilters), ("clipped", "never")):
-        models = []
-        for sharded in (True, False):
-            torch.manual_seed(0)
-            model = kind().double()
-            with nullcontext() if sharded else alone():
-                fngd = optimizer(fully_shard(model) if sharded else model, sharing, update=update)
-                run(model, fngd, [rank] if sharded else list(range(world)), range(4))
-            models.append(flat(model))
-        found[f"{update}, {kind.__name__}, {sharing}"] = float((models[0] - models[1]).abs().max())
-    return found
 
 
 def uneven_ranks() -> dict[str, Any]:
@@ -375,12 +240,12 @@ def distributed_checkpoint() -> dict[str, Any]:
     rank = dist.get_rank()
     found = {}
     for name, settings in SETTINGS.items():
-        model = _shard(net(width=9))
+        model = shard(net(width=9))
         fngd = optimizer(model, **settings)
         run(model, fngd, [rank], range(8))
         weights = {key: value.clone() for key, value in model.state_dict().items()}
         state = copy.deepcopy(get_optimizer_state_dict(model, fngd))
-        again = _shard(net(width=9))
+        again = shard(net(width=9))
         second = optimizer(again, **settings)
         again.load_state_dict(weights)
         set_optimizer_state_dict(again, second, state)
@@ -423,7 +288,7 @@ def unfreezing() -> dict[str, Any]:
     """A layer that joins: under DDP only where the model is wrapped again, under FSDP2 by itself."""
     rank, world = dist.get_rank(), dist.get_world_size()
     found: dict[str, Any] = {}
-    for name, wrap in (("ddp", DistributedDataParallel), ("fsdp2", _shard)):
+    for name, wrap in (("ddp", DistributedDataParallel), ("fsdp2", shard)):
         outcomes = []
         for wrapped in ([rank], list(range(world))):
             with nullcontext() if wrapped == [rank] else alone():
@@ -488,7 +353,8 @@ def trainer() -> dict[str, Any]:
 def main() -> None:
     *names, result = sys.argv[1:]
     dist.init_process_group("gloo")
-    found = {name: globals()[name]() for name in names}
+    checks = vars(matrices) | globals()
+    found = {name: checks[name]() for name in names}
     if dist.get_rank() == 0:
         Path(result).write_text(json.dumps(found))
     dist.barrier()

@@ -7,6 +7,7 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -99,6 +100,11 @@ class Collectives(TorchDispatchMode):
                     (args[1].numel() - args[4][dist.ProcessGroup.unbox(args[2]).rank()]) * args[1].itemsize
                 )
         return func(*args, **(kwargs or {}))
+
+
+def shard(model: nn.Module) -> nn.Module:
+    fully_shard(model.get_submodule("fc1"))  # a layer by itself, and the rest with the root
+    return fully_shard(model)
 
 
 def every(own: Any) -> list[Any]:
