@@ -20,7 +20,7 @@ from hf_fngd.engine.state import GONE, check_groups, check_keys, gone, with_froz
 from hf_fngd.preconditioner import FNGDPreconditioner
 from hf_fngd.settings import Settings, with_settings
 from hf_fngd.updates import FALLBACK_RULES, RULES, Update
-from hf_fngd.updates.block_muon import known_positions, settle, settled
+from hf_fngd.updates.block_muon import describe_blocks, keep_positions, known_positions
 from hf_fngd.updates.chosen import by_name
 from hf_fngd.updates.gradients import of_layers, real, squared_norms
 from hf_fngd.updates.groups import check_parameters, parameter_groups, resized, trainable
@@ -135,7 +135,7 @@ class FNGD(torch.optim.Optimizer, Joins):
 
         Raises:
             RuntimeError: a trainable parameter of the model is none of the optimizer's, as after a layer was replaced;
-                or in the first step no gradient reached any parameter, or one is sparse.
+                a gradient is sparse; or in the first step none reached any parameter.
         """
         loss = None
         if closure is not None:
@@ -145,11 +145,7 @@ class FNGD(torch.optim.Optimizer, Joins):
             check_parameters(self.preconditioner.model, self.param_groups)
             self._checked = now
         natural = "momentum" in self.settings.updates
-        try:
-            squared = squared_norms(self.param_groups, exact=natural)
-        except NotImplementedError:  # torch cannot take the norm of a sparse gradient: say whose gradient it is
-            check_parameters(self.preconditioner.model, self.param_groups)
-            raise
+        squared = squared_norms(self.param_groups, exact=natural)
         # Finite, and so when an update rule squares them in float32? Here the host waits for the device.
         if squared is not None and not squared.sum() <= torch.finfo(torch.float32).max:
             self.preconditioner.skip()
@@ -162,7 +158,7 @@ class FNGD(torch.optim.Optimizer, Joins):
                 )
             return loss
         self.preconditioner.step()
-        settle(self.param_groups, self.preconditioner.positions)
+        keep_positions(self.param_groups, self.preconditioner.positions)
         scales = None
         if squared is not None and natural:
             policy = self.preconditioner.policy
@@ -216,7 +212,8 @@ class FNGD(torch.optim.Optimizer, Joins):
     def coverage(self) -> CoverageReport:
         """`FNGDPreconditioner.coverage`; after the first step its note says how many matrices are in blocks."""
         report = self.preconditioner.coverage()
-        return dataclasses.replace(report, note="\n  ".join(filter(None, [report.note, settled(self.param_groups)])))
+        notes = (report.note, describe_blocks(self.param_groups))
+        return dataclasses.replace(report, note="\n  ".join(filter(None, notes)))
 
     @torch.no_grad()
     def diagnostics(self) -> dict[str, float]:
@@ -267,8 +264,7 @@ class FNGD(torch.optim.Optimizer, Joins):
         self.preconditioner.load_state_dict(own["engine"])
         groups = [
             # The layers' numbers, and the matrices, are those of this version.
-            {key: group[key] for key in ("positions",) if key in group}
-            | {key: value for key, value in stored.items() if key != _STATE_KEY}
+            {key: value for key, value in stored.items() if key != _STATE_KEY}
             | {key: group[key] for key in ("layers", "matrices") if key in group}
             for stored, group in zip(state_dict["param_groups"], kept, strict=True)
         ]

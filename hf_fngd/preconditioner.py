@@ -79,7 +79,7 @@ class FNGDPreconditioner(Joins):
         self._window = Window()
         self.epoch_ended = False
         self._fsdp: bool | None = None  # not known before the first forward pass
-        # That a layer sees in a step of all processes, for update rules; 0: not known yet, None: nobody asks.
+        # How many a layer sees in a step of all processes, for update rules. 0: not known yet; None: nobody asks.
         self.positions: int | None = None
         self._hooks: list[RemovableHandle] = []
         self._coverage = Coverage(selection, self._attached, own.strict)
@@ -200,7 +200,7 @@ class FNGDPreconditioner(Joins):
             self._find_positions(0)
 
     def _find_positions(self, multiplications: int) -> None:
-        """From this process's multiplications in the step: those of all processes, in the mean over the weights."""
+        """Divide the multiplications of a step, those of all processes, by the number of weights."""
         device = "cpu" if rank_and_world()[1] == 1 else self.device
         own = torch.tensor([multiplications], dtype=torch.float64, device=device)
         if total := float(sum_over_processes(own)):  # or else the step had no gradients

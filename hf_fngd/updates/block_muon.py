@@ -20,10 +20,9 @@ logger = logging.getLogger(__name__)
 
 Groups = Sequence[dict[str, Any]]
 
-# Without a size: as many rows as take this part of a layer's own operations in forward and backward,
-PRICE = 16
-# but this part of a matrix's shorter side, and so many rows, at least. Half of that lost half a BLEU.
-SHARE, FEWEST = 4, 32
+# Without a size a block has a SHARE-th of the matrix's shorter side, and FEWEST rows at least: half of that lost half a
+# BLEU. It has more where orthogonalizing takes a PRICE-th of the layer's forward and backward at most.
+SHARE, FEWEST, PRICE = 4, 32, 16
 
 
 @register_rule("block_muon", "momentum_buffer", matrices=True)
@@ -40,9 +39,9 @@ def block_muon_update(update: Update) -> None:
 def block_rows(rows: int, columns: int, size: float | None, positions: int = 0) -> int:
     """How many rows a block of a matrix has: at most ``size``.
 
-    None: so many that the matrix's orthogonalization takes at most a sixteenth of the operations of its layer's forward
-    and backward, ``6 positions rows columns`` a step; but at least a quarter of the shorter side, and 32. Operations
-    are counted as for float32 and `STEPS` wherever it runs, so that blocks are the same on all machines.
+    Without a size: a quarter of the shorter side and at least 32. More, where the orthogonalization of the matrix then
+    takes at most a sixteenth of the operations of its layer's forward and backward, ``6 positions rows columns`` a
+    step. Operations are counted as for float32 and `STEPS` on any device, so that blocks are the same everywhere.
     """
     if size is not None:
         return block_shape(rows, int(size))[1]
@@ -56,27 +55,30 @@ def block_rows(rows: int, columns: int, size: float | None, positions: int = 0) 
 
 
 def known_positions(groups: Groups) -> int | None:
-    """How many positions a layer sees in a step, as groups without a size know; 0: not yet; None: no such group."""
+    """How many positions a layer sees in a step, as parameter groups without a ``block_size`` keep it.
+
+    0: no step has shown it yet; None: there is no such group.
+    """
     return min((group["positions"] for group in groups if "positions" in group), default=None)
 
 
-def settle(groups: Groups, positions: int | None) -> None:
-    """Tell it the groups that do not know it yet, once a step has shown it."""
+def keep_positions(groups: Groups, positions: int | None) -> None:
+    """Write the positions that the first step has shown into the groups that need them, and log what follows."""
     if positions and known_positions(groups) == 0:
         for group in groups:
             if "positions" in group:
                 group["positions"] = positions
-        logger.info("%s", settled(groups))
+        logger.info("%s", describe_blocks(groups))
 
 
-def settled(groups: Groups) -> str:
-    """What became of the matrices of groups without a size; empty before the positions are known."""
+def describe_blocks(groups: Groups) -> str:
+    """Say how many matrices are orthogonalized whole; empty before the positions are known."""
     positions = known_positions(groups)
     if not positions:
         return ""
     whole = matrices = 0
-    for group in groups:
-        for p, (count, columns) in zip(group["params"], group["matrices"], strict=True) if "positions" in group else ():
+    for group in (group for group in groups if "positions" in group):
+        for p, (count, columns) in zip(group["params"], group["matrices"], strict=True):
             rows = p.numel() // max(1, count * columns)
             matrices += count
             whole += count * (rows == 0 or block_rows(rows, columns, None, positions) == rows)

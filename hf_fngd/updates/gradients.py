@@ -19,12 +19,16 @@ def real(x: Tensor) -> Tensor:
 def squared_norms(groups: Groups, exact: bool = True) -> Tensor | None:
     """``||p||^2`` of each parameter's gradient ``[P]``, else 0; None where none has one. A collective under FSDP2.
 
-    Without ``exact`` the host does not wait for the device, and gradients below 1e-15 may count too little.
+    Without ``exact`` the host does not wait for the device, and gradients below 1e-15 may count too little. Raises
+    RuntimeError where a gradient is sparse.
     """
     params = [p for group in groups for p in group["params"]]
     live = [place for place, p in enumerate(params) if p.grad is not None]
     if not live:
         return None
+    if sparse := [place for place in live if params[place].grad.layout != torch.strided]:
+        name = [name for group in groups for name in group["param_names"]][sparse[0]]
+        raise RuntimeError(f"FNGD takes no sparse gradients, as {name} has: build the embedding with sparse=False")
     norms = _norms([real(local(params[place].grad)) for place in live], exact)
     squared = sum_over_parts(norms.square(), [params[place] for place in live])
     if len(live) == len(params):

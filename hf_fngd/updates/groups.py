@@ -162,7 +162,7 @@ def trainable(model: nn.Module) -> list[int]:
 def check_parameters(model: nn.Module, groups: Sequence[Mapping[str, Any]]) -> None:
     """Raise RuntimeError where the groups do not hold the model's trainable parameters, after a backward pass.
 
-    Also where no gradient reached any of them, or one is sparse.
+    Also where no gradient reached any of them.
     """
     held = {id(p) for group in groups for p in group["params"]}
     if missing := [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in held]:
@@ -177,10 +177,7 @@ def check_parameters(model: nn.Module, groups: Sequence[Mapping[str, Any]]) -> N
             f"{len(foreign)} parameters of this optimizer are not parameters of its model: build FNGD after the model "
             "is complete, on the very instance that is trained, or through FNGDFactory"
         )
-    grads = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-    if sparse := [name for name, grad in grads.items() if grad.layout != torch.strided]:
-        raise RuntimeError(f"FNGD takes no sparse gradients, as {sparse[0]} has: build the embedding with sparse=False")
-    if not grads:
+    if all(p.grad is None for p in model.parameters()):
         raise RuntimeError(
             "no gradient reached any parameter of this optimizer: it was built on another instance of the model "
             "than the one that is trained, or step() came before backward()"

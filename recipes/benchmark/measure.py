@@ -145,7 +145,7 @@ def update_operations(optimizer: Optimizer, positions: int) -> float | None:
                 if rule == "block_muon":
                     size = group["block_size"]
                     total += cost_model.block_orthogonalization(*p.shape, size, positions, dtype, steps)
-                elif rule in ("muon", "Muon"):  # torch's does without Gram matrices, in whatever precision
+                elif rule in ("muon", "Muon"):  # torch's computes in bfloat16, without Gram matrices
                     of_torch = type(part).__module__.startswith("torch.")
                     total += count_operations(*p.shape, steps, torch.bfloat16 if of_torch else dtype)
                 else:

@@ -157,15 +157,6 @@ def test_a_checkpoint_keeps_them() -> None:
     assert train(resumed_model, resumed, x[:2]) == expected
 
 
-def test_a_checkpoint_that_has_none_finds_them() -> None:
-    model, optimizer, x, expected = made()
-    state = optimizer.state_dict()
-    for group in state["param_groups"]:
-        group.pop("positions", None)
-    optimizer.load_state_dict(state)
-    assert train(model, optimizer, x) == expected
-
-
 def test_only_blocks_of_no_given_size_ask() -> None:
     for settings in ({"block_size": 4}, {"update": "muon"}, {"update": "adam"}):
         model, optimizer, x, _ = made(**settings)
