@@ -22,7 +22,7 @@ Groups = Sequence[dict[str, Any]]
 
 # Without a size a block has a SHARE-th of the matrix's shorter side, and FEWEST rows at least: half of that lost half a
 # BLEU. It has more where orthogonalizing takes a PRICE-th of the layer's forward and backward at most.
-SHARE, FEWEST, PRICE = 4, 32, 16
+SHARE, FEWEST, PRICE = 4, 32, 4
 
 
 @register_rule("block_muon", "momentum_buffer", matrices=True)
@@ -40,7 +40,7 @@ def block_rows(rows: int, columns: int, size: float | None, positions: int = 0) 
     """How many rows a block of a matrix has: at most ``size``.
 
     Without a size: a quarter of the shorter side and at least 32. More, where the orthogonalization of the matrix then
-    takes at most a sixteenth of the operations of its layer's forward and backward, ``6 positions rows columns`` a
+    takes at most a quarter of the operations of its layer's forward and backward, ``6 positions rows columns`` a
     step. Operations are counted as for float32 and `STEPS` on any device, so that blocks are the same everywhere.
     """
     if size is not None:
