@@ -168,6 +168,27 @@ class TextTrainingArguments(RecipeTrainingArguments):
         choices=["random", "sequential", "group_by_length", "batch_rebalance"],
     )
     ddp_find_unused_parameters: bool | None = option(False, "Off: every parameter takes part in every step.")
+    average_checkpoints: int = option(
+        1, "In the end the model is the mean of its last so many checkpoints; 1: it stays as it was trained."
+    )
+
+    def __post_init__(self) -> None:
+        """Reject averages of checkpoints that are not kept; the rest as `RecipeTrainingArguments`."""
+        super().__post_init__()
+        at_least_one(self, "average_checkpoints")
+        if self.average_checkpoints == 1:
+            return
+        if self.save_strategy == "no" or self.load_best_model_at_end:
+            raise ValueError(
+                f"average_checkpoints={self.average_checkpoints} takes checkpoints, and not the best one: set "
+                "--save_strategy epoch or steps, and leave out --load_best_model_at_end."
+            )
+        needed = self.average_checkpoints + (self.metric_for_best_model is not None)  # the best one is kept beside
+        if self.save_total_limit is not None and self.save_total_limit < needed:
+            raise ValueError(
+                f"average_checkpoints={self.average_checkpoints} needs --save_total_limit {needed} or more; it is "
+                f"{self.save_total_limit}."
+            )
 
 
 def parse(classes: Sequence[type], argv: Sequence[str] | None = None, **defaults: Any) -> tuple[Any, ...]:

@@ -13,7 +13,7 @@ import torch
 import transformers
 from huggingface_hub import EvalResult, ModelCardData
 
-SCORES = {"bleu": "BLEU", "perplexity": "perplexity", "accuracy": "accuracy"}
+SCORES = {"bleu": "BLEU", "bleu_lc": "BLEU, lowercased", "perplexity": "perplexity", "accuracy": "accuracy"}
 """What a recipe's metrics are called."""
 _SPLITS = {
     "eval": "validation",
@@ -35,7 +35,7 @@ A `{report[model]}` of {report[parameters]:,} trained parameters{languages}, by 
 
 {start}- data: {dataset}, {report[train_samples]:,} training rows{shots}
 - optimizer: **{report[optimizer]}**, with the arguments below
-- {length}{kept}, in batches of {batch} rows ({args.world_size} process(es), {accumulation} accumulation step(s))
+- {length}{kept}{averaged}, in batches of {batch} rows ({processes} process(es), {accumulation} accumulation step(s))
 - schedule {args.lr_scheduler_type.value} with {warm_up}, gradient clipped at norm {args.max_grad_norm:g}
 - label smoothing {args.label_smoothing_factor:g}, seed {report[seed]}
 {forgetting}
@@ -76,6 +76,7 @@ def render_card(report: dict[str, Any], args: transformers.TrainingArguments) ->
     """
     languages = [report[name] for name in ("source_lang", "target_lang") if name in report]
     warm_up = f"{args.warmup_steps:g} warm-up steps" if args.warmup_steps >= 1 else f"{args.warmup_steps:.0%} warm-up"
+    averaged = report.get("averaged_checkpoints")
     base, name, length = report.get("model_name_or_path"), Path(args.output_dir).resolve().name, _length(report, args)
     return _CARD.format(
         report=report,
@@ -89,9 +90,11 @@ def render_card(report: dict[str, Any], args: transformers.TrainingArguments) ->
         shots=f", {report['shots']} of each class, drawn with the seed" if report.get("shots") else "",
         length=length,
         kept=f", the weights of the best {args.metric_for_best_model} kept" if args.load_best_model_at_end else "",
+        averaged=f", the weights the mean of the last {averaged} checkpoints" if averaged else "",
         forgetting=_FORGETTING.format(**report) if "forgetting_cosine" in report else "",
         loading=_LOADING.format(base=base, name=name) if report.get("lora_r") else "",
         batch=args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
+        processes=args.world_size,
         accumulation=args.gradient_accumulation_steps,
         warm_up=warm_up,
         optimizer_arguments=json.dumps(report["optimizer_arguments"], indent=2),
@@ -143,10 +146,11 @@ def _on_hub(name: str | None) -> bool:
 
 def _scores(report: dict[str, Any]) -> str:
     """Return a table, a row a split that was scored."""
-    names = [name for name in (*_COLUMNS, "loss") if any(f"{prefix}_{name}" in report for prefix in _SPLITS)]
+    splits = _SPLITS | {f"predict_{name}": f"test set `{name}`" for name in report.get("test_sets", ())}
+    names = [name for name in (*_COLUMNS, "loss") if any(f"{prefix}_{name}" in report for prefix in splits)]
     rows = [
         f"| {split} | {' | '.join(format(report[f'{prefix}_{name}'], '.4g') for name in names)} |"
-        for prefix, split in _SPLITS.items()
+        for prefix, split in splits.items()
         if f"{prefix}_loss" in report
     ]
     if not rows:
@@ -154,6 +158,9 @@ def _scores(report: dict[str, Any]) -> str:
     table = [f"| | {' | '.join(_COLUMNS.get(name, name) for name in names)} |", "|---" * (len(names) + 1) + "|", *rows]
     if "num_beams" in report:
         search = "greedy search" if report["num_beams"] == 1 else f"beam search with {report['num_beams']} beams"
-        signature = next(report[name] for name in report if name.endswith("bleu_signature"))
-        table += ["", f"Translations by {search}; sacreBLEU `{signature}`."]
+        signatures = [
+            next(f"`{report[name]}`" for name in report if name.endswith(f"{bleu}_signature"))
+            for bleu in ("bleu", "bleu_lc")
+        ]
+        table += ["", f"Translations by {search}; sacreBLEU {', lowercased '.join(signatures)}."]
     return "\n".join(table)

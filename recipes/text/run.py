@@ -37,7 +37,7 @@ def train_and_score(
         run: What `common.run.prepare` returned.
         model: The model to train.
         tokenizer: Its tokenizer, which is saved with it.
-        splits: train, validation and test, tokenized.
+        splits: train, validation and test, tokenized, and other test sets, scored as "predict_NAME".
         facts: What all_results.json is to hold of model and data; the card wants the names of the recipe, its task
             and its dataset among them.
         trainer_cls: The Trainer.
@@ -50,7 +50,8 @@ def train_and_score(
         What all_results.json holds.
     """
     args = run.args
-    held_out = {name: longest_first(splits[name]) for name in ("validation", "test")}
+    held_out = {name: longest_first(rows) for name, rows in splits.items() if name != "train"}
+    more = [name for name in held_out if name not in ("validation", "test")]
     whole = model.get_base_model() if isinstance(model, PeftModel) else model
     report: dict[str, Any] = facts | {
         "model": type(whole).__name__,
@@ -58,6 +59,8 @@ def train_and_score(
         "train_samples": len(splits["train"]),
         "seed": args.seed,
     }
+    if more:
+        report["test_sets"] = more
     trainer = trainer_cls(
         optimizer_cls_and_kwargs=run.optimizer,
         render_card=lambda: render_card(report | describe(trainer.optimizer, run.config), args),
@@ -72,6 +75,8 @@ def train_and_score(
     if first_epoch:
         trainer.add_callback(FirstEpoch(trainer, held_out["test"]))
     report |= run.train(trainer)
+    if trainer.averaged:
+        report["averaged_checkpoints"] = trainer.averaged
     if whole is not model and trainer.is_world_process_zero():
         whole.config.save_pretrained(args.output_dir)  # adapters come without the names of the classes
     if trainer.state.global_step < trainer.state.max_steps:
@@ -81,6 +86,8 @@ def train_and_score(
         report |= trainer.score(held_out["validation"], "eval")
     if args.do_predict:
         report |= trainer.score(held_out["test"], "predict")
+        for name in more:
+            report |= trainer.score(held_out[name], f"predict_{name}")
         best = trainer.state.best_model_checkpoint
         if best is not None and not args.load_best_model_at_end:
             with trainer.weights_of(best):
@@ -92,7 +99,8 @@ def train_and_score(
     if trainer.is_world_process_zero():
         curve = Path(args.output_dir, "learning_curve.png")
         plot_learning_curve(trainer.state.log_history, curve, f"{report['optimizer']}, {report['recipe']}")
-        for name in (f"{prefix}_{metric}" for prefix in ("eval", "predict") for metric in SCORES):
+        prefixes = ["eval", "predict", *(f"predict_{name}" for name in more)]
+        for name in (f"{prefix}_{metric}" for prefix in prefixes for metric in SCORES):
             if name in report:
                 signature = report.get(f"{name}_signature")
                 print(f"{name}: {report[name]:.4g}" + (f" ({signature})" if signature else ""))

@@ -14,6 +14,7 @@ from peft import PeftModel, load_peft_weights, set_peft_model_state_dict
 from torch import Tensor
 from torch.utils.data import Sampler, SequentialSampler
 from transformers import TrainerCallback, TrainerState
+from transformers.trainer_utils import TrainOutput
 
 from common.trainer import RecipeTrainer
 from text.data import LENGTH
@@ -43,6 +44,26 @@ class TextTrainer(RecipeTrainer):
         super().__init__(**kwargs)
         self.optimizer_cls_and_kwargs = optimizer_cls_and_kwargs
         self.render_card = render_card
+        self.averaged = 0  # checkpoints
+
+    def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
+        """Train as the Trainer does; the model then is the mean of the checkpoints that the arguments ask for."""
+        output = super().train(*args, **kwargs)
+        if self.args.average_checkpoints > 1:
+            self.averaged = self.average(self.args.average_checkpoints)
+        return output
+
+    def average(self, number: int) -> int:
+        """Give the model the mean of the weights of the last checkpoints; return how many of ``number`` there are."""
+        found = {int(path.name.split("-")[1]): path for path in Path(self.args.output_dir).glob("checkpoint-*")}
+        folders = [found[step] for step in sorted(found) if step <= self.state.global_step][-number:]
+        sums: dict[str, Tensor] = {}
+        for folder in folders:
+            for name, tensor in self._read(folder).items():
+                sums[name] = sums[name] + tensor if name in sums else tensor.double()
+        if sums:
+            self._load({name: total / len(folders) for name, total in sums.items()})
+        return len(folders)
 
     def score(self, rows: Dataset, prefix: str) -> dict[str, Any]:
         """Return what is measured on tokenized rows, with the prefix and an underscore before each name."""
@@ -70,14 +91,23 @@ class TextTrainer(RecipeTrainer):
     def weights_of(self, checkpoint: str) -> Iterator[None]:
         """Give the model the weights of a checkpoint for a while."""
         last = {name: tensor.clone() for name, tensor in self.model.state_dict().items()}
-        if isinstance(self.model, PeftModel):
-            set_peft_model_state_dict(self.model, load_peft_weights(checkpoint))
-        else:
-            self.model.load_state_dict(type(self.model).from_pretrained(checkpoint).state_dict())
+        self._load(self._read(checkpoint))
         try:
             yield
         finally:
             self.model.load_state_dict(last)
+
+    def _read(self, checkpoint: str | Path) -> dict[str, Tensor]:
+        """Return the weights that a checkpoint holds, of an adapted model those of the adapters."""
+        if isinstance(self.model, PeftModel):
+            return load_peft_weights(str(checkpoint), device="cpu")
+        return type(self.model).from_pretrained(checkpoint).state_dict()
+
+    def _load(self, weights: dict[str, Tensor]) -> None:
+        if isinstance(self.model, PeftModel):
+            set_peft_model_state_dict(self.model, weights)
+        else:
+            self.model.load_state_dict(weights)
 
 
 class FirstEpoch(TrainerCallback):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
+from pathlib import Path
 
 from transformers import Seq2SeqTrainingArguments
 
@@ -26,6 +28,9 @@ class DataArguments(OutlierArguments, RowArguments):
     max_source_length: int = option(128, "Longer sources are cut to so many tokens.")
     max_target_length: int = option(128, "Longer targets are cut, and generation stops, at so many tokens.")
     num_beams: int = option(1, "Beams of the generation; 1 is greedy.")
+    test_sets: list[str] | None = option(  # noqa: RUF009, as it returns a field
+        None, "More test sets: splits of the dataset, or files of pairs (.jsonl, .json, .csv, .parquet)."
+    )
     pad_to_multiple_of: int | None = option(
         None, "Pad batches to lengths that this divides: a compiled model has few shapes then."
     )
@@ -37,10 +42,21 @@ class DataArguments(OutlierArguments, RowArguments):
         if self.source_lang == self.target_lang:
             raise ValueError(f"source_lang and target_lang are both {self.source_lang!r}; name two languages.")
         at_least_one(self, "max_source_length", "max_target_length", "num_beams", "pad_to_multiple_of")
+        names = [test_set_name(test_set) for test_set in self.test_sets or ()]
+        if len({*names, "train", "validation", "test"}) < len(names) + 3:
+            raise ValueError(
+                f"test_sets has the names {', '.join(names)}, under which their scores are reported: each must be "
+                "another, and none of train, validation and test. Rename a file."
+            )
         for name in ("max_source_length", "max_target_length"):
             longest = getattr(self, name)
             if longest % (self.pad_to_multiple_of or 1):  # the model has no positions beyond the longest
                 raise ValueError(f"pad_to_multiple_of={self.pad_to_multiple_of} must divide {name}={longest}.")
+
+
+def test_set_name(test_set: str) -> str:
+    """Return what a split or file of `test_sets` is called in the report: letters, digits, underscores."""
+    return re.sub(r"\W+", "_", Path(test_set).stem)
 
 
 @dataclass

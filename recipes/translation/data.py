@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
-from datasets import Dataset, DatasetDict
+from datasets import Dataset, DatasetDict, load_dataset
 from transformers import PreTrainedTokenizerBase
 
 import corpus
 from common.data import first, load_named
 from text.data import stripped
-from translation.arguments import DataArguments
+from translation.arguments import DataArguments, test_set_name
 
 SOURCE, TARGET = "source", "target"
+_FORMATS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 
 
 def load_pairs(arguments: DataArguments) -> DatasetDict:
@@ -23,19 +25,21 @@ def load_pairs(arguments: DataArguments) -> DatasetDict:
         arguments: Dataset, languages and the number of pairs to keep.
 
     Returns:
-        Three splits with the columns `source` and `target`.
+        Three splits, and the test sets beside them by their names, with the columns `source` and `target`.
 
     Raises:
-        ValueError: A split, a language or a text is missing.
+        ValueError: A split, a file, a language or a text is missing.
     """
     if arguments.dataset_name is None:
         splits = corpus.load()
     else:
         hint = " A local folder needs the files train.jsonl, validation.jsonl (or val, dev) and test.jsonl."
         splits = load_named(arguments, arguments.limits, hint)
-    return DatasetDict(
-        {name: _texts(first(splits[name], limit), name, arguments) for name, limit in arguments.limits.items()}
-    )
+    wanted = {name: (splits[name], limit) for name, limit in arguments.limits.items()}
+    for test_set in arguments.test_sets or ():
+        rows = splits[test_set] if test_set in splits else _load_file(test_set, splits)
+        wanted[test_set_name(test_set)] = rows, arguments.max_predict_samples
+    return DatasetDict({name: _texts(first(rows, limit), name, arguments) for name, (rows, limit) in wanted.items()})
 
 
 def training_texts(pairs: Dataset) -> Iterator[str]:
@@ -51,6 +55,17 @@ def tokenize(
     features = tokenizer(batch[SOURCE], max_length=arguments.max_source_length, truncation=True)
     targets = tokenizer(text_target=batch[TARGET], max_length=arguments.max_target_length, truncation=True)
     return {**features, "labels": targets["input_ids"]}
+
+
+def _load_file(test_set: str, splits: DatasetDict) -> Dataset:
+    """Load a file of pairs."""
+    file = Path(test_set)
+    if file.suffix not in _FORMATS or not file.is_file():
+        raise ValueError(
+            f"test_sets has {test_set!r}, which is no file that ends in {', '.join(_FORMATS)}, and none of the "
+            f"dataset's splits: {', '.join(splits)}."
+        )
+    return load_dataset(_FORMATS[file.suffix], data_files=str(file), split="train")
 
 
 def _texts(rows: Dataset, split: str, arguments: DataArguments) -> Dataset:

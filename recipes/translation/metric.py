@@ -14,12 +14,17 @@ class SacreBleu(evaluate.Metric):
 
     `evaluate.load("sacrebleu")` needs the Hub; this class is in the same form and needs nothing.
 
+    Args:
+        lowercase: Whether upper and lower case are the same, as papers on Multi30K have it.
+        **kwargs: evaluate.Metric's.
+
     Example:
         >>> SacreBleu().compute(predictions=["Ein Mann schläft."], references=["Ein Mann schläft."])["score"]
         100.00000000000004
     """
 
-    def __init__(self, **kwargs: Any) -> None:
+    def __init__(self, lowercase: bool = False, **kwargs: Any) -> None:
+        self.lowercase = lowercase
         # In memory: a cache file on disk would be shared, and locked, by every process of a distributed run.
         super().__init__(keep_in_memory=True, **kwargs)
 
@@ -34,7 +39,7 @@ class SacreBleu(evaluate.Metric):
         )
 
     def _compute(self, predictions: list[str], references: list[str]) -> dict[str, Any]:
-        bleu = BLEU()
+        bleu = BLEU(lowercase=self.lowercase)
         result = bleu.corpus_score(predictions, [references])
         names = ("score", "counts", "totals", "precisions", "bp", "sys_len", "ref_len")
         return {name: getattr(result, name) for name in names} | {"signature": str(bleu.get_signature())}

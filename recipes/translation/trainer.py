@@ -20,6 +20,8 @@ from translation.data import TARGET
 from translation.metric import SacreBleu
 
 ROW = "row"  # a pair's place in its split
+# The scores, and whether they are lowercased.
+BLEUS = {"bleu": False, "bleu_lc": True}
 
 
 class TranslationTrainer(TextTrainer, Seq2SeqTrainer):
@@ -29,9 +31,10 @@ class TranslationTrainer(TextTrainer, Seq2SeqTrainer):
         """Translate pairs and score them.
 
         Returns:
-            The loss, the speed, BLEU and its parts. With the prefix "eval" eval_nll and train_nll too, the mean
+            The loss, the speed, both BLEU and their parts. With the prefix "eval" eval_nll and train_nll too, the mean
             negative log-likelihood of a target token, in these pairs and in as many from the start of the training
-            split; with "predict", the translations are written to predictions.txt.
+            split; with "predict" the translations are written to predictions.txt, with "predict_NAME" to
+            predictions_NAME.txt.
         """
         each_epoch = self.args.predict_with_generate
         self.args.predict_with_generate = True
@@ -41,15 +44,18 @@ class TranslationTrainer(TextTrainer, Seq2SeqTrainer):
             self.args.predict_with_generate = each_epoch
         # Several processes pad the last round of batches with sentences from the start.
         translations = decode(self.processing_class, output.predictions[: len(rows)])
-        bleu = SacreBleu().compute(predictions=translations, references=list(rows[TARGET]))
-        metrics = output.metrics | {f"{prefix}_bleu": bleu.pop("score")}
-        metrics |= {f"{prefix}_bleu_{name}": value for name, value in bleu.items()}
+        metrics = output.metrics
+        for name, lowercase in BLEUS.items():
+            bleu = SacreBleu(lowercase).compute(predictions=translations, references=list(rows[TARGET]))
+            metrics |= {f"{prefix}_{name}": bleu.pop("score")}
+            metrics |= {f"{prefix}_{name}_{part}": value for part, value in bleu.items()}
         if prefix == "eval":
             metrics["eval_nll"] = mean_nll(self.log_likelihoods(rows))
             metrics["train_nll"] = mean_nll(self.log_likelihoods(first(self.train_dataset, len(rows))))
-        if prefix == "predict" and self.is_world_process_zero():
+        if prefix.startswith("predict") and self.is_world_process_zero():
             ordered = [text for _, text in sorted(zip(rows[ROW], translations, strict=True))]
-            Path(self.args.output_dir, "predictions.txt").write_text("\n".join(ordered) + "\n", encoding="utf-8")
+            file = Path(self.args.output_dir, f"predictions{prefix.removeprefix('predict')}.txt")
+            file.write_text("\n".join(ordered) + "\n", encoding="utf-8")
         return metrics
 
     @torch.no_grad()

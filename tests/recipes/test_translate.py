@@ -4,6 +4,8 @@ import subprocess
 import sys
 
 import pytest
+import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
 import translate
@@ -36,6 +38,7 @@ def test_a_run_leaves_a_model_that_loads_and_a_true_report(tmp_path, options, op
     assert results["optimizer_arguments"]["lr"] == 0.01
     assert results["predict_bleu"] == report["predict_bleu"]
     assert results["predict_bleu_signature"].startswith("nrefs:1|case:mixed")
+    assert results["predict_bleu_lc_signature"].startswith("nrefs:1|case:lc")
     assert len(results["eval_bleu_counts"]) == 4
     times = {"train_runtime", "step_seconds_median", "step_seconds_mean"}
     assert {"eval_loss", "predict_loss", "train_loss", *times} <= set(results)
@@ -45,6 +48,7 @@ def test_a_run_leaves_a_model_that_loads_and_a_true_report(tmp_path, options, op
     assert f"optimizer: **{CLASSES[optimizer]}**" in card
     assert "adamw_torch" not in card.lower()
     assert results["predict_bleu_signature"] in card
+    assert results["predict_bleu_lc_signature"] in card
     assert (out / "learning_curve.png").read_bytes().startswith(b"\x89PNG")
 
     assert (out / "predictions.txt").read_text(encoding="utf-8").split("\n")[:-1] == translate_again(out)
@@ -101,6 +105,43 @@ def test_resuming_from_nothing_is_an_error(options, named, message):
 def test_the_best_epoch_is_scored_beside_the_last(tmp_path, options):
     argv = [*options, "--optimizer=adamw", "--label_smoothing_factor=0"]
     assert_best_is_scored(translate.main, argv, tmp_path / "out", rel=1e-5)
+
+
+def test_the_model_is_the_mean_of_its_last_checkpoints(tmp_path, options):
+    argv = [*options, "--num_train_epochs=3", "--save_total_limit=2", "--average_checkpoints=2"]
+    report = translate.main(argv)
+    out = tmp_path / "out"
+    folders = [out / f"checkpoint-{step}" for step in (8, 12)]
+    second, third, mean = (load_file(folder / "model.safetensors") for folder in (*folders, out))
+    assert report["averaged_checkpoints"] == 2
+    assert any(not torch.equal(second[name], third[name]) for name in mean)
+    for name, averaged in mean.items():
+        assert torch.allclose(averaged, (second[name] + third[name]) / 2, rtol=1e-6, atol=1e-8)
+    assert "the mean of the last 2 checkpoints" in (out / "README.md").read_text(encoding="utf-8")
+    assert (out / "predictions.txt").read_text(encoding="utf-8").split("\n")[:-1] == translate_again(out)
+    again = translate.main(argv)  # resumes behind the last step
+    assert again["averaged_checkpoints"] == 2
+    assert again["predict_loss"] == report["predict_loss"]
+
+
+def test_fewer_checkpoints_than_are_to_be_averaged_are_all_of_them(options):
+    report = translate.main([*options, "--num_train_epochs=1", "--save_total_limit=5", "--average_checkpoints=5"])
+    assert report["averaged_checkpoints"] == 1
+
+
+def test_more_test_sets_are_scored_each(tmp_path, options):
+    other = tmp_path / "two-pairs.jsonl"
+    lines = (tmp_path / "pairs" / "test.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+    other.write_text("".join(lines[:2]), encoding="utf-8")
+    same = tmp_path / "same.jsonl"
+    same.write_text("".join(lines), encoding="utf-8")
+    report = translate.main([*options, "--test_sets", str(other), str(same)])
+    out = tmp_path / "out"
+    assert report["test_sets"] == ["two_pairs", "same"]
+    assert report["predict_same_bleu"] == report["predict_bleu"]
+    assert report["predict_same_loss"] == pytest.approx(report["predict_loss"])
+    assert (out / "predictions_two_pairs.txt").read_text(encoding="utf-8").split("\n")[:-1] == translate_again(out)[:2]
+    assert "| test set `two_pairs` |" in (out / "README.md").read_text(encoding="utf-8")
 
 
 def test_accumulation_does_not_change_the_loss(tmp_path, options):

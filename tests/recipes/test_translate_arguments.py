@@ -76,6 +76,11 @@ def test_command_line_wins_over_file_and_values_are_typed(tmp_path, text, argv, 
         ("optim: sgd", [], "Set --optimizer instead of --optim sgd"),
         ("generation_num_beams: 4", [], "Set --num_beams instead of --generation_num_beams"),
         ("do_train: false", [], "always trains"),
+        ("average_checkpoints: 0", [], "average_checkpoints is 0"),
+        ("average_checkpoints: 2", [], "needs --save_total_limit 2 or more; it is 1"),
+        ("average_checkpoints: 2\nsave_strategy: 'no'", [], "set --save_strategy epoch or steps"),
+        ("average_checkpoints: 2\nsave_total_limit: 2", ["--metric_for_best_model=loss"], "--save_total_limit 3"),
+        ("average_checkpoints: 2\nload_best_model_at_end: true", [], "leave out --load_best_model_at_end"),
     ],
 )
 def test_bad_options_name_the_fix(tmp_path, text, argv, message):

@@ -56,6 +56,22 @@ def test_a_missing_split_is_an_error(tmp_path):
         load_pairs(DataArguments(dataset_name=str(folder)))
 
 
+def test_a_test_set_is_a_split_or_a_file(tmp_path):
+    folder = write_splits(tmp_path / "pairs", splits=("train", "val", "test"))
+    (folder / "more.csv").write_text("en,de\nA cat.,Eine Katze.\n", encoding="utf-8")
+    pairs = load_pairs(DataArguments(dataset_name=str(folder), test_sets=[str(folder / "more.csv")]))
+    assert pairs["more"][:] == {"source": ["A cat."], "target": ["Eine Katze."]}
+    swapped = DataArguments(dataset_name=str(folder), source_lang="de", target_lang="fr", test_sets=["nowhere.csv"])
+    with pytest.raises(ValueError, match=r"'nowhere\.csv', which is no file .* splits: train, validation, test"):
+        load_pairs(swapped)
+
+
+@pytest.mark.parametrize("test_sets", [["a.csv", "other/a.jsonl"], ["test.csv"], ["a-b.csv", "a b.csv"]])
+def test_test_sets_of_equal_names_are_refused(test_sets):
+    with pytest.raises(ValueError, match="each must be another"):
+        DataArguments(test_sets=test_sets)
+
+
 def test_an_empty_text_is_an_error(tmp_path):
     folder = write_splits(tmp_path / "pairs")
     with (folder / "train.jsonl").open("a", encoding="utf-8") as file:

@@ -120,6 +120,14 @@ def test_signature_tells_tokenization_and_version():
     assert signature == f"nrefs:1|case:mixed|eff:no|tok:13a|smooth:exp|version:{sacrebleu.__version__}"
 
 
+def test_lowercased_bleu_is_sacrebleus():
+    predictions = [text.upper() for text in REFERENCES]
+    ours = SacreBleu(lowercase=True).compute(predictions=predictions, references=REFERENCES)
+    assert ours["score"] == sacrebleu.corpus_bleu(predictions, [REFERENCES], lowercase=True).score
+    assert SacreBleu().compute(predictions=predictions, references=REFERENCES)["score"] < ours["score"]
+    assert "|case:lc|" in ours["signature"]
+
+
 def test_batches_add_up_to_the_corpus():
     metric = SacreBleu()
     predictions = [REFERENCES[0], REFERENCES[2], REFERENCES[1]]
