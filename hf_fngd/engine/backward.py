@@ -182,11 +182,12 @@ class WeighedLayer(torch.autograd.Function):
         """Gradients of x, weight and bias; those of the latter only in a pass that asks for them."""
         x, weight, number, *others = ctx.saved_tensors
         saved, has_bias = Saved(x, weight, tuple(others)), ctx.has_bias
-        grad_x = ctx.kernel.input_gradient(saved, g) if ctx.needs_input_grad[0] else None
-        if number is None and not torch._C._will_engine_execute_node(ctx.next_functions[1][0]):
-            return grad_x, None, None, None, None
-        w = _weights(ctx, x, g, number, has_bias)
-        return grad_x, *ctx.kernel.weighted_gradient(saved, g, w, has_bias), None, None
+        of_weight: tuple[Tensor | None, Tensor | None] = None, None
+        if number is not None or torch._C._will_engine_execute_node(ctx.next_functions[1][0]):
+            w = _weights(ctx, x, g, number, has_bias)
+            of_weight = ctx.kernel.weighted_gradient(saved, g, w, has_bias)
+        # Last: g is still in the cache where the norms are taken.
+        return ctx.kernel.input_gradient(saved, g) if ctx.needs_input_grad[0] else None, *of_weight, None, None
 
 
 class WeighedTensor(torch.autograd.Function):
