@@ -7,6 +7,7 @@ from hf_fngd.engine.coverage import CoverageReport
 from hf_fngd.optimizer import FNGD, unwrap
 from hf_fngd.preconditioner import FNGDPreconditioner
 from hf_fngd.trainer import FNGDCallback, FNGDFactory, last_complete_checkpoint
+from hf_fngd.updates.base import learning_rate_from_adamw
 from hf_fngd.weights.base import policy_names
 
 __version__ = "0.2.0"
@@ -22,6 +23,7 @@ __all__ = [
     "clip_samples",
     "detach",
     "last_complete_checkpoint",
+    "learning_rate_from_adamw",
     "policy_names",
     "unwrap",
 ]

@@ -63,7 +63,7 @@ class Settings:
     lr: float = _setting(
         1e-3,
         _NOT_NEGATIVE,
-        "Learning rate, >= 0. The root mean square of an update is 0.14 to 0.2 lr with update 'block_muon' or 'muon', "
+        "Learning rate, >= 0. The root mean square of an update is 0.14 to 0.22 lr with update 'block_muon' or 'muon', "
         "about lr with 'adam', and at most lr with 'momentum', before momentum.",
     )
     momentum: float = _setting(

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from hf_fngd.checks import choice, real
 from hf_fngd.layers.base import Matrices
 
 
@@ -32,26 +33,43 @@ Rule = Callable[[Update], None]
 
 
 class UpdateRule(NamedTuple):
-    """A rule, the names of its state tensors, and whether it is for matrices alone."""
+    """A rule, the names of its state tensors, whether it is for matrices alone, and its learning rate over AdamW's."""
 
     update: Rule
     state: tuple[str, ...]
     matrices: bool
+    over_adamw: float
 
 
 RULES: dict[str, UpdateRule] = {}
 
 
-def register_rule(name: str, *state: str, matrices: bool = False) -> Callable[[Rule], Rule]:
+def register_rule(name: str, *state: str, matrices: bool = False, over_adamw: float = 1.0) -> Callable[[Rule], Rule]:
     """Function decorator: make an update rule available by its name, with the names of its state tensors.
 
-    Where it is for ``matrices`` alone, biases beside them get "adam". Raises ValueError where the name is taken.
+    Where it is for ``matrices`` alone, biases beside them get "adam". ``over_adamw`` is what the best learning rate is
+    over AdamW's (`learning_rate_from_adamw`). Raises ValueError where the name is taken.
     """
 
     def register(rule: Rule) -> Rule:
         if name in RULES:
             raise ValueError(f"there is already an update rule named {name!r}")
-        RULES[name] = UpdateRule(rule, state, matrices)
+        RULES[name] = UpdateRule(rule, state, matrices, over_adamw)
         return rule
 
     return register
+
+
+def learning_rate_from_adamw(lr: float, update: str = "block_muon") -> float:
+    """A learning rate to begin with, for a model that AdamW trains well at ``lr``.
+
+    It is a multiple of ``lr``, the same for all: twice for "block_muon" and "muon", once for "adam", a tenth for
+    "momentum". So much larger was the best learning rate, give or take a factor of three, on the tasks and widths of
+    docs/choosing_settings.md. Try three times more and less.
+
+    Raises:
+        TypeError: ``lr`` is no number, or ``update`` no name.
+        ValueError: ``lr`` is negative or not finite, or there is no such update rule.
+    """
+    lr = real("a finite number >= 0", lambda x: x >= 0)("lr", lr)
+    return lr * RULES[choice(RULES)("update", update)].over_adamw

@@ -10,7 +10,7 @@ from hf_fngd.weights.algebra import accumulation_dtype
 from hf_fngd.weights.solve import natural_step
 
 
-@register_rule("momentum", "momentum_buffer")
+@register_rule("momentum", "momentum_buffer", over_adamw=0.1)
 def momentum_update(update: Update) -> None:
     """As in torch's SGD: ``m <- momentum m + g``, ``p <- p - lr m``. lr multiplies the gradient as it comes."""
     (buffers,) = update.state

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from hf_fngd import FNGDConfig, learning_rate_from_adamw
 from hf_fngd.updates import FALLBACK_RULES, RULES, Update, muon, orthogonal, register_rule
 from hf_fngd.updates.orthogonal import block_shape, orthogonalize, orthogonalize_blocks
 
@@ -274,3 +275,36 @@ def test_block_muon_is_muon_on_blocks_of_rows(shape: tuple[int, int], size: int)
             blocks = [polynomial(block) for block in (0.9 * buffer + 0.1 * g).split(height)]
             p.mul_(1 - 0.05 * 0.1).sub_(0.05 * 0.2 * max(height, shape[1]) ** 0.5 * torch.cat(blocks))
     assert_equal(ours("block_muon", [shape] * 2, block_size=size), params, rtol=1e-7, atol=1e-8)
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+@pytest.mark.parametrize("block_size", [4, 16, 64, None])
+@pytest.mark.parametrize("shape", [(32, 32), (128, 32), (32, 128), (96, 384)])
+def test_an_update_is_as_large_for_any_shape_block_and_momentum(
+    shape: tuple[int, int], block_size: int | None, momentum: float
+) -> None:
+    params, state, rule = start([shape]), (), "block_muon" if block_size else "muon"
+    for step in range(10):
+        before = params[0].clone()
+        settings = {"momentum": momentum, "block_size": block_size, "weight_decay": 0.0, "lr": 1.0}
+        state = apply(rule, params, gradients([shape], step), [step + 1], *state, **settings)
+        assert 0.13 < float((params[0] - before).square().mean().sqrt()) < 0.23
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_a_learning_rate_from_adamws(rule: str) -> None:
+    assert learning_rate_from_adamw(3e-4, rule) == pytest.approx({"adam": 3e-4, "momentum": 3e-5}.get(rule, 6e-4))
+    assert learning_rate_from_adamw(3e-4) == learning_rate_from_adamw(3e-4, FNGDConfig().update)
+
+
+@pytest.mark.parametrize(
+    ("lr", "update", "error", "message"),
+    [
+        ("3e-4", "adam", TypeError, "lr must be a finite number >= 0"),
+        (-1.0, "adam", ValueError, "lr must be a finite number >= 0"),
+        (1e-3, "adamw", ValueError, "update must be one of .*; did you mean 'adam'?"),
+    ],
+)
+def test_no_learning_rate_from_nonsense(lr: Any, update: str, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        learning_rate_from_adamw(lr, update)
