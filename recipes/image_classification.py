@@ -2,6 +2,8 @@
 
     python recipes/image_classification.py --dataset_name uoft-cs/cifar10 --outliers 1
     python recipes/image_classification.py --optimizer adamw --unscaled 0.05
+    python recipes/image_classification.py --dataset_name uoft-cs/cifar10 --model resnet --image_size 32 \
+        --max_train_samples 50000 --augment true --lr_scheduler_type constant_with_warmup --decay_at 0.5 0.75
 
 The output folder holds the model, all_results.json, and trainer_state.json with a curve of each measurement. With
 `--save_strategy epoch` a run that was interrupted resumes from its last checkpoint when it is started again.
@@ -14,7 +16,7 @@ from typing import Any
 
 from common.run import prepare
 from images.arguments import parse_arguments
-from images.data import load
+from images.data import Columns, load
 from images.losses import TrainingLoss, largest_rise
 from images.models import build_model
 from images.trainer import ImageTrainer, best_epochs
@@ -48,7 +50,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     if run.checkpoint is None:  # a resumed run has seen a part of its batches alone
         report["largest_rise"] = largest_rise(loss.batches)
     report |= trainer.score(splits.validation, "eval_validation") | trainer.score(splits.test, "test")
-    report["train_accuracy"] = trainer.score(splits.train, "train")["train_accuracy"]
+    as_they_are = Columns(**splits.train.columns)
+    report["train_accuracy"] = trainer.score(as_they_are, "train")["train_accuracy"]
     trainer.save_metrics("all", report, combined=False)
     if trainer.is_world_process_zero():
         for name in ("test_accuracy", "selected_test_accuracy", "best_test_accuracy"):

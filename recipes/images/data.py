@@ -42,6 +42,28 @@ class Columns(torch.utils.data.Dataset[dict[str, Tensor]]):
         return {name: column[chosen] for name, column in self.columns.items()}
 
 
+class Augmented(Columns):
+    """Images that come moved by up to an eighth of the side, zeros at the rim, and every other one mirrored.
+
+    Drawn from torch's global generator, which Trainer restores where it resumes.
+    """
+
+    def __getitems__(self, rows: Sequence[int]) -> dict[str, Tensor]:
+        batch = super().__getitems__(rows)
+        return batch | {"pixel_values": moved(batch["pixel_values"])}
+
+
+def moved(pixels: Tensor) -> Tensor:
+    """Move and mirror images `[n, C, S, S]`, each by itself."""
+    size, side = len(pixels), pixels.shape[-1]
+    reach = side // 8
+    down, right = torch.randint(0, 2 * reach + 1, (2, size, 1)) + torch.arange(side)
+    right = torch.where(torch.rand(size, 1) < 0.5, right.flip(1), right)
+    padded = F.pad(pixels, (reach,) * 4)
+    # The indices broadcast to [n, S, S], which puts the channels last.
+    return padded[torch.arange(size)[:, None, None], :, down[:, :, None], right[:, None, :]].permute(0, 3, 1, 2)
+
+
 def as_it_is(batch: dict[str, Tensor]) -> dict[str, Tensor]:
     """Collate what `Columns` has fetched, which is a batch already."""
     return batch
@@ -90,7 +112,7 @@ def load(arguments: DataArguments, seed: int) -> Splits:
     pixels = torch.cat([leave_unscaled(pixels[:size], arguments.unscaled, seed), pixels[size:]])
     pixels, test_pixels = (pixels - mean) / deviation, (test_pixels - mean) / deviation
     return Splits(
-        train=Columns(pixel_values=pixels[:size], labels=labels[:size]),
+        train=(Augmented if arguments.augment else Columns)(pixel_values=pixels[:size], labels=labels[:size]),
         validation=Columns(pixel_values=pixels[size:], labels=labels[size:]),
         test=Columns(pixel_values=test_pixels, labels=test_labels),
         classes=classes,

@@ -4,10 +4,18 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import PreTrainedConfig, PreTrainedModel, ViTConfig, ViTForImageClassification
+from transformers import (
+    ConvNextConfig,
+    ConvNextForImageClassification,
+    PreTrainedConfig,
+    PreTrainedModel,
+    ViTConfig,
+    ViTForImageClassification,
+)
 from transformers.modeling_outputs import ImageClassifierOutput
 
-from images.arguments import ModelArguments
+from images.arguments import WIDE_RESNETS, ModelArguments
+from images.convolutional import VGG, BasicResNet, BasicResNetConfig, VGGConfig
 
 
 class PerceptronConfig(PreTrainedConfig):
@@ -49,6 +57,27 @@ class Perceptron(PreTrainedModel):
 
 def build_model(arguments: ModelArguments, image_size: int, classes: int) -> PreTrainedModel:
     """Build a classifier of images of so many pixels a side, initialized from torch's global generator."""
+    if arguments.model == "resnet":
+        return BasicResNet(
+            BasicResNetConfig(
+                depths=arguments.stages,
+                width=arguments.hidden_size,
+                projections=len(arguments.stages) == len(WIDE_RESNETS[18]),
+                num_labels=classes,
+            )
+        )
+    if arguments.model == "vgg":
+        return VGG(VGGConfig(stages=arguments.stages, width=arguments.hidden_size, num_labels=classes))
+    if arguments.model == "convnext":
+        return ConvNextForImageClassification(
+            ConvNextConfig(
+                hidden_sizes=[arguments.hidden_size * 2**stage for stage in range(4)],
+                depths=[2, 2, 6, 2],
+                image_size=image_size,
+                patch_size=arguments.patch_size,
+                num_labels=classes,
+            )
+        )
     if arguments.model == "mlp":
         return Perceptron(
             PerceptronConfig(

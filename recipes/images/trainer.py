@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
+from torch.optim.lr_scheduler import LRScheduler
+
 from common.trainer import RecipeTrainer, accuracy
 from images.data import Columns, as_it_is
 
@@ -17,6 +20,16 @@ class ImageTrainer(RecipeTrainer):
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(data_collator=as_it_is, compute_metrics=accuracy, **kwargs)
+
+    def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> LRScheduler:
+        """Create Trainer's scheduler, behind which `decay_at` divides the learning rate."""
+        scheduler = super().create_scheduler(num_training_steps, optimizer)
+        if self.args.decay_at:
+            bounds = [share * num_training_steps for share in self.args.decay_at]
+            plain = scheduler.lr_lambdas[0]  # one for each parameter group, which are equal
+            lambdas = [lambda step: plain(step) * 0.1 ** sum(step >= bound for bound in bounds)]
+            scheduler.lr_lambdas = lambdas * len(scheduler.lr_lambdas)
+        return scheduler
 
     def score(self, split: Columns, prefix: str) -> dict[str, float]:
         """Return the loss and the accuracy of a split, with the prefix and an underscore before their names."""

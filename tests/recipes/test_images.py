@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import image_classification
+from hf_fngd import FNGD
 from images.arguments import ModelArguments
 from images.models import Perceptron, build_model
 from tests.recipes.running import in_parts, interrupted, read
@@ -12,6 +13,9 @@ CLASSES = {"fngd": "FNGD", "adamw": "AdamW", "kfac": "KFAC"}
 MODELS = {
     "mlp": ["--hidden_size=16"],
     "vit": ["--model=vit", "--hidden_size=16", "--num_layers=1", "--num_heads=2"],
+    "resnet": ["--model=resnet", "--hidden_size=4", "--num_layers=8", "--augment=true"],
+    "vgg": ["--model=vgg", "--hidden_size=4"],
+    "convnext": ["--model=convnext", "--hidden_size=8", "--image_size=16"],
 }
 
 
@@ -87,6 +91,7 @@ def test_accumulation_does_not_change_the_training(tmp_path, options, optimizer)
 @pytest.mark.parametrize("optimizer", ["adamw", "fngd"])
 def test_an_interrupted_run_ends_like_one_that_was_not(tmp_path, options, optimizer, capsys):
     argv = [*options, *MODELS["mlp"], f"--optimizer={optimizer}", "--save_strategy=epoch", "--outliers=1"]
+    argv += ["--augment=true", "--lr_scheduler_type=constant", "--decay_at", "0.25", "0.7"]
     whole, resumed = interrupted(image_classification.main, argv, tmp_path)
     assert f"Resuming from {tmp_path / 'out' / 'checkpoint-4'}" in capsys.readouterr().out
     assert "largest_rise" in whole
@@ -110,3 +115,56 @@ def test_the_perceptron_starts_as_torch_makes_it_and_loads_again(tmp_path):
         found, expected = again(images, labels), model.eval()(images)
     torch.testing.assert_close(found.logits, expected.logits)
     torch.testing.assert_close(found.loss, torch.nn.functional.cross_entropy(expected.logits, labels))
+
+
+def test_the_learning_rate_falls_behind_shares_of_the_steps(tmp_path, options):
+    argv = [
+        *options,
+        *MODELS["mlp"],
+        "--lr_scheduler_type=constant_with_warmup",
+        "--warmup_steps=2",
+        "--logging_steps=1",
+    ]
+    image_classification.main([*argv, "--logging_strategy=steps", "--decay_at", "0.5", "0.75"])
+    history = read(tmp_path / "out", "trainer_state.json")["log_history"]
+    rates = [event["learning_rate"] for event in history if "learning_rate" in event]
+    assert rates == pytest.approx([0, 0.005, 0.01, 0.01, 0.001, 0.001, 0.0001, 0.0001])
+
+
+@pytest.mark.parametrize(
+    ("options", "parameters"),
+    [
+        ({"model": "resnet"}, 269_722),  # 0.27 million in Table 6 of He et al. (2016)
+        ({"model": "resnet", "num_layers": 32}, 464_154),  # 0.46 million there
+        ({"model": "resnet", "num_layers": 18}, 11_173_962),
+        ({"model": "vgg"}, 9_228_362),
+    ],
+)
+def test_convolutional_networks_are_the_known_ones(options, parameters):
+    model = build_model(ModelArguments(**options), image_size=32, classes=10)
+    assert model.num_parameters() == parameters
+    widths = {module.weight.std().item() * (module.out_channels * 9 / 2) ** 0.5 for module in convolutions(model)}
+    assert min(widths) > 0.9  # He et al. (2015)
+    assert max(widths) < 1.1
+
+
+def convolutions(model):
+    """The 3 x 3 ones."""
+    return [m for m in model.modules() if isinstance(m, torch.nn.Conv2d) and m.kernel_size == (3, 3)]
+
+
+@pytest.mark.parametrize("model", ["resnet", "vgg"])
+@pytest.mark.parametrize("side", [8, 9])
+def test_convolutional_networks_load_again_and_are_weighed(tmp_path, model, side):
+    torch.manual_seed(0)
+    network = build_model(ModelArguments(model=model, hidden_size=4), image_size=side, classes=3)
+    network.save_pretrained(tmp_path)
+    again = type(network).from_pretrained(tmp_path)
+    images, labels = torch.randn(5, 3, side, side), torch.tensor([0, 1, 2, 2, 0])
+    with torch.no_grad():
+        torch.testing.assert_close(again.eval()(images).logits, network.eval()(images).logits)
+    optimizer = FNGD(network.train())
+    network(images, labels).loss.backward()
+    optimizer.step()
+    names = {name.removesuffix(".weight") for name in optimizer.coverage().preconditioned}
+    assert names >= {name for name, module in network.named_modules() if isinstance(module, torch.nn.Conv2d)}

@@ -8,7 +8,7 @@ from PIL import Image as PillowImage
 from torch.utils.data import DataLoader
 
 from images.arguments import DataArguments, parse_arguments
-from images.data import Columns, as_it_is, load
+from images.data import Augmented, Columns, as_it_is, load
 from images.synthetic import CLASSES, generate
 
 
@@ -70,6 +70,29 @@ def test_batches_are_fetched_whole():
     assert columns[3] == {"labels": 3, "squares": 9}
 
 
+@pytest.mark.parametrize("side", [8, 32])
+def test_augmented_images_are_moved_and_mirrored(side):
+    torch.manual_seed(0)
+    pixels = torch.arange(1.0, 1 + 3 * side**2).view(1, 3, side, side).repeat(200, 1, 1, 1)
+    images = Augmented(pixel_values=pixels, labels=torch.arange(200))
+    batch = images.__getitems__([3, 5, *range(100)])
+    assert batch["labels"].tolist() == [3, 5, *range(100)]
+    reach, seen = side // 8, set()
+    padded = torch.nn.functional.pad(pixels[0], (reach,) * 4)
+    windows = {
+        (down, right, mirrored): window.flip(2) if mirrored else window
+        for down in range(2 * reach + 1)
+        for right in range(2 * reach + 1)
+        for mirrored in (False, True)
+        for window in [padded[:, down : down + side, right : right + side]]
+    }
+    for image in batch["pixel_values"]:
+        (found,) = [place for place, window in windows.items() if torch.equal(image, window)]
+        seen.add(found)
+    assert len(seen) > 0.5 * min(len(windows), 100)
+    assert torch.equal(images.columns["pixel_values"], pixels)
+
+
 @pytest.mark.parametrize(("column", "sizes"), [("img", [(32, 32)]), ("image", [(8, 8), (20, 11)])])
 def test_datasets_become_small_images(tmp_path, column, sizes):
     name = write_images(tmp_path / "data", sizes, column=column)
@@ -122,6 +145,13 @@ def test_defaults_fit_the_model(tmp_path):
     assert optimizer.optimizer == "fngd"
     assert (training.num_train_epochs, training.lr_scheduler_type.value) == (30, "cosine")
     assert not training.remove_unused_columns
+    resnets = [parse(tmp_path, "--model=resnet", f"--num_layers={layers}")[1] for layers in (20, 32, 18, 34)]
+    assert [(model.hidden_size, model.stages) for model in resnets] == [
+        (16, (3, 3, 3)),
+        (16, (5, 5, 5)),
+        (64, (2, 2, 2, 2)),
+        (64, (3, 4, 6, 3)),
+    ]
     vit = parse(tmp_path, "--model=vit", "--num_layers=2")[1]
     assert (vit.hidden_size, vit.num_layers, vit.num_heads, vit.patch_size) == (96, 2, 4, 4)
 
@@ -132,7 +162,14 @@ def test_defaults_fit_the_model(tmp_path):
         (["--unscaled=-0.1"], r"unscaled is -0.1; it must lie in \[0, 1\]"),
         (["--max_train_samples=1000"], "leaves nothing to train on behind validation_samples=1000"),
         (["--image_size=0"], "image_size is 0"),
-        (["--patch_size=4"], "mlp has no use for --num_heads and --patch_size"),
+        (["--patch_size=4"], "mlp has no use for --patch_size; leave it out"),
+        (["--model=vgg", "--num_heads=4", "--dropout=0.1"], "vgg has no use for --num_heads, --dropout"),
+        (["--model=convnext", "--num_layers=4"], "convnext has no use for --num_layers"),
+        (["--model=resnet", "--num_layers=22"], "num_layers is 22; --model resnet has 18, 34 or 6 n"),
+        (["--model=resnet", "--num_layers=2"], "num_layers is 2; --model resnet has 18, 34 or 6 n"),
+        (["--model=vgg", "--num_layers=12"], "num_layers is 12; --model vgg has 11, 13 or 16"),
+        (["--decay_at", "0.5"], "decay_at needs --lr_scheduler_type constant_with_warmup or constant, not cosine"),
+        (["--decay_at", "50", "--lr_scheduler_type=constant"], r"each share must lie between 0 and 1"),
         (["--model=vit", "--patch_size=5"], "patch_size=5 does not divide image_size=16"),
         (["--model=vit", "--num_heads=5"], "num_heads=5 does not divide hidden_size=96"),
         (["--num_layers=0"], "num_layers is 0"),
