@@ -19,13 +19,10 @@ from hf_fngd.layers.base import (
     register_layer_type,
 )
 from hf_fngd.layers.subclass import base_of, inherits
-from hf_fngd.weights.algebra import of_positions, tensor_norms, weighted_bias_sum, weighted_sum
+from hf_fngd.weights.algebra import ONE, tensor_norms, weighted_bias_sum, weighted_factors
 from hf_fngd.weights.gram import gram, normalize
 
 MATRICES: tuple[type[nn.Module], ...] = (nn.Linear, Conv1D)
-
-
-_ONE = torch.ones((), dtype=torch.float32, device="cpu")  # takes the dtype of what it meets, on any device
 
 
 @dataclass(frozen=True)
@@ -59,13 +56,15 @@ class LinearKernel(GramKernel):
         self, saved: Saved, g: Tensor, w: Tensor | None, has_bias: bool
     ) -> tuple[Tensor, Tensor | None]:
         """``[o, i]`` and ``[o]``."""
-        a = saved.x.flatten(0, -2)
-        w = None if w is None else of_positions(w.to(g.dtype), g.shape[0])
-        return self.product(a, g, w), weighted_bias_sum(g, w) if has_bias else None
+        a, weighted = weighted_factors(saved.x.flatten(0, -2), g, w)
+        of_bias = None
+        if has_bias:
+            of_bias = weighted_bias_sum(g, w) if weighted is g else weighted.sum(dim=0)
+        return self.product(a, weighted), of_bias
 
-    def product(self, a: Tensor, g: Tensor, w: Tensor | None) -> Tensor:
-        """The weighted sum of the rows ``[N T, i]`` and ``[N T, o]``, in the layout of the layer's weight."""
-        return weighted_sum(a, g, w)
+    def product(self, a: Tensor, g: Tensor) -> Tensor:
+        """The sum over the rows ``[N T, i]`` and ``[N T, o]``, in the layout of the layer's weight."""
+        return torch.mm(g.t(), a)
 
     def norms(self, x: Tensor | None, g: Tensor, has_bias: bool) -> Tensor:
         """``sum_t ||a_nt|| ||g_nt||``, where a has a column of ones for a trained bias; of a tied head ``||g_n||``.
@@ -77,7 +76,7 @@ class LinearKernel(GramKernel):
             return tensor_norms(g.reshape(x.shape[0], -1))
         of_g, of_x = tensor_norms(g), tensor_norms(x if x.dim() == 2 else x.flatten(0, -2))
         if has_bias:
-            of_x = torch.hypot(of_x, _ONE)
+            of_x = torch.hypot(of_x, ONE)
         of_g *= of_x
         samples = x.shape[0]
         return of_g if of_g.shape[0] == samples else of_g.view(samples, -1).sum(dim=1)
@@ -99,9 +98,9 @@ class Conv1DKernel(LinearKernel):
     def input_gradient(self, saved: Saved, g: Tensor) -> Tensor:
         return torch.mm(g, saved.weight.t()).view(saved.x.shape)
 
-    def product(self, a: Tensor, g: Tensor, w: Tensor | None) -> Tensor:
-        """``[i, o]``: the roles of a and g swap, so that no transposed copy is made."""
-        return weighted_sum(g, a, w)
+    def product(self, a: Tensor, g: Tensor) -> Tensor:
+        """``[i, o]``: no transposed copy is made."""
+        return torch.mm(a.t(), g)
 
     def multiplications(self, x: Tensor, g: Tensor, weight: Tensor) -> int:
         return x.numel() * weight.shape[-1]
@@ -135,7 +134,7 @@ class OwnLinearKernel(LinearKernel):
         self, saved: Saved, g: Tensor, w: Tensor | None, has_bias: bool
     ) -> tuple[Tensor, Tensor | None]:
         of_weight, _ = super().weighted_gradient(saved, g.to(saved.weight.dtype), w, has_bias=False)
-        return of_weight, weighted_bias_sum(g, None if w is None else w.to(g.dtype)) if has_bias else None
+        return of_weight, weighted_bias_sum(g, w) if has_bias else None
 
     def gram(self, x: Tensor, g: Tensor, has_bias: bool, memory_budget: int) -> Tensor:
         return super().gram(x, g.to(x.dtype), has_bias, memory_budget)

@@ -17,41 +17,37 @@ Equations and sections are those of arXiv 2403.03473.
 import torch
 from torch import Tensor
 
+# On the CPU, for operands on any device; ONE takes the dtype of what it meets.
+ONE = torch.ones((), dtype=torch.float32, device="cpu")
+_TINY = {
+    dtype: torch.full((), torch.finfo(dtype).tiny, dtype=dtype, device="cpu")
+    for dtype in (torch.float32, torch.float64)
+}
+
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype of norms and Gram matrices: float64 for float64 models, else float32."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def weighted_sum(a: Tensor, g: Tensor, w: Tensor | None) -> Tensor:
-    """``sum_n w_n h_n`` ``[o, i]`` (Sec. IV-C), by the one matrix product that SGD does anyway.
+def weighted_factors(a: Tensor, g: Tensor, w: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Return a ``[N T, i]`` and g ``[N T, o]``, of one dtype, the narrower with its rows times the sample weights.
 
-    a is ``[N T, i]``, g ``[N T, o]``, and w ``[N]`` or `of_positions`, of one dtype.
+    Then ``g^T a`` is ``sum_n w_n h_n`` ``[o, i]`` (Sec. IV-C), by the one matrix product that SGD does anyway.
     """
-    if w is not None and a.shape[1] < g.shape[1]:  # the weights go to the narrower factor
-        a = _scaled_rows(a, w)
-    elif w is not None:
-        g = _scaled_rows(g, w)
-    return torch.mm(g.t(), a)
+    if w is None:
+        return a, g
+    return (scaled(a, w), g) if a.shape[1] < g.shape[1] else (a, scaled(g, w))
 
 
 def weighted_bias_sum(g: Tensor, w: Tensor | None) -> Tensor:
-    """The bias column of `weighted_sum`, ``[o]``."""
+    """The bias column ``[o]`` of ``sum_n w_n h_n``, from g ``[N T, o]``."""
     if w is None:
         return g.sum(dim=0)
+    samples, rows = w.shape[0], g.shape[0]
+    w = w.to(g.dtype)
     # In one product: half precision would round the sums over the samples or over the positions.
-    return torch.mv(g.t(), of_positions(w, g.shape[0]))
-
-
-def of_positions(w: Tensor, rows: int) -> Tensor:
-    """Sample weights ``[N]`` for each of T positions, ``[N T]``; those of as many rows as they are."""
-    samples = w.shape[0]
-    return w if samples == rows else w.unsqueeze(1).expand(-1, rows // max(1, samples)).reshape(rows)
-
-
-def _scaled_rows(rows: Tensor, w: Tensor) -> Tensor:
-    """Rows ``[N T, f]``, T of them a sample, times its sample weight."""
-    return rows * of_positions(w, rows.shape[0]).unsqueeze(1)
+    return torch.mv(g.t(), w if samples == rows else w.unsqueeze(1).expand(-1, rows // samples).reshape(rows))
 
 
 def tensor_norms(x: Tensor) -> Tensor:
@@ -62,8 +58,13 @@ def tensor_norms(x: Tensor) -> Tensor:
 
 
 def scaled(x: Tensor, w: Tensor | None) -> Tensor:
-    """A tensor ``[N, ...]`` with each sample's part times its sample weight."""
-    return x if w is None else x * w.to(x.dtype).view(-1, *[1] * (x.dim() - 1))
+    """A tensor ``[N, ...]``, or rows ``[N T, f]``, with each sample's part times its sample weight."""
+    if w is None:
+        return x
+    samples, w = w.shape[0], w.to(x.dtype)
+    if samples == x.shape[0]:
+        return x * w.view(-1, *[1] * (x.dim() - 1))
+    return (x.reshape(samples, x.shape[0] // samples, -1) * w.view(-1, 1, 1)).view(x.shape)
 
 
 def mean_norm(norms: Tensor) -> Tensor:
@@ -73,7 +74,9 @@ def mean_norm(norms: Tensor) -> Tensor:
 
 
 def clip(norms: Tensor, bound: Tensor) -> Tensor:
-    """Sample weights ``[N]`` that bring norms ``[N]`` above a bound down to it; ones where the bound is NaN."""
-    bound = bound.nan_to_num(nan=1.0, posinf=torch.inf)
-    # A mean of the smallest numbers there are is 0.
-    return bound / torch.maximum(norms, bound).clamp_(min=torch.finfo(norms.dtype).tiny)
+    """Sample weights ``[N]`` that bring norms ``[N]`` above a bound down to it; ones where the bound is NaN.
+
+    A norm that is NaN or infinite makes some NaN.
+    """
+    # A bound that is 0 is the mean of the smallest numbers there are.
+    return (torch.fmax(bound, _TINY[norms.dtype]) / norms).clamp_(max=1)

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from hf_fngd.layers.linear import LinearKernel
-from hf_fngd.weights.algebra import accumulation_dtype, weighted_bias_sum, weighted_sum
+from hf_fngd.weights.algebra import accumulation_dtype, weighted_bias_sum, weighted_factors
 from hf_fngd.weights.gram import Route, cheaper_route, gram, normalize
 from tests.reference import gram_from_layer
 from tests.steps import Allocations
@@ -99,7 +99,8 @@ def test_sums_are_linear_in_the_weights(of: Layer, seed: int, plain: bool) -> No
     w = None if plain else w
     own = None if w is None else w.to(of.g.dtype)
     a, g = of.a.flatten(0, 1), of.g.flatten(0, 1)
-    found = weighted_sum(a, g, own), weighted_bias_sum(g, own)
+    weighted_a, weighted_g = weighted_factors(a, g, own)
+    found = weighted_g.t() @ weighted_a, weighted_bias_sum(g, own)
     w = torch.ones(len(of.a), dtype=torch.float64) if w is None else w
     u = of.per_sample(bias=True)
     expected = (u @ w / len(w)).split([found[0].numel(), found[1].numel()])

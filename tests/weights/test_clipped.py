@@ -2,10 +2,12 @@
 
 import copy
 import math
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from hf_fngd import FNGD, FNGDPreconditioner
 from tests.nets import EVERY_TYPE, LAYER_NAMES, data, loss, net
@@ -282,3 +284,31 @@ def test_norms_are_those_of_as_many_processes_as_go_on(
     resumed = prepared("clipped")
     resumed.load_state_dict(state)
     assert torch.equal(resumed.means, factor * policy.means)
+
+
+class Kernels(TorchDispatchMode):
+    """Counts operations that are no views."""
+
+    VIEWS = ("view", "t", "unsqueeze", "expand", "detach", "_unsafe_view")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func.overloadpacket.__name__ not in self.VIEWS
+        return func(*args, **(kwargs or {}))
+
+
+def test_sample_weights_take_few_kernels() -> None:
+    counts = {}
+    for sharing in ("uniform", "clipped"):
+        model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4))
+        preconditioner = FNGDPreconditioner(model, sharing=sharing)
+        for _ in range(3):
+            loss = model(torch.randn(3, 5, 4)).sum()
+            with Kernels() as kernels:
+                loss.backward()
+            preconditioner.step()
+        counts[sharing] = kernels.count
+    assert counts["clipped"] - counts["uniform"] <= 12 * 3
