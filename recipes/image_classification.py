@@ -28,6 +28,12 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     run = prepare(optimizer_args, args, data_args.overwrite_output_dir)
     with args.main_process_first(desc="loading the dataset"):  # the other processes find the download
         splits = load(data_args, args.seed)
+    alone = len(splits.train) % args.train_batch_size == 1 and not args.dataloader_drop_last
+    if alone and model_args.model == "vgg" and data_args.image_size < 32:
+        raise ValueError(
+            f"The last batch of {len(splits.train)} training images has one, of which vgg's batch norm sees one pixel "
+            f"where image_size={data_args.image_size}: set --dataloader_drop_last true."
+        )
     run.seed()
     loss = TrainingLoss(outlier_args, args.label_smoothing_factor)
     trainer = ImageTrainer(

@@ -39,6 +39,8 @@ from translation.trainer import ROW, TranslationTrainer, make_bleu
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """Train, evaluate, write the output folder, and return what all_results.json holds."""
     data_args, model_args, optimizer_args, args = parse(DATACLASSES, argv, output_dir="outputs/translation")
+    if data_args.test_sets and not args.do_predict:
+        raise ValueError("test_sets are scored where --do_predict is on; leave out one of the two.")
     run = prepare(optimizer_args, args, data_args.overwrite_output_dir)
     with args.main_process_first(desc="loading the dataset"):  # the other processes find the download
         pairs = load_pairs(data_args)

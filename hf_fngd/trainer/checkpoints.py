@@ -5,6 +5,7 @@ import logging
 import os
 import re
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,12 @@ _NOT_WEIGHTS = ("training_args.bin", "optimizer.bin")
 
 
 def last_complete_checkpoint(output_dir: str | os.PathLike[str]) -> str | None:
-    """Return the newest checkpoint of a Trainer's output folder whose files are all whole, or None.
+    """Return the newest of `complete_checkpoints`, or None."""
+    return next(complete_checkpoints(output_dir), None)
+
+
+def complete_checkpoints(output_dir: str | os.PathLike[str]) -> Iterator[str]:
+    """The checkpoints of a Trainer's output folder whose files are all whole, the newest first.
 
     Trainer writes ``trainer_state.json`` last, so a run that is killed while it saves leaves a folder that
     `transformers.trainer_utils.get_last_checkpoint` returns nevertheless. Here a folder counts if that file can be
@@ -31,10 +37,9 @@ def last_complete_checkpoint(output_dir: str | os.PathLike[str]) -> str | None:
         try:
             if folder.is_dir():
                 _check(folder)
-                return str(folder)
+                yield str(folder)
         except (OSError, ValueError) as error:
             logger.warning("%s is not a complete checkpoint: %s", folder, error)
-    return None
 
 
 def _check(folder: Path) -> None:

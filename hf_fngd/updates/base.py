@@ -63,9 +63,9 @@ def register_rule(name: str, *state: str, matrices: bool = False, over_adamw: fl
 def learning_rate_from_adamw(lr: float, update: str = "block_muon") -> float:
     """A learning rate to begin with, for a model that AdamW trains well at ``lr``.
 
-    It is a multiple of ``lr``, the same for all: twice for "block_muon" and "muon", once for "adam", a tenth for
-    "momentum". So much larger was the best learning rate, give or take a factor of three, on the tasks and widths of
-    docs/choosing_settings.md. Try three times more and less.
+    It is a multiple of ``lr``: twice for "block_muon" and "muon", once for "adam", a tenth for "momentum", once for a
+    rule that is registered without ``over_adamw``. On the tasks of docs/choosing_settings.md the best learning rate of
+    "block_muon" was one to ten times AdamW's, most often twice; so try half of it, and two and five times.
 
     Raises:
         TypeError: ``lr`` is no number, or ``update`` no name.

@@ -64,7 +64,7 @@ def scaled(x: Tensor, w: Tensor | None) -> Tensor:
     samples, w = w.shape[0], w.to(x.dtype)
     if samples == x.shape[0]:
         return x * w.view(-1, *[1] * (x.dim() - 1))
-    return (x.reshape(samples, x.shape[0] // samples, -1) * w.view(-1, 1, 1)).view(x.shape)
+    return (x.reshape(samples, x.shape[0] // samples, *x.shape[1:]) * w.view(-1, 1, 1)).view(x.shape)
 
 
 def mean_norm(norms: Tensor) -> Tensor:
@@ -74,9 +74,9 @@ def mean_norm(norms: Tensor) -> Tensor:
 
 
 def clip(norms: Tensor, bound: Tensor) -> Tensor:
-    """Sample weights ``[N]`` that bring norms ``[N]`` above a bound down to it; ones where the bound is NaN.
+    """Sample weights ``[N]`` that bring norms ``[N]`` above a bound down to it, in `accumulation_dtype`.
 
-    A norm that is NaN or infinite makes some NaN.
+    They are ones where all norms are 0. A norm that is NaN or infinite has the sample weight NaN.
     """
     # A bound that is 0 is the mean of the smallest numbers there are.
     return (torch.fmax(bound, _TINY[norms.dtype]) / norms).clamp_(max=1)

@@ -178,13 +178,13 @@ class TextTrainingArguments(RecipeTrainingArguments):
         at_least_one(self, "average_checkpoints")
         if self.average_checkpoints == 1:
             return
-        if self.save_strategy == "no" or self.load_best_model_at_end:
+        if self.save_strategy not in ("epoch", "steps") or self.load_best_model_at_end:
             raise ValueError(
                 f"average_checkpoints={self.average_checkpoints} takes checkpoints, and not the best one: set "
                 "--save_strategy epoch or steps, and leave out --load_best_model_at_end."
             )
         needed = self.average_checkpoints + (self.metric_for_best_model is not None)  # the best one is kept beside
-        if self.save_total_limit is not None and self.save_total_limit < needed:
+        if self.save_total_limit is not None and 0 < self.save_total_limit < needed:
             raise ValueError(
                 f"average_checkpoints={self.average_checkpoints} needs --save_total_limit {needed} or more; it is "
                 f"{self.save_total_limit}."

@@ -155,4 +155,9 @@ def parse_arguments(argv: Sequence[str] | None = None) -> tuple[Any, ...]:
     data, model, *others = parse(DATACLASSES, argv, output_dir="outputs/images")
     if model.patch_size is not None and data.image_size % model.patch_size:
         raise ValueError(f"patch_size={model.patch_size} does not divide image_size={data.image_size}.")
+    if model.model == "convnext" and data.image_size < 8 * model.patch_size:
+        raise ValueError(
+            f"image_size={data.image_size} is less than eight patches of patch_size={model.patch_size}, which convnext "
+            "halves three times; raise the one or lower the other."
+        )
     return data, model, *others

@@ -43,9 +43,10 @@ class Columns(torch.utils.data.Dataset[dict[str, Tensor]]):
 
 
 class Augmented(Columns):
-    """Images that come moved by up to an eighth of the side, zeros at the rim, and every other one mirrored.
+    """Images that come moved by up to an eighth of the side, with zeros at the rim, and mirrored, half of them.
 
-    Drawn from torch's global generator, which Trainer restores where it resumes.
+    Drawn from torch's global generator, which Trainer restores where it resumes, at the beginning of an epoch. Within
+    one an interrupted run goes on with other draws.
     """
 
     def __getitems__(self, rows: Sequence[int]) -> dict[str, Tensor]:

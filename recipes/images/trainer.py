@@ -25,7 +25,7 @@ class ImageTrainer(RecipeTrainer):
         """Create Trainer's scheduler, behind which `decay_at` divides the learning rate."""
         scheduler = super().create_scheduler(num_training_steps, optimizer)
         if self.args.decay_at:
-            bounds = [share * num_training_steps for share in self.args.decay_at]
+            bounds = [share * num_training_steps - 1e-6 for share in self.args.decay_at]  # but for rounding
             plain = scheduler.lr_lambdas[0]  # one for each parameter group, which are equal
             lambdas = [lambda step: plain(step) * 0.1 ** sum(step >= bound for bound in bounds)]
             scheduler.lr_lambdas = lambdas * len(scheduler.lr_lambdas)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import logging
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -9,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from accelerate.utils import broadcast_object_list
 from datasets import Dataset
 from peft import PeftModel, load_peft_weights, set_peft_model_state_dict
 from torch import Tensor
@@ -17,9 +20,11 @@ from transformers import TrainerCallback, TrainerState
 from transformers.trainer_utils import TrainOutput
 
 from common.trainer import RecipeTrainer
+from hf_fngd.trainer.checkpoints import complete_checkpoints
 from text.data import LENGTH
 from text.sampler import ShuffledLengthGroups
 
+logger = logging.getLogger(__name__)
 FIRST = "first_predict"
 """Prefix of the test scores after one epoch."""
 
@@ -45,6 +50,10 @@ class TextTrainer(RecipeTrainer):
         self.optimizer_cls_and_kwargs = optimizer_cls_and_kwargs
         self.render_card = render_card
         self.averaged = 0  # checkpoints
+        if self.args.average_checkpoints > 1 and self.is_fsdp_enabled:
+            raise ValueError(
+                "average_checkpoints does not work under FSDP, whose checkpoints hold parts of the weights."
+            )
 
     def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
         """Train as the Trainer does; the model then is the mean of the checkpoints that the arguments ask for."""
@@ -54,9 +63,12 @@ class TextTrainer(RecipeTrainer):
         return output
 
     def average(self, number: int) -> int:
-        """Give the model the mean of the weights of the last checkpoints; return how many of ``number`` there are."""
-        found = {int(path.name.split("-")[1]): path for path in Path(self.args.output_dir).glob("checkpoint-*")}
-        folders = [found[step] for step in sorted(found) if step <= self.state.global_step][-number:]
+        """Give the model the mean of the weights of its last complete checkpoints, of so many; return how many."""
+        folders = list(itertools.islice(complete_checkpoints(self.args.output_dir), number))
+        if self.accelerator.num_processes > 1:  # of which each may have another disk
+            folders = broadcast_object_list([folders])[0]
+        if len(folders) < number:
+            logger.warning("%d checkpoints are there to be averaged, of %d", len(folders), number)
         sums: dict[str, Tensor] = {}
         for folder in folders:
             for name, tensor in self._read(folder).items():

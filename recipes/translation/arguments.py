@@ -18,6 +18,9 @@ from common.arguments import (
 from common.loss import OutlierArguments
 from text.arguments import RowArguments
 
+FORMATS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
+"""The files of pairs that `datasets` loads, by their endings."""
+
 
 @dataclass
 class DataArguments(OutlierArguments, RowArguments):
@@ -42,11 +45,11 @@ class DataArguments(OutlierArguments, RowArguments):
         if self.source_lang == self.target_lang:
             raise ValueError(f"source_lang and target_lang are both {self.source_lang!r}; name two languages.")
         at_least_one(self, "max_source_length", "max_target_length", "num_beams", "pad_to_multiple_of")
-        names = [test_set_name(test_set) for test_set in self.test_sets or ()]
+        names = [name_of_test_set(test_set) for test_set in self.test_sets or ()]
         if len({*names, "train", "validation", "test"}) < len(names) + 3:
             raise ValueError(
-                f"test_sets has the names {', '.join(names)}, under which their scores are reported: each must be "
-                "another, and none of train, validation and test. Rename a file."
+                f"test_sets are reported by the names {', '.join(names)}, which must differ from each other and from "
+                "train, validation and test: rename a file, or leave a split out."
             )
         for name in ("max_source_length", "max_target_length"):
             longest = getattr(self, name)
@@ -54,9 +57,10 @@ class DataArguments(OutlierArguments, RowArguments):
                 raise ValueError(f"pad_to_multiple_of={self.pad_to_multiple_of} must divide {name}={longest}.")
 
 
-def test_set_name(test_set: str) -> str:
+def name_of_test_set(test_set: str) -> str:
     """Return what a split or file of `test_sets` is called in the report: letters, digits, underscores."""
-    return re.sub(r"\W+", "_", Path(test_set).stem)
+    path = Path(test_set)
+    return re.sub(r"\W+", "_", path.stem if path.suffix in FORMATS else test_set)
 
 
 @dataclass

@@ -12,10 +12,9 @@ from transformers import PreTrainedTokenizerBase
 import corpus
 from common.data import first, load_named
 from text.data import stripped
-from translation.arguments import DataArguments, test_set_name
+from translation.arguments import FORMATS, DataArguments, name_of_test_set
 
 SOURCE, TARGET = "source", "target"
-_FORMATS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 
 
 def load_pairs(arguments: DataArguments) -> DatasetDict:
@@ -38,7 +37,7 @@ def load_pairs(arguments: DataArguments) -> DatasetDict:
     wanted = {name: (splits[name], limit) for name, limit in arguments.limits.items()}
     for test_set in arguments.test_sets or ():
         rows = splits[test_set] if test_set in splits else _load_file(test_set, splits)
-        wanted[test_set_name(test_set)] = rows, arguments.max_predict_samples
+        wanted[name_of_test_set(test_set)] = rows, arguments.max_predict_samples
     return DatasetDict({name: _texts(first(rows, limit), name, arguments) for name, (rows, limit) in wanted.items()})
 
 
@@ -60,12 +59,12 @@ def tokenize(
 def _load_file(test_set: str, splits: DatasetDict) -> Dataset:
     """Load a file of pairs."""
     file = Path(test_set)
-    if file.suffix not in _FORMATS or not file.is_file():
+    if file.suffix not in FORMATS or not file.is_file():
         raise ValueError(
-            f"test_sets has {test_set!r}, which is no file that ends in {', '.join(_FORMATS)}, and none of the "
+            f"test_sets has {test_set!r}, which is no file that ends in {', '.join(FORMATS)}, and none of the "
             f"dataset's splits: {', '.join(splits)}."
         )
-    return load_dataset(_FORMATS[file.suffix], data_files=str(file), split="train")
+    return load_dataset(FORMATS[file.suffix], data_files=str(file), split="train")
 
 
 def _texts(rows: Dataset, split: str, arguments: DataArguments) -> Dataset:

@@ -168,3 +168,10 @@ def test_convolutional_networks_load_again_and_are_weighed(tmp_path, model, side
     optimizer.step()
     names = {name.removesuffix(".weight") for name in optimizer.coverage().preconditioned}
     assert names >= {name for name, module in network.named_modules() if isinstance(module, torch.nn.Conv2d)}
+
+
+def test_a_batch_of_one_image_is_told_before_training(options):
+    argv = [*options, "--model=vgg", "--hidden_size=4", "--validation_samples=31"]  # 129 images in batches of 32
+    with pytest.raises(ValueError, match="last batch of 129 training images has one"):
+        image_classification.main(argv)
+    image_classification.main([*argv, "--dataloader_drop_last=true", "--num_train_epochs=1"])

@@ -74,7 +74,7 @@ def test_batches_are_fetched_whole():
 def test_augmented_images_are_moved_and_mirrored(side):
     torch.manual_seed(0)
     pixels = torch.arange(1.0, 1 + 3 * side**2).view(1, 3, side, side).repeat(200, 1, 1, 1)
-    images = Augmented(pixel_values=pixels, labels=torch.arange(200))
+    images = Augmented(pixel_values=pixels.clone(), labels=torch.arange(200))
     batch = images.__getitems__([3, 5, *range(100)])
     assert batch["labels"].tolist() == [3, 5, *range(100)]
     reach, seen = side // 8, set()
@@ -165,6 +165,7 @@ def test_defaults_fit_the_model(tmp_path):
         (["--patch_size=4"], "mlp has no use for --patch_size; leave it out"),
         (["--model=vgg", "--num_heads=4", "--dropout=0.1"], "vgg has no use for --num_heads, --dropout"),
         (["--model=convnext", "--num_layers=4"], "convnext has no use for --num_layers"),
+        (["--model=convnext", "--patch_size=4"], "image_size=16 is less than eight patches of patch_size=4"),
         (["--model=resnet", "--num_layers=22"], "num_layers is 22; --model resnet has 18, 34 or 6 n"),
         (["--model=resnet", "--num_layers=2"], "num_layers is 2; --model resnet has 18, 34 or 6 n"),
         (["--model=vgg", "--num_layers=12"], "num_layers is 12; --model vgg has 11, 13 or 16"),

@@ -129,6 +129,23 @@ def test_fewer_checkpoints_than_are_to_be_averaged_are_all_of_them(options):
     assert report["averaged_checkpoints"] == 1
 
 
+def test_what_is_no_complete_checkpoint_is_not_averaged(tmp_path, options):
+    argv = [*options, "--num_train_epochs=2", "--save_total_limit=9", "--average_checkpoints=9"]
+    translate.main(argv)
+    out = tmp_path / "out"
+    mean = load_file(out / "model.safetensors")
+    for name in ("checkpoint-best", "checkpoint-8-before", "checkpoint-7"):
+        (out / name).mkdir()
+    assert translate.main(argv)["averaged_checkpoints"] == 2
+    again = load_file(out / "model.safetensors")
+    assert all(torch.equal(again[name], mean[name]) for name in mean)
+
+
+def test_test_sets_that_would_not_be_scored_are_refused(options):
+    with pytest.raises(ValueError, match="scored where --do_predict is on"):
+        translate.main([*options, "--test_sets", "more.csv", "--do_predict=false"])
+
+
 def test_more_test_sets_are_scored_each(tmp_path, options):
     other = tmp_path / "two-pairs.jsonl"
     lines = (tmp_path / "pairs" / "test.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)

@@ -11,7 +11,7 @@ from tests.recipes.translate_pairs import PAIRS, write_splits
 from text.data import LENGTH, TEXT, encode, longest_first
 from text.sampler import ShuffledLengthGroups
 from text.tokenizer import train_tokenizer
-from translation.arguments import DataArguments
+from translation.arguments import DataArguments, name_of_test_set
 from translation.data import load_pairs, tokenize, training_texts
 
 TEXTS = [pair[lang] for lang in ("en", "de") for pair in PAIRS]
@@ -59,6 +59,12 @@ def test_a_missing_split_is_an_error(tmp_path):
 def test_a_test_set_is_a_split_or_a_file(tmp_path):
     folder = write_splits(tmp_path / "pairs", splits=("train", "val", "test"))
     (folder / "more.csv").write_text("en,de\nA cat.,Eine Katze.\n", encoding="utf-8")
+    assert [name_of_test_set(name) for name in ("a.csv", "wmt14.1", "wmt14.2", "b/c-d.json")] == [
+        "a",
+        "wmt14_1",
+        "wmt14_2",
+        "c_d",
+    ]
     pairs = load_pairs(DataArguments(dataset_name=str(folder), test_sets=[str(folder / "more.csv")]))
     assert pairs["more"][:] == {"source": ["A cat."], "target": ["Eine Katze."]}
     swapped = DataArguments(dataset_name=str(folder), source_lang="de", target_lang="fr", test_sets=["nowhere.csv"])
@@ -66,9 +72,9 @@ def test_a_test_set_is_a_split_or_a_file(tmp_path):
         load_pairs(swapped)
 
 
-@pytest.mark.parametrize("test_sets", [["a.csv", "other/a.jsonl"], ["test.csv"], ["a-b.csv", "a b.csv"]])
+@pytest.mark.parametrize("test_sets", [["a.csv", "other/a.jsonl"], ["test.csv"], ["a-b.csv", "a b"]])
 def test_test_sets_of_equal_names_are_refused(test_sets):
-    with pytest.raises(ValueError, match="each must be another"):
+    with pytest.raises(ValueError, match="must differ from each other"):
         DataArguments(test_sets=test_sets)
 
 
