@@ -186,7 +186,7 @@ class WeighedLayer(torch.autograd.Function):
         if number is not None or torch._C._will_engine_execute_node(ctx.next_functions[1][0]):
             w = _weights(ctx, x, g, number, has_bias)
             of_weight = ctx.kernel.weighted_gradient(saved, g, w, has_bias)
-        # Last: g is still in the cache where the norms are taken.
+        # Last, so that the norms are taken while g is in the cache.
         return ctx.kernel.input_gradient(saved, g) if ctx.needs_input_grad[0] else None, *of_weight, None, None
 
 

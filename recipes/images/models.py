@@ -62,7 +62,7 @@ def build_model(arguments: ModelArguments, image_size: int, classes: int) -> Pre
             BasicResNetConfig(
                 depths=arguments.stages,
                 width=arguments.hidden_size,
-                projections=len(arguments.stages) == len(WIDE_RESNETS[18]),
+                projections=arguments.num_layers in WIDE_RESNETS,
                 num_labels=classes,
             )
         )
