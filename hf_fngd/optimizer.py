@@ -157,6 +157,7 @@ class FNGD(torch.optim.Optimizer, Joins):
                     self.skipped,
                 )
             return loss
+        replicas = self.preconditioner.replicas
         self.preconditioner.step()
         keep_positions(self.param_groups, self.preconditioner.positions)
         scales = None
@@ -166,10 +167,12 @@ class FNGD(torch.optim.Optimizer, Joins):
             norms, sizes = of_layers(squared, self.param_groups, len(self.preconditioner.matrices))
             scales = natural_scales(norms, sizes, policy.rho, policy.spread, policy.damping)
         for group in self.param_groups:
-            self._update_group(group, scales)
+            self._update_group(group, scales, replicas)
         return loss
 
-    def _update_group(self, group: dict[str, Any], scales: Tensor | None) -> None:
+    def _update_group(
+        self, group: dict[str, Any], scales: Tensor | None, replicas: torch.distributed.ProcessGroup | None
+    ) -> None:
         rule = RULES[group["rule"]]
         live = [place for place, p in enumerate(group["params"]) if p.grad is not None]
         if not live:
@@ -191,7 +194,8 @@ class FNGD(torch.optim.Optimizer, Joins):
         tensors = [[real(local(state[name])) for state in states] for name in rule.state]
         own = [real(local(p)) for p in params]
         matrices = [tuple(group["matrices"][place]) for place in live] if rule.matrices else []
-        rule.update(Update(own, grads, tensors, [s["step"] for s in states], params, matrices, group))
+        steps = [s["step"] for s in states]
+        rule.update(Update(own, grads, tensors, steps, params, matrices, group, replicas))
 
     def end_epoch(self) -> None:
         """See `FNGDPreconditioner.end_epoch`. Trainer needs no such call."""

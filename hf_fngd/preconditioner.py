@@ -8,11 +8,11 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 from torch.distributed.fsdp import FSDPModule
 from torch.utils.hooks import RemovableHandle
 
 from hf_fngd.distributed.environment import rank_and_world, refuse_environment
-from hf_fngd.distributed.exchange import sum_over_processes
 from hf_fngd.distributed.join import Joins, JoinState
 from hf_fngd.distributed.sharded import is_sharded
 from hf_fngd.engine.attach import refuse_attached, unsupported
@@ -21,7 +21,7 @@ from hf_fngd.engine.epochs import EpochEdge
 from hf_fngd.engine.forward import Forwards
 from hf_fngd.engine.layer import attached_layers
 from hf_fngd.engine.state import check_state
-from hf_fngd.engine.window import MicroBatch, Window, after_backward, in_backward
+from hf_fngd.engine.window import MicroBatch, Window, after_backward, in_backward, positions
 from hf_fngd.layers.base import is_frozen, weight_of
 from hf_fngd.layers.select import Selected, refuse_complex, refuse_unfit, select_layers
 from hf_fngd.samples.ids import Ids
@@ -120,8 +120,7 @@ class FNGDPreconditioner(Joins):
         batches = self._window.close()
         self._forwards.batch, self.epoch_ended = None, self._edge.passed()
         compared = self.policy.close(batches, begun, self._like()) if batches or world > 1 else 0
-        if self.positions == 0:
-            self._find_positions(multiplications)
+        self._find_positions(multiplications)
         self._coverage.tell(compared, self._forwards.live)
         self._heed_epoch()
 
@@ -196,16 +195,17 @@ class FNGDPreconditioner(Joins):
     def follow_step(self, begun: int) -> None:
         """In a Join context, without batches of one's own: what belongs to a step of the other processes."""
         self.policy.close([], begun, self._like())
-        if self.positions == 0:
-            self._find_positions(0)
+        self._find_positions(0)
 
     def _find_positions(self, multiplications: int) -> None:
-        """Divide the multiplications of a step, those of all processes, by the number of weights."""
-        device = "cpu" if rank_and_world()[1] == 1 else self.device
-        own = torch.tensor([multiplications], dtype=torch.float64, device=device)
-        if total := float(sum_over_processes(own)):  # or else the step had no gradients
-            weights = [weight_of(layer.module) for layer in self.layers]
-            self.positions = max(1, round(total / sum(w.numel() for w in weights if w is not None)))
+        if self.positions == 0:
+            weights = (weight_of(layer.module) for layer in self.layers)
+            self.positions = positions(multiplications, weights, self.device)
+
+    @property
+    def replicas(self) -> ProcessGroup | None:
+        """Before `step`: the processes that take the same one, as far as DistributedDataParallel shows."""
+        return self._window.replicas
 
     @property
     def device(self) -> torch.device:

@@ -321,7 +321,7 @@ def test_moments_of_the_rows_that_stay_are_kept(update: str, rows: int, caplog: 
     weight.grad = torch.ones_like(weight)
     group = {"params": [weight], "param_names": ["3.weight"]}
     with pytest.raises(RuntimeError, match=r"3.weight has the shape \(2, 7\) and had \(2, 8\) in an earlier step"):
-        optimizer._update_group(optimizer.param_groups[0] | group, None)
+        optimizer._update_group(optimizer.param_groups[0] | group, None, None)
 
 
 @pytest.mark.parametrize("after", [0, 2])

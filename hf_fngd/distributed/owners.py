@@ -1,4 +1,4 @@
-"""FSDP2: which process works on which whole matrix, and how the matrix gets there and back."""
+"""Which process works on which whole matrix, and how the matrix gets there and back."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import chain, zip_longest
@@ -7,10 +7,9 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 
-from hf_fngd.distributed.sharded import part, whole
+from hf_fngd.distributed.sharded import is_sharded, part, whole
 
 Tensors = dict[int, Tensor]  # by their numbers
 
@@ -46,11 +45,11 @@ class Gathered:
     dtype: torch.dtype | None = None  # that `give_back` takes; None for that of the parts
 
     def __init__(self, tensors: Sequence[Tensor], members: Sequence[int]) -> None:
-        self.members = self.mine = members
+        self.members = self.given = self.mine = members
         self._tensors = tensors
 
     def collect(self, parts: Tensors) -> Tensors:
-        """From this process's parts of the ``members`` to those that are ``mine``, whole. A collective."""
+        """From this process's parts of those ``given`` to those that are ``mine``, whole. A collective."""
         return {m: whole(x, self._tensors[m]) for m, x in parts.items()}
 
     def give_back(self, wholes: Tensors) -> Tensors:
@@ -61,23 +60,21 @@ class Gathered:
 class Owned:
     """Tensors that one process each works on: one exchange brings their parts to the owners, one brings them back.
 
-    They are split along their first dimension over ``dimension`` of the mesh, whose i-th process has the i-th of
-    ``owned``. ``dtype`` is that of all that is exchanged.
+    They are split along their first dimension over the group, whose i-th process has the i-th of ``owned``. ``dtype``
+    is that of all that is exchanged.
     """
 
     def __init__(
-        self,
-        tensors: Sequence[Tensor],
-        owned: Sequence[Sequence[int]],
-        dtype: torch.dtype,
-        mesh: DeviceMesh,
-        dimension: int,
+        self, tensors: Sequence[Tensor], owned: Sequence[Sequence[int]], dtype: torch.dtype, group: dist.ProcessGroup
     ) -> None:
+        world, rank = dist.get_world_size(group), dist.get_rank(group)
         self.dtype: torch.dtype | None = dtype
-        self.members, self.mine = list(chain(*owned)), owned[mesh.get_local_rank(dimension)]
-        self._group, self._device = mesh.get_group(dimension), mesh.device_type
+        self.members = self.given = list(chain(*owned))
+        self.mine = owned[rank]
+        like = tensors[self.members[0]]
+        assert isinstance(like, DTensor)
+        self._group, self._device = group, like.device_mesh.device_type  # the parts may be elsewhere
         self._shapes = {m: tensors[m].shape for m in self.members}
-        world, rank = mesh.size(dimension), mesh.get_local_rank(dimension)
         self._sizes = {m: part_sizes(shape, world) for m, shape in self._shapes.items()}
         self._here = [self._sizes[m][rank] for m in self.members]
         # Entries that this process holds of each owner's tensors, and that each process holds of this one's.
@@ -108,25 +105,69 @@ class Owned:
         return found
 
 
+class Replicated:
+    """Tensors that every process holds whole, and one each works on: one exchange brings to all what it made.
+
+    The i-th process of the group has the i-th of ``owned``. ``dtype`` is that of what is exchanged.
+    """
+
+    def __init__(
+        self, tensors: Sequence[Tensor], owned: Sequence[Sequence[int]], dtype: torch.dtype, group: dist.ProcessGroup
+    ) -> None:
+        self.dtype: torch.dtype | None = dtype
+        self.members = list(chain(*owned))
+        self.given = self.mine = owned[dist.get_rank(group)]
+        self._group, self._owned = group, owned
+        self._like = {m: tensors[m] for m in self.members}
+
+    def collect(self, parts: Tensors) -> Tensors:
+        """See `Gathered.collect`; no collective."""
+        return parts
+
+    def give_back(self, wholes: Tensors) -> Tensors:
+        """See `Gathered.give_back`."""
+        sizes = [[self._like[m].numel() for m in some] for some in self._owned]
+        length = max(map(sum, sizes))  # which all have to send
+        received = torch.empty(len(sizes), length, dtype=self.dtype, device=self._like[self.members[0]].device)
+        own = received.new_zeros(length)
+        if self.mine:
+            torch.cat([wholes[m].flatten() for m in self.mine], out=own[: sum(sizes[dist.get_rank(self._group)])])
+        dist.all_gather(list(received.unbind()), own, group=self._group)
+        return {
+            m: x.view(self._like[m].shape)
+            for some, row, lengths in zip(self._owned, received, sizes, strict=True)
+            for m, x in zip(some, row[: sum(lengths)].split_with_sizes(lengths), strict=True)
+        }
+
+
 def exchanges(
-    tensors: Sequence[Tensor], kinds: Mapping[int, Kind], cost: Callable[[Kind], int], limit: int
-) -> Iterator[Gathered | Owned]:
+    tensors: Sequence[Tensor],
+    kinds: Mapping[int, Kind],
+    cost: Callable[[Kind], int],
+    limit: int,
+    replicas: Mapping[int, dist.ProcessGroup],
+) -> Iterator[Gathered | Owned | Replicated]:
     """Split the tensors that have a kind into some that are worked on at a time; the same on all processes.
 
-    Those are at most ``limit`` bytes in a process, or one tensor. Tensors that are split along their first dimension
-    alone, over one dimension of their mesh, get owners of about equal ``cost``; the others are `Gathered`.
+    Those are at most ``limit`` bytes in a process, or one tensor. Owners of about equal ``cost`` get the tensors that
+    are split along their first dimension alone, over one dimension of their mesh, and those that are not sharded and
+    have ``replicas``; the others are `Gathered`.
     """
-    split = {place: over for place in kinds if (over := _split_over(tensors[place]))}
-    for places in by_kind((place for place in kinds if place not in split), kinds).values():
+    groups: dict[int, dist.ProcessGroup] = {}  # of the processes among whom a tensor is shared out
+    for place in kinds:
+        if over := _split_over(tensors[place]):
+            groups[place] = over
+        elif place in replicas and not is_sharded(tensors[place]):
+            groups[place] = replicas[place]
+    for places in by_kind((place for place in kinds if place not in groups), kinds).values():
         yield from (Gathered(tensors, some) for some in _in_portions(places, kinds, limit))
-    together: dict[tuple[object, torch.dtype], list[int]] = {}
-    for place, (mesh, dimension) in split.items():
-        together.setdefault((mesh.get_group(dimension), kinds[place].working), []).append(place)
-    for (_, dtype), places in together.items():
-        mesh, dimension = split[places[0]]
-        owned = shared_out({place: cost(kinds[place]) for place in places}, mesh.size(dimension))
+    together: dict[tuple[bool, dist.ProcessGroup, torch.dtype], list[int]] = {}
+    for place, group in groups.items():
+        together.setdefault((is_sharded(tensors[place]), group, kinds[place].working), []).append(place)
+    for (sharded, group, dtype), places in together.items():
+        owned = shared_out({place: cost(kinds[place]) for place in places}, dist.get_world_size(group))
         for some in zip_longest(*(_in_portions(places, kinds, limit) for places in owned), fillvalue=()):
-            yield Owned(tensors, some, dtype, mesh, dimension)
+            yield (Owned if sharded else Replicated)(tensors, some, dtype, group)
 
 
 def shared_out(costs: Mapping[int, int], processes: int) -> list[list[int]]:
@@ -154,15 +195,16 @@ def _in_portions(places: Iterable[int], kinds: Mapping[int, Kind], limit: int) -
         yield portion
 
 
-def _split_over(x: Tensor) -> tuple[DeviceMesh, int] | None:
-    """The dimension of a mesh whose several processes hold the parts of a tensor that is split along its first one."""
+def _split_over(x: Tensor) -> dist.ProcessGroup | None:
+    """The several processes that hold the parts of a tensor, where it is split along its first dimension alone."""
     if not isinstance(x, DTensor):
         return None
     split = [(dimension, one) for dimension, one in enumerate(x.placements) if not one.is_replicate()]
     # Of Shard's relatives none splits into consecutive rows.
     if len(split) != 1 or type(split[0][1]) is not Shard or split[0][1].dim or x.device_mesh.size(split[0][0]) == 1:
         return None
-    return x.device_mesh, split[0][0]
+    group: dist.ProcessGroup = x.device_mesh.get_group(split[0][0])
+    return group
 
 
 def part_sizes(shape: torch.Size, world: int) -> list[int]:

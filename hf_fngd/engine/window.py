@@ -2,14 +2,18 @@
 
 import logging
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 import torch
+from torch import Tensor
 from torch.autograd import Variable
+from torch.distributed import ProcessGroup
 from torch.utils.checkpoint import CheckpointFunction
 
 from hf_fngd.distributed.environment import rank_and_world
+from hf_fngd.distributed.exchange import sum_over_processes
+from hf_fngd.distributed.replicas import replicas
 from hf_fngd.samples.ids import Ids
 from hf_fngd.samples.rows import Rows, View
 from hf_fngd.weights.base import MicroBatchWeights
@@ -55,6 +59,8 @@ class MicroBatch:
     tokens: bool = False  # whether a traced graph has its tokens for rows
     recomputed: bool = False  # whether the forward pass is one that checkpointing of the whole model recomputes
     multiplications: int | None = None  # of its preconditioned layers' forwards; None where nobody asks
+    # Who averages all its gradients, and so takes the same step.
+    replicas: ProcessGroup | None = field(default_factory=replicas)
     reached: bool = False  # whether a backward pass reached any layer
     complete: bool = False  # whether that came to its end
     of_graphs: set[int] = field(default_factory=set)  # layers that a traced backward pass has reached
@@ -83,6 +89,16 @@ class MicroBatch:
         self.complete = True
 
 
+def positions(multiplications: int, weights: Iterable[Tensor | None], device: torch.device) -> int:
+    """How many positions a layer sees in a step of all processes, that makes so many multiplications in this one.
+
+    On average over all weights; 0 without a gradient in any process. A collective.
+    """
+    own = torch.tensor([multiplications], dtype=torch.float64, device="cpu" if rank_and_world()[1] == 1 else device)
+    total = float(sum_over_processes(own))
+    return max(1, round(total / sum(weight.numel() for weight in weights if weight is not None))) if total else 0
+
+
 class Window:
     """The list of micro-batches that a forward pass opens and the optimizer step closes."""
 
@@ -100,6 +116,11 @@ class Window:
     def multiplications(self) -> int:
         """Those of the micro-batches since the last step."""
         return sum(batch.multiplications or 0 for batch in self._batches if batch.complete)
+
+    @property
+    def replicas(self) -> ProcessGroup | None:
+        """Those of the last micro-batch."""
+        return next((batch.replicas for batch in reversed(self._batches) if batch.complete), None)
 
     @property
     def next_offset(self) -> int:

@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from hf_fngd.checks import choice, real
 from hf_fngd.layers.base import Matrices
@@ -22,6 +23,7 @@ class Update:
     sharded: Sequence[Tensor]  # the parameters themselves
     matrices: Sequence[Matrices]  # of which each consists, for rules that are for matrices alone
     group: dict[str, float]  # of which a rule reads ``lr``, ``momentum``, ``beta2``, ``eps`` and ``weight_decay``
+    replicas: ProcessGroup | None = None  # the processes that do the same update, and could share it out
 
     def decay(self) -> None:
         """Do the decoupled weight decay ``p <- p (1 - lr weight_decay)`` (Loshchilov & Hutter 2019)."""

@@ -32,7 +32,12 @@ def block_muon_update(update: Update) -> None:
     m has ``momentum``, and a block r rows (`block_rows`).
     """
     size, positions = update.group["block_size"], int(update.group.get("positions", 0))
-    orthogonalized_momentum(update, lambda rows, columns: block_rows(rows, columns, size, positions))
+    orthogonalized_momentum(update, lambda rows, columns: block_rows(rows, columns, size, positions), fewest_rows)
+
+
+def fewest_rows(rows: int, columns: int) -> int:
+    """The rows of the smallest blocks, which are cheaper to orthogonalize than to send to another process."""
+    return max(FEWEST, min(rows, columns) // SHARE)
 
 
 @functools.cache
@@ -45,7 +50,7 @@ def block_rows(rows: int, columns: int, size: float | None, positions: int = 0) 
     """
     if size is not None:
         return block_shape(rows, int(size))[1]
-    fewest = max(FEWEST, min(rows, columns) // SHARE)
+    fewest = fewest_rows(rows, columns)
     affordable = 6 * positions * rows * columns / PRICE
     for number in range(1, block_shape(rows, fewest)[0]):
         count, height = block_shape(rows, -(-rows // number))

@@ -21,13 +21,17 @@ def muon_update(update: Update) -> None:
     """``m <- lerp(g, m)``, ``p <- p - 0.2 lr sqrt(max(rows, columns)) orthogonalize(lerp(g, m))``; m has ``momentum``.
 
     The scale lets one learning rate serve matrices of any shape, and AdamW on the parameters beside them. Matrices of
-    equal shapes are orthogonalized together; under FSDP2 each matrix by one process.
+    equal shapes are orthogonalized together; under DDP and FSDP2 each matrix by one process.
     """
-    orthogonalized_momentum(update, lambda rows, columns: rows)
+    orthogonalized_momentum(update, lambda rows, columns: rows, lambda rows, columns: 0)
 
 
-def orthogonalized_momentum(update: Update, height: Callable[[int, int], int]) -> None:
+def orthogonalized_momentum(
+    update: Update, height: Callable[[int, int], int], cheap: Callable[[int, int], int]
+) -> None:
     """The step of `muon_update` on blocks of rows: ``height`` tells of a matrix's rows and columns how many to take.
+
+    Matrices with blocks of more rows than ``cheap`` tells are shared out among the processes that do the same update.
 
     Under FSDP2 a process takes its part of a matrix for a matrix of its own where it holds whole blocks. Where a
     parameter's first dimension counts matrices, a part consists of some of them.
@@ -51,26 +55,29 @@ def orthogonalized_momentum(update: Update, height: Callable[[int, int], int]) -
         if like.numel():  # nor of a process that holds no expert
             kinds[place] = Kind(like.shape, count, columns, block, d.dtype, d.device, working_dtype(d.dtype, d.device))
 
+    replicas = {
+        place: update.replicas
+        for place, kind in kinds.items()
+        if update.replicas is not None and kind.height > cheap(kind.rows, kind.columns)
+    }
     # A state of before it was an argument does not have them.
     steps = int(update.group.get("ns_steps", STEPS))
     # Orthogonalizing takes operations in proportion.
     for exchange in exchanges(
-        tensors, kinds, lambda kind: kind.shape.numel() * min(kind.height, kind.columns), _MUON_BYTES
+        tensors, kinds, lambda kind: kind.shape.numel() * min(kind.height, kind.columns), _MUON_BYTES, replicas
     ):
-        members = exchange.members
-        directions = torch._foreach_lerp([grads[m] for m in members], [buffers[m] for m in members], momentum)
-        wholes = exchange.collect({m: d.to(kinds[m].working) for m, d in zip(members, directions, strict=True)})
+        directions: dict[int, Tensor] = {}
+        if given := exchange.given:
+            found = torch._foreach_lerp([grads[m] for m in given], [buffers[m] for m in given], momentum)
+            directions = {m: d.to(kinds[m].working) for m, d in zip(given, found, strict=True)}
+        wholes = exchange.collect(directions)
         updates: dict[int, Tensor] = {}
         for kind, alike in by_kind(exchange.mine, kinds).items():
             batch = torch.stack([wholes[m] for m in alike]).reshape(-1, kind.rows, kind.columns)
-            found = (
-                orthogonalize_blocks(batch, kind.height, steps)
-                .to(exchange.dtype or kind.dtype)
-                .reshape(-1, *kind.shape)
-            )
-            updates.update(zip(alike, found.unbind(), strict=True))
+            made = orthogonalize_blocks(batch, kind.height, steps).to(exchange.dtype or kind.dtype)
+            updates.update(zip(alike, made.reshape(-1, *kind.shape).unbind(), strict=True))
         parts = exchange.give_back(updates)
-        for kind, alike in by_kind(members, kinds).items():
+        for kind, alike in by_kind(exchange.members, kinds).items():
             torch._foreach_add_(
                 [update.params[m] for m in alike],
                 [parts[m].to(kind.device, kind.dtype) for m in alike],

@@ -84,7 +84,7 @@ def engine_state(fngd: FNGD) -> Any:
 
 
 class Collectives(TorchDispatchMode):
-    """In its context: the collectives by name, and the bytes that each all-to-all takes from here to other ranks."""
+    """In its context: the collectives by name, and the bytes that each exchange takes from here to other ranks."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -99,6 +99,8 @@ class Collectives(TorchDispatchMode):
                 self.sent.append(
                     (args[1].numel() - args[4][dist.ProcessGroup.unbox(args[2]).rank()]) * args[1].itemsize
                 )
+            if name == "allgather_":
+                self.sent.append(args[1][0].nbytes * (dist.get_world_size() - 1))
         return func(*args, **(kwargs or {}))
 
 

@@ -9,9 +9,11 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+from torch.nn.parallel import DistributedDataParallel
 
 from hf_fngd.layers.base import Matrices
 from hf_fngd.updates import RULES, muon
@@ -19,6 +21,7 @@ from hf_fngd.updates.base import Update
 from hf_fngd.updates.orthogonal import block_shape, orthogonalize_blocks
 from tests.distributed.harness import (
     Collectives,
+    agree,
     alone,
     batch,
     every,
@@ -28,6 +31,11 @@ from tests.distributed.harness import (
     shard,
 )
 from tests.nets import loss, net
+
+UPDATES: dict[str, dict[str, Any]] = {
+    "muon": {"update": "muon"},
+    "block_muon": {"update": "block_muon", "block_size": 2},
+}
 
 
 @contextmanager
@@ -46,13 +54,41 @@ def orthogonalized() -> Iterator[list[int]]:
 def exchanged() -> dict[str, Any]:
     """A sharded model's step: its collectives, the bytes that all ranks send in each, what each orthogonalizes."""
     found = {}
-    for update in ("muon", "block_muon"):
+    for update, settings in UPDATES.items():
         model = shard(net(width=12))
-        fngd = optimizer(model, "uniform", update=update, **({"block_size": 2} if update == "block_muon" else {}))
+        fngd = optimizer(model, "uniform", **settings)
         loss(model, *batch(0, dist.get_rank())).backward()
         with orthogonalized() as counts, Collectives() as made:
             fngd.step()
         found[update] = [made.names, [sum(sent) for sent in zip(*every(made.sent), strict=True)], every(sum(counts))]
+    return found
+
+
+def exchanged_ddp() -> dict[str, Any]:
+    """The same of a model in DistributedDataParallel, where it averages all gradients and where it may not."""
+    found = {}
+
+    def of_a_step(
+        name: str, model: DistributedDataParallel, settings: dict[str, Any] = UPDATES["muon"], around: Any = None
+    ) -> None:
+        fngd = optimizer(model.module, "uniform", **settings)
+        with around or nullcontext():
+            loss(model, *batch(0, dist.get_rank())).backward()
+        with orthogonalized() as counts, Collectives() as made:
+            fngd.step()
+        found[name] = [made.names, made.sent, every(sum(counts))]
+
+    for update, settings in UPDATES.items():
+        of_a_step(update, DistributedDataParallel(net(width=12)), settings)
+    # A matrix of 40 rows, which many positions make a block of its own.
+    of_a_step("many positions", DistributedDataParallel(net(width=40)), {"update": "block_muon"})
+    model = DistributedDataParallel(net(width=12))
+    of_a_step("no_sync", model, around=model.no_sync())
+    model.register_comm_hook(None, allreduce_hook)
+    of_a_step("hook", model)
+    model = net(width=12)
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, ["fc1.weight"])
+    of_a_step("ignored", DistributedDataParallel(model))
     return found
 
 
@@ -107,6 +143,34 @@ def owned() -> dict[str, Any]:
             "error in float32": single,
             "moved": min(float((p - q).abs().max()) for p, q in zip(ones, before, strict=True)),
             "matrices": sum(every(sum(counts))),
+            "collectives": made.names,
+        }
+    return found
+
+
+def replicated() -> dict[str, Any]:
+    """Three steps on matrices that all ranks hold and share out, against one that does all; who does how many."""
+    found = {}
+    for limit in (2**28, 400):
+        group = {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.1}
+        matrices = [of for _, of, _ in MATRICES]
+        torch.manual_seed(0)
+        ones = [torch.randn(shape, dtype=dtype) for shape, _, dtype in MATRICES]
+        copies, before = [p.clone() for p in ones], [p.clone() for p in ones]
+        states = [[torch.zeros_like(p) for p in ones] for _ in range(2)]
+        counts: list[int] = []
+        with torch.no_grad(), mock.patch.object(muon, "_MUON_BYTES", limit):
+            for step in range(3):
+                grads, steps = [torch.randn_like(p) for p in ones], [step + 1] * len(ones)
+                muon.muon_update(Update(ones, grads, [states[0]], steps, ones, matrices, group))
+                with orthogonalized() as counts, Collectives() as made:
+                    shared = Update(copies, grads, [states[1]], steps, copies, matrices, group, dist.group.WORLD)
+                    muon.muon_update(shared)
+        found[str(limit)] = {
+            "error": max(float((p - q).abs().max()) for p, q in zip(copies, ones, strict=True)),
+            "moved": min(float((p - q).abs().max()) for p, q in zip(ones, before, strict=True)),
+            "agree": agree(copies),
+            "matrices": every(sum(counts)),
             "collectives": made.names,
         }
     return found

@@ -23,7 +23,9 @@ def test_two_processes(subtests: pytest.Subtests, tmp_path: Path) -> None:
     names = ["ddp", "fsdp2", "fsdp2_after", "uniform_gradients", "collectives", "empty_ranks", "uneven_ranks", "resume"]
     names += [
         "exchanged",
+        "exchanged_ddp",
         "owned",
+        "replicated",
         "unweighed",
         "distributed_checkpoint",
         "fsdp2_accumulation",
@@ -49,6 +51,9 @@ def test_two_processes(subtests: pytest.Subtests, tmp_path: Path) -> None:
     with subtests.test("two exchanges for all matrices, none for blocks that a process holds whole"):
         away = 8 * (12 * 5 + 4 * 12) // 2  # bytes: float64, and half of each matrix is the owner's own part
         assert found["exchanged"] == {"muon": [NORM + EXCHANGE, [away] * 2, [1, 1]], "block_muon": [NORM, [], [4, 4]]}
+    with subtests.test("one exchange under DDP where it averages all gradients"):
+        exchanged_ddp(found["exchanged_ddp"], sent=8 * 12 * 5, orthogonalized=[1, 1])
+    replicated(subtests, found["replicated"])
     owned(subtests, found["owned"], orthogonalized=MATRICES + EXPERTS + 2)
     with subtests.test("experts, torch's attention and filters"):
         assert max(found["unweighed"].values()) < 1e-12
@@ -87,13 +92,16 @@ def test_two_processes(subtests: pytest.Subtests, tmp_path: Path) -> None:
 
 @pytest.mark.timeout(600)
 def test_three_processes(subtests: pytest.Subtests, tmp_path: Path) -> None:
-    found = launch(CHECKS, 3, tmp_path, "exchanged", "owned")
+    found = launch(CHECKS, 3, tmp_path, "exchanged", "exchanged_ddp", "owned", "replicated")
     with subtests.test("parts of two, two and no rows"):
         narrow = 8 * 2 * 12
         assert found["exchanged"] == {
             "muon": [NORM + EXCHANGE, [8 * 8 * 5 + narrow] * 2, [1, 1, 0]],
             "block_muon": [NORM + EXCHANGE, [narrow] * 2, [4, 2, 2]],
         }
+    with subtests.test("one exchange under DDP, and a process without a matrix"):
+        exchanged_ddp(found["exchanged_ddp"], sent=2 * 8 * 12 * 5, orthogonalized=[1, 1, 0])
+    replicated(subtests, found["replicated"])
     owned(subtests, found["owned"], orthogonalized=MATRICES + EXPERTS + 3)
 
 
@@ -118,6 +126,32 @@ def equal_to_accumulation(found: dict[str, Any], tolerance: float) -> None:
         assert outcome["error"] <= tolerance, name
         assert outcome["moved"] > 0.05, name
         assert outcome["missed"] == 0, name
+
+
+def exchanged_ddp(found: dict[str, Any], sent: int, orthogonalized: list[int]) -> None:
+    """One process orthogonalizes each matrix; what each sends is the largest part, to all others."""
+    processes = len(orthogonalized)
+    others = processes - 1
+    assert found.pop("muon") == [["allgather_"], [sent], orthogonalized]
+    assert found.pop("block_muon") == [[], [], [8] * processes]
+    # The first exchange is that of the positions; all orthogonalize the smaller matrix.
+    sizes = [8 * others, 8 * 40 * 5 * others]
+    assert found.pop("many positions") == [["allgather_"] * 2, sizes, [2] + [1] * others]
+    assert set(found) == {"no_sync", "hook", "ignored"}
+    assert all(outcome == [[], [], [2] * processes] for outcome in found.values())
+
+
+def replicated(subtests: pytest.Subtests, found: dict[str, Any]) -> None:
+    """Matrices that are shared out move as those that are not."""
+    for case, outcome in found.items():
+        with subtests.test("replicas", case=case):
+            assert outcome["moved"] > 0.05
+            assert outcome["error"] < 1e-12  # in float32 as well: the same operations
+            assert outcome["agree"]
+            assert sum(outcome["matrices"]) == MATRICES + EXPERTS
+    in_one, in_portions = (outcome["collectives"] for outcome in found.values())
+    assert in_one == ["allgather_"] * 2  # float64 and float32
+    assert len(in_portions) > len(in_one)
 
 
 def owned(subtests: pytest.Subtests, found: dict[str, Any], orthogonalized: int) -> None:
