@@ -19,7 +19,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from datasets import ClassLabel, Dataset, DatasetDict
@@ -35,6 +34,7 @@ from transformers import (
 )
 
 from common.arguments import OptimizerArguments, TextTrainingArguments, at_least_one, check_model_size, option, parse
+from common.data import shown
 from common.loss import make_loss
 from common.run import prepare
 from text import subjects
@@ -217,11 +217,6 @@ def build_model(
         )
     )
     return model, "trained from scratch"
-
-
-def shown(name: str) -> str:
-    """Return a Hub id as it is, and of a local folder the name alone: reports are shared."""
-    return Path(name).resolve().name if Path(name).exists() else name
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:

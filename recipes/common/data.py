@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from pathlib import Path
 
 from datasets import Dataset, DatasetDict, load_dataset
 
@@ -18,6 +19,11 @@ def load_named(arguments: DatasetArguments, wanted: Iterable[str], hint: str = "
             f"{arguments.dataset_name} has the splits {', '.join(splits)} and lacks {', '.join(missing)}.{hint}"
         )
     return splits
+
+
+def shown(name: str) -> str:
+    """Return a Hub id as it is, and of a local folder the name alone: reports are shared."""
+    return Path(name).resolve().name if Path(name).exists() else name
 
 
 def first(rows: Dataset, limit: int | None) -> Dataset:

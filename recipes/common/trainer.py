@@ -1,8 +1,9 @@
-"""What all recipes train with: a Trainer that times its steps, and evaluates every row."""
+"""What all recipes train with: a Trainer that times its steps, evaluates every row, and writes a true model card."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,11 +19,19 @@ class RecipeTrainer(Trainer):
 
     Args:
         callbacks: As the Trainer's. The timer comes first, so that theirs is not counted as time of a step.
+        render_card: Returns the text of README.md; by default the Trainer makes one. That states the optimizer of
+            `--optim`, whatever the optimizer was, and is written again at every push to the Hub.
         **kwargs: The Trainer's.
     """
 
-    def __init__(self, *, callbacks: Iterable[TrainerCallback] | None = None, **kwargs: Any) -> None:
-        self.timer = StepTimer()
+    def __init__(
+        self,
+        *,
+        callbacks: Iterable[TrainerCallback] | None = None,
+        render_card: Callable[[], str] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        self.timer, self.render_card = StepTimer(), render_card
         super().__init__(callbacks=[self.timer, *(callbacks or ())], **kwargs)
 
     def compute_loss(self, model: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -42,6 +51,13 @@ class RecipeTrainer(Trainer):
         """Log the mean time of a step beside the training loss: all that a run which is cut off leaves of it."""
         mean = self.timer.mean() if "loss" in logs else None
         super().log(logs if mean is None else logs | {"step_seconds_mean": mean}, *args, **kwargs)
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """Write README.md, by `render_card` alone where there is one."""
+        if self.render_card is None:
+            super().create_model_card(*args, **kwargs)
+        elif self.is_world_process_zero():
+            Path(self.args.output_dir, "README.md").write_text(self.render_card(), encoding="utf-8")
 
     def _get_dataloader(self, *args: Any, is_training: bool = False, **kwargs: Any) -> DataLoader:
         """Drop the last rows of an epoch in training alone: Trainer's own drops them in an evaluation too."""

@@ -47,6 +47,10 @@ A `{report[model]}` of {report[parameters]:,} trained parameters{languages}, by 
 
 Versions: {versions}.
 """
+_LANGUAGES = {
+    "translation": " that translates from `{}` to `{}`",
+    "sentence-similarity": " whose embeddings of sentences in `{}` and of their translations into `{}` are neighbours",
+}
 _FORGETTING = """- texts of another task (`{forgetting_dataset}`): their embeddings have a mean cosine similarity of
   {forgetting_cosine:.4f} with those before training; a linear probe on them had an accuracy of
   {forgetting_probe_before:.4f} before and has one of {forgetting_probe_after:.4f}
@@ -83,7 +87,7 @@ def render_card(report: dict[str, Any], args: transformers.TrainingArguments) ->
         args=args,
         metadata=_metadata(report, args, languages).to_yaml(),
         name=name,
-        languages=" that translates from `{}` to `{}`".format(*languages) if languages else "",
+        languages=_LANGUAGES[report["task"]].format(*languages) if languages else "",
         scores=_scores(report),
         dataset=f"`{report['dataset_name']}`" if report["dataset_name"] else _EMBEDDED,
         start=f"- start: `{base}`; {report['trained']}\n" if base else "",
@@ -116,7 +120,7 @@ def _metadata(report: dict[str, Any], args: transformers.TrainingArguments, lang
     on_hub, base = _on_hub(dataset), report.get("model_name_or_path")
     return ModelCardData(
         language=languages or None,
-        library_name="peft" if report.get("lora_r") else "transformers",
+        library_name="peft" if report.get("lora_r") else report.get("library", "transformers"),
         base_model=base if _on_hub(base) else None,
         pipeline_tag=report["task"],
         tags=["hf_fngd", report["optimizer"].lower()],

@@ -19,7 +19,7 @@ def plot_learning_curve(log_history: list[dict[str, Any]], path: Path, title: st
     axes = figure.add_subplot()
     for key, label, color in _CURVES:
         axes.plot(*_series(log_history, key), "o-", markersize=3, label=label, color=color)
-    axes.set(title=title, xlabel="epoch", ylabel="loss (nats a token)")
+    axes.set(title=title, xlabel="epoch", ylabel="loss (nats)")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(alpha=0.3)
     lines = axes.get_lines()

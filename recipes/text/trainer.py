@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import logging
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -34,21 +34,12 @@ class TextTrainer(RecipeTrainer):
 
     Args:
         optimizer_cls_and_kwargs: As Trainer's, which its subclasses do not all pass on.
-        render_card: Returns the text of README.md. Trainer's own card states the optimizer of `--optim`,
-            whatever the optimizer was, and is written again at every push to the Hub.
-        **kwargs: Trainer's.
+        **kwargs: `RecipeTrainer`'s.
     """
 
-    def __init__(
-        self,
-        *,
-        optimizer_cls_and_kwargs: tuple[Any, dict[str, Any]] | None,
-        render_card: Callable[[], str],
-        **kwargs: Any,
-    ) -> None:
+    def __init__(self, *, optimizer_cls_and_kwargs: tuple[Any, dict[str, Any]] | None, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.optimizer_cls_and_kwargs = optimizer_cls_and_kwargs
-        self.render_card = render_card
         self.averaged = 0  # checkpoints
         if self.args.average_checkpoints > 1 and self.is_fsdp_enabled:
             raise ValueError(
@@ -93,11 +84,6 @@ class TextTrainer(RecipeTrainer):
         # Trainer shuffles the evaluation too where training batches are grouped by length, and so loses track
         # of which prediction belongs to which row.
         return SequentialSampler(eval_dataset)
-
-    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """Write README.md, by `render_card` alone."""
-        if self.is_world_process_zero():
-            Path(self.args.output_dir, "README.md").write_text(self.render_card(), encoding="utf-8")
 
     @contextmanager
     def weights_of(self, checkpoint: str) -> Iterator[None]:

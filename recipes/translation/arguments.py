@@ -23,17 +23,35 @@ FORMATS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parque
 
 
 @dataclass
-class DataArguments(OutlierArguments, RowArguments):
-    """What to translate, and how much of it."""
+class PairArguments(RowArguments):
+    """Pairs of texts in two languages."""
 
     source_lang: str = option("en", "Language to translate from: a column, or a key of the column 'translation'.")
     target_lang: str = option("de", "Language to translate into: a column, or a key of the column 'translation'.")
-    max_source_length: int = option(128, "Longer sources are cut to so many tokens.")
-    max_target_length: int = option(128, "Longer targets are cut, and generation stops, at so many tokens.")
-    num_beams: int = option(1, "Beams of the generation; 1 is greedy.")
     test_sets: list[str] | None = option(  # noqa: RUF009, as it returns a field
         None, "More test sets: splits of the dataset, or files of pairs (.jsonl, .json, .csv, .parquet)."
     )
+
+    def __post_init__(self) -> None:
+        """Reject languages that are one, and test sets of one name."""
+        super().__post_init__()
+        if self.source_lang == self.target_lang:
+            raise ValueError(f"source_lang and target_lang are both {self.source_lang!r}; name two languages.")
+        names = [name_of_test_set(test_set) for test_set in self.test_sets or ()]
+        if len({*names, "train", "validation", "test"}) < len(names) + 3:
+            raise ValueError(
+                f"test_sets are reported by the names {', '.join(names)}, which must differ from each other and from "
+                "train, validation and test: rename a file, or leave a split out."
+            )
+
+
+@dataclass
+class DataArguments(OutlierArguments, PairArguments):
+    """What to translate, and how much of it."""
+
+    max_source_length: int = option(128, "Longer sources are cut to so many tokens.")
+    max_target_length: int = option(128, "Longer targets are cut, and generation stops, at so many tokens.")
+    num_beams: int = option(1, "Beams of the generation; 1 is greedy.")
     pad_to_multiple_of: int | None = option(
         None, "Pad batches to lengths that this divides: a compiled model has few shapes then."
     )
@@ -41,16 +59,8 @@ class DataArguments(OutlierArguments, RowArguments):
     def __post_init__(self) -> None:
         """Reject values that no run can use."""
         OutlierArguments.__post_init__(self)
-        RowArguments.__post_init__(self)
-        if self.source_lang == self.target_lang:
-            raise ValueError(f"source_lang and target_lang are both {self.source_lang!r}; name two languages.")
+        PairArguments.__post_init__(self)
         at_least_one(self, "max_source_length", "max_target_length", "num_beams", "pad_to_multiple_of")
-        names = [name_of_test_set(test_set) for test_set in self.test_sets or ()]
-        if len({*names, "train", "validation", "test"}) < len(names) + 3:
-            raise ValueError(
-                f"test_sets are reported by the names {', '.join(names)}, which must differ from each other and from "
-                "train, validation and test: rename a file, or leave a split out."
-            )
         for name in ("max_source_length", "max_target_length"):
             longest = getattr(self, name)
             if longest % (self.pad_to_multiple_of or 1):  # the model has no positions beyond the longest

@@ -12,12 +12,12 @@ from transformers import PreTrainedTokenizerBase
 import corpus
 from common.data import first, load_named
 from text.data import stripped
-from translation.arguments import FORMATS, DataArguments, name_of_test_set
+from translation.arguments import FORMATS, DataArguments, PairArguments, name_of_test_set
 
 SOURCE, TARGET = "source", "target"
 
 
-def load_pairs(arguments: DataArguments) -> DatasetDict:
+def load_pairs(arguments: PairArguments) -> DatasetDict:
     """Load the splits train, validation and test as pairs of text.
 
     Args:
@@ -67,7 +67,7 @@ def _load_file(test_set: str, splits: DatasetDict) -> Dataset:
     return load_dataset(FORMATS[file.suffix], data_files=str(file), split="train")
 
 
-def _texts(rows: Dataset, split: str, arguments: DataArguments) -> Dataset:
+def _texts(rows: Dataset, split: str, arguments: PairArguments) -> Dataset:
     """Return the pairs of a split in the columns `source` and `target`."""
     nested = "translation" in rows.column_names
     if nested:

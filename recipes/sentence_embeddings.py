@@ -1,0 +1,236 @@
+"""Train sentence embeddings in which a sentence and its translation are neighbours, with sentence-transformers.
+
+    accelerate launch recipes/sentence_embeddings.py --output_dir outputs/sentence_embeddings
+    accelerate launch recipes/sentence_embeddings.py --dataset_name bentrevett/multi30k --num_train_epochs 3
+    accelerate launch recipes/sentence_embeddings.py --model_name_or_path sentence-transformers/all-MiniLM-L6-v2
+        --dataset_name bentrevett/multi30k --learning_rate 1e-4 --per_device_train_batch_size 256 --mini_batch_size 32
+
+The loss tells each sentence's translation from those of the rest of the batch (`MultipleNegativesRankingLoss`). With
+`--mini_batch_size` it is computed in parts (`CachedMultipleNegativesRankingLoss`), in the memory of so many sentences.
+Either way a step has several forward passes: one for each language, and each part.
+
+The output folder holds the model as sentence-transformers loads it, README.md, all_results.json and learning_curve.png.
+A run that was interrupted resumes from its last checkpoint when it is started again. The accuracy is that of finding
+the translation of a sentence among those of all others of the split, the mean of both directions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from datasets import Dataset
+from sentence_transformers import (
+    SentenceTransformer,
+    SentenceTransformerTrainer,
+    SentenceTransformerTrainingArguments,
+)
+from sentence_transformers.sentence_transformer.evaluation import TranslationEvaluator
+from sentence_transformers.sentence_transformer.losses import (
+    CachedMultipleNegativesRankingLoss,
+    MultipleNegativesRankingLoss,
+)
+from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
+from transformers import BertConfig, BertModel
+
+from common.arguments import (
+    OptimizerArguments,
+    RecipeTrainingArguments,
+    at_least_one,
+    check_model_size,
+    option,
+    parse,
+)
+from common.data import shown
+from common.optimizers import describe
+from common.run import prepare
+from common.trainer import RecipeTrainer
+from text.card import render_card
+from text.plot import plot_learning_curve
+from text.tokenizer import load_or_train
+from translation.arguments import PairArguments
+from translation.data import SOURCE, TARGET, load_pairs, training_texts
+
+
+@dataclass
+class DataArguments(PairArguments):
+    """Which pairs, and how the loss takes them."""
+
+    max_length: int = option(64, "Longer sentences are cut to so many tokens.")
+    scale: float = option(20.0, "Factor of the cosine similarities in the loss, one over its temperature.")
+    mini_batch_size: int | None = option(
+        None, "Compute the loss in parts of so many sentences. Default: in one, which needs the memory of all."
+    )
+
+    def __post_init__(self) -> None:
+        """Reject values that no run can use."""
+        super().__post_init__()
+        at_least_one(self, "max_length", "mini_batch_size")
+        if not self.scale > 0:
+            raise ValueError(f"scale is {self.scale}; it must be > 0.")
+
+
+@dataclass
+class ModelArguments:
+    """A model to go on from, or the size of a BERT to train from scratch."""
+
+    model_name_or_path: str | None = option(
+        None, "Hub id or local folder of a sentence-transformers model. Default: a new BERT of the sizes below."
+    )
+    hidden_size: int = option(128, "New model: width of embeddings and hidden states; feed-forward layers have four.")
+    num_hidden_layers: int = option(2, "New model: layers.")
+    num_attention_heads: int = option(4, "New model: attention heads; they divide hidden_size.")
+    dropout: float = option(0.1, "New model: dropout on embeddings, attention weights and each sublayer's output.")
+    vocab_size: int = option(4000, "New model: size of the vocabulary, an upper bound.")
+
+    def __post_init__(self) -> None:
+        """Reject sizes that do not fit together, or that nobody would heed."""
+        given = [f.name for f in fields(self)[1:] if getattr(self, f.name) != f.default]
+        if self.model_name_or_path is not None and given:
+            raise ValueError(f"{', '.join(given)}: options of a new model; leave them out with --model_name_or_path.")
+        at_least_one(self, "hidden_size", "num_hidden_layers", "num_attention_heads")
+        check_model_size(self, "num_attention_heads", "hidden_size")
+
+
+@dataclass
+class EmbeddingTrainingArguments(RecipeTrainingArguments, SentenceTransformerTrainingArguments):
+    """SentenceTransformerTrainingArguments with the defaults of this recipe."""
+
+    do_eval: bool = option(True, "Score the validation split at the end.")
+    do_predict: bool = option(True, "Score the test split at the end.")
+    per_device_train_batch_size: int = option(64, "Pairs in a training batch, on each device.")
+    per_device_eval_batch_size: int = option(128, "Pairs in an evaluation batch, on each device.")
+    save_strategy: str = option("epoch", "When to write a checkpoint.")
+    warmup_steps: float = option(0.1, "Steps, or a part of all steps, over which the learning rate rises.")
+
+
+class Retrieval(TranslationEvaluator):
+    """The accuracy of finding translations among those of all other sentences; the mean of both directions."""
+
+    def __init__(self, pairs: Dataset, batch_size: int) -> None:
+        super().__init__(list(pairs[SOURCE]), list(pairs[TARGET]), batch_size=batch_size, write_csv=False)
+        self.primary_metric = "accuracy"
+
+    def __call__(self, model: SentenceTransformer, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """Return the accuracy."""
+        return {"accuracy": super().__call__(model, *args, **kwargs)["mean_accuracy"]}
+
+
+class EmbeddingTrainer(RecipeTrainer, SentenceTransformerTrainer):
+    """The library's own Trainer, timed, and with the recipe's card."""
+
+    def score(self, pairs: Dataset, prefix: str) -> dict[str, float]:
+        """Return the loss and the accuracy of pairs, with the prefix and an underscore before each name."""
+        self.evaluator = Retrieval(pairs, self.args.per_device_eval_batch_size)
+        found: dict[str, float] = self.evaluate(pairs, metric_key_prefix=prefix)
+        return found
+
+
+def build_model(texts: Sequence[str], arguments: ModelArguments, max_length: int, named: str | None) -> Any:
+    """Load the model that was named, or build a small BERT with mean pooling, from torch's generator.
+
+    Args:
+        texts: What a new tokenizer is trained on.
+        arguments: Sizes of a new model.
+        max_length: Longer sentences are cut to so many tokens.
+        named: A Hub id or a folder; None for a new model.
+    """
+    if named is not None:
+        model = SentenceTransformer(named)
+        model.max_seq_length = min(max_length, model.max_seq_length or max_length)
+        return model
+    tokenizer = load_or_train(None, texts, arguments.vocab_size)
+    tokenizer.model_max_length = max_length
+    bert = BertModel(
+        BertConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=arguments.hidden_size,
+            num_hidden_layers=arguments.num_hidden_layers,
+            num_attention_heads=arguments.num_attention_heads,
+            intermediate_size=4 * arguments.hidden_size,
+            hidden_dropout_prob=arguments.dropout,
+            attention_probs_dropout_prob=arguments.dropout,
+            max_position_embeddings=max_length,
+            type_vocab_size=1,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    )
+    with TemporaryDirectory() as folder:  # from which alone the library makes its module
+        bert.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        encoder = Transformer(folder, max_seq_length=max_length)
+    return SentenceTransformer(modules=[encoder, Pooling(arguments.hidden_size)])
+
+
+DATACLASSES = (DataArguments, ModelArguments, OptimizerArguments, EmbeddingTrainingArguments)
+
+
+def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
+    """Train, evaluate, write the output folder, and return what all_results.json holds."""
+    parsed = parse(DATACLASSES, argv, output_dir="outputs/sentence_embeddings")
+    data_args, model_args, optimizer_args, args = parsed
+    run = prepare(optimizer_args, args, data_args.overwrite_output_dir)
+    with args.main_process_first(desc="loading the dataset"):  # the other processes find the download
+        pairs = load_pairs(data_args)
+    run.seed()
+    named = run.checkpoint or model_args.model_name_or_path
+    model = build_model(list(training_texts(pairs["train"])), model_args, data_args.max_length, named)
+    loss = (
+        MultipleNegativesRankingLoss(model, scale=data_args.scale)
+        if data_args.mini_batch_size is None
+        else CachedMultipleNegativesRankingLoss(model, scale=data_args.scale, mini_batch_size=data_args.mini_batch_size)
+    )
+    report: dict[str, Any] = {
+        "recipe": "sentence_embeddings.py",
+        "task": "sentence-similarity",
+        "library": "sentence-transformers",
+        "dataset_name": None if data_args.dataset_name is None else shown(data_args.dataset_name),
+        "source_lang": data_args.source_lang,
+        "target_lang": data_args.target_lang,
+        "model": type(model[0].model).__name__,
+        "parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
+        "train_samples": len(pairs["train"]),
+        "test_sets": [name for name in pairs if name not in ("train", "validation", "test")],
+        "seed": args.seed,
+    }
+    if model_args.model_name_or_path is not None:
+        start = shown(model_args.model_name_or_path)
+        report |= {"model_name_or_path": start, "trained": "all weights were trained"}
+    trainer = EmbeddingTrainer(
+        render_card=lambda: render_card(report | describe(trainer.optimizer, run.config), args),
+        model=model,
+        args=args,
+        train_dataset=pairs["train"],
+        eval_dataset=pairs["validation"],
+        loss=loss,
+        evaluator=Retrieval(pairs["validation"], args.per_device_eval_batch_size),
+        optimizer_cls_and_kwargs=run.optimizer,
+        callbacks=run.callbacks,
+    )
+    report |= run.train(trainer)
+    if args.do_eval:
+        report |= trainer.score(pairs["validation"], "eval")
+    if args.do_predict:
+        report |= trainer.score(pairs["test"], "predict")
+        for name in report["test_sets"]:
+            report |= trainer.score(pairs[name], f"predict_{name}")
+    trainer.save_metrics("all", report, combined=False)
+    trainer.create_model_card()
+    if trainer.is_world_process_zero():
+        curve = Path(args.output_dir, "learning_curve.png")
+        plot_learning_curve(trainer.state.log_history, curve, f"{report['optimizer']}, {report['recipe']}")
+        for name in ("eval_accuracy", "predict_accuracy"):
+            if name in report:
+                print(f"{name}: {report[name]:.4g}")
+    if args.push_to_hub:
+        trainer.push_to_hub()
+    return report
+
+
+if __name__ == "__main__":
+    main()
