@@ -15,7 +15,7 @@ from transformers.pytorch_utils import Conv1D
 
 from baselines.composite import Composite
 from baselines.eva import Eva
-from baselines.kfac import KFAC
+from baselines.kfac import KFAC, EigenKFAC
 from baselines.muon import Muon
 from baselines.shampoo import Shampoo
 from hf_fngd.layers.fallback import output_heads
@@ -30,13 +30,14 @@ class Baseline:
         title: The name to report.
         build: Takes parameter groups, the layers that own their matrices, and the options; returns the optimizer.
         options: The options of `recipes/translate.py` that it has a use for.
-        heads: Whether it takes classifiers; its authors leave all output layers to AdamW where it does not.
+        ends: Whether it takes classifiers and the first convolution; where it does not, its authors leave the first
+            and the last layer to AdamW.
     """
 
     title: str
     build: Callable[..., Optimizer]
     options: tuple[str, ...]
-    heads: bool = True
+    ends: bool = True
 
 
 def _soap(groups: list[dict[str, Any]], layers: Sequence[nn.Module], **options: Any) -> Optimizer:
@@ -55,12 +56,15 @@ def _without_layers(cls: Callable[..., Optimizer]) -> Callable[..., Optimizer]:
 
 
 BASELINES: dict[str, Baseline] = {
-    "muon": Baseline("Muon", _without_layers(Muon), ("momentum",), heads=False),
+    "muon": Baseline("Muon", _without_layers(Muon), ("momentum",), ends=False),
     "soap": Baseline("SOAP", _soap, ("beta2", "eps", "inverse_every")),
     "shampoo": Baseline(
         "Shampoo", _without_layers(Shampoo), ("momentum", "beta2", "eps", "statistics_every", "inverse_every")
     ),
     "kfac": Baseline("KFAC", KFAC, ("momentum", "damping", "kl_clip", "statistics_every", "inverse_every")),
+    "kfac_eigen": Baseline(
+        "KFAC, by eigenvalues", EigenKFAC, ("momentum", "damping", "kl_clip", "statistics_every", "inverse_every")
+    ),
     "eva": Baseline("Eva", Eva, ("momentum", "damping", "kl_clip", "statistics_every")),
 }
 
@@ -99,10 +103,15 @@ class BaselineFactory:
         useless = [option for option in options if option not in baseline.options]
         if useless:
             raise ValueError(f"{name} has no use for {', '.join(useless)}; it takes {', '.join(baseline.options)}.")
-        heads = set() if baseline.heads else output_heads(model)
-        layers = [layer for layer in baseline_layers(model).values() if id(layer.weight) not in heads]
+        layers = [*baseline_layers(model).values()]
+        if not baseline.ends:
+            first = next((layer for layer in layers if isinstance(layer, nn.Conv2d)), None)
+            heads = output_heads(model)
+            layers = [layer for layer in layers if layer is not first and id(layer.weight) not in heads]
         if not layers:
-            raise ValueError(f"{baseline.title} has nothing to step: the one trained matrix is an output layer's.")
+            raise ValueError(
+                f"{baseline.title} has nothing to step: all trained matrices are of the first or last layer."
+            )
         matrices, rest = split(model, layers, weight_decay)
         optimizers = [baseline.build(matrices, layers, lr=lr, **options)]
         if rest:
@@ -111,9 +120,10 @@ class BaselineFactory:
 
 
 def baseline_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """Return by their names the layers whose matrices get a baseline's rule: every Linear and every Conv1D.
+    """Return by their names the layers whose matrices get a baseline's rule: every Linear, Conv1D and Conv2d.
 
-    The one that yields the scores of a vocabulary is left out, and so are subclasses, which may compute something else.
+    The one that yields the scores of a vocabulary is left out, and so are subclasses, which may compute something else,
+    and convolutions in groups. A filter `[o, i, k, k]` is the matrix `[o, i k k]`.
 
     Raises:
         ValueError: Nothing is left.
@@ -122,7 +132,10 @@ def baseline_layers(model: nn.Module) -> dict[str, nn.Module]:
     layers = {
         name: module
         for name, module in model.named_modules()
-        if type(module) in (nn.Linear, Conv1D) and module is not head and module.weight.requires_grad
+        if type(module) in (nn.Linear, Conv1D, nn.Conv2d)
+        and getattr(module, "groups", 1) == 1
+        and module is not head
+        and module.weight.requires_grad
     }
     if not layers:
         raise ValueError("The model has no Linear beside that of its output vocabulary: nothing to precondition.")

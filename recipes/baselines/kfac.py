@@ -43,6 +43,28 @@ class KFAC(KroneckerOptimizer):
         return (state["G_inverse"] @ grad.to(state["A"].dtype) @ state["A_inverse"]).to(grad.dtype)
 
 
+class EigenKFAC(KFAC):
+    """`p = (G (x) A + gamma I)^-1 g`, by the eigenvectors of A and G, in place of damping each of the two.
+
+    The form that Pauloski et al. (2020) found the better one, and with which FNGD's authors compare.
+    """
+
+    def update(self, state: dict[str, Any], sums: tuple[Tensor, Tensor], rows: Tensor, group: dict[str, Any]) -> None:
+        """Average the factors; decompose them where it is time."""
+        average(state, "A", sums[0] / rows, group["decay"])
+        average(state, "G", sums[1] * rows, group["decay"])
+        if group["steps"] % group["inverse_every"] == 0 or "A_values" not in state:
+            for name in self.averages:
+                values, vectors = torch.linalg.eigh(state[name])
+                state |= {f"{name}_values": values.clamp(min=0), f"{name}_vectors": vectors}
+
+    def precondition(self, state: dict[str, Any], grad: Tensor, group: dict[str, Any]) -> Tensor:
+        """`U_G (U_G^T grad U_A / (values + gamma)) U_A^T`, the values those of the Kronecker product."""
+        ua, ug = state["A_vectors"], state["G_vectors"]
+        values = state["G_values"].outer(state["A_values"]) + group["damping"]
+        return (ug @ (ug.mT @ grad.to(ua.dtype) @ ua / values) @ ua.mT).to(grad.dtype)
+
+
 def damped_inverses(A: Tensor, G: Tensor, damping: float) -> tuple[Tensor, Tensor]:
     """Return the inverses of `A + pi sqrt(gamma) I` and `G + sqrt(gamma) / pi I`, pi^2 the ratio of mean diagonals."""
     tiny = torch.finfo(A.dtype).tiny

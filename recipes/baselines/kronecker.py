@@ -2,7 +2,8 @@
 
 Layout: a layer's inputs `a [M, i]` and output gradients `g [M, o]`, one row a position (every token of every
 sample) that is no padding, g of a loss that is a mean, so that the gradients of single positions are M g. Gradients of
-weights are `[o, i]`; that of a Conv1D is transposed on the way in and out.
+weights are `[o, i]`; that of a Conv1D is transposed on the way in and out. A Conv2d's inputs are the patches that its
+filter sees at each position, `i` the entries of one (Grosse & Martens 2016), and its filter is flattened.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from functools import partial
 from typing import Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from transformers.pytorch_utils import Conv1D
@@ -52,7 +54,7 @@ class KroneckerOptimizer(Optimizer):
             raise ValueError(f"damping is {options['damping']}; it must be positive.")
         super().__init__(groups, options | {"lr": lr, "weight_decay": 0.0, "steps": 0})
         self._sums: dict[Tensor, list[Any]] = {}
-        self._transposed = {layer.weight: isinstance(layer, Conv1D) for layer in layers}
+        self._layers = {layer.weight: layer for layer in layers}
         for layer in layers:
             layer.register_forward_hook(self._watch)
 
@@ -72,13 +74,15 @@ class KroneckerOptimizer(Optimizer):
         group = self.param_groups[0]
         wanted = group["steps"] % group["statistics_every"] == 0
         if wanted and layer.training and output.requires_grad:
-            output.register_hook(partial(self._collect, layer.weight, inputs[0].detach()))
+            output.register_hook(partial(self._collect, layer, inputs[0].detach()))
 
     @torch.no_grad()
-    def _collect(self, weight: Tensor, a: Tensor, g: Tensor) -> None:
+    def _collect(self, layer: nn.Module, a: Tensor, g: Tensor) -> None:
+        if isinstance(layer, nn.Conv2d):
+            a, g = patches(layer, a), g.flatten(2).mT
         a, g = (x.reshape(-1, x.shape[-1]).to(torch.promote_types(x.dtype, torch.float32)) for x in (a, g))
         used = g.any(-1, keepdim=True)  # padding has no gradient, and no place in the statistics of the inputs
-        sums = self._sums.setdefault(weight, [0.0, 0.0, 0])
+        sums = self._sums.setdefault(layer.weight, [0.0, 0.0, 0])
         for place, value in enumerate((*self.statistics(a * used, g), used.sum().clamp(min=1))):
             sums[place] = sums[place] + value
 
@@ -96,9 +100,10 @@ class KroneckerOptimizer(Optimizer):
                 if p in self._sums:
                     *sums, rows = self._sums[p]
                     self.update(state, tuple(sums), rows, group)
-                grad = p.grad.mT if self._transposed[p] else p.grad
+                transposed = isinstance(self._layers[p], Conv1D)
+                grad = p.grad.mT if transposed else p.grad.flatten(1)
                 direction = self.precondition(state, grad, group) if self.averages[0] in state else grad
-                directions[p] = direction.mT if self._transposed[p] else direction
+                directions[p] = direction.mT if transposed else direction.reshape(p.shape)
                 size = size.to(p.device) + group["lr"] ** 2 * (directions[p] * p.grad).sum()
         self._sums.clear()
         for group in self.param_groups:
@@ -111,6 +116,14 @@ class KroneckerOptimizer(Optimizer):
                     p.mul_(1 - group["lr"] * group["weight_decay"]).add_(buffer, alpha=-group["lr"])
             group["steps"] += 1
         return loss
+
+
+def patches(layer: nn.Conv2d, x: Tensor) -> Tensor:
+    """Return what the filter sees of images `[N, i, *]` at each position: `[N, positions, i k k]`."""
+    padding = layer.padding
+    if isinstance(padding, str) or layer.padding_mode != "zeros":
+        raise ValueError("KFAC and Eva of this recipe take convolutions whose padding is a number of zeros.")
+    return F.unfold(x, layer.kernel_size, layer.dilation, padding, layer.stride).mT
 
 
 def average(state: dict[str, Any], name: str, new: Tensor, decay: float) -> None:

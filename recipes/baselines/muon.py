@@ -18,7 +18,7 @@ class Muon(Optimizer):
     as long as in float32; here they are in bfloat16 on CUDA alone.
 
     Args:
-        groups: Parameter groups of matrices.
+        groups: Parameter groups of matrices; a filter `[o, i, k, k]` is the matrix `[o, i k k]`.
         lr: Learning rate; the root mean square of an update is 0.2 lr, that of a typical AdamW step (Liu et al. 2025).
         momentum: Of Nesterov's momentum.
     """
@@ -38,7 +38,8 @@ class Muon(Optimizer):
                 buffers = [self.state[p].setdefault("momentum_buffer", torch.zeros_like(p)) for p in same]
                 torch._foreach_lerp_(buffers, grads, 1 - group["momentum"])
                 directions = torch.stack(torch._foreach_lerp(grads, buffers, group["momentum"]))
-                updates = orthogonalize(directions).to(same[0].dtype)
+                updates = orthogonalize(directions.flatten(2)).to(same[0].dtype)
                 torch._foreach_mul_(same, 1 - group["lr"] * group["weight_decay"])
-                torch._foreach_add_(same, list(updates.unbind()), alpha=-group["lr"] * 0.2 * max(shape) ** 0.5)
+                scale = 0.2 * max(updates.shape[1:]) ** 0.5
+                torch._foreach_add_(same, list(updates.view_as(directions).unbind()), alpha=-group["lr"] * scale)
         return loss

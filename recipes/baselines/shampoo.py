@@ -21,7 +21,7 @@ class Shampoo(Optimizer):
     its ScalableShampoo keeps objects in the state that a checkpoint cannot load.
 
     Args:
-        groups: Parameter groups of matrices.
+        groups: Parameter groups of matrices; a filter `[o, i, k, k]` is the matrix `[o, i k k]`.
         lr: Learning rate.
         momentum: beta1, of m.
         beta2: Of L, R, once each statistics_every steps, and of Adam's squares in every step.
@@ -57,8 +57,8 @@ class Shampoo(Optimizer):
             group["steps"] += 1
             for p in group["params"]:
                 if p.grad is not None:
-                    update = self._update(self.state[p], p.grad, group)
-                    p.mul_(1 - group["lr"] * group["weight_decay"]).add_(update, alpha=-group["lr"])
+                    update = self._update(self.state[p], p.grad.flatten(1), group)
+                    p.mul_(1 - group["lr"] * group["weight_decay"]).add_(update.view_as(p), alpha=-group["lr"])
         return loss
 
     def _update(self, state: dict[str, Any], grad: Tensor, group: dict[str, Any]) -> Tensor:

@@ -68,7 +68,7 @@ class OptimizerArguments(FNGDOptions):  # type: ignore[misc, valid-type]
     Learning rate, weight decay, warm-up and scheduler are TrainingArguments', and so are AdamW's betas.
     """
 
-    optimizer: Literal["fngd", "ngd", "adamw", "sgd", "muon", "soap", "shampoo", "kfac", "eva"] = option(
+    optimizer: Literal["fngd", "ngd", "adamw", "sgd", "muon", "soap", "shampoo", "kfac", "kfac_eigen", "eva"] = option(
         "fngd", "The optimizer. ngd is fngd with sharing 'never'; those behind sgd update what fngd preconditions."
     )
     fngd_config: str | None = option(

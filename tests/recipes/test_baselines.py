@@ -10,7 +10,8 @@ from transformers import GPT2Config, GPT2ForSequenceClassification, GPT2LMHeadMo
 from baselines import BASELINES, BaselineFactory
 from baselines.eva import Eva
 from baselines.factory import baseline_layers
-from baselines.kfac import KFAC
+from baselines.kfac import KFAC, EigenKFAC
+from baselines.kronecker import patches
 from baselines.muon import Muon
 from baselines.shampoo import Shampoo, inverse_fourth_root
 from tests.modes.harness import arguments
@@ -62,12 +63,14 @@ def dense(cls, a, g, damping):
         v = torch.kron(g.mean(0), a.mean(0))
         return v.outer(v) + damping * torch.eye(len(v))
     A, G = a.mT @ a / len(a), g.mT @ g / len(g)
+    if cls is EigenKFAC:
+        return torch.kron(G, A) + damping * torch.eye(len(G) * len(A))
     pi = ((A.trace() / len(A)) / (G.trace() / len(G))).sqrt()
     root = damping**0.5
     return torch.kron(G + root / pi * torch.eye(len(G)), A + root * pi * torch.eye(len(A)))
 
 
-@pytest.mark.parametrize("cls", [KFAC, Eva])
+@pytest.mark.parametrize("cls", [KFAC, EigenKFAC, Eva])
 @pytest.mark.parametrize("layer_type", LAYER_TYPES)
 @pytest.mark.parametrize("between", [(), (3,)])
 def test_the_dense_matrix_is_inverted(cls, layer_type, between):
@@ -212,7 +215,7 @@ def test_soap_commutes_with_rotations():
     assert 0.1 < ends[0].square().mean().sqrt() < 1.2
 
 
-LEARNING_RATES = {"muon": 0.02, "soap": 0.02, "shampoo": 0.02, "kfac": 0.3, "eva": 0.3}
+LEARNING_RATES = {"muon": 0.02, "soap": 0.02, "shampoo": 0.02, "kfac": 0.3, "kfac_eigen": 0.3, "eva": 0.3}
 
 
 def test_every_baseline_learns(name):
@@ -233,6 +236,70 @@ def test_muon_alone_leaves_a_classifier_to_adamw(name):
     optimizer = BaselineFactory()(model, name=name, lr=0.1)
     matrices = {id(p) for group in optimizer.optimizers[0].param_groups for p in group["params"]}
     assert (id(model.score.weight) in matrices) == (name != "muon")
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"stride": 2, "padding": 1}, {"padding": (2, 0), "dilation": 2, "bias": False}]
+)
+def test_a_filter_is_a_matrix_that_multiplies_patches(options):
+    torch.manual_seed(0)
+    layer, x = nn.Conv2d(3, 4, (3, 2), **options), torch.randn(2, 3, 7, 6)
+    product = patches(layer, x) @ layer.weight.flatten(1).mT
+    bias = 0 if layer.bias is None else layer.bias
+    torch.testing.assert_close(product + bias, layer(x).flatten(2).mT)
+
+
+class Pointwise(nn.Module):
+    """Two layers, at each position of an image: convolutions of one entry, or Linears."""
+
+    def __init__(self, convolution):
+        super().__init__()
+        torch.manual_seed(0)
+        self.one, self.two = nn.Linear(3, 6), nn.Linear(6, 4)
+        if convolution:
+            for name in ("one", "two"):
+                linear = getattr(self, name)
+                filters = nn.Conv2d(linear.in_features, linear.out_features, 1)
+                filters.weight.data = linear.weight.data[:, :, None, None].clone()
+                filters.bias.data = linear.bias.data.clone()
+                setattr(self, name, filters)
+
+    def forward(self, x):
+        return self.two(torch.tanh(self.one(x)))
+
+
+def test_filters_of_one_entry_are_stepped_like_linears(name):
+    if name == "soap":
+        pytest.skip("the library's SOAP has an eigenbasis for each of a filter's dimensions")
+    ends = []
+    for convolution in (True, False):
+        model = Pointwise(convolution)
+        if name == "muon":  # which leaves the first convolution to AdamW
+            model.one.requires_grad_(False)
+        layers = [*baseline_layers(model).values()]
+        weights = [layer.weight for layer in layers]
+        optimizer = BASELINES[name].build([{"params": weights}], layers, lr=0.1)
+        generator = torch.Generator().manual_seed(1)
+        for _ in range(4):
+            x = torch.randn(5, 3, 4, 2, generator=generator)
+            out = model(x) if convolution else model(x.movedim(1, -1)).movedim(-1, 1)
+            optimizer.zero_grad()
+            out.square().mean().backward()
+            optimizer.step()
+        ends.append([weight.detach().flatten(1) for weight in weights])
+        assert not torch.equal(weights[-1].flatten(1), Pointwise(False).two.weight)
+    torch.testing.assert_close(ends[0], ends[1], rtol=1e-4, atol=1e-6)
+
+
+def test_muon_alone_leaves_the_first_convolution_to_adamw(name):
+    model = nn.Sequential(
+        nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3, groups=2), nn.Conv2d(4, 5, 3), nn.Flatten(), nn.Linear(20, 2)
+    )
+    optimizer = BaselineFactory()(model, name=name, lr=0.1)
+    matrices = {id(p) for group in optimizer.optimizers[0].param_groups for p in group["params"]}
+    assert [id(model[n].weight) in matrices for n in (0, 1, 2)] == [name != "muon", False, True]
+    with pytest.raises(ValueError, match="padding is a number of zeros"):
+        patches(nn.Conv2d(1, 1, 3, padding="same"), torch.zeros(1, 1, 4, 4))
 
 
 def test_weight_decay_spares_biases_and_norms(name):
