@@ -29,7 +29,7 @@ import yaml
 
 from benchmark.arms import ARMS, available
 from benchmark.measure import measure
-from benchmark.models import MODELS
+from benchmark.models import IMAGE_MODELS, MODELS
 from benchmark.report import append, measured, plot, section
 from common.command_line import words
 
@@ -83,7 +83,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 def make_parser() -> argparse.ArgumentParser:
     """The options."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
-    parser.add_argument("--model", choices=MODELS, default="marian")
+    sizes = "resnet32, vgg11: of a size of their own, --length pixels a side"
+    parser.add_argument("--model", choices=[*MODELS, *IMAGE_MODELS], default="marian", help=sizes)
     parser.add_argument("--d_model", type=int, default=128)
     parser.add_argument("--ffn_dim", type=int, default=512)
     parser.add_argument("--layers", type=int, default=2, help="marian: of the encoder, and of the decoder")

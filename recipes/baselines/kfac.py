@@ -55,7 +55,8 @@ class EigenKFAC(KFAC):
         average(state, "G", sums[1] * rows, group["decay"])
         if group["steps"] % group["inverse_every"] == 0 or "A_values" not in state:
             for name in self.averages:
-                values, vectors = torch.linalg.eigh(state[name])
+                values, vectors = torch.linalg.eigh(state[name].double())  # many are 0, which float32 may not manage
+                values, vectors = values.to(state[name].dtype), vectors.to(state[name].dtype)
                 state |= {f"{name}_values": values.clamp(min=0), f"{name}_vectors": vectors}
 
     def precondition(self, state: dict[str, Any], grad: Tensor, group: dict[str, Any]) -> Tensor:

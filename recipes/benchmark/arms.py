@@ -33,7 +33,8 @@ def adamw(model: nn.Module) -> Optimizer:
 
 def torch_muon(model: nn.Module) -> Optimizer:
     """Muon as torch has it, in bfloat16 on any device, with AdamW on what is no matrix of a hidden layer."""
-    matrices, rest = split(model, list(baseline_layers(model).values()), weight_decay=0.0)
+    layers = [layer for layer in baseline_layers(model).values() if layer.weight.dim() == 2]  # all that torch's takes
+    matrices, rest = split(model, layers, weight_decay=0.0)
     muon = torch.optim.Muon(matrices, lr=1e-5, weight_decay=0.0, adjust_lr_fn="match_rms_adamw")
     return Composite(TORCH_MUON, [muon, torch.optim.AdamW(rest, lr=1e-5, fused=True)])
 
@@ -75,6 +76,7 @@ ARMS: dict[str, Callable[[nn.Module], Optimizer]] = {
     "Muon": partial(baseline, name="muon"),
     "Eva": partial(baseline, name="eva"),
     "KFAC, 10/100": partial(baseline, name="kfac"),
+    "KFAC, by eigenvalues, 10/100": partial(baseline, name="kfac_eigen"),
     "Shampoo, 10/100": partial(baseline, name="shampoo"),
     "SOAP": partial(baseline, name="soap"),
 }

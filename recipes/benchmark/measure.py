@@ -22,7 +22,7 @@ from transformers.pytorch_utils import Conv1D
 from baselines.composite import Composite
 from benchmark import cost_model
 from benchmark.arms import ADAMW, ARMS, SGD
-from benchmark.models import MODELS, attentions, batch
+from benchmark.models import IMAGE_MODELS, MODELS, attentions, batch
 from hf_fngd.updates.orthogonal import count_operations, working_dtype
 
 Run = Callable[[], None]
@@ -38,7 +38,7 @@ def measure(options: argparse.Namespace, arms: Iterable[str]) -> list[Record]:
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
     torch.backends.cuda.matmul.allow_tf32 = options.precision == "tf32"
-    first, inputs = MODELS[options.model](options).to(options.device), batch(options)
+    first, inputs = (MODELS | IMAGE_MODELS)[options.model](options).to(options.device), batch(options)
     expected = partial(prediction, first, options)
     runs: dict[str, Run] = {}
     records: dict[str, Record] = {}
@@ -75,7 +75,7 @@ def measure(options: argparse.Namespace, arms: Iterable[str]) -> list[Record]:
 
 def full_step(model: nn.Module, step: Callable[[], Any], inputs: dict[str, Tensor], half: bool = False) -> None:
     """Forward, backward, update."""
-    with torch.autocast(inputs["input_ids"].device.type, torch.bfloat16, enabled=half):
+    with torch.autocast(inputs["labels"].device.type, torch.bfloat16, enabled=half):
         loss = model(**inputs).loss
     loss.backward()
     step()
@@ -85,7 +85,8 @@ def full_step(model: nn.Module, step: Callable[[], Any], inputs: dict[str, Tenso
 def layers_of(model: nn.Module) -> list[tuple[nn.Module, bool]]:
     """The layers that multiply by a matrix, and whether it is tied to a table."""
     tables = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
-    return [(m, id(m.weight) in tables) for m in model.modules() if isinstance(m, nn.Linear | Conv1D)]
+    types = nn.Linear | Conv1D | nn.Conv2d
+    return [(m, id(m.weight) in tables) for m in model.modules() if isinstance(m, types)]
 
 
 def state_bytes(model: nn.Module, optimizer: Optimizer) -> tuple[float, float]:
@@ -116,7 +117,9 @@ def bytes_of(state: Any) -> int:
 
 
 def prediction(model: nn.Module, options: argparse.Namespace, optimizer: Optimizer) -> float | None:
-    """A step over SGD's by the cost model; None for an optimizer whose operations it does not count."""
+    """A step over SGD's by the cost model; None for an optimizer, or a model, whose operations it does not count."""
+    if options.model in IMAGE_MODELS:
+        return None
     n, t = options.batch_size, options.length
     layers = layers_of(model)
     shapes = [(layer.weight.shape[0], layer.weight.shape[1]) for layer, _ in layers]

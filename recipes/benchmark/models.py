@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,6 +20,11 @@ from transformers import (
     MarianMTModel,
     PreTrainedModel,
 )
+
+from images.arguments import ModelArguments
+from images.models import build_model
+
+CLASSES = 10  # of images
 
 
 def marian(options: argparse.Namespace) -> MarianMTModel:
@@ -79,11 +86,21 @@ def sizes(options: argparse.Namespace) -> dict[str, int]:
     }
 
 
+def classifier(options: argparse.Namespace, **arguments: Any) -> PreTrainedModel:
+    """One of `recipes/image_classification.py`, for images of `--length` pixels a side."""
+    return build_model(ModelArguments(**arguments), options.length, CLASSES)
+
+
 MODELS: dict[str, Callable[[argparse.Namespace], PreTrainedModel]] = {
     "marian": marian,
     "gpt2": gpt2,
     "bert": bert,
     "llama": llama,
+}
+# Of a size of their own.
+IMAGE_MODELS: dict[str, Callable[[argparse.Namespace], PreTrainedModel]] = {
+    "resnet32": partial(classifier, model="resnet", num_layers=32),
+    "vgg11": partial(classifier, model="vgg"),
 }
 
 
@@ -93,7 +110,12 @@ def attentions(options: argparse.Namespace) -> int:
 
 
 def batch(options: argparse.Namespace) -> dict[str, Tensor]:
-    """Random tokens ``[batch_size, length]``."""
+    """Random tokens ``[batch_size, length]``, or images."""
+    if options.model in IMAGE_MODELS:
+        return {
+            "pixel_values": torch.randn(options.batch_size, 3, options.length, options.length, device=options.device),
+            "labels": torch.randint(CLASSES, (options.batch_size,), device=options.device),
+        }
     shape = (options.batch_size, options.length)
     names = ("input_ids", "labels")
     return {name: torch.randint(2, options.vocab_size, shape, device=options.device) for name in names}

@@ -14,6 +14,7 @@ from matplotlib.figure import Figure  # no pyplot: it would look for a display
 
 from benchmark.arms import ADAMW, SGD
 from benchmark.measure import WATCHED, Record
+from benchmark.models import IMAGE_MODELS
 from comparison.markdown import table
 
 Settings = Mapping[str, Any]
@@ -72,10 +73,11 @@ def section(settings: Settings, records: Sequence[Record]) -> str:
 
 def caption(settings: Settings) -> str:
     """A setting in a line."""
-    found = (
-        "{model}, d {d_model}, feed-forward layers of {ffn_dim}, {layers} layers, {heads} heads, {vocab_size} tokens "
-    )
-    found += "in the vocabulary, batches of {batch_size} x {length}, {precision}, {device}"
+    if settings["model"] in IMAGE_MODELS:
+        found = "{model}, batches of {batch_size} images of {length} x {length} pixels, {precision}, {device}"
+    else:
+        found = "{model}, d {d_model}, feed-forward layers of {ffn_dim}, {layers} layers, {heads} heads, {vocab_size} "
+        found += "tokens in the vocabulary, batches of {batch_size} x {length}, {precision}, {device}"
     compiled = ", compiled" if settings["compile"] else ""
     threads = f", threads: {settings['threads']}" if settings["device"] == "cpu" else ""
     return found.format(**settings) + compiled + threads

@@ -171,6 +171,36 @@ def test_the_script_prints_a_row_an_arm(capsys: pytest.CaptureFixture[str]) -> N
     assert rows[2].startswith("| SGD-m | 1.00 | 1.00 |")
 
 
+@pytest.mark.parametrize("model", list(models.IMAGE_MODELS))
+def test_images_have_every_arm_and_no_prediction(model: str, capsys: pytest.CaptureFixture[str]) -> None:
+    names = [
+        "engine + SGD-m, clipped",
+        SHARED,
+        "FNGD block_muon, clipped (the default)",
+        "KFAC, by eigenvalues, 10/100",
+    ]
+    words = [
+        "--model",
+        model,
+        "--length",
+        "8",
+        "--batch_size",
+        "4",
+        "--device",
+        "cpu",
+        "--rounds",
+        "1",
+        "--arms",
+        *names,
+    ]
+    step_cost.main([*words, arms.TORCH_MUON])
+    text = capsys.readouterr().out
+    assert f"{model}, batches of 4 images of 8 x 8 pixels, fp32, cpu" in text
+    rows = rows_of(text)[2:]
+    assert len(rows) == 2 + 5
+    assert all(row.split(" | ")[5] == "-" for row in rows)
+
+
 @pytest.mark.parametrize("suite", ["cpu", "cuda"])
 def test_a_suite_goes_on_where_it_was_stopped(suite: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     output, made = tmp_path / "all.jsonl", []
