@@ -35,10 +35,12 @@ from transformers import (
 
 from common.arguments import OptimizerArguments, TextTrainingArguments, at_least_one, check_model_size, option, parse
 from common.data import shown
-from common.loss import make_loss
+from common.loss import OutlierArguments, make_loss
 from common.run import prepare
+from common.spikes import SkipSpikes
 from text import subjects
 from text.arguments import TextArguments
+from text.bad_samples import BadSampleArguments, spoiled
 from text.calibration import accuracy_and_calibration
 from text.data import TEXT, draw_shots, encode, load_splits
 from text.fine_tuning import FineTuningArguments, with_layer_decay
@@ -50,7 +52,7 @@ LABEL, LABELS = "label", "labels"  # of the dataset, and of the model
 
 
 @dataclass
-class DataArguments(TextArguments):
+class DataArguments(OutlierArguments, BadSampleArguments, TextArguments):
     """Which texts with which labels, and how many of them."""
 
     label_column: str = option("label", "Column of the labels: class labels, whole numbers or strings.")
@@ -62,7 +64,8 @@ class DataArguments(TextArguments):
 
     def __post_init__(self) -> None:
         """Reject values that no run can use."""
-        super().__post_init__()
+        for base in DataArguments.__bases__:
+            base.__post_init__(self)
         at_least_one(self, "max_length", "shots", "validation_shots")
         if self.validation_shots is not None:
             if self.max_eval_samples is not None or self.validation_split != "validation":
@@ -101,11 +104,19 @@ class ClassificationTrainingArguments(TextTrainingArguments):
         None, "Stop after so many evaluations without a better metric_for_best_model. Default: never."
     )
     predict_first_epoch: bool = option(False, "Score the test split after one epoch as well.")
+    skip_above: float | None = option(
+        None, "Leave out steps whose gradient's norm is so many times the median of the last hundred steps'."
+    )
 
     def __post_init__(self) -> None:
         """Reject what early stopping cannot go by."""
         super().__post_init__()
         at_least_one(self, "early_stopping_patience")
+        if self.skip_above is not None and (self.skip_above <= 1 or self.max_grad_norm):
+            raise ValueError(
+                f"skip_above={self.skip_above} must be above 1, and needs --max_grad_norm 0: clipped gradients have no "
+                "spikes."
+            )
         if self.early_stopping_patience is not None and not self.load_best_model_at_end:
             raise ValueError("--early_stopping_patience needs --load_best_model_at_end and --metric_for_best_model.")
 
@@ -234,7 +245,9 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     with args.main_process_first(desc="loading the dataset"):  # the other processes find the download
         texts, labels = number_labels(load_splits(data_args, subjects.load, (TEXT, LABEL)))
         others = None if forgetting_args.forgetting_dataset is None else load_forgetting(forgetting_args)
-    texts = choose_rows(texts, data_args, args.seed if args.data_seed is None else args.data_seed)
+    data_seed = args.seed if args.data_seed is None else args.data_seed
+    texts = choose_rows(texts, data_args, data_seed)
+    texts["train"] = spoiled(texts["train"], data_args, len(labels), data_seed)
     named = run.checkpoint or model_args.model_name_or_path
     # In a new tokenizer the first token stands for the whole text.
     tokenizer = load_or_train(named, texts["train"][TEXT], model_args.vocab_size, f"{EOS} $A")
@@ -253,6 +266,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         "num_labels": len(labels),
         "trained": trained,
         "shots": data_args.shots,
+        "distortion": "; ".join(filter(None, (data_args.spoiling, data_args.distortion))),
         "lora_r": model_args.lora_r,
     }
     if model_args.model_name_or_path is not None:
@@ -271,11 +285,14 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         tokenizer,
         splits,
         facts,
-        callbacks=[] if patience is None else [EarlyStoppingCallback(patience)],
+        callbacks=[
+            *([] if patience is None else [EarlyStoppingCallback(patience)]),
+            *([] if args.skip_above is None else [SkipSpikes(args.skip_above)]),
+        ],
         first_epoch=args.do_predict and args.predict_first_epoch,
         measure=None if forgetting is None else forgetting.measure,
         data_collator=DataCollatorWithPadding(tokenizer),
-        compute_loss_func=make_loss(args.label_smoothing_factor),
+        compute_loss_func=make_loss(args.label_smoothing_factor, data_args),
         compute_metrics=accuracy_and_calibration,
     )
 

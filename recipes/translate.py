@@ -50,6 +50,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     run.seed()
     model = build_model(tokenizer, model_args, data_args)
     facts = {"recipe": "translate.py", "task": "translation"}
+    facts["distortion"] = data_args.distortion
     facts |= {
         name: getattr(data_args, name)
         for name in ("dataset_name", "source_lang", "target_lang", "num_beams", "outliers")

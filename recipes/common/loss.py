@@ -48,6 +48,18 @@ class OutlierArguments:
         """Whether the loss has to be known sample by sample."""
         return self.outliers > 0 or self.loss_bound is not None
 
+    @property
+    def distortion(self) -> str:
+        """What is done to the losses and to the gradients, in words; empty where nothing is."""
+        parts = []
+        if self.outliers:
+            parts.append(f"the loss of {self.outliers:g} sample(s) a batch counts {self.outlier_scale:g} times")
+        if self.loss_bound is not None:
+            parts.append(f"a sample's loss is bounded at {self.loss_bound:g} times its batch's median")
+        if self.clip_outputs:
+            parts.append("each sample's gradient is clipped at the logits")
+        return "; ".join(parts)
+
     def distort(self, losses: Tensor) -> Tensor:
         """Return the losses `[N]` of a training batch's samples with outliers among them, bounded."""
         if self.outliers:

@@ -33,7 +33,7 @@ A `{report[model]}` of {report[parameters]:,} trained parameters{languages}, by 
 
 {scores}
 
-{start}- data: {dataset}, {report[train_samples]:,} training rows{shots}
+{start}- data: {dataset}, {report[train_samples]:,} training rows{shots}{distortion}
 - optimizer: **{report[optimizer]}**, with the arguments below
 - {length}{kept}{averaged}, in batches of {batch} rows ({processes} process(es), {accumulation} accumulation step(s))
 - schedule {args.lr_scheduler_type.value} with {warm_up}, gradient clipped at norm {args.max_grad_norm:g}
@@ -92,6 +92,7 @@ def render_card(report: dict[str, Any], args: transformers.TrainingArguments) ->
         dataset=f"`{report['dataset_name']}`" if report["dataset_name"] else _EMBEDDED,
         start=f"- start: `{base}`; {report['trained']}\n" if base else "",
         shots=f", {report['shots']} of each class, drawn with the seed" if report.get("shots") else "",
+        distortion=f"; {report['distortion']}" if report.get("distortion") else "",
         length=length,
         kept=f", the weights of the best {args.metric_for_best_model} kept" if args.load_best_model_at_end else "",
         averaged=f", the weights the mean of the last {averaged} checkpoints" if averaged else "",

@@ -1,0 +1,36 @@
+"""A remedy that trainings of large language models use: leave out the steps whose gradient is far longer than usual."""
+
+from __future__ import annotations
+
+import statistics
+from collections import deque
+from typing import Any
+
+import torch
+from transformers import TrainerCallback
+
+_WINDOW, _LEAST = 100, 10  # steps that the median is of, and that it needs
+
+
+class SkipSpikes(TrainerCallback):
+    """Drops the gradients of a step whose norm is above `factor` times the median of the last hundred steps taken.
+
+    The first ten steps are all taken. The optimizer then has nothing to do: parameters and moments stay. Where Trainer
+    clips the gradient it does so before, which bounds what is seen here: set `max_grad_norm=0`.
+    """
+
+    def __init__(self, factor: float) -> None:
+        self.factor = factor
+        self.norms: deque[float] = deque(maxlen=_WINDOW)
+        self.skipped = 0
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, *, model: Any, **kwargs: Any) -> None:
+        """Look at the gradient."""
+        grads = [p.grad for p in model.parameters() if p.grad is not None]
+        norm = float(torch.nn.utils.get_total_norm(grads))
+        spike = len(self.norms) >= _LEAST and not norm <= self.factor * statistics.median(self.norms)
+        if spike:
+            self.skipped += 1
+            model.zero_grad()
+        else:
+            self.norms.append(norm)

@@ -1,0 +1,76 @@
+"""Spoiled training rows, and the remedies that the classification recipe has beside the optimizer."""
+
+import pytest
+import torch
+from datasets import Dataset
+from torch import nn
+
+import text_classification
+from common.spikes import SkipSpikes
+from tests.recipes.running import have_equal_weights, read
+from tests.recipes.test_fine_tuning import ROWS, argv, pretrained  # noqa: F401
+from text.bad_samples import BadSampleArguments, spoiled
+
+LABELS = [n % 4 for n in range(len(ROWS))]
+
+
+def spoil(kind, share=0.25, seed=0):
+    rows = Dataset.from_dict({"text": [row["text"] for row in ROWS], "labels": LABELS})
+    found = spoiled(rows, BadSampleArguments(share, kind), 4, seed)
+    before, after = list(zip(rows["text"], LABELS, strict=True)), list(zip(found["text"], found["labels"], strict=True))
+    return [(old, new) for old, new in zip(before, after, strict=True) if old != new], after
+
+
+@pytest.mark.parametrize("kind", ["garbled", "truncated", "boilerplate", "language", "shifted"])
+def test_so_many_rows_are_spoiled_and_the_same_for_a_seed(kind):
+    changed, after = spoil(kind)
+    assert len(changed) == 16
+    assert spoil(kind)[1] == after != spoil(kind, seed=1)[1]
+    for (text, label), (new, other) in changed:
+        assert (label == other) == (kind != "shifted")
+        if kind == "garbled":
+            assert sorted(text) == sorted(new) != text
+        if kind == "truncated":
+            assert text.startswith(f"{new} ")
+        if kind == "shifted":
+            assert (text, (label + 1) % 4) == (new, other)
+    texts = {new for _, (new, _) in changed}
+    assert (len(texts) == 1) == (kind == "boilerplate" or (kind == "truncated" and len(texts) == 1))
+    if kind == "language":
+        assert any(word in " ".join(texts) for word in (" ein ", " eine ", " einen "))
+
+
+@pytest.mark.parametrize(("share", "kind"), [(0.1, None), (0.0, "garbled"), (1.5, "garbled")])
+def test_a_share_and_a_kind_need_each_other(share, kind):
+    with pytest.raises(ValueError, match="bad_samples"):
+        BadSampleArguments(share, kind)
+
+
+def test_a_spiked_step_is_left_out_and_does_not_count_for_the_median():
+    model, callback = nn.Linear(2, 2, bias=False), SkipSpikes(5.0)
+    for step, norm in enumerate([*[1.0, 2.0] * 5, 7.6, torch.nan, torch.inf, 7.4]):
+        model.weight.grad = torch.full((2, 2), norm / 2)
+        callback.on_pre_optimizer_step(None, None, None, model=model)
+        assert (model.weight.grad is None) == (step in (10, 11, 12))
+    assert callback.skipped == 3
+
+
+def test_the_card_says_what_was_spoiled(argv, tmp_path):  # noqa: F811
+    more = ["--bad_samples=0.25", "--bad_kind=shifted", "--outliers=1", "--outlier_scale=50", "--loss_bound=3"]
+    text_classification.main([*argv, *more])
+    card = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+    told = "64 training rows; 0.25 of them shifted; the loss of 1 sample(s) a batch counts 50 times; a sample's loss is"
+    assert told in card
+    plain = text_classification.main([*argv, f"--output_dir={tmp_path / 'plain'}"])
+    assert read(tmp_path / "out", "all_results.json")["train_loss"] != plain["train_loss"]
+    assert "spoiled" not in (tmp_path / "plain" / "README.md").read_text(encoding="utf-8")
+
+
+def test_without_spikes_no_step_is_left_out(argv, tmp_path):  # noqa: F811
+    for name, more in (("skip", ["--skip_above=1e6"]), ("plain", [])):
+        text_classification.main(
+            [*argv, "--max_grad_norm=0", "--num_train_epochs=4", *more, f"--output_dir={tmp_path / name}"]
+        )
+    assert have_equal_weights(tmp_path / "skip", tmp_path / "plain")
+    with pytest.raises(ValueError, match="needs --max_grad_norm 0"):
+        text_classification.main([*argv, "--skip_above=10"])
