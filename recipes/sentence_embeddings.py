@@ -17,7 +17,7 @@ the translation of a sentence among those of all others of the split, the mean o
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -34,13 +34,12 @@ from sentence_transformers.sentence_transformer.losses import (
     MultipleNegativesRankingLoss,
 )
 from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
-from transformers import BertConfig, BertModel
+from transformers import BertModel
 
 from common.arguments import (
     OptimizerArguments,
     RecipeTrainingArguments,
     at_least_one,
-    check_model_size,
     option,
     parse,
 )
@@ -48,6 +47,7 @@ from common.data import shown
 from common.optimizers import describe
 from common.run import prepare
 from common.trainer import RecipeTrainer
+from text.bert import BertArguments
 from text.card import render_card
 from text.plot import plot_learning_curve
 from text.tokenizer import load_or_train
@@ -74,25 +74,17 @@ class DataArguments(PairArguments):
 
 
 @dataclass
-class ModelArguments:
+class ModelArguments(BertArguments):
     """A model to go on from, or the size of a BERT to train from scratch."""
 
-    model_name_or_path: str | None = option(
-        None, "Hub id or local folder of a sentence-transformers model. Default: a new BERT of the sizes below."
-    )
-    hidden_size: int = option(128, "New model: width of embeddings and hidden states; feed-forward layers have four.")
-    num_hidden_layers: int = option(2, "New model: layers.")
-    num_attention_heads: int = option(4, "New model: attention heads; they divide hidden_size.")
-    dropout: float = option(0.1, "New model: dropout on embeddings, attention weights and each sublayer's output.")
     vocab_size: int = option(4000, "New model: size of the vocabulary, an upper bound.")
+    model_name_or_path: str | None = option(
+        None, "Hub id or local folder of a sentence-transformers model. Default: a new BERT of the sizes above."
+    )
 
     def __post_init__(self) -> None:
         """Reject sizes that do not fit together, or that nobody would heed."""
-        given = [f.name for f in fields(self)[1:] if getattr(self, f.name) != f.default]
-        if self.model_name_or_path is not None and given:
-            raise ValueError(f"{', '.join(given)}: options of a new model; leave them out with --model_name_or_path.")
-        at_least_one(self, "hidden_size", "num_hidden_layers", "num_attention_heads")
-        check_model_size(self, "num_attention_heads", "hidden_size")
+        self.check(self.model_name_or_path)
 
 
 @dataclass
@@ -144,22 +136,7 @@ def build_model(texts: Sequence[str], arguments: ModelArguments, max_length: int
         return model
     tokenizer = load_or_train(None, texts, arguments.vocab_size)
     tokenizer.model_max_length = max_length
-    bert = BertModel(
-        BertConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=arguments.hidden_size,
-            num_hidden_layers=arguments.num_hidden_layers,
-            num_attention_heads=arguments.num_attention_heads,
-            intermediate_size=4 * arguments.hidden_size,
-            hidden_dropout_prob=arguments.dropout,
-            attention_probs_dropout_prob=arguments.dropout,
-            max_position_embeddings=max_length,
-            type_vocab_size=1,
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-        )
-    )
+    bert = BertModel(arguments.config(tokenizer, max_length))
     with TemporaryDirectory() as folder:  # from which alone the library makes its module
         bert.save_pretrained(folder)
         tokenizer.save_pretrained(folder)

@@ -17,7 +17,7 @@ A pretrained model is fine-tuned whole, by LoRA adapters (`--lora_r`), or in its
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -25,7 +25,6 @@ from datasets import ClassLabel, Dataset, DatasetDict
 from peft import PeftModel
 from transformers import (
     AutoModelForSequenceClassification,
-    BertConfig,
     BertForSequenceClassification,
     DataCollatorWithPadding,
     EarlyStoppingCallback,
@@ -33,7 +32,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from common.arguments import OptimizerArguments, TextTrainingArguments, at_least_one, check_model_size, option, parse
+from common.arguments import OptimizerArguments, TextTrainingArguments, at_least_one, option, parse
 from common.data import shown
 from common.loss import OutlierArguments, make_loss
 from common.run import prepare
@@ -41,6 +40,7 @@ from common.spikes import SkipSpikes
 from text import subjects
 from text.arguments import TextArguments
 from text.bad_samples import BadSampleArguments, spoiled
+from text.bert import BertArguments
 from text.calibration import accuracy_and_calibration
 from text.data import TEXT, draw_shots, encode, load_splits
 from text.fine_tuning import FineTuningArguments, with_layer_decay
@@ -76,24 +76,13 @@ class DataArguments(OutlierArguments, BadSampleArguments, TextArguments):
 
 
 @dataclass
-class ModelArguments(FineTuningArguments):
+class ModelArguments(BertArguments, FineTuningArguments):
     """A model to fine-tune, or the size of a BERT to train from scratch."""
-
-    hidden_size: int = option(128, "New model: width of embeddings and hidden states; feed-forward layers have four.")
-    num_hidden_layers: int = option(2, "New model: layers.")
-    num_attention_heads: int = option(4, "New model: attention heads; they divide hidden_size.")
-    dropout: float = option(0.1, "New model: dropout on embeddings, attention weights and each sublayer's output.")
-    vocab_size: int = option(1000, "New model: size of the vocabulary, an upper bound.")
 
     def __post_init__(self) -> None:
         """Reject sizes that do not fit together, or that nobody would heed."""
         super().__post_init__()
-        sizes = fields(self)[len(fields(FineTuningArguments)) :]
-        given = [f.name for f in sizes if getattr(self, f.name) != f.default]
-        if self.model_name_or_path is not None and given:
-            raise ValueError(f"{', '.join(given)}: options of a new model; leave them out with --model_name_or_path.")
-        at_least_one(self, "hidden_size", "num_hidden_layers", "num_attention_heads")
-        check_model_size(self, "num_attention_heads", "hidden_size")
+        self.check(self.model_name_or_path)
 
 
 @dataclass
@@ -210,23 +199,7 @@ def build_model(
         )
         new = {*found["missing_keys"], *(key for key, *_ in found["mismatched_keys"])}
         return model_args.adapt(model, {name.rpartition(".")[0] for name in new})
-    model = BertForSequenceClassification(
-        BertConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=model_args.hidden_size,
-            num_hidden_layers=model_args.num_hidden_layers,
-            num_attention_heads=model_args.num_attention_heads,
-            intermediate_size=4 * model_args.hidden_size,
-            hidden_dropout_prob=model_args.dropout,
-            attention_probs_dropout_prob=model_args.dropout,
-            max_position_embeddings=max_length,
-            type_vocab_size=1,
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-            **names,
-        )
-    )
+    model = BertForSequenceClassification(model_args.config(tokenizer, max_length, **names))
     return model, "trained from scratch"
 
 
