@@ -1,22 +1,29 @@
 """DistributedDataParallel: which processes hold the same parameters and gradients, and so can share out a step."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 
-def replicas() -> dist.ProcessGroup | None:
-    """The processes that are going to take the same step as this one; to be called in the model's forward pass.
+class Wrapped(NamedTuple):
+    """A forward pass within DistributedDataParallel.
 
-    None without DistributedDataParallel, and where it does not average all gradients over all of its processes in the
-    backward pass: under ``no_sync``, with communication hooks, with parameters that it ignores, and from the first Join
-    context on, which processes leave.
+    Attributes:
+        replicas: the processes that are going to take the same step as this one. None where not all gradients are
+            averaged over all of the wrapper's processes: under ``no_sync``, with communication hooks, with parameters
+            that it ignores, and from the first Join context on, which processes leave.
     """
+
+    replicas: dist.ProcessGroup | None
+
+
+def wrapped() -> Wrapped | None:
+    """The forward pass under way, where it is one; it is on all processes or on none."""
     wrapper: Any = DistributedDataParallel._get_active_ddp_module()  # type: ignore[no-untyped-call]
-    if wrapper is None or not wrapper.require_backward_grad_sync or wrapper._join_config.enable:
-        return None
-    if wrapper._comm_hooks or wrapper.parameters_to_ignore:
+    if wrapper is None:
         return None
     group: dist.ProcessGroup = wrapper.process_group
-    return group if dist.get_world_size(group) > 1 else None
+    averages = wrapper.require_backward_grad_sync and not (wrapper._comm_hooks or wrapper.parameters_to_ignore)
+    several = averages and not wrapper._join_config.enable and dist.get_world_size(group) > 1
+    return Wrapped(group if several else None)

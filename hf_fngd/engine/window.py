@@ -13,7 +13,7 @@ from torch.utils.checkpoint import CheckpointFunction
 
 from hf_fngd.distributed.environment import rank_and_world
 from hf_fngd.distributed.exchange import sum_over_processes
-from hf_fngd.distributed.replicas import replicas
+from hf_fngd.distributed.replicas import Wrapped, wrapped
 from hf_fngd.samples.ids import Ids
 from hf_fngd.samples.rows import Rows, View
 from hf_fngd.weights.base import MicroBatchWeights
@@ -59,8 +59,7 @@ class MicroBatch:
     tokens: bool = False  # whether a traced graph has its tokens for rows
     recomputed: bool = False  # whether the forward pass is one that checkpointing of the whole model recomputes
     multiplications: int | None = None  # of its preconditioned layers' forwards; None where nobody asks
-    # Who averages all its gradients, and so takes the same step.
-    replicas: ProcessGroup | None = field(default_factory=replicas)
+    wrapped: Wrapped | None = field(default_factory=wrapped)  # by DistributedDataParallel
     reached: bool = False  # whether a backward pass reached any layer
     complete: bool = False  # whether that came to its end
     of_graphs: set[int] = field(default_factory=set)  # layers that a traced backward pass has reached
@@ -119,8 +118,8 @@ class Window:
 
     @property
     def replicas(self) -> ProcessGroup | None:
-        """Those of the last micro-batch."""
-        return next((batch.replicas for batch in reversed(self._batches) if batch.complete), None)
+        """The processes that take the same step, by the last pass that all of them ran: one may run more by itself."""
+        return next((batch.wrapped.replicas for batch in reversed(self._batches) if batch.wrapped is not None), None)
 
     @property
     def next_offset(self) -> int:

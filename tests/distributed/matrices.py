@@ -92,6 +92,25 @@ def exchanged_ddp() -> dict[str, Any]:
     return found
 
 
+def odd_passes() -> dict[str, bool]:
+    """Whether the ranks agree where one has a pass that the others have not: whose loss reaches no layer, by itself."""
+    rank, found = dist.get_rank(), {}
+    for case in ("unreached", "by itself"):
+        ddp = DistributedDataParallel(net(width=12), find_unused_parameters=case == "unreached")
+        model, fngd = ddp.module, optimizer(ddp.module, "uniform", update="muon")
+        for step in range(3):
+            value = loss(ddp, *batch(step, rank))
+            if case == "unreached" and rank == 1:
+                value = 0 * torch.stack([p.sum() for p in model.parameters()]).sum()
+            value.backward()
+            if case == "by itself" and rank == 1:
+                model(batch(step, rank)[0])
+            fngd.step()
+            fngd.zero_grad()
+        found[case] = agree(flat(model))
+    return found
+
+
 # Rows fewer than ranks, as many, not divisible, tall and wide, alike; stacked matrices, another dtype. Experts; filters
 # of one and two dimensions, whole and in groups, as many of these as output channels.
 MATRICES: list[tuple[tuple[int, ...], Matrices, torch.dtype]] = [

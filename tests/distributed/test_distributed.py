@@ -24,6 +24,7 @@ def test_two_processes(subtests: pytest.Subtests, tmp_path: Path) -> None:
     names += [
         "exchanged",
         "exchanged_ddp",
+        "odd_passes",
         "owned",
         "replicated",
         "unweighed",
@@ -53,6 +54,8 @@ def test_two_processes(subtests: pytest.Subtests, tmp_path: Path) -> None:
         assert found["exchanged"] == {"muon": [NORM + EXCHANGE, [away] * 2, [1, 1]], "block_muon": [NORM, [], [4, 4]]}
     with subtests.test("one exchange under DDP where it averages all gradients"):
         exchanged_ddp(found["exchanged_ddp"], sent=8 * 12 * 5, orthogonalized=[1, 1])
+    with subtests.test("a rank's own passes neither hang nor part it from the others"):
+        assert found["odd_passes"] == {"unreached": True, "by itself": True}
     replicated(subtests, found["replicated"])
     owned(subtests, found["owned"], orthogonalized=MATRICES + EXPERTS + 2)
     with subtests.test("experts, torch's attention and filters"):
