@@ -23,6 +23,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from datasets import Dataset
+from safetensors.torch import save_file
 from sentence_transformers import (
     SentenceTransformer,
     SentenceTransformerTrainer,
@@ -137,8 +138,9 @@ def build_model(texts: Sequence[str], arguments: ModelArguments, max_length: int
     tokenizer = load_or_train(None, texts, arguments.vocab_size)
     tokenizer.model_max_length = max_length
     bert = BertModel(arguments.config(tokenizer, max_length))
-    with TemporaryDirectory() as folder:  # from which alone the library makes its module
-        bert.save_pretrained(folder)
+    with TemporaryDirectory() as folder:  # from which alone the library makes its module, in each process by itself
+        bert.config.save_pretrained(folder)
+        save_file(bert.state_dict(), Path(folder, "model.safetensors"), {"format": "pt"})
         tokenizer.save_pretrained(folder)
         encoder = Transformer(folder, max_seq_length=max_length)
     return SentenceTransformer(modules=[encoder, Pooling(arguments.hidden_size)])

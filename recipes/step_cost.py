@@ -63,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         setting = {key: value for key, value in vars(run).items() if key not in _ABOUT_FILES}
         if setting in settings:
             continue
-        arms = available(run.arms)
+        arms = available(run.arms, images=run.model in IMAGE_MODELS)
         records = measured(run.output, setting, arms) if run.suite else []
         if not records:
             records = measure(run, arms)

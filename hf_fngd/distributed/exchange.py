@@ -35,7 +35,7 @@ def gather(own: Sequence[Measurement], device: torch.device) -> list[Measurement
     if world == 1:
         return list(own)
     received: list[list[tuple[int, Tensor, Tensor]]] = [[] for _ in range(world)]
-    with _with_cause():
+    with with_cause():
         dist.all_gather_object(received, [(m.place, m.w.cpu(), m.rho.cpu()) for m in own])
     found = [Measurement(place, w.to(device), rho.to(device)) for message in received for place, w, rho in message]
     return sorted(found, key=lambda m: m.place)
@@ -47,13 +47,13 @@ def sum_over_processes(own: Tensor) -> Tensor:
     if world == 1:
         return own
     received = own.new_empty(world, len(own))
-    with _with_cause():
+    with with_cause():
         dist.all_gather(list(received.unbind()), own)
     return received.sum(dim=0)
 
 
 @contextmanager
-def _with_cause() -> Iterator[None]:
+def with_cause() -> Iterator[None]:
     """Say what makes an exchange fail; the process group's own timeout ends one that waits for nobody."""
     try:
         yield

@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Shard
 
+from hf_fngd.distributed.exchange import with_cause
 from hf_fngd.distributed.sharded import is_sharded, part, whole
 
 Tensors = dict[int, Tensor]  # by their numbers
@@ -101,12 +102,13 @@ class Owned:
         flat = [x.flatten() if x.device.type == self._device else x.flatten().to(self._device) for x in pieces]
         own = torch.cat(flat) if flat else torch.empty(0, dtype=self.dtype, device=self._device)
         found = own.new_empty(sum(received))
-        dist.all_to_all_single(found, own, received, sent, group=self._group)
+        with with_cause():
+            dist.all_to_all_single(found, own, received, sent, group=self._group)
         return found
 
 
 class Replicated:
-    """Tensors that every process holds whole, and one each works on: one exchange brings to all what it made.
+    """Tensors that every process holds whole, and one each works on: it sends to all what it made.
 
     The i-th process of the group has the i-th of ``owned``. ``dtype`` is that of what is exchanged.
     """
@@ -126,18 +128,22 @@ class Replicated:
 
     def give_back(self, wholes: Tensors) -> Tensors:
         """See `Gathered.give_back`."""
-        sizes = [[self._like[m].numel() for m in some] for some in self._owned]
-        length = max(map(sum, sizes))  # which all have to send
-        received = torch.empty(len(sizes), length, dtype=self.dtype, device=self._like[self.members[0]].device)
-        own = received.new_zeros(length)
-        if self.mine:
-            torch.cat([wholes[m].flatten() for m in self.mine], out=own[: sum(sizes[dist.get_rank(self._group)])])
-        dist.all_gather(list(received.unbind()), own, group=self._group)
-        return {
-            m: x.view(self._like[m].shape)
-            for some, row, lengths in zip(self._owned, received, sizes, strict=True)
-            for m, x in zip(some, row[: sum(lengths)].split_with_sizes(lengths), strict=True)
-        }
+        received, under_way = [], []
+        with with_cause():
+            for owner, some in enumerate(self._owned):
+                if some:
+                    sizes = [self._like[m].numel() for m in some]
+                    flat = (
+                        torch.cat([wholes[m].flatten() for m in some])
+                        if some is self.mine
+                        else torch.empty(sum(sizes), dtype=self.dtype, device=self._like[some[0]].device)
+                    )
+                    source = dist.get_global_rank(self._group, owner)
+                    under_way.append(dist.broadcast(flat, source, group=self._group, async_op=True))
+                    received.append(zip(some, flat.split_with_sizes(sizes), strict=True))
+            for one in under_way:
+                one.wait()
+        return {m: x.view(self._like[m].shape) for parts in received for m, x in parts}
 
 
 def exchanges(
@@ -166,7 +172,9 @@ def exchanges(
         together.setdefault((is_sharded(tensors[place]), group, kinds[place].working), []).append(place)
     for (sharded, group, dtype), places in together.items():
         owned = shared_out({place: cost(kinds[place]) for place in places}, dist.get_world_size(group))
-        for some in zip_longest(*(_in_portions(places, kinds, limit) for places in owned), fillvalue=()):
+        # What has been replicated comes back to all processes, from all owners at once.
+        most = limit if sharded else limit // len(owned)
+        for some in zip_longest(*(_in_portions(places, kinds, most) for places in owned), fillvalue=()):
             yield (Owned if sharded else Replicated)(tensors, some, dtype, group)
 
 

@@ -24,6 +24,9 @@ def wrapped() -> Wrapped | None:
     if wrapper is None:
         return None
     group: dist.ProcessGroup = wrapper.process_group
-    averages = wrapper.require_backward_grad_sync and not (wrapper._comm_hooks or wrapper.parameters_to_ignore)
+    ignored = wrapper.parameters_to_ignore and any(
+        p.requires_grad for name, p in wrapper.module.named_parameters() if name in wrapper.parameters_to_ignore
+    )
+    averages = wrapper.require_backward_grad_sync and not (wrapper._comm_hooks or ignored)
     several = averages and not wrapper._join_config.enable and dist.get_world_size(group) > 1
     return Wrapped(group if several else None)

@@ -103,6 +103,7 @@ class Window:
 
     def __init__(self) -> None:
         self._batches: list[MicroBatch] = []
+        self._wrapped: Wrapped | None = None  # the last pass within DistributedDataParallel
         self.stepped = False  # whether it was closed ever
         self._passed_by = 0  # how often the weights were stepped, and this was not told, since it last was
 
@@ -119,7 +120,7 @@ class Window:
     @property
     def replicas(self) -> ProcessGroup | None:
         """The processes that take the same step, by the last pass that all of them ran: one may run more by itself."""
-        return next((batch.wrapped.replicas for batch in reversed(self._batches) if batch.wrapped is not None), None)
+        return None if self._wrapped is None else self._wrapped.replicas
 
     @property
     def next_offset(self) -> int:
@@ -135,6 +136,7 @@ class Window:
     def add(self, batch: MicroBatch) -> None:
         """A forward pass begins."""
         self._batches.append(batch)
+        self._wrapped = batch.wrapped or self._wrapped
 
     def make_room(self, has_gradients: bool, version: int) -> None:
         """Before a forward pass: forget micro-batches that were abandoned, as the model has gradients or has none.
@@ -174,5 +176,5 @@ class Window:
         found = [batch.weights for batch in self._batches if batch.complete and batch.weights is not None]
         for batch in self._batches:
             batch.weights = None  # a graph that is kept keeps no more than it needs
-        self._batches = []
+        self._batches, self._wrapped = [], None
         return found

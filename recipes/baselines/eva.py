@@ -22,7 +22,9 @@ class Eva(KroneckerOptimizer):
         """`sum a` and `sum g`."""
         return a.sum(0), g.sum(0)
 
-    def update(self, state: dict[str, Any], sums: tuple[Tensor, Tensor], rows: Tensor, group: dict[str, Any]) -> None:
+    def update(
+        self, state: dict[str, Any], sums: tuple[Tensor, Tensor], rows: Tensor, samples: Any, group: dict[str, Any]
+    ) -> None:
         """Average the two vectors."""
         average(state, "a", sums[0] / rows, group["decay"])
         average(state, "b", sums[1], group["decay"])  # the mean of M g

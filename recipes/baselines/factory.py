@@ -30,8 +30,8 @@ class Baseline:
         title: The name to report.
         build: Takes parameter groups, the layers that own their matrices, and the options; returns the optimizer.
         options: The options of `recipes/translate.py` that it has a use for.
-        ends: Whether it takes classifiers and the first convolution; where it does not, its authors leave the first
-            and the last layer to AdamW.
+        ends: Whether it takes classifiers and the first convolution; where it does not, its authors leave them to
+            AdamW.
     """
 
     title: str
@@ -123,7 +123,8 @@ def baseline_layers(model: nn.Module) -> dict[str, nn.Module]:
     """Return by their names the layers whose matrices get a baseline's rule: every Linear, Conv1D and Conv2d.
 
     The one that yields the scores of a vocabulary is left out, and so are subclasses, which may compute something else,
-    and convolutions in groups. A filter `[o, i, k, k]` is the matrix `[o, i k k]`.
+    and convolutions in groups. A filter `[o, i, k, k]` is the matrix `[o, i k k]`, but to SOAP, which has a basis for
+    each of its dimensions.
 
     Raises:
         ValueError: Nothing is left.

@@ -31,10 +31,12 @@ class KFAC(KroneckerOptimizer):
         """`sum a a^T` and `sum g g^T`."""
         return a.mT @ a, g.mT @ g
 
-    def update(self, state: dict[str, Any], sums: tuple[Tensor, Tensor], rows: Tensor, group: dict[str, Any]) -> None:
+    def update(
+        self, state: dict[str, Any], sums: tuple[Tensor, Tensor], rows: Tensor, samples: Any, group: dict[str, Any]
+    ) -> None:
         """Average the factors; invert them where it is time."""
         average(state, "A", sums[0] / rows, group["decay"])
-        average(state, "G", sums[1] * rows, group["decay"])  # (M g)(M g)^T / M
+        average(state, "G", sums[1] * samples, group["decay"])  # (M g)(M g)^T / M
         if group["steps"] % group["inverse_every"] == 0 or "A_inverse" not in state:
             state["A_inverse"], state["G_inverse"] = damped_inverses(state["A"], state["G"], group["damping"])
 
@@ -49,10 +51,12 @@ class EigenKFAC(KFAC):
     The form that Pauloski et al. (2020) found the better one, and with which FNGD's authors compare.
     """
 
-    def update(self, state: dict[str, Any], sums: tuple[Tensor, Tensor], rows: Tensor, group: dict[str, Any]) -> None:
+    def update(
+        self, state: dict[str, Any], sums: tuple[Tensor, Tensor], rows: Tensor, samples: Any, group: dict[str, Any]
+    ) -> None:
         """Average the factors; decompose them where it is time."""
         average(state, "A", sums[0] / rows, group["decay"])
-        average(state, "G", sums[1] * rows, group["decay"])
+        average(state, "G", sums[1] * samples, group["decay"])
         if group["steps"] % group["inverse_every"] == 0 or "A_values" not in state:
             for name in self.averages:
                 values, vectors = torch.linalg.eigh(state[name].double())  # many are 0, which float32 may not manage

@@ -63,8 +63,13 @@ class KroneckerOptimizer(Optimizer):
         """Return two sums over the rows."""
 
     @abstractmethod
-    def update(self, state: dict[str, Any], sums: tuple[Tensor, Tensor], rows: Tensor, group: dict[str, Any]) -> None:
-        """Bring the sums of a step, over all of its rows, into the running averages."""
+    def update(
+        self, state: dict[str, Any], sums: tuple[Tensor, Tensor], rows: Tensor, samples: Any, group: dict[str, Any]
+    ) -> None:
+        """Bring the sums of a step, over all of its rows, into the running averages; the loss is a mean over samples.
+
+        Of a Linear every row is a sample, of a convolution an image.
+        """
 
     @abstractmethod
     def precondition(self, state: dict[str, Any], grad: Tensor, group: dict[str, Any]) -> Tensor:
@@ -78,12 +83,14 @@ class KroneckerOptimizer(Optimizer):
 
     @torch.no_grad()
     def _collect(self, layer: nn.Module, a: Tensor, g: Tensor) -> None:
+        samples = None
         if isinstance(layer, nn.Conv2d):
-            a, g = patches(layer, a), g.flatten(2).mT
+            samples, a, g = len(a), patches(layer, a), g.flatten(2).mT
         a, g = (x.reshape(-1, x.shape[-1]).to(torch.promote_types(x.dtype, torch.float32)) for x in (a, g))
         used = g.any(-1, keepdim=True)  # padding has no gradient, and no place in the statistics of the inputs
-        sums = self._sums.setdefault(layer.weight, [0.0, 0.0, 0])
-        for place, value in enumerate((*self.statistics(a * used, g), used.sum().clamp(min=1))):
+        rows = used.sum().clamp(min=1)
+        sums = self._sums.setdefault(layer.weight, [0.0, 0.0, 0, 0])
+        for place, value in enumerate((*self.statistics(a * used, g), rows, rows if samples is None else samples)):
             sums[place] = sums[place] + value
 
     @torch.no_grad()
@@ -98,8 +105,8 @@ class KroneckerOptimizer(Optimizer):
                     continue
                 state = self.state[p]
                 if p in self._sums:
-                    *sums, rows = self._sums[p]
-                    self.update(state, tuple(sums), rows, group)
+                    *sums, rows, samples = self._sums[p]
+                    self.update(state, tuple(sums), rows, samples, group)
                 transposed = isinstance(self._layers[p], Conv1D)
                 grad = p.grad.mT if transposed else p.grad.flatten(1)
                 direction = self.precondition(state, grad, group) if self.averages[0] in state else grad

@@ -33,8 +33,7 @@ def adamw(model: nn.Module) -> Optimizer:
 
 def torch_muon(model: nn.Module) -> Optimizer:
     """Muon as torch has it, in bfloat16 on any device, with AdamW on what is no matrix of a hidden layer."""
-    layers = [layer for layer in baseline_layers(model).values() if layer.weight.dim() == 2]  # all that torch's takes
-    matrices, rest = split(model, layers, weight_decay=0.0)
+    matrices, rest = split(model, list(baseline_layers(model).values()), weight_decay=0.0)
     muon = torch.optim.Muon(matrices, lr=1e-5, weight_decay=0.0, adjust_lr_fn="match_rms_adamw")
     return Composite(TORCH_MUON, [muon, torch.optim.AdamW(rest, lr=1e-5, fused=True)])
 
@@ -82,9 +81,9 @@ ARMS: dict[str, Callable[[nn.Module], Optimizer]] = {
 }
 
 
-def available(names: Iterable[str]) -> list[str]:
-    """The yardsticks and these arms; says so where torch's Muon is one of them and torch has none."""
-    chosen = list(dict.fromkeys([*YARDSTICKS, *names]))
+def available(names: Iterable[str], images: bool = False) -> list[str]:
+    """The yardsticks and these arms, without torch's Muon where torch has none, and for images: it takes no filters."""
+    chosen = [name for name in dict.fromkeys([*YARDSTICKS, *names]) if not (images and name == TORCH_MUON)]
     if TORCH_MUON in chosen and not hasattr(torch.optim, "Muon"):
         chosen.remove(TORCH_MUON)
         print(

@@ -101,6 +101,8 @@ class Collectives(TorchDispatchMode):
                 )
             if name == "allgather_":
                 self.sent.append(args[1][0].nbytes * (dist.get_world_size() - 1))
+            if name == "broadcast_" and args[2] == dist.get_rank():
+                self.sent.append(args[0][0].nbytes * (dist.get_world_size() - 1))
         return func(*args, **(kwargs or {}))
 
 

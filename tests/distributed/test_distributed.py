@@ -52,7 +52,7 @@ def test_two_processes(subtests: pytest.Subtests, tmp_path: Path) -> None:
     with subtests.test("two exchanges for all matrices, none for blocks that a process holds whole"):
         away = 8 * (12 * 5 + 4 * 12) // 2  # bytes: float64, and half of each matrix is the owner's own part
         assert found["exchanged"] == {"muon": [NORM + EXCHANGE, [away] * 2, [1, 1]], "block_muon": [NORM, [], [4, 4]]}
-    with subtests.test("one exchange under DDP where it averages all gradients"):
+    with subtests.test("exchanges under DDP where it averages all gradients"):
         exchanged_ddp(found["exchanged_ddp"], sent=8 * 12 * 5, orthogonalized=[1, 1])
     with subtests.test("a rank's own passes neither hang nor part it from the others"):
         assert found["odd_passes"] == {"unreached": True, "by itself": True}
@@ -102,7 +102,7 @@ def test_three_processes(subtests: pytest.Subtests, tmp_path: Path) -> None:
             "muon": [NORM + EXCHANGE, [8 * 8 * 5 + narrow] * 2, [1, 1, 0]],
             "block_muon": [NORM + EXCHANGE, [narrow] * 2, [4, 2, 2]],
         }
-    with subtests.test("one exchange under DDP, and a process without a matrix"):
+    with subtests.test("exchanges under DDP, and a process without a matrix"):
         exchanged_ddp(found["exchanged_ddp"], sent=2 * 8 * 12 * 5, orthogonalized=[1, 1, 0])
     replicated(subtests, found["replicated"])
     owned(subtests, found["owned"], orthogonalized=MATRICES + EXPERTS + 3)
@@ -132,14 +132,14 @@ def equal_to_accumulation(found: dict[str, Any], tolerance: float) -> None:
 
 
 def exchanged_ddp(found: dict[str, Any], sent: int, orthogonalized: list[int]) -> None:
-    """One process orthogonalizes each matrix; what each sends is the largest part, to all others."""
+    """One process orthogonalizes each matrix, and sends it to all others; the first has the larger one."""
     processes = len(orthogonalized)
     others = processes - 1
-    assert found.pop("muon") == [["allgather_"], [sent], orthogonalized]
+    assert found.pop("muon") == [["broadcast_"] * 2, [sent], orthogonalized]
     assert found.pop("block_muon") == [[], [], [8] * processes]
     # The first exchange is that of the positions; all orthogonalize the smaller matrix.
     sizes = [8 * others, 8 * 40 * 5 * others]
-    assert found.pop("many positions") == [["allgather_"] * 2, sizes, [2] + [1] * others]
+    assert found.pop("many positions") == [["allgather_", "broadcast_"], sizes, [2] + [1] * others]
     assert set(found) == {"no_sync", "hook", "ignored"}
     assert all(outcome == [[], [], [2] * processes] for outcome in found.values())
 
@@ -153,7 +153,8 @@ def replicated(subtests: pytest.Subtests, found: dict[str, Any]) -> None:
             assert outcome["agree"]
             assert sum(outcome["matrices"]) == MATRICES + EXPERTS
     in_one, in_portions = (outcome["collectives"] for outcome in found.values())
-    assert in_one == ["allgather_"] * 2  # float64 and float32
+    processes = len(outcome["matrices"])
+    assert in_one == ["broadcast_"] * (processes + 1)  # of each process in float64, of one in float32
     assert len(in_portions) > len(in_one)
 
 

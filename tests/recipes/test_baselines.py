@@ -281,7 +281,9 @@ def test_filters_of_one_entry_are_stepped_like_linears(name):
         optimizer = BASELINES[name].build([{"params": weights}], layers, lr=0.1)
         generator = torch.Generator().manual_seed(1)
         for _ in range(4):
-            x = torch.randn(5, 3, 4, 2, generator=generator)
+            x = torch.randn(
+                40, 3, 1, 1, generator=generator
+            )  # KFAC counts an image, and not its positions, as a sample
             out = model(x) if convolution else model(x.movedim(1, -1)).movedim(-1, 1)
             optimizer.zero_grad()
             out.square().mean().backward()
@@ -289,6 +291,21 @@ def test_filters_of_one_entry_are_stepped_like_linears(name):
         ends.append([weight.detach().flatten(1) for weight in weights])
         assert not torch.equal(weights[-1].flatten(1), Pointwise(False).two.weight)
     torch.testing.assert_close(ends[0], ends[1], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("cls", [KFAC, EigenKFAC])
+def test_curvature_of_a_filter_has_the_trace_of_the_samples_gradients(cls):
+    """Where positions have independent gradients `tr A tr G` is the mean squared norm of the images' gradients."""
+    torch.manual_seed(0)
+    layer = nn.Conv2d(3, 4, 1, bias=False)
+    optimizer = cls([{"params": [layer.weight]}], [layer], lr=0.1, statistics_every=1, inverse_every=1)
+    x, signs = torch.randn(2000, 3, 4, 4), torch.randn(2000, 4, 4, 4)
+    (layer(x) * signs).sum((1, 2, 3)).mean().backward()
+    per_sample = torch.einsum("noyx,niyx->noi", signs, x)
+    optimizer.step()
+    state = optimizer.state[layer.weight]
+    found = state["A"].trace() * state["G"].trace()
+    assert float(found / per_sample.square().sum((1, 2)).mean()) == pytest.approx(1, rel=0.1)
 
 
 def test_muon_alone_leaves_the_first_convolution_to_adamw(name):

@@ -23,8 +23,8 @@ def argv(tmp_path):
 @pytest.mark.parametrize("more", [[], ["--mini_batch_size=4"], ["--optimizer=adamw"]], ids=["fngd", "parts", "adamw"])
 def test_a_run_learns_to_find_translations(argv, tmp_path, more):
     report = sentence_embeddings.main([*argv, *more, "--num_train_epochs=6"])
-    assert report["predict_accuracy"] > 3 / 16  # by chance: 1 in 16
-    assert report["predict_loss"] < 2.5  # a guess among 16: 2.8
+    assert report["predict_accuracy"] > 0.8  # untrained: 3 of 16
+    assert report["predict_loss"] < 0.5  # untrained: 2.6
     out = tmp_path / "out"
     assert read(out, "all_results.json")["predict_accuracy"] == report["predict_accuracy"]
     card = (out / "README.md").read_text(encoding="utf-8")
