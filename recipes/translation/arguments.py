@@ -84,6 +84,7 @@ class ModelArguments:
     num_heads: int = option(8, "Attention heads; they divide d_model.")
     dropout: float = option(0.1, "Dropout on embeddings and on each sublayer's output.")
     vocab_size: int = option(8000, "Size of the vocabulary shared by both languages, an upper bound.")
+    tie_word_embeddings: bool = option(True, "Whether both embeddings and the output layer share one matrix.")
 
     def __post_init__(self) -> None:
         """Reject sizes that do not fit together."""

@@ -15,8 +15,8 @@ def build_model(
     """Build the Transformer of Vaswani et al. (2017) as a MarianMTModel.
 
     Marian is that architecture: layer norm behind each residual sum, fixed sinusoidal positions, ReLU, one
-    matrix for both embeddings and the output layer, embeddings scaled by sqrt(d_model). The longest sequences and the
-    number of beams go into the generation configuration.
+    matrix for both embeddings and the output layer (three, where they are not tied), embeddings scaled by
+    sqrt(d_model). The longest sequences and the number of beams go into the generation configuration.
     """
     tokens = {
         "pad_token_id": tokenizer.pad_token_id,
@@ -26,6 +26,8 @@ def build_model(
     }
     config = MarianConfig(
         vocab_size=len(tokenizer),
+        share_encoder_decoder_embeddings=model_args.tie_word_embeddings,
+        tie_word_embeddings=model_args.tie_word_embeddings,
         d_model=model_args.d_model,
         encoder_layers=model_args.encoder_layers,
         decoder_layers=model_args.decoder_layers,
@@ -55,9 +57,11 @@ def _initialize(model: MarianMTModel) -> None:
     embedding's makes inputs of unit size, after the scaling, and logits of unit size, through the tied output.
     """
     for name, module in model.named_modules():
-        if isinstance(module, nn.Linear) and name != "lm_head":
+        if isinstance(module, nn.Linear) and not (name == "lm_head" and model.config.tie_word_embeddings):
             nn.init.xavier_uniform_(module.weight)
-            nn.init.zeros_(module.bias)
-    embedding = model.get_input_embeddings()
-    nn.init.normal_(embedding.weight, std=model.config.d_model**-0.5)
-    embedding.weight[model.config.pad_token_id].zero_()
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+    embeddings = (stack.embed_tokens.weight for stack in (model.get_encoder(), model.get_decoder()))
+    for weight in dict.fromkeys(embeddings):  # one or two
+        nn.init.normal_(weight, std=model.config.d_model**-0.5)
+        weight[model.config.pad_token_id].zero_()

@@ -7,6 +7,7 @@ import sacrebleu
 import torch
 from torch import nn
 from torch.nn import functional as F
+from transformers import MarianMTModel
 
 import translate
 from tests.recipes.translate_pairs import PAIRS, TINY_MODEL, write_splits
@@ -53,6 +54,23 @@ def test_model_starts_at_unit_scale(model):
             fan = sum(module.weight.shape)
             assert module.weight.std().item() == pytest.approx((2 / fan) ** 0.5, rel=0.05), name
             assert module.bias.abs().sum() == 0, name
+
+
+def test_embeddings_that_are_not_tied_are_three_matrices(tmp_path):
+    torch.manual_seed(0)
+    tokenizer = train_tokenizer([pair["de"] for pair in PAIRS], 300)
+    sizes = {"d_model": 64, "encoder_layers": 1, "decoder_layers": 1, "ffn_dim": 64, "num_heads": 2}
+    built = build_model(tokenizer, ModelArguments(**sizes, tie_word_embeddings=False), DataArguments())
+    built.save_pretrained(tmp_path)
+    for model in (built, MarianMTModel.from_pretrained(tmp_path)):
+        tables = [stack.embed_tokens.weight for stack in (model.model.encoder, model.model.decoder)]
+        matrices = [*tables, model.lm_head.weight]
+        assert len({id(p) for p in model.parameters()} & {id(matrix) for matrix in matrices}) == 3
+        for table in tables:
+            assert table[model.config.pad_token_id].abs().sum() == 0
+            assert table[1:].std().item() == pytest.approx(64**-0.5, rel=0.05)
+        fan = sum(model.lm_head.weight.shape)
+        assert model.lm_head.weight.std().item() == pytest.approx((2 / fan) ** 0.5, rel=0.05)
 
 
 @pytest.mark.parametrize("bleu", [True, False])
