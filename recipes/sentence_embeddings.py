@@ -171,7 +171,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         "dataset_name": None if data_args.dataset_name is None else shown(data_args.dataset_name),
         "source_lang": data_args.source_lang,
         "target_lang": data_args.target_lang,
-        "model": type(model[0].model).__name__,
+        "model": type(getattr(model[0], "model", model[0])).__name__,
         "parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
         "train_samples": len(pairs["train"]),
         "test_sets": [name for name in pairs if name not in ("train", "validation", "test")],

@@ -154,9 +154,9 @@ def _scores(report: dict[str, Any]) -> str:
     splits = _SPLITS | {f"predict_{name}": f"test set `{name}`" for name in report.get("test_sets", ())}
     names = [name for name in (*_COLUMNS, "loss") if any(f"{prefix}_{name}" in report for prefix in splits)]
     rows = [
-        f"| {split} | {' | '.join(format(report[f'{prefix}_{name}'], '.4g') for name in names)} |"
+        f"| {split} | {' | '.join(_score(report, f'{prefix}_{name}') for name in names)} |"
         for prefix, split in splits.items()
-        if f"{prefix}_loss" in report
+        if any(f"{prefix}_{name}" in report for name in names)
     ]
     if not rows:
         return "Not evaluated yet."
@@ -169,3 +169,7 @@ def _scores(report: dict[str, Any]) -> str:
         ]
         table += ["", f"Translations by {search}; sacreBLEU {', lowercased '.join(signatures)}."]
     return "\n".join(table)
+
+
+def _score(report: dict[str, Any], name: str) -> str:
+    return format(report[name], ".4g") if name in report else "-"
