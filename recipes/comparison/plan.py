@@ -166,7 +166,8 @@ def load(path: Path, overrides: Mapping[str, Any] | None = None, arms: Sequence[
         targets=_targets(values.get("targets")),
     )
     for name, arm in comparison.arms.items():
-        for place in (comparison.screen.options, comparison.final.options):
+        stages = (comparison.screen, comparison.final) if len(arm.points()) > 1 else (comparison.final,)
+        for place in (stage.options for stage in stages):
             both = set(place) & (set(arm.options) | set(arm.grid))
             if both:
                 raise ValueError(f"arm {name} and its stages both set {', '.join(sorted(both))}.")

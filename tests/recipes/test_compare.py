@@ -251,11 +251,12 @@ def test_a_report_on_what_has_not_run_says_so(toy):
 
 
 def test_an_arm_of_one_point_is_not_screened_and_a_run_of_both_stages_is_made_once(toy):
-    toy.values["arms"] = {"a": {"options": {"lr": 0.1}}, "b": {"grid": {"lr": [0.1, 0.2]}}}
-    toy.values["final"] = {"seeds": [0, 1], "options": {"epochs": 1}}
-    toy.run()
+    toy.values["arms"] = {"a": {"options": {"lr": 0.1, "epochs": 2}}, "b": {"grid": {"lr": [0.1, 0.2]}}}
+    toy.values |= {"options": {"mode": "", "epochs": 1}, "final": {"seeds": [0, 1]}}
+    toy.run()  # the screening sets the epochs too, which is nothing to a
     stages = [("screen", "b"), ("screen", "b"), ("final", "a"), ("final", "a"), ("final", "b")]
     assert [(line["stage"], line["arm"]) for line in toy.lines()] == stages
+    assert [line["options"]["epochs"] for line in toy.lines()] == [1, 1, 2, 2, 1]
     assert toy.row("b")[3] == "2"
 
 
