@@ -25,7 +25,7 @@ from hf_fngd.updates.chosen import by_name
 from hf_fngd.updates.gradients import of_layers, real, squared_norms
 from hf_fngd.updates.groups import check_parameters, parameter_groups, resized, trainable
 from hf_fngd.updates.momentum import natural_scales, scaled_gradients
-from hf_fngd.weights.solve import damping_from_gradient
+from hf_fngd.weights.solve import damping_from_gradient, natural_step
 from hf_fngd.weights.solved import SolvedPolicy
 
 logger = logging.getLogger(__name__)
@@ -165,7 +165,19 @@ class FNGD(torch.optim.Optimizer, Joins):
             policy = self.preconditioner.policy
             assert isinstance(policy, SolvedPolicy)
             norms, sizes = of_layers(squared, self.param_groups, len(self.preconditioner.matrices))
-            scales = natural_scales(norms, sizes, policy.rho, policy.spread, policy.damping)
+            mode = policy.shared_lambda = self.settings.shared_lambda or "tracked"
+            if mode == "tracked":
+                scales = natural_scales(norms, sizes, policy.rho, policy.spread, policy.damping)
+            elif mode == "one":
+                scales = torch.ones_like(norms)
+            else:
+                scales = (1 / policy.natural.to(norms)).nan_to_num(nan=0.0, posinf=0.0)
+            if (bound := self.settings.trust_region) is not None:
+                lr = self.param_groups[0].get("initial_lr", self.param_groups[0]["lr"])
+                if mode == "tracked":
+                    scales = natural_step(policy.rho.to(norms).nan_to_num(nan=1.0), policy.spread.to(norms), norms, policy.damping)
+                scales = torch.minimum(scales, bound / lr * sizes.sqrt() / norms.sqrt())
+                scales = torch.where(norms > 0, scales, 0.0).clamp(max=torch.finfo(torch.float32).max)
         for group in self.param_groups:
             self._update_group(group, scales, replicas)
         return loss
