@@ -132,7 +132,10 @@ class Settings:
         "learning rate takes it in; None: 'tracked'.",
     )
     trust_region: float | None = _setting(
-        None, _NONE_OR_POSITIVE, "Experiment. Bound of an update's root mean square with update 'momentum'; None: lr."
+        None,
+        _NONE_OR_POSITIVE,
+        "Experiment. Bound of an update's root mean square with update 'momentum', at the first learning rate; None: lr "
+        "where lambda' is tracked, and none elsewhere.",
     )
     param_groups: list[dict[str, Any]] | None = _setting(  # noqa: RUF009
         None,

@@ -18,7 +18,6 @@ class Coefficients(NamedTuple):
 
     w: Tensor
     rho: Tensor
-    norm: Tensor
 
 
 def coefficients(k: Tensor, damping: float) -> Coefficients:
@@ -39,7 +38,7 @@ def coefficients(k: Tensor, damping: float) -> Coefficients:
     w = solution * (n / solution.sum())
     rho = n / (w @ matrix @ w)
     usable = usable & (failed == 0) & torch.isfinite(w).all() & torch.isfinite(rho) & (rho > 0)
-    return Coefficients(torch.where(usable, w, 1).to(k.dtype), torch.where(usable, rho, torch.nan).to(k.dtype), norm.to(k.dtype))
+    return Coefficients(torch.where(usable, w, 1).to(k.dtype), torch.where(usable, rho, torch.nan).to(k.dtype))
 
 
 def damping_from_gradient(rho: Tensor, squared_norm: Tensor, damping: float) -> Tensor:

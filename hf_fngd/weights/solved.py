@@ -25,12 +25,11 @@ class SolvedWeights(MicroBatchWeights):
         self.rho: Tensor | None = None
 
     def weigh(self, layer: int, samples: Samples) -> Tensor:
-        w, rho, norm = coefficients(samples.gram(self._policy.memory_budget), self._policy.damping)
+        w, rho = coefficients(samples.gram(self._policy.memory_budget), self._policy.damping)
         if self.w is None or self.rho is None:
             self.w = w.new_ones(self._policy.layers, self.size)
             self.rho = w.new_full((self._policy.layers,), torch.nan)
-            self.norm = self.rho.clone()
-        self.w[layer], self.rho[layer], self.norm[layer] = w, rho, norm
+        self.w[layer], self.rho[layer] = w, rho
         return w
 
 
@@ -45,9 +44,6 @@ class SolvedPolicy(SharingPolicy):
     def prepare(self, layers: int, *, damping: float, coefficient_steps: int | None, memory_budget: int) -> None:
         self.layers, self.damping, self.memory_budget = layers, damping, memory_budget
         self.place = 0  # number of the step's first micro-batch since the epoch began, over all processes
-        self.lambdas: list[Tensor] = []
-        self.natural: Tensor | None = None
-        self.shared_lambda = "tracked"
         self.averages: Tensor | None = None  # running geometric means of rho and spread ``[2, L]``, once measured
         self._tell(None)
 
@@ -73,12 +69,6 @@ class SolvedPolicy(SharingPolicy):
             return 0
         # With several processes the places are those of what began: the backward pass of one may reach no layer. With
         # one process a forward pass without a backward pass has no place.
-        if not self.computes:
-            self.natural = self.shared_lambdas()
-        if batches and isinstance(batches[0], SolvedWeights) and batches[0].w is not None:
-            b = batches[0]
-            self.natural = b.norm * (1 / b.rho + self.damping * b.w.square().mean(dim=1))
-            self.lambdas.append(self.natural)
         measured = [
             Measurement(self.place + (batch.offset if several else number), batch.w, batch.rho)
             for number, batch in enumerate(batches)
@@ -90,17 +80,6 @@ class SolvedPolicy(SharingPolicy):
         self.place += begun if several else len(batches)
         self.advance(measured)
         return super().close(batches, begun, like)
-
-    def shared_lambdas(self) -> Tensor | None:
-        if not self.lambdas:
-            return None
-        if self.shared_lambda == "stored":
-            return self.lambdas[self.place % len(self.lambdas)]
-        if self.shared_lambda == "mean":
-            if not hasattr(self, "_mean"):
-                self._mean = torch.stack(self.lambdas).log().nanmean(dim=0).exp()
-            return self._mean
-        return self.lambdas[-1]
 
     def _average(self, measured: Sequence[Measurement]) -> None:
         """Rho and the spread of a step: measured in it, or else the running means, to which it counts a fifth."""
