@@ -25,7 +25,7 @@ from hf_fngd.updates.chosen import by_name
 from hf_fngd.updates.gradients import of_layers, real, squared_norms
 from hf_fngd.updates.groups import check_parameters, parameter_groups, resized, trainable
 from hf_fngd.updates.momentum import natural_scales, scaled_gradients
-from hf_fngd.weights.solve import damping_from_gradient, natural_step
+from hf_fngd.weights.solve import damping_from_gradient
 from hf_fngd.weights.solved import SolvedPolicy
 
 logger = logging.getLogger(__name__)
@@ -158,8 +158,6 @@ class FNGD(torch.optim.Optimizer, Joins):
                 )
             return loss
         replicas = self.preconditioner.replicas
-        computes = getattr(self.preconditioner.policy, "computes", False)
-        place = getattr(self.preconditioner.policy, "place", 0)
         self.preconditioner.step()
         keep_positions(self.param_groups, self.preconditioner.positions)
         scales = None
@@ -167,38 +165,10 @@ class FNGD(torch.optim.Optimizer, Joins):
             policy = self.preconditioner.policy
             assert isinstance(policy, SolvedPolicy)
             norms, sizes = of_layers(squared, self.param_groups, len(self.preconditioner.matrices))
-            scales = self._natural_scales(policy, norms, sizes, computes, place)
+            scales = natural_scales(norms, sizes, policy.rho, policy.spread, policy.damping)
         for group in self.param_groups:
             self._update_group(group, scales, replicas)
         return loss
-
-    def _natural_scales(
-        self, policy: SolvedPolicy, norms: Tensor, sizes: Tensor, computes: bool, place: int
-    ) -> Tensor:
-        """An experiment with what the paper leaves open; one micro-batch a step."""
-        mode, bound = self.settings.shared_lambda or "tracked", self.settings.trust_region
-        if mode == "tracked" and bound is None:
-            return natural_scales(norms, sizes, policy.rho, policy.spread, policy.damping)
-        stored: list[Tensor] = self.__dict__.setdefault("_lambdas", [])
-        if mode == "one":
-            scales = torch.ones_like(norms)
-        elif computes or mode == "tracked":
-            rho = policy.rho.to(norms).nan_to_num(nan=1.0)
-            scales = natural_step(rho, policy.spread.to(norms), norms, policy.damping)
-            if mode != "tracked":
-                stored.append(scales)
-        elif mode == "stored":
-            scales = stored[place % len(stored)]
-        elif mode == "last":
-            scales = stored[-1]
-        else:
-            if len(stored) > 1:
-                stored[:] = [torch.stack(stored).log().mean(dim=0).exp()]
-            scales = stored[0]
-        if bound is not None:
-            first = self.param_groups[0].get("initial_lr", self.param_groups[0]["lr"])
-            scales = torch.minimum(scales, bound / first * sizes.sqrt() / norms.sqrt())
-        return torch.where(norms > 0, scales, 0.0).clamp(max=torch.finfo(torch.float32).max)
 
     def _update_group(
         self, group: dict[str, Any], scales: Tensor | None, replicas: torch.distributed.ProcessGroup | None

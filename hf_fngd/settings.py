@@ -124,19 +124,6 @@ class Settings:
     eps: float | None = _setting(
         None, _NONE_OR_POSITIVE, "Term > 0 in the denominator of update 'adam' and fallback 'adamw'; None: 1e-8."
     )
-    shared_lambda: str | None = _setting(
-        None,
-        choice(("tracked", "stored", "last", "mean", "one")),
-        "Experiment. Where update 'momentum' takes lambda' from in a shared step: 'tracked' on the gradient's norm, "
-        "'stored' with the sample weights, that of the 'last' coefficient step, their geometric 'mean', or 'one': the "
-        "learning rate takes it in; None: 'tracked'.",
-    )
-    trust_region: float | None = _setting(
-        None,
-        _NONE_OR_POSITIVE,
-        "Experiment. Bound of an update's root mean square with update 'momentum', at the first learning rate; None: lr "
-        "where lambda' is tracked, and none elsewhere.",
-    )
     param_groups: list[dict[str, Any]] | None = _setting(  # noqa: RUF009
         None,
         chosen_groups,
