@@ -8,6 +8,7 @@ from sentence_transformers import SentenceTransformer
 import sentence_embeddings
 from sentence_embeddings import DataArguments, ModelArguments, Retrieval
 from tests.recipes.running import have_equal_weights, interrupted, read, short
+from text import card
 from translation.data import load_pairs
 
 TINY = ["--hidden_size=16", "--num_hidden_layers=1", "--num_attention_heads=2", "--vocab_size=300", "--dropout=0"]
@@ -71,6 +72,11 @@ def test_what_is_pushed_has_the_recipes_card(argv, tmp_path):
         sentence_embeddings.main([*argv, *pushed])
     assert str(api.return_value.upload_folder.call_args.kwargs["folder_path"]) == str(tmp_path / "out")
     assert "by hf_fngd's `recipes/sentence_embeddings.py`" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_a_card_keeps_a_split_without_a_loss():
+    table = card._scores({"eval_accuracy": 0.5, "eval_loss": 1.25, "predict_accuracy": 0.75})
+    assert table.splitlines()[2:] == ["| validation | 0.5 | 1.25 |", "| test | 0.75 | - |"]
 
 
 @pytest.mark.parametrize(
