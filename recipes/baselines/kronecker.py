@@ -36,7 +36,8 @@ class KroneckerOptimizer(Optimizer):
             region; statistics_every, steps between two statistics; and a subclass's own.
 
     Raises:
-        ValueError: There are several processes, whose statistics would drift apart, or the damping is not positive.
+        ValueError: There are several processes, whose statistics would drift apart; the damping is not positive; or a
+            convolution pads with something else than zeros.
     """
 
     averages: tuple[str, str]
@@ -56,6 +57,8 @@ class KroneckerOptimizer(Optimizer):
         self._sums: dict[Tensor, list[Any]] = {}
         self._layers = {layer.weight: layer for layer in layers}
         for layer in layers:
+            if isinstance(layer, nn.Conv2d):
+                check_padding(layer)
             layer.register_forward_hook(self._watch)
 
     @abstractmethod
@@ -127,10 +130,13 @@ class KroneckerOptimizer(Optimizer):
 
 def patches(layer: nn.Conv2d, x: Tensor) -> Tensor:
     """Return what the filter sees of images `[N, i, *]` at each position: `[N, positions, i k k]`."""
-    padding = layer.padding
-    if isinstance(padding, str) or layer.padding_mode != "zeros":
+    return F.unfold(x, layer.kernel_size, layer.dilation, layer.padding, layer.stride).mT
+
+
+def check_padding(layer: nn.Conv2d) -> None:
+    """Raise a ValueError where `patches` cannot pad as the layer does."""
+    if isinstance(layer.padding, str) or layer.padding_mode != "zeros":
         raise ValueError("KFAC and Eva of this recipe take convolutions whose padding is a number of zeros.")
-    return F.unfold(x, layer.kernel_size, layer.dilation, padding, layer.stride).mT
 
 
 def average(state: dict[str, Any], name: str, new: Tensor, decay: float) -> None:

@@ -219,6 +219,8 @@ def parse(classes: Sequence[type], argv: Sequence[str] | None = None, **defaults
         [*from_file, *rest], return_remaining_strings=True, look_for_args_file=False
     )
     if unknown:
+        if files := [word for word in unknown if word.endswith((".yaml", ".yml"))]:
+            raise ValueError(f"A file of options is named by --config: --config {files[0]}.")
         raise ValueError(
             _unknown("command line", [word for word in unknown if word.startswith("--")] or unknown, names)
         )

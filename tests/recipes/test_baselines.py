@@ -315,8 +315,14 @@ def test_muon_alone_leaves_the_first_convolution_to_adamw(name):
     optimizer = BaselineFactory()(model, name=name, lr=0.1)
     matrices = {id(p) for group in optimizer.optimizers[0].param_groups for p in group["params"]}
     assert [id(model[n].weight) in matrices for n in (0, 1, 2)] == [name != "muon", False, True]
-    with pytest.raises(ValueError, match="padding is a number of zeros"):
-        patches(nn.Conv2d(1, 1, 3, padding="same"), torch.zeros(1, 1, 4, 4))
+
+
+@pytest.mark.parametrize("options", [{"padding": "same"}, {"padding": 1, "padding_mode": "reflect"}])
+def test_padding_that_the_patches_have_not_is_rejected_at_construction(options):
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3, **options))
+    for name in ("kfac", "eva"):
+        with pytest.raises(ValueError, match="padding is a number of zeros"):
+            BaselineFactory()(model, name=name, lr=0.1)
 
 
 def test_weight_decay_spares_biases_and_norms(name):

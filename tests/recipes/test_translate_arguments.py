@@ -56,6 +56,7 @@ def test_command_line_wins_over_file_and_values_are_typed(tmp_path, text, argv, 
         ("d-model: 64", [], r"options\.yaml: d-model \(did you mean d_model"),
         ("dampng: 1\nzzz: 1", [], r"dampng \(did you mean damping.*zzz\. `--help`"),
         ("", ["--num_beam=3"], r"command line: --num_beam=3 \(did you mean num_beams"),  # no abbreviations
+        ("", ["configs/a.yaml", "--d_model=8"], r"named by --config: --config configs/a\.yaml"),
         ("", ["--dampign", "3"], r"command line: --dampign \(did you mean damping"),
         ("", ["stray"], r"command line: stray"),
         ("- d_model", [], "holds a list"),
