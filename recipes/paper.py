@@ -28,6 +28,7 @@ from typing import Any
 
 import torch
 
+import step_cost
 from benchmark.report import progress
 from common.command_line import words
 from common.timer import hardware
@@ -131,11 +132,15 @@ class Paper:
         if self._suite_file().with_suffix(".md").exists():  # written when all is measured
             return 0
         done, seconds = progress(self._suite_file())
-        return (4 - done) * 4 if self.toy else (14 - done) * (seconds / done if done else 60)
+        left = len(step_cost.parse(self._suite_argv())[1]) - done
+        return left * 4 if self.toy else left * (seconds / done if done else 60)
+
+    def _suite_argv(self) -> list[str]:
+        suite = ["--suite", "cpu" if self.toy else "cuda", f"--output={self._suite_file()}"]
+        return [*suite, *words(TOY_SUITE if self.toy else {})]
 
     def _suite(self, deadline: float) -> int:
-        call = [sys.executable, str(RECIPES / "step_cost.py"), "--suite", "cpu" if self.toy else "cuda"]
-        call += [f"--output={self._suite_file()}", *words(TOY_SUITE if self.toy else {})]
+        call = [sys.executable, str(RECIPES / "step_cost.py"), *self._suite_argv()]
         failed = _call(call, self.folder / "step_cost.txt", deadline)
         print(f"   {progress(self._suite_file())[0]} settings measured ({self._suite_file()})", flush=True)
         return failed or 0

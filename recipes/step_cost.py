@@ -23,6 +23,7 @@ import gc
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 import yaml
@@ -40,29 +41,12 @@ _ABOUT_FILES = ("arms", "suite", "output", "plot")  # options that are no part o
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Measure and print."""
-    argv = sys.argv[1:] if argv is None else argv
-    parser = make_parser()
-    options = parser.parse_args(argv)
-    if options.suite and not options.output:
-        parser.error("--suite needs --output FILE.jsonl, where it goes on after an interruption.")
-    runs = [options]
-    if options.suite:
-        suite = yaml.safe_load(SUITES.read_text(encoding="utf-8"))[options.suite]
-        runs = [
-            parser.parse_args([*words({"device": options.suite, "precision": precision} | setting), *argv])
-            for setting in suite
-            for precision in PRECISIONS[options.suite]
-        ]
-    for run in runs:
-        if run.device.startswith("cuda") and not torch.cuda.is_available():
-            parser.error(f"--device {run.device}: torch {torch.__version__} finds no CUDA device here.")
-        if run.rounds < 1:
-            parser.error(f"--rounds is {run.rounds}; it must be at least 1.")
+    options, runs = parse(sys.argv[1:] if argv is None else argv)
+    if any(run.device.startswith("cuda") for run in runs) and not torch.cuda.is_available():
+        make_parser().error(f"--device cuda: torch {torch.__version__} finds no CUDA device here.")
     settings, found, sections = [], [], []
     for run in runs:
-        setting = {key: value for key, value in vars(run).items() if key not in _ABOUT_FILES}
-        if setting in settings:
-            continue
+        setting = setting_of(run)
         arms = available(run.arms, images=run.model in IMAGE_MODELS)
         records = measured(run.output, setting, arms) if run.suite else []
         if not records:
@@ -80,6 +64,32 @@ def main(argv: Sequence[str] | None = None) -> None:
         plot(options.plot, settings, found)
 
 
+def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[argparse.Namespace]]:
+    """Return the options, and what they measure: the settings of the suite, each once, or themselves."""
+    parser = make_parser()
+    options = parser.parse_args(argv)
+    if options.suite and not options.output:
+        parser.error("--suite needs --output FILE.jsonl, where it goes on after an interruption.")
+    runs = [options]
+    if options.suite:
+        suite = yaml.safe_load(SUITES.read_text(encoding="utf-8"))[options.suite]
+        runs = [
+            parser.parse_args([*words({"device": options.suite, "precision": precision} | setting), *argv])
+            for setting in suite
+            for precision in PRECISIONS[options.suite]
+        ]
+        runs = [run for i, run in enumerate(runs) if setting_of(run) not in map(setting_of, runs[:i])]
+    for run in runs:
+        if run.rounds < 1:
+            parser.error(f"--rounds is {run.rounds}; it must be at least 1.")
+    return options, runs
+
+
+def setting_of(run: argparse.Namespace) -> dict[str, Any]:
+    """Return the options that are part of a setting."""
+    return {key: value for key, value in vars(run).items() if key not in _ABOUT_FILES}
+
+
 def make_parser() -> argparse.ArgumentParser:
     """The options."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
@@ -92,6 +102,9 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--vocab_size", type=int, default=8000)
     parser.add_argument("--batch_size", type=int, default=64)
     parser.add_argument("--length", type=int, default=16, help="tokens; marian: of source and target")
+    parser.add_argument(
+        "--lora_r", type=int, help="train LoRA adapters of this rank, on all Linear but the output layers"
+    )
     parser.add_argument("--precision", choices=["fp32", "tf32", "bf16"], default="fp32", help="bf16: by autocast")
     parser.add_argument("--compile", action="store_true", help="run the models through torch.compile")
     parser.add_argument("--rounds", type=int, default=100)

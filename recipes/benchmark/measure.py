@@ -22,7 +22,7 @@ from transformers.pytorch_utils import Conv1D
 from baselines.composite import Composite
 from benchmark import cost_model
 from benchmark.arms import ADAMW, ARMS, SGD
-from benchmark.models import IMAGE_MODELS, MODELS, attentions, batch
+from benchmark.models import COUNTED, attentions, batch, build
 from hf_fngd.updates.orthogonal import count_operations, working_dtype
 
 Run = Callable[[], None]
@@ -38,7 +38,7 @@ def measure(options: argparse.Namespace, arms: Iterable[str]) -> list[Record]:
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
     torch.backends.cuda.matmul.allow_tf32 = options.precision == "tf32"
-    first, inputs = (MODELS | IMAGE_MODELS)[options.model](options).to(options.device), batch(options)
+    first, inputs = build(options).to(options.device), batch(options)
     expected = partial(prediction, first, options)
     runs: dict[str, Run] = {}
     records: dict[str, Record] = {}
@@ -118,7 +118,7 @@ def bytes_of(state: Any) -> int:
 
 def prediction(model: nn.Module, options: argparse.Namespace, optimizer: Optimizer) -> float | None:
     """A step over SGD's by the cost model; None for an optimizer, or a model, whose operations it does not count."""
-    if options.model in IMAGE_MODELS:
+    if options.model not in COUNTED or options.lora_r is not None:
         return None
     n, t = options.batch_size, options.length
     layers = layers_of(model)

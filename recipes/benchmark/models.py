@@ -8,10 +8,12 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from peft import LoraConfig, get_peft_model
+from torch import Tensor, nn
 from transformers import (
     BertConfig,
     BertForMaskedLM,
+    BertForSequenceClassification,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
@@ -24,7 +26,7 @@ from transformers import (
 from images.arguments import ModelArguments
 from images.models import build_model
 
-CLASSES = 10  # of images
+CLASSES = 10
 
 
 def marian(options: argparse.Namespace) -> MarianMTModel:
@@ -69,6 +71,11 @@ def bert(options: argparse.Namespace) -> BertForMaskedLM:
     return BertForMaskedLM(BertConfig(**sizes(options)))
 
 
+def bert_classifier(options: argparse.Namespace) -> BertForSequenceClassification:
+    """BERT below a classifier of whole rows, as it is fine-tuned."""
+    return BertForSequenceClassification(BertConfig(**sizes(options), num_labels=CLASSES))
+
+
 def llama(options: argparse.Namespace) -> LlamaForCausalLM:
     """Llama (Touvron et al. 2023): RMS norms, gated feed-forward layers, an untied head."""
     return LlamaForCausalLM(LlamaConfig(**sizes(options), pad_token_id=0))
@@ -86,7 +93,7 @@ def sizes(options: argparse.Namespace) -> dict[str, int]:
     }
 
 
-def classifier(options: argparse.Namespace, **arguments: Any) -> PreTrainedModel:
+def image_classifier(options: argparse.Namespace, **arguments: Any) -> PreTrainedModel:
     """One of `recipes/image_classification.py`, for images of `--length` pixels a side."""
     return build_model(ModelArguments(**arguments), options.length, CLASSES)
 
@@ -95,13 +102,25 @@ MODELS: dict[str, Callable[[argparse.Namespace], PreTrainedModel]] = {
     "marian": marian,
     "gpt2": gpt2,
     "bert": bert,
+    "bert_classifier": bert_classifier,
     "llama": llama,
 }
+COUNTED = {"marian", "gpt2", "bert", "llama"}  # by the cost model: each of their layers sees every position
 # Of a size of their own.
 IMAGE_MODELS: dict[str, Callable[[argparse.Namespace], PreTrainedModel]] = {
-    "resnet32": partial(classifier, model="resnet", num_layers=32),
-    "vgg11": partial(classifier, model="vgg"),
+    "resnet32": partial(image_classifier, model="resnet", num_layers=32),
+    "vgg11": partial(image_classifier, model="vgg"),
 }
+
+
+def build(options: argparse.Namespace) -> nn.Module:
+    """The model, in LoRA adapters where `--lora_r` says so: of `--lora_r` on every Linear but the output layers."""
+    model = (MODELS | IMAGE_MODELS)[options.model](options)
+    if options.lora_r is None:
+        return model
+    kind = "SEQ_CLS" if options.model == "bert_classifier" else None  # whose output layer is trained too
+    config = LoraConfig(r=options.lora_r, lora_alpha=2 * options.lora_r, target_modules="all-linear", task_type=kind)
+    return get_peft_model(model, config)
 
 
 def attentions(options: argparse.Namespace) -> int:
@@ -117,5 +136,9 @@ def batch(options: argparse.Namespace) -> dict[str, Tensor]:
             "labels": torch.randint(CLASSES, (options.batch_size,), device=options.device),
         }
     shape = (options.batch_size, options.length)
-    names = ("input_ids", "labels")
-    return {name: torch.randint(2, options.vocab_size, shape, device=options.device) for name in names}
+    tokens = {
+        name: torch.randint(2, options.vocab_size, shape, device=options.device) for name in ("input_ids", "labels")
+    }
+    if options.model == "bert_classifier":
+        tokens["labels"] = torch.randint(CLASSES, shape[:1], device=options.device)
+    return tokens

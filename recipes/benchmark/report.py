@@ -32,7 +32,7 @@ def measured(path: Path, settings: Settings, arms: Sequence[str]) -> list[Record
     """The arms of the last run of a setting in the file; none where it did not have all of these arms."""
     found: dict[str, Record] = {}
     for record in _records(path):
-        if settings.items() <= record.items():
+        if all(record.get(name) == value for name, value in settings.items()):  # lines are older than some options
             if record["arm"] == SGD:  # the first one of a run
                 found = {}
             found[record["arm"]] = record
@@ -78,6 +78,8 @@ def caption(settings: Settings) -> str:
     else:
         found = "{model}, d {d_model}, feed-forward layers of {ffn_dim}, {layers} layers, {heads} heads, {vocab_size} "
         found += "tokens in the vocabulary, batches of {batch_size} x {length}, {precision}, {device}"
+    if settings["lora_r"] is not None:
+        found += ", LoRA of rank {lora_r}"
     compiled = ", compiled" if settings["compile"] else ""
     threads = f", threads: {settings['threads']}" if settings["device"] == "cpu" else ""
     return found.format(**settings) + compiled + threads

@@ -100,7 +100,7 @@ def test_the_rehearsal(tmp_path, monkeypatch, capsys):
     ]  # whose shares a loaded machine keeps to
     assert paper.main(argv) == 0
     assert "skipped" in (tmp_path / "cuda_tests.txt").read_text() or torch.cuda.is_available()
-    assert (tmp_path / "step_cost.md").read_text().count("| SGD-m |") == 4
+    assert (tmp_path / "step_cost.md").read_text().count("| SGD-m |") == 6
     first = [json.loads(line) for line in (tmp_path / "first_steps.jsonl").read_text().splitlines()]
     assert [line["point"] for line in first] == [{"torch_compile_backend": mode} for mode in (None, "aot_eager")]
     assert all(line["metrics"]["step_seconds_median"] > 0 for line in first)

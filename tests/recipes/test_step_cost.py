@@ -69,7 +69,7 @@ def flops(run: measure.Run) -> int:
     return counter.get_total_flops()
 
 
-@pytest.mark.parametrize("model", list(models.MODELS))
+@pytest.mark.parametrize("model", sorted(models.COUNTED))
 def test_the_cost_model_counts_what_torch_counts(model: str) -> None:
     words = f"{TOY} --model {model} --d_model 128 --ffn_dim 320 --heads 4 --batch_size 8 --length 24"
     plain = flops(run_of("SGD-m", words)[0])
@@ -171,6 +171,20 @@ def test_the_script_prints_a_row_an_arm(capsys: pytest.CaptureFixture[str]) -> N
     assert rows[2].startswith("| SGD-m | 1.00 | 1.00 |")
 
 
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+@pytest.mark.parametrize(("model", "output"), [("bert_classifier", 16 * models.CLASSES + models.CLASSES), ("llama", 0)])
+def test_of_adapters_alone_there_is_a_state(model: str, output: int, capsys: pytest.CaptureFixture[str]) -> None:
+    arm = "FNGD block_muon, clipped (the default)"
+    options = step_cost.make_parser().parse_args([*TOY.split(), "--model", model, "--lora_r", "2", "--arms", arm])
+    sgd, _, fngd = measure.measure(options, arms.available([arm]))
+    layers = [m for m in models.build(options).modules() if hasattr(m, "lora_A")]
+    adapters = sum(2 * (layer.in_features + layer.out_features) for layer in layers)
+    assert sgd["parameters"] == fngd["parameters"] == adapters + output
+    assert sgd["state_bytes"] == pytest.approx(4)
+    assert fngd["state_bytes"] == pytest.approx((4 * adapters + 8 * output) / (adapters + output), rel=0.05)
+    assert fngd["predicted"] is None
+
+
 @pytest.mark.parametrize("model", list(models.IMAGE_MODELS))
 def test_images_have_no_prediction(model: str, capsys: pytest.CaptureFixture[str]) -> None:
     names = [
@@ -201,6 +215,7 @@ def test_images_have_no_prediction(model: str, capsys: pytest.CaptureFixture[str
     assert all(row.split(" | ")[5] == "-" for row in rows)
 
 
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 @pytest.mark.parametrize("suite", ["cpu", "cuda"])
 def test_a_suite_goes_on_where_it_was_stopped(suite: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     output, made = tmp_path / "all.jsonl", []
@@ -220,20 +235,16 @@ def test_a_suite_goes_on_where_it_was_stopped(suite: str, tmp_path: Path, monkey
     lines = output.read_text().splitlines()
     output.write_text("\n".join(lines[:-1]) + '\n{"arm": "Muon", "cut off')  # as by a kill
     step_cost.main(words)
-    assert made == [
-        "marian",
-        "gpt2",
-        "bert",
-        "gpt2",
-        "bert",
-        "llama",
-    ]  # equal ones once, what lost a line again
+    tuned = ["bert_classifier"] * 2  # whole, and its adapters
+    rest = ["bert", *tuned, "llama"]
+    assert made == ["marian", "gpt2", "bert", "gpt2", *rest]  # equal ones once, what lost a line again
     page = (tmp_path / "all.md").read_text()
-    assert len(rows_of(page)) == 4 * (2 + 3)
+    assert len(rows_of(page)) == 6 * (2 + 3)
     assert (tmp_path / "all.png").stat().st_size > 0
-    assert all(page.count(f"{name}, d 16") == 1 for name in models.MODELS)
+    assert all(page.count(f"{name}, d 16") == 1 + (name == "bert_classifier") for name in models.MODELS)
+    assert page.count("LoRA of rank 8") == 1
     step_cost.main(words)
-    assert len(made) == 6
+    assert len(made) == 8
     records = [json.loads(line) for line in output.read_text().splitlines() if "cut off" not in line]
     assert all(record["milliseconds"] and record["operations"]["aten::mm"] for record in records)
 
