@@ -22,7 +22,7 @@ from typing import Any
 
 import yaml
 
-from comparison.plan import RECIPES, Comparison, load
+from comparison.plan import RECIPES, Comparison, Run, load
 from comparison.plot import plot
 from comparison.report import report
 from comparison.results import Results, best_points
@@ -47,7 +47,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.jobs < 1:
         parser.error(f"--jobs is {options.jobs}; it must be at least 1.")
     deadline = time.monotonic() + 60 * options.minutes
-    comparison = load(options.config, assignments(parser, options.set), options.arms)
+    overrides = assignments(parser, options.set)
+    comparison = load(options.config, overrides, options.arms)
     results = Results(options.results_dir / f"{comparison.name}.jsonl")
     if options.list:
         _print_plan(comparison, results)
@@ -56,8 +57,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not options.report:
         output_dir = options.output_dir or Path("outputs", "compare", comparison.name)
         failed = run(Runner(comparison, results, output_dir, options.jobs, deadline))
-    write_page(comparison, results, options.results_dir)
+    if options.report and not any(map(results.finished, every_run(load(options.config, overrides), results))):
+        parser.error(f"{results.path} has no finished run of these options: the page would be empty. Mind --set.")
+    write_page(load(options.config, overrides), results, options.results_dir)  # of all arms
     return 1 if failed else 0
+
+
+def every_run(comparison: Comparison, results: Results) -> list[Run]:
+    """Return the runs of the screening, and the final ones that are known by now."""
+    return comparison.screen_runs() + comparison.final_runs(best_points(comparison, results))
 
 
 def write_page(comparison: Comparison, results: Results, folder: Path) -> None:
@@ -87,8 +95,7 @@ def run(runner: Runner) -> int:
 
 def _print_plan(comparison: Comparison, results: Results) -> None:
     best = best_points(comparison, results)
-    runs = comparison.screen_runs() + comparison.final_runs(best)
-    for one in runs:
+    for one in every_run(comparison, results):
         state = "finished" if results.finished(one) else "failed" if results.failed(one) else "to do"
         state = "cut off" if results.unfinished(one) else state
         print(f"{state:8} {one}")

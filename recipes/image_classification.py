@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from common.data import shown
 from common.run import prepare
 from images.arguments import parse_arguments
 from images.data import Columns, load
@@ -24,10 +25,11 @@ from images.trainer import ImageTrainer, best_epochs
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """Train, evaluate, write the output folder, and return what all_results.json holds."""
-    data_args, model_args, outlier_args, optimizer_args, args = parse_arguments(argv)
-    run = prepare(optimizer_args, args, data_args.overwrite_output_dir)
+    parsed = parse_arguments(argv)
+    data_args, model_args, outlier_args, _, args = parsed
+    run = prepare(parsed)
     with args.main_process_first(desc="loading the dataset"):  # the other processes find the download
-        splits = load(data_args, args.seed)
+        splits = load(data_args, args.seed_of_data)
     alone = len(splits.train) % args.train_batch_size == 1 and not args.dataloader_drop_last
     if alone and model_args.model == "vgg" and data_args.image_size < 32:
         raise ValueError(
@@ -46,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         callbacks=run.callbacks,
     )
     report: dict[str, Any] = {
-        "dataset_name": data_args.dataset_name,
+        "dataset_name": shown(data_args.dataset_name),
         "model": model_args.model,
         "parameters": trainer.model.num_parameters(),
         "train_samples": len(splits.train),

@@ -28,6 +28,7 @@ from transformers import (
 
 import corpus
 from common.arguments import OptimizerArguments, TextTrainingArguments, at_least_one, check_model_size, option, parse
+from common.data import shown
 from common.run import prepare
 from text.arguments import TextArguments
 from text.data import TEXT, encode, load_splits
@@ -111,8 +112,9 @@ def build_model(tokenizer: PreTrainedTokenizerBase, arguments: ModelArguments) -
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """Train, evaluate, write the output folder, and return what all_results.json holds."""
     defaults = {"output_dir": "outputs/language_modeling", "text_column": "en"}
-    data_args, model_args, optimizer_args, args = parse(DATACLASSES, argv, **defaults)
-    run = prepare(optimizer_args, args, data_args.overwrite_output_dir)
+    parsed = parse(DATACLASSES, argv, **defaults)
+    data_args, model_args, _, args = parsed
+    run = prepare(parsed)
     with args.main_process_first(desc="loading the dataset"):  # the other processes find the download
         texts = load_splits(data_args, corpus.load)
     # A sentence starts and ends with </s>, so that its first word is predicted too. The tokenizer sets the first
@@ -126,7 +128,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
 
     splits = encode(texts, tokenize, data_args.preprocessing_num_workers)
     run.seed()
-    facts = {"recipe": "language_modeling.py", "task": "text-generation", "dataset_name": data_args.dataset_name}
+    facts = {"recipe": "language_modeling.py", "task": "text-generation", "dataset_name": shown(data_args.dataset_name)}
     return train_and_score(
         run,
         build_model(tokenizer, model_args),

@@ -99,6 +99,12 @@ class EmbeddingTrainingArguments(RecipeTrainingArguments, SentenceTransformerTra
     save_strategy: str = option("epoch", "When to write a checkpoint.")
     warmup_steps: float = option(0.1, "Steps, or a part of all steps, over which the learning rate rises.")
 
+    def __post_init__(self) -> None:
+        """Reject what this recipe has no use for; the rest as `RecipeTrainingArguments`."""
+        super().__post_init__()
+        if self.label_smoothing_factor:
+            raise ValueError("The losses of this recipe have no label smoothing: leave out --label_smoothing_factor.")
+
 
 class Retrieval(TranslationEvaluator):
     """The accuracy of finding translations among those of all other sentences; the mean of both directions."""
@@ -152,8 +158,8 @@ DATACLASSES = (DataArguments, ModelArguments, OptimizerArguments, EmbeddingTrain
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """Train, evaluate, write the output folder, and return what all_results.json holds."""
     parsed = parse(DATACLASSES, argv, output_dir="outputs/sentence_embeddings")
-    data_args, model_args, optimizer_args, args = parsed
-    run = prepare(optimizer_args, args, data_args.overwrite_output_dir)
+    data_args, model_args, _, args = parsed
+    run = prepare(parsed)
     with args.main_process_first(desc="loading the dataset"):  # the other processes find the download
         pairs = load_pairs(data_args)
     run.seed()
@@ -168,7 +174,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         "recipe": "sentence_embeddings.py",
         "task": "sentence-similarity",
         "library": "sentence-transformers",
-        "dataset_name": None if data_args.dataset_name is None else shown(data_args.dataset_name),
+        "dataset_name": shown(data_args.dataset_name),
         "source_lang": data_args.source_lang,
         "target_lang": data_args.target_lang,
         "model": type(getattr(model[0], "model", model[0])).__name__,
@@ -181,7 +187,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         start = shown(model_args.model_name_or_path)
         report |= {"model_name_or_path": start, "trained": "all weights were trained"}
     trainer = EmbeddingTrainer(
-        render_card=lambda: render_card(report | describe(trainer.optimizer, run.config), args),
+        render_card=lambda: render_card(report | describe(trainer.optimizer), args),
         model=model,
         args=args,
         train_dataset=pairs["train"],

@@ -42,7 +42,7 @@ from text.arguments import TextArguments
 from text.bad_samples import BadSampleArguments, spoiled
 from text.bert import BertArguments
 from text.calibration import accuracy_and_calibration
-from text.data import TEXT, draw_shots, encode, load_splits
+from text.data import APART, TEXT, draw_shots, encode, load_splits
 from text.fine_tuning import FineTuningArguments, with_layer_decay
 from text.forgetting import EMBEDDED, Forgetting, ForgettingArguments
 from text.run import train_and_score
@@ -72,7 +72,12 @@ class DataArguments(OutlierArguments, BadSampleArguments, TextArguments):
                 raise ValueError(
                     "--validation_shots draws training rows: leave out --validation_split and --max_eval_samples."
                 )
-            self.validation_split = self.train_split
+            self.validation_split = self.train_split  # of which the rows are drawn apart
+
+    @property
+    def apart(self) -> tuple[str, ...]:
+        """The splits that may have no row in common."""
+        return super().apart if self.validation_shots is None else ("train", "test")
 
 
 @dataclass
@@ -92,9 +97,13 @@ class ClassificationTrainingArguments(TextTrainingArguments):
     early_stopping_patience: int | None = option(
         None, "Stop after so many evaluations without a better metric_for_best_model. Default: never."
     )
-    predict_first_epoch: bool = option(False, "Score the test split after one epoch as well.")
+    predict_first_epoch: bool = option(False, "With do_predict: score the test split after one epoch as well.")
     skip_above: float | None = option(
         None, "Leave out steps whose gradient's norm is so many times the median of the last hundred steps'."
+    )
+
+    restore_callback_states_from_checkpoint: bool = option(
+        True, "On: early stopping and --skip_above go on from what they had seen."
     )
 
     def __post_init__(self) -> None:
@@ -108,6 +117,15 @@ class ClassificationTrainingArguments(TextTrainingArguments):
             )
         if self.early_stopping_patience is not None and not self.load_best_model_at_end:
             raise ValueError("--early_stopping_patience needs --load_best_model_at_end and --metric_for_best_model.")
+
+
+class EarlyStopping(EarlyStoppingCallback):
+    """Transformers' own; a run that it ended stays ended where it is started again."""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Stop at once where the patience is over."""
+        super().on_train_begin(args, state, control, **kwargs)
+        control.should_training_stop |= self.early_stopping_patience_counter >= self.early_stopping_patience
 
 
 DATACLASSES = (
@@ -146,7 +164,7 @@ def number_labels(splits: DatasetDict) -> tuple[DatasetDict, list[str]]:
         if unknown:
             raise ValueError(
                 f"The {split} split has labels that training does not have: {', '.join(unknown[:5])}. Splits without "
-                f"labels have None or -1; a part of another split serves as well: --{split}_split 'train[90%:]'."
+                f"labels have None or -1; a part of another split serves as well. {APART.format(split)}"
             )
         columns = {TEXT: list(rows[TEXT]), LABELS: [numbers[value] for value in rows[LABEL]]}
         numbered[split] = Dataset.from_dict(columns)
@@ -214,13 +232,12 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
             "--forgetting_dataset measures a pretrained model, whole on one device: name one by --model_name_or_path, "
             "and leave out --fsdp and --deepspeed."
         )
-    run = prepare(optimizer_args, args, data_args.overwrite_output_dir)
+    run = prepare(parsed)
     with args.main_process_first(desc="loading the dataset"):  # the other processes find the download
         texts, labels = number_labels(load_splits(data_args, subjects.load, (TEXT, LABEL)))
         others = None if forgetting_args.forgetting_dataset is None else load_forgetting(forgetting_args)
-    data_seed = args.seed if args.data_seed is None else args.data_seed
-    texts = choose_rows(texts, data_args, data_seed)
-    texts["train"] = spoiled(texts["train"], data_args, len(labels), data_seed)
+    texts = choose_rows(texts, data_args, args.seed_of_data)
+    texts["train"] = spoiled(texts["train"], data_args, len(labels), args.seed_of_data)
     named = run.checkpoint or model_args.model_name_or_path
     # In a new tokenizer the first token stands for the whole text.
     tokenizer = load_or_train(named, texts["train"][TEXT], model_args.vocab_size, f"{EOS} $A")
@@ -235,7 +252,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     facts: dict[str, Any] = {
         "recipe": "text_classification.py",
         "task": "text-classification",
-        "dataset_name": None if data_args.dataset_name is None else shown(data_args.dataset_name),
+        "dataset_name": shown(data_args.dataset_name),
         "num_labels": len(labels),
         "trained": trained,
         "shots": data_args.shots,
@@ -259,7 +276,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         splits,
         facts,
         callbacks=[
-            *([] if patience is None else [EarlyStoppingCallback(patience)]),
+            *([] if patience is None else [EarlyStopping(patience)]),
             *([] if args.skip_above is None else [SkipSpikes(args.skip_above)]),
         ],
         first_epoch=args.do_predict and args.predict_first_epoch,

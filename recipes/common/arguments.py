@@ -133,6 +133,11 @@ class RecipeTrainingArguments(TrainingArguments):
     logging_strategy: str = option("epoch", "When to log the training loss.")
     save_total_limit: int | None = option(1, "Checkpoints to keep.")
 
+    @property
+    def seed_of_data(self) -> int:
+        """The seed of the order, and of the choice, of training rows."""
+        return self.seed if self.data_seed is None else self.data_seed
+
     def __post_init__(self) -> None:
         """Reject what the recipes have other options for, and keep a DataLoader without a device quiet.
 
@@ -141,7 +146,9 @@ class RecipeTrainingArguments(TrainingArguments):
         Raises:
             ValueError: do_train is off, or optim names an optimizer.
         """
+        do_eval = self.do_eval
         super().__post_init__()
+        self.do_eval = do_eval  # Trainer turns it on where it evaluates in training; here it is about the end
         if not torch.accelerator.is_available():
             self.dataloader_pin_memory = False  # on a CPU alone the DataLoader warns of it in every epoch
         if not self.do_train:

@@ -21,9 +21,9 @@ def load_named(arguments: DatasetArguments, wanted: Iterable[str], hint: str = "
     return splits
 
 
-def shown(name: str) -> str:
-    """Return a Hub id as it is, and of a local folder the name alone: reports are shared."""
-    return Path(name).resolve().name if Path(name).exists() else name
+def shown(name: str | None) -> str | None:
+    """Return a Hub id as it is, and of a local folder the name alone: reports are shared. None is none."""
+    return Path(name).resolve().name if name is not None and Path(name).exists() else name
 
 
 def first(rows: Dataset, limit: int | None) -> Dataset:

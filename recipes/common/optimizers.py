@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,21 +11,28 @@ from transformers import TrainingArguments
 
 from baselines import BASELINES, BaselineFactory
 from common.arguments import OptimizerArguments
-from hf_fngd import FNGDConfig, FNGDFactory
+from hf_fngd import FNGD, FNGDConfig, FNGDFactory
+from hf_fngd.config import PRESETS
 
 _NO_OPTIONS = ("params", "initial_lr", "step", "steps")  # keys of a parameter group
 
 
 def fngd_config(arguments: OptimizerArguments, training_args: TrainingArguments) -> FNGDConfig | None:
-    """Load the configuration that was named and apply the options; None unless the optimizer is FNGD."""
+    """Load the configuration that was named and apply the options; None unless the optimizer is FNGD.
+
+    Learning rate and weight decay are those of the configuration where it is no preset, and TrainingArguments has its
+    defaults.
+    """
     if not arguments.uses_fngd:
         return None
-    return FNGDConfig.load(
-        arguments.fngd_config or "default",
-        lr=training_args.learning_rate,
-        weight_decay=training_args.weight_decay,
-        **arguments.overrides(),
-    )
+    name = arguments.fngd_config or "default"
+    defaults = {f.name: f.default for f in dataclasses.fields(training_args)}
+    rates = {
+        key: getattr(training_args, theirs)
+        for key, theirs in (("lr", "learning_rate"), ("weight_decay", "weight_decay"))
+        if name in PRESETS or getattr(training_args, theirs) != defaults[theirs]
+    }
+    return FNGDConfig.load(name, **rates, **arguments.overrides())
 
 
 def optimizer_cls_and_kwargs(
@@ -48,20 +56,19 @@ def optimizer_cls_and_kwargs(
     return None
 
 
-def describe(optimizer: torch.optim.Optimizer, config: FNGDConfig | None) -> dict[str, Any]:
+def describe(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     """Return the name and the arguments of the optimizer that trained, not of the one that was asked for.
 
     Args:
         optimizer: The optimizer, in accelerate's wrapper or not.
-        config: FNGD's configuration, whose keys are its arguments.
 
     Returns:
         `optimizer`, its name or else its class's, and `optimizer_arguments`, in types that JSON knows: FNGD's
         configuration, any other optimizer's options in its first group (that of the parameters with weight decay).
     """
     optimizer = getattr(optimizer, "optimizer", optimizer)
-    if config is not None:
-        arguments: Mapping[str, Any] = config.optimizer_arguments()
+    if isinstance(optimizer, FNGD):
+        arguments: Mapping[str, Any] = optimizer.config.optimizer_arguments()
     else:
         group = optimizer.param_groups[0]
         options = {key: group[key] for key in group if key not in _NO_OPTIONS}

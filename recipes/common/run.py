@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,10 +11,27 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainingArguments, enable_full_determinism, set_seed
 
-from common.arguments import OptimizerArguments
+from common.arguments import DatasetArguments, OptimizerArguments
+from common.data import shown
 from common.optimizers import describe, fngd_config, optimizer_cls_and_kwargs
 from common.trainer import RecipeTrainer
 from hf_fngd import FNGDCallback, FNGDConfig, last_complete_checkpoint
+
+OPTIONS = "options.json"
+"""The file in the output folder with the options that decide what is trained."""
+# Of TrainingArguments these decide it. Beside them a run may be longer, saved and scored in other ways.
+_OF_TRAINING = (
+    *("learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "decay_at", "weight_decay"),
+    *("adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm", "label_smoothing_factor", "seed", "data_seed"),
+    *("per_device_train_batch_size", "gradient_accumulation_steps", "train_sampling_strategy", "dataloader_drop_last"),
+    *("bf16", "fp16", "skip_above"),
+)
+# Of the other options these do not.
+_OF_SCORING = (
+    *("overwrite_output_dir", "preprocessing_num_workers", "max_eval_samples", "max_predict_samples"),
+    *("max_test_samples", "test_split", "test_sets", "num_beams", "forgetting_dataset", "forgetting_samples"),
+    *("forgetting_text_column", "forgetting_label_column"),
+)
 
 
 @dataclass(frozen=True)
@@ -45,20 +64,62 @@ class Run:
         report = trainer.train(resume_from_checkpoint=self.checkpoint).metrics
         if self.checkpoint is not None:
             report = {}  # Trainer divides the loss and the time of the rest by the steps of the whole run
-        report |= describe(trainer.optimizer, self.config) | trainer.timer.report()
+        report |= describe(trainer.optimizer) | trainer.timer.report()
         trainer.save_model()
         trainer.save_state()
         return report
 
 
-def prepare(optimizer_args: OptimizerArguments, args: TrainingArguments, overwrite: bool) -> Run:
-    """Check the optimizer's options, and look for a checkpoint; `overwrite` deletes those of an earlier run."""
+def prepare(parsed: tuple[Any, ...]) -> Run:
+    """Check the optimizer's options, and look for a checkpoint of the same training.
+
+    Args:
+        parsed: What `common.arguments.parse` returned: options of data and optimizer, TrainingArguments, and others.
+
+    Raises:
+        ValueError: The folder holds the checkpoints of another training, or one was asked for and there is none.
+    """
+    args = next(group for group in parsed if isinstance(group, TrainingArguments))
+    optimizer_args = next(group for group in parsed if isinstance(group, OptimizerArguments))
+    overwrite = any(isinstance(group, DatasetArguments) and group.overwrite_output_dir for group in parsed)
     config = fngd_config(optimizer_args, args)
     optimizer = optimizer_cls_and_kwargs(optimizer_args, config, args)
-    checkpoint = find_checkpoint(args, overwrite)
-    if checkpoint is not None and args.process_index == 0:
-        print(f"Resuming from {checkpoint}; --overwrite_output_dir starts anew.")
+    checkpoint, options = find_checkpoint(args, overwrite), training_options(parsed)
+    if checkpoint is None:
+        if args.process_index == 0:
+            Path(args.output_dir).mkdir(parents=True, exist_ok=True)
+            Path(args.output_dir, OPTIONS).write_text(json.dumps(options, indent=2) + "\n", encoding="utf-8")
+    else:
+        check_same(Path(checkpoint).parent / OPTIONS, options)
+        if args.process_index == 0:
+            print(f"Resuming from {checkpoint}; --overwrite_output_dir starts anew.")
     return Run(args, config, optimizer, checkpoint)
+
+
+def training_options(parsed: tuple[Any, ...]) -> dict[str, Any]:
+    """Return the options that decide what is trained, in types that JSON knows."""
+    found = {}
+    for group in parsed:
+        for field in dataclasses.fields(group):
+            wanted = field.name in _OF_TRAINING if isinstance(group, TrainingArguments) else field.init
+            if wanted and field.name not in _OF_SCORING:
+                found[field.name] = getattr(group, field.name)
+    for name in ("dataset_name", "model_name_or_path", "fngd_config"):
+        if found.get(name) is not None:
+            found[name] = shown(found[name])
+    return dict(json.loads(json.dumps(found, default=lambda value: getattr(value, "value", str(value)))))
+
+
+def check_same(file: Path, options: dict[str, Any]) -> None:
+    """Raise a ValueError where a file of options, if it exists, has other values of these."""
+    before = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    differ = [name for name in options if name in before and before[name] != options[name]]
+    if differ:
+        changes = ", ".join(f"{name} was {before[name]!r} and is {options[name]!r}" for name in differ)
+        raise ValueError(
+            f"{file.parent} holds the checkpoints of another training: {changes}. Give the same options to go on with "
+            "it, another --output_dir, or --overwrite_output_dir true to delete them and start anew."
+        )
 
 
 def find_checkpoint(args: TrainingArguments, overwrite: bool) -> str | None:

@@ -8,15 +8,17 @@ from typing import Any
 
 import torch
 from transformers import TrainerCallback
+from transformers.trainer_callback import ExportableState
 
 _WINDOW, _LEAST = 100, 10  # steps that the median is of, and that it needs
 
 
-class SkipSpikes(TrainerCallback):
+class SkipSpikes(TrainerCallback, ExportableState):
     """Drops the gradients of a step whose norm is above `factor` times the median of the last hundred steps taken.
 
     The first ten steps are all taken. The optimizer then has nothing to do: parameters and moments stay. Where Trainer
-    clips the gradient it does so before, which bounds what is seen here: set `max_grad_norm=0`.
+    clips the gradient it does so before, which bounds what is seen here: set `max_grad_norm=0`. Checkpoints keep what
+    it has seen, for `restore_callback_states_from_checkpoint`. `skipped_steps` is logged at the end.
     """
 
     def __init__(self, factor: float) -> None:
@@ -34,3 +36,19 @@ class SkipSpikes(TrainerCallback):
             model.zero_grad()
         else:
             self.norms.append(norm)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Log the number of steps that were left out."""
+        state.log_history.append({"skipped_steps": self.skipped, "step": state.global_step})
+
+    def state(self) -> dict[str, Any]:
+        """Return what a checkpoint keeps."""
+        return {"args": {"factor": self.factor}, "attributes": {"norms": list(self.norms), "skipped": self.skipped}}
+
+    @classmethod
+    def from_state(cls, state: dict[str, Any]) -> SkipSpikes:
+        """Return it as it was."""
+        found = cls(**state["args"])
+        found.norms.extend(state["attributes"]["norms"])
+        found.skipped = state["attributes"]["skipped"]
+        return found

@@ -150,6 +150,8 @@ def load(path: Path, overrides: Mapping[str, Any] | None = None, arms: Sequence[
     reference = values.get("reference", next(iter(found)))
     if reference not in found:
         raise ValueError(f"{path} has the reference {reference!r}, which is no arm; the arms are {', '.join(found)}.")
+    if values["metric"].startswith(("test_", "predict_")):
+        raise ValueError(f"{path} has the metric {values['metric']!r}: a test split chooses nothing.")
     kept = {name: arm for name, arm in found.items() if arms is None or name in arms}
     comparison = Comparison(
         name=path.stem,

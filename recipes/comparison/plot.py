@@ -10,24 +10,29 @@ from matplotlib.figure import Figure  # no pyplot: it would look for a display
 from comparison.plan import Comparison
 from comparison.results import Record, Results, best_points, step_seconds
 
+MARKERS = ("", "o", "s", "^")
+
 
 def plot(comparison: Comparison, results: Results, path: Path) -> None:
-    """Draw the curves of the best points, by epochs and seconds: a line a seed (dashed: cut off), a colour an arm."""
-    rows = len(comparison.curves)
-    palette = colormaps["tab10" if len(comparison.arms) <= 10 else "tab20"]
+    """Draw the curves of the best points, by epochs and seconds: a line a seed (dashed: cut off).
+
+    An arm has a colour, from the eleventh on a marker as well.
+    """
+    rows, palette, named = len(comparison.curves), colormaps["tab10"], set()
     figure = Figure(figsize=(11, 3.6 * rows), layout="constrained")
     axes = figure.subplots(rows, 2, squeeze=False, sharey="row")
     for number, run in enumerate(comparison.final_runs(best_points(comparison, results))):
         record = results.finished(run) or results.unfinished(run)
         if record is None:
             continue
-        color = palette(list(comparison.arms).index(run.arm))
-        style = "-" if record["status"] == "finished" else "--"
-        label = run.arm if run.seed == comparison.final.seeds[0] else None
+        round_, color = divmod(list(comparison.arms).index(run.arm), 10)
+        look = {"color": palette(color), "marker": MARKERS[round_ % len(MARKERS)], "markersize": 3}
+        look |= {"linestyle": "-" if record["status"] == "finished" else "--", "linewidth": 1.2, "alpha": 0.8}
+        label = None if run.arm in named else run.arm
+        named.add(run.arm)
         for row, metric in enumerate(comparison.curves):
             for column, unit in enumerate(("epoch", "seconds")):
                 x, y = series(record, metric, unit)
-                look = {"color": color, "linestyle": style, "linewidth": 1.2, "alpha": 0.8}
                 axes[row][column].plot(x, y, label=label, zorder=number + 2, **look)
     for row, metric in enumerate(comparison.curves):
         for column, unit in enumerate(("epoch", "seconds of optimizer steps")):

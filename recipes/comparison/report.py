@@ -74,6 +74,11 @@ def remarks(comparison: Comparison, results: Results, finals: dict[str, list[Rec
     screens = [run for run in comparison.screen_runs() if not results.finished(run) and not results.failed(run)]
     if screens:
         found.append(f"{len(screens)} runs of the screening are missing.")
+    if reused := sorted(set(comparison.screen.seeds) & set(comparison.final.seeds)):
+        found.append(
+            f"Seed {', '.join(map(str, reused))} chose the points and is a final seed too: their scores are a little "
+            f"too good, most of all {comparison.metric}."
+        )
     if len(comparison.final.seeds) == 1:
         found.append("There is one seed: no spread.")
     records = [record for run in runs if (record := results.finished(run))]

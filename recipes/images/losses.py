@@ -39,6 +39,7 @@ class TrainingLoss:
 
 
 def largest_rise(batches: Sequence[float], window: int = WINDOW) -> float | None:
-    """Return the largest ratio of a batch's loss to the median of the `window` batches before; None without any."""
-    ratios = [batches[step] / statistics.median(batches[step - window : step]) for step in range(window, len(batches))]
+    """Return the largest ratio of a batch's loss to the median, above 0, of the `window` batches before; else None."""
+    medians = [statistics.median(batches[step - window : step]) for step in range(window, len(batches))]
+    ratios = [loss / median for loss, median in zip(batches[window:], medians, strict=True) if median > 0]
     return max(ratios, default=None)

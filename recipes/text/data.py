@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
+from itertools import combinations
 from typing import Any
 
 import torch
-from datasets import Dataset, DatasetDict, Features, load_dataset
+from datasets import Dataset, DatasetDict, Features, ReadInstruction, load_dataset
 
 from common.data import first
 from text.arguments import TextArguments
 
 TEXT, LENGTH = "text", "length"
+APART = "Take parts that are apart, as --train_split 'train[:90%]' --{}_split 'train[90%:]'."
+"""What to do where a split is missing, or shares rows with another."""
 
 
 def load_splits(
@@ -28,10 +32,11 @@ def load_splits(
         Three splits with these columns, their texts without white space around them.
 
     Raises:
-        ValueError: A split, a column or a text is missing.
+        ValueError: A split, a column or a text is missing, or two splits have rows in common.
     """
     source = embedded() if arguments.dataset_name is None else None
-    splits = {}
+    splits: dict[str, Dataset] = {}
+    parts: defaultdict[str, list[tuple[str, int, int]]] = defaultdict(list)
     for name, limit in arguments.limits.items():
         split = getattr(arguments, f"{name}_split")
         if source is None:
@@ -40,9 +45,26 @@ def load_splits(
             rows = source[split]
         else:
             raise ValueError(f"--{name}_split: the embedded data has no {split!r}, it has {', '.join(source)}.")
+        if source is None and rows.info.splits is not None:
+            parts[name] = _parts(split, {each: info.num_examples for each, info in rows.info.splits.items()}, limit)
         names = {column: getattr(arguments, f"{column}_column") for column in columns}
         splits[name] = _columns(first(rows, limit), name, names)
+    for one, other in combinations(arguments.apart, 2):
+        if any(a < d and c < b for place, a, b in parts[one] for also, c, d in parts[other] if place == also):
+            raise ValueError(
+                f"--{one}_split {getattr(arguments, f'{one}_split')} and --{other}_split "
+                f"{getattr(arguments, f'{other}_split')} have rows in common. {APART.format(other)}"
+            )
     return DatasetDict(splits)
+
+
+def _parts(split: str, sizes: Mapping[str, int], limit: int | None) -> list[tuple[str, int, int]]:
+    """Return the splits, each with its first row and the one behind its last, that a specification like this reads."""
+    found, left = [], sum(sizes.values()) if limit is None else limit
+    for part in ReadInstruction.from_spec(split).to_absolute(sizes):
+        found.append((part.splitname, part.from_, min(part.to, part.from_ + left)))
+        left = max(0, left - (part.to - part.from_))
+    return found
 
 
 def stripped(texts: Sequence[Any], split: str, column: str) -> list[str]:
@@ -115,7 +137,7 @@ def _load(arguments: TextArguments, name: str, split: str) -> Dataset:
         if "split" not in str(error).lower():
             raise
         raise ValueError(
-            f"--{name}_split {split}: {error} A part of a split serves as well: --{name}_split 'train[90%:]'."
+            f"--{name}_split {split}: {error} A part of another split serves as well. {APART.format(name)}"
         ) from error
 
 

@@ -144,6 +144,8 @@ def with_layer_decay(run: Run, model: nn.Module, optimizer: str, decay: float) -
     if run.config is not None:
         if run.config.fallback_lr is not None:
             raise ValueError("--layer_decay sets the rates of all parameters of a layer: leave out --fallback_lr.")
+        if run.config.param_groups is not None:
+            raise ValueError("--layer_decay makes parameter groups of its own: take a --fngd_config without any.")
         groups = [
             {"params": _pattern(names), "lr": factor * run.config.lr}
             for factor, names in layer_rates(model, decay).items()

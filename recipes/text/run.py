@@ -63,7 +63,7 @@ def train_and_score(
         report["test_sets"] = more
     trainer = trainer_cls(
         optimizer_cls_and_kwargs=run.optimizer,
-        render_card=lambda: render_card(report | describe(trainer.optimizer, run.config), args),
+        render_card=lambda: render_card(report | describe(trainer.optimizer), args),
         model=model,
         args=args,
         train_dataset=splits["train"],
@@ -81,7 +81,8 @@ def train_and_score(
         whole.config.save_pretrained(args.output_dir)  # adapters come without the names of the classes
     if trainer.state.global_step < trainer.state.max_steps:
         report["stopped_at"] = trainer.state.epoch
-    report |= {key: item for event in trainer.state.log_history for key, item in event.items() if key.startswith(FIRST)}
+    for event in trainer.state.log_history:
+        report |= {key: item for key, item in event.items() if key.startswith((FIRST, "skipped_steps"))}
     if args.do_eval:
         report |= trainer.score(held_out["validation"], "eval")
     if args.do_predict:

@@ -77,8 +77,7 @@ class TextTrainer(RecipeTrainer):
         if self.args.train_sampling_strategy != "group_by_length":
             return super()._get_train_sampler(self.train_dataset)
         step = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
-        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-        return ShuffledLengthGroups(self.train_dataset[LENGTH], step, seed)
+        return ShuffledLengthGroups(self.train_dataset[LENGTH], step, self.args.seed_of_data)
 
     def _get_eval_sampler(self, eval_dataset: Dataset) -> SequentialSampler:
         # Trainer shuffles the evaluation too where training batches are grouped by length, and so loses track

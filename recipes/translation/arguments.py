@@ -16,7 +16,7 @@ from common.arguments import (
     option,
 )
 from common.loss import OutlierArguments
-from text.arguments import RowArguments
+from text.arguments import RowArguments, TokenizedArguments
 
 FORMATS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 """The files of pairs that `datasets` loads, by their endings."""
@@ -46,7 +46,7 @@ class PairArguments(RowArguments):
 
 
 @dataclass
-class DataArguments(OutlierArguments, PairArguments):
+class DataArguments(OutlierArguments, PairArguments, TokenizedArguments):
     """What to translate, and how much of it."""
 
     max_source_length: int = option(128, "Longer sources are cut to so many tokens.")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,10 +31,9 @@ class TranslationTrainer(TextTrainer, Seq2SeqTrainer):
         """Translate pairs and score them.
 
         Returns:
-            The loss, the speed, both BLEU and their parts. With the prefix "eval" eval_nll and train_nll too, the mean
-            negative log-likelihood of a target token, in these pairs and in as many from the start of the training
-            split; with "predict" the translations are written to predictions.txt, with "predict_NAME" to
-            predictions_NAME.txt.
+            The loss, the speed, both BLEU and their parts, and nll, the mean negative log-likelihood of a target token.
+            With the prefix "eval" train_nll too, the same of as many pairs from the start of the training split; with
+            "predict" the translations are written to predictions.txt, with "predict_NAME" to predictions_NAME.txt.
         """
         each_epoch = self.args.predict_with_generate
         self.args.predict_with_generate = True
@@ -49,8 +48,8 @@ class TranslationTrainer(TextTrainer, Seq2SeqTrainer):
             bleu = SacreBleu(lowercase).compute(predictions=translations, references=list(rows[TARGET]))
             metrics |= {f"{prefix}_{name}": bleu.pop("score")}
             metrics |= {f"{prefix}_{name}_{part}": value for part, value in bleu.items()}
+        metrics[f"{prefix}_nll"] = mean_nll(self.log_likelihoods(rows))
         if prefix == "eval":
-            metrics["eval_nll"] = mean_nll(self.log_likelihoods(rows))
             metrics["train_nll"] = mean_nll(self.log_likelihoods(first(self.train_dataset, len(rows))))
         if prefix.startswith("predict") and self.is_world_process_zero():
             ordered = [text for _, text in sorted(zip(rows[ROW], translations, strict=True))]
@@ -77,12 +76,13 @@ class TranslationTrainer(TextTrainer, Seq2SeqTrainer):
         return torch.cat(scores)
 
 
-def make_bleu(tokenizer: PreTrainedTokenizerBase, size: int) -> Callable[[EvalPrediction], dict[str, float]]:
-    """Return `compute_metrics` for an evaluation with generation in mid-training: BLEU of `size` pairs."""
+def make_bleu(
+    tokenizer: PreTrainedTokenizerBase, references: Sequence[str]
+) -> Callable[[EvalPrediction], dict[str, float]]:
+    """Return `compute_metrics` for an evaluation with generation in mid-training: BLEU against whole references."""
 
     def compute(prediction: EvalPrediction) -> dict[str, float]:
-        translations = decode(tokenizer, prediction.predictions[:size])
-        references = decode(tokenizer, prediction.label_ids[:size])
+        translations = decode(tokenizer, prediction.predictions[: len(references)])
         return {"bleu": SacreBleu().compute(predictions=translations, references=references)["score"]}
 
     return compute

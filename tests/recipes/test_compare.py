@@ -243,6 +243,24 @@ def test_remarks_come_with_their_causes_alone(toy):
     assert "overlap" not in toy.page()
 
 
+def test_a_page_is_of_all_arms_and_is_not_replaced_by_an_empty_one(toy):
+    toy.run()
+    page = toy.page()
+    toy.run("--arms", "a")
+    assert toy.page() == page
+    with pytest.raises(SystemExit):
+        toy.run("--report", "--set", "bias=7")
+    assert toy.page() == page
+
+
+def test_a_screening_seed_among_the_final_ones_is_told(toy):
+    toy.run()
+    assert "final seed too" not in toy.page()  # the screening has seed 0
+    toy.values["final"]["seeds"] = [0, 1]
+    toy.run()
+    assert "- Seed 0 chose the points and is a final seed too" in toy.page()
+
+
 def test_a_report_on_what_has_not_run_says_so(toy):
     comparison = load(Path(toy.argv[0]))
     page = report(comparison, Results(toy.folder / "nothing.jsonl"))

@@ -154,7 +154,7 @@ def rate(name):
 def test_rates_fall_from_layer_to_layer(pretrained, tmp_path, optimizer, options):
     model, _ = built(pretrained, layer_decay=0.5, **options)
     args = TextTrainingArguments(output_dir=str(tmp_path), learning_rate=0.4, weight_decay=0.1)
-    run = with_layer_decay(prepare(OptimizerArguments(optimizer=optimizer), args, False), model, optimizer, 0.5)
+    run = with_layer_decay(prepare((OptimizerArguments(optimizer=optimizer), args)), model, optimizer, 0.5)
     factory, kwargs = run.optimizer
     groups = factory()(model, **kwargs).param_groups
     found = {id(p): (group["lr"], group["weight_decay"]) for group in groups for p in group["params"]}
@@ -247,6 +247,9 @@ def test_the_best_epoch_is_scored_or_kept_and_training_stops_early(argv, tmp_pat
     assert have_equal_weights(out, out / "checkpoint-4")
     card = (out / "README.md").read_text(encoding="utf-8")
     assert "- 2 epochs, stopped early (9 epochs at most), the weights of the best loss kept, in batches of 16" in card
+    again = text_classification.main([*argv, *more, *best.split(), *stop[:2]])  # it has ended, and stays so
+    assert again["predict_loss"] == report["predict_loss"]
+    assert again["stopped_at"] < 3
 
 
 @pytest.mark.parametrize("more", [["--layer_decay=0.7", "--optimizer=adamw"], LORA], ids=["decay", "lora"])

@@ -130,6 +130,7 @@ def test_fngd_and_the_baselines_take_the_layers_of_the_blocks(tokenizer):
     ("argv", "message"),
     [
         (["--text_column=fr"], r"train split has no column 'fr'; its columns are en, de.*--text_column"),
+        (["--validation_split=train[90%:]"], r"split train and --validation_split train\[90%:\] have rows in common"),
         (["--test_split=dev"], r"--test_split dev: .*dev.*--test_split 'train\[90%:\]'"),
         (["--n_head=3"], "n_head=3 does not divide n_embd=16"),
         (["--n_positions=1"], "n_positions is 1"),

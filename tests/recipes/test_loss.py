@@ -113,7 +113,13 @@ def test_images_are_evaluated_by_the_plain_cross_entropy_which_is_recorded_in_tr
 
 @pytest.mark.parametrize(
     ("batches", "expected"),
-    [([1.0, 2.0], None), ([1.0, 1.0, 9.0, 2.0, 1.0], 9.0), ([4.0, 2.0, 1.0], 1 / 3), ([1.0, 1.0, math.inf], math.inf)],
+    [
+        ([1.0, 2.0], None),
+        ([1.0, 1.0, 9.0, 2.0, 1.0], 9.0),
+        ([4.0, 2.0, 1.0], 1 / 3),
+        ([0.0, 0.0, 3.0], None),
+        ([1.0, 1.0, math.inf], math.inf),
+    ],
 )
 def test_largest_rise_is_over_the_median_of_the_steps_before(batches, expected):
     assert largest_rise(batches, window=2) == (expected if expected is None else pytest.approx(expected))

@@ -102,6 +102,27 @@ def test_resuming_from_nothing_is_an_error(options, named, message):
         translate.main([*options, f"--resume_from_checkpoint={named}"])
 
 
+def test_the_checkpoints_of_another_training_are_not_resumed(tmp_path, options):
+    translate.main([*options, "--num_train_epochs=1"])
+    for more, message in (
+        (["--optimizer=adamw"], "optimizer was 'fngd' and is 'adamw'"),
+        (["--learning_rate=0.02", "--dropout=0.3"], "dropout was 0.1 and is 0.3, learning_rate was 0.01 and is 0.02"),
+    ):
+        with pytest.raises(ValueError, match=f"holds the checkpoints of another training: {message}.*--overwrite_outp"):
+            translate.main([*options, *more])
+    longer = translate.main([*options, "--num_train_epochs=2", "--num_beams=2", "--max_predict_samples=3"])
+    assert read(tmp_path / "out", "trainer_state.json")["global_step"] == 8
+    assert longer["num_beams"] == 2
+    anew = translate.main([*options, "--optimizer=adamw", "--overwrite_output_dir=true", "--num_train_epochs=1"])
+    assert anew["optimizer"] == "AdamW"
+    assert read(tmp_path / "out", "options.json")["optimizer"] == "adamw"
+
+
+def test_without_scores_at_the_end_there_are_none(options):
+    report = translate.main([*options, "--do_eval=false", "--do_predict=false", "--num_train_epochs=1"])
+    assert not [name for name in report if name.startswith(("eval_", "predict_"))]
+
+
 def test_the_best_epoch_is_scored_beside_the_last(tmp_path, options):
     argv = [*options, "--optimizer=adamw", "--label_smoothing_factor=0"]
     assert_best_is_scored(translate.main, argv, tmp_path / "out", rel=1e-5)

@@ -96,8 +96,8 @@ def test_likelihoods_are_those_of_each_pair_by_itself(tmp_path, monkeypatch):
     argv = [f"--dataset_name={write_splits(tmp_path / 'pairs')}", f"--output_dir={tmp_path / 'out'}", *TINY_MODEL]
     argv += ["--optimizer=adamw", "--max_steps=12", "--disable_tqdm=true", "--per_device_eval_batch_size=5"]
     report = translate.main([*argv, "--dropout=0.5"])
-    (model, validation, _), (_, first, scores) = scored
-    assert (len(validation), len(first)) == (16, 16)
+    (model, validation, _), (_, first, scores), (_, test, others) = scored
+    assert (len(validation), len(first), len(test)) == (16, 16, 16)
     for row in (0, 15):  # no dropout, no smoothing, no padding
         labels = torch.tensor([first[row]["labels"]])
         shifted = torch.cat([torch.tensor([[0]]), labels[:, :-1]], dim=1)
@@ -106,6 +106,7 @@ def test_likelihoods_are_those_of_each_pair_by_itself(tmp_path, monkeypatch):
         assert scores[row, 0].item() == pytest.approx(F.cross_entropy(logits[0], labels[0], reduction="sum").item())
         assert scores[row, 1] == labels.numel()
     assert report["train_nll"] == pytest.approx((scores[:, 0].sum() / scores[:, 1].sum()).item())
+    assert report["predict_nll"] == mean_nll(others)
     assert report["eval_nll"] < report["eval_loss"]  # which has label smoothing
 
 
