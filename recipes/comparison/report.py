@@ -74,7 +74,8 @@ def remarks(comparison: Comparison, results: Results, finals: dict[str, list[Rec
     screens = [run for run in comparison.screen_runs() if not results.finished(run) and not results.failed(run)]
     if screens:
         found.append(f"{len(screens)} runs of the screening are missing.")
-    if reused := sorted(set(comparison.screen.seeds) & set(comparison.final.seeds)):
+    reused = sorted(set(comparison.screen.seeds) & set(comparison.final.seeds))
+    if reused and comparison.screen_runs():
         found.append(
             f"Seed {', '.join(map(str, reused))} chose the points and is a final seed too: their scores are a little "
             f"too good, most of all {comparison.metric}."
