@@ -29,13 +29,13 @@ from typing import Any
 import torch
 
 import step_cost
-from benchmark.report import progress
 from common.command_line import words
 from common.timer import hardware
 from compare import assignments, run, write_page
 from comparison.plan import RECIPES, Arm, Comparison, Run, Stage, describe, load
 from comparison.results import Results, best_points, value
 from comparison.runner import Runner, code_version
+from step_costs.report import progress
 
 CONFIG = RECIPES / "configs" / "compare" / "multi30k.yaml"
 TOY_ARMS = ["fngd", "adamw"]

@@ -9,7 +9,7 @@
 All arms train copies of one model on one batch, one step each in turn, so that a change of the machine's speed
 meets all of them; what counts is the ratio to SGD with momentum, or to AdamW: of the medians for steps of one kind, of
 the means for optimizers that do more in one step of 10 or 100 (whose period `--rounds` has to hold). Beside the ratio
-stands what the operations of `benchmark/cost_model.py` let expect.
+stands what the operations of `step_costs/cost_model.py` let expect.
 
 `--suite` measures every setting of a list in `recipes/configs/step_cost.yaml`. A setting that is in the output file is
 not measured again: started again, the command goes on where it was stopped. In the end it writes all tables beside the
@@ -28,11 +28,11 @@ from typing import Any
 import torch
 import yaml
 
-from benchmark.arms import ARMS, available
-from benchmark.measure import measure
-from benchmark.models import IMAGE_MODELS, MODELS
-from benchmark.report import append, measured, plot, section
 from common.command_line import words
+from step_costs.arms import ARMS, available
+from step_costs.measure import measure
+from step_costs.models import IMAGE_MODELS, MODELS
+from step_costs.report import append, measured, plot, section
 
 SUITES = Path(__file__).parent / "configs" / "step_cost.yaml"
 PRECISIONS = {"cpu": ["fp32"], "cuda": ["fp32", "bf16"]}

@@ -32,19 +32,19 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from classification import subjects
+from classification.bad_samples import BadSampleArguments, spoiled
+from classification.calibration import accuracy_and_calibration
+from classification.fine_tuning import FineTuningArguments, with_layer_decay
+from classification.forgetting import EMBEDDED, Forgetting, ForgettingArguments
+from classification.spikes import SkipSpikes
 from common.arguments import OptimizerArguments, TextTrainingArguments, at_least_one, option, parse
 from common.data import shown
 from common.loss import OutlierArguments, make_loss
 from common.run import prepare
-from common.spikes import SkipSpikes
-from text import subjects
 from text.arguments import TextArguments
-from text.bad_samples import BadSampleArguments, spoiled
 from text.bert import BertArguments
-from text.calibration import accuracy_and_calibration
 from text.data import APART, TEXT, draw_shots, encode, load_splits
-from text.fine_tuning import FineTuningArguments, with_layer_decay
-from text.forgetting import EMBEDDED, Forgetting, ForgettingArguments
 from text.run import train_and_score
 from text.tokenizer import EOS, load_or_train
 

@@ -6,10 +6,10 @@ from datasets import Dataset
 from torch import nn
 
 import text_classification
-from common.spikes import SkipSpikes
+from classification.bad_samples import BadSampleArguments, spoiled
+from classification.spikes import SkipSpikes
 from tests.recipes.running import have_equal_weights, read
 from tests.recipes.test_fine_tuning import ROWS, argv, pretrained  # noqa: F401
-from text.bad_samples import BadSampleArguments, spoiled
 
 LABELS = [n % 4 for n in range(len(ROWS))]
 

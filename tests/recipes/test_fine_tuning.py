@@ -21,15 +21,15 @@ from transformers import (
 )
 
 import text_classification
+from classification.calibration import calibration_error
+from classification.fine_tuning import layer_rates, with_layer_decay
+from classification.forgetting import Forgetting, embed, probe_accuracy
 from common.arguments import OptimizerArguments, TextTrainingArguments
 from common.run import prepare
 from hf_fngd import FNGDConfig
 from tests.recipes.running import assert_best_is_scored, have_equal_weights, in_parts, interrupted
 from tests.recipes.translate_pairs import PAIRS
-from text.calibration import calibration_error
 from text.data import draw_shots
-from text.fine_tuning import layer_rates, with_layer_decay
-from text.forgetting import Forgetting, embed, probe_accuracy
 from text.tokenizer import EOS, train_tokenizer
 from text_classification import DataArguments, ModelArguments, build_model, choose_rows
 

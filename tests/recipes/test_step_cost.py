@@ -1,4 +1,4 @@
-"""Steps as a benchmark sees them: what a shared step is made of, what the cost model expects, memory, a suite."""
+"""Steps and their cost: what a shared step is made of, what the cost model expects, memory, a suite."""
 
 import json
 from functools import partial
@@ -9,9 +9,9 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import step_cost
-from benchmark import arms, cost_model, measure, models, report
 from hf_fngd.updates.orthogonal import count_operations
 from hf_fngd.weights.gram import cheaper_route, gram
+from step_costs import arms, cost_model, measure, models, report
 from tests.steps import Allocations
 
 SHARED = "engine + SGD-m, replay, shared step"
@@ -222,6 +222,7 @@ def test_a_suite_goes_on_where_it_was_stopped(suite: str, tmp_path: Path, monkey
     real = step_cost.measure
 
     def stopped(options: object, names: list[str]) -> list[measure.Record]:
+        assert len(made) < 8, "measured anew"
         made.append(options.model)
         if len(made) == 3:
             raise KeyboardInterrupt
@@ -245,6 +246,9 @@ def test_a_suite_goes_on_where_it_was_stopped(suite: str, tmp_path: Path, monkey
     assert page.count("LoRA of rank 8") == 1
     step_cost.main(words)
     assert len(made) == 8
+    monkeypatch.setattr(report, "machine", lambda: {"hardware": "another"})
+    with pytest.raises(AssertionError, match="measured anew"):
+        step_cost.main(words)
     records = [json.loads(line) for line in output.read_text().splitlines() if "cut off" not in line]
     assert all(record["milliseconds"] and record["operations"]["aten::mm"] for record in records)
 

@@ -9,9 +9,9 @@ from torch import nn
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, GPT2Config, GPT2ForSequenceClassification
 
 import text_classification
+from classification import subjects
 from tests.recipes.running import assert_matrices, in_parts, read
 from tests.recipes.translate_pairs import PAIRS
-from text import subjects
 from text.tokenizer import EOS, train_tokenizer
 from text_classification import ModelArguments, build_model, number_labels
 

@@ -12,10 +12,10 @@ from typing import Any
 
 from matplotlib.figure import Figure  # no pyplot: it would look for a display
 
-from benchmark.arms import ADAMW, SGD
-from benchmark.measure import WATCHED, Record
-from benchmark.models import IMAGE_MODELS
 from comparison.markdown import table
+from step_costs.arms import ADAMW, SGD
+from step_costs.measure import WATCHED, Record, machine
+from step_costs.models import IMAGE_MODELS
 
 Settings = Mapping[str, Any]
 
@@ -29,10 +29,14 @@ def append(path: Path, settings: Settings, records: Sequence[Record]) -> None:
 
 
 def measured(path: Path, settings: Settings, arms: Sequence[str]) -> list[Record]:
-    """The arms of the last run of a setting in the file; none where it did not have all of these arms."""
+    """The arms of the last run of a setting on this machine in the file; none where it did not have all of these arms.
+
+    Lines are older than some options, and the oldest do not name their machine.
+    """
     found: dict[str, Record] = {}
     for record in _records(path):
-        if all(record.get(name) == value for name, value in settings.items()):  # lines are older than some options
+        here = all(record.get(name, value) == value for name, value in machine().items())
+        if here and all(record.get(name) == value for name, value in settings.items()):
             if record["arm"] == SGD:  # the first one of a run
                 found = {}
             found[record["arm"]] = record
@@ -68,6 +72,7 @@ def section(settings: Settings, records: Sequence[Record]) -> str:
         rows.append([record["arm"], *cells, *(str(record["operations"].get(name, 0)) for name in WATCHED)])
     last = f"SGD-m: {median(records):.1f} ms a step, median of {settings['rounds']}; "
     last += f"{records[0]['parameters'] / 1e6:.1f}M trained parameters."
+    last += f" {records[0]['hardware']}, torch {records[0]['torch']}." if "hardware" in records[0] else ""
     return f"{caption(settings)}:\n\n{table(head, rows)}\n\n{last}\n"
 
 

@@ -20,10 +20,12 @@ from tqdm import tqdm
 from transformers.pytorch_utils import Conv1D
 
 from baselines.composite import Composite
-from benchmark import cost_model
-from benchmark.arms import ADAMW, ARMS, SGD
-from benchmark.models import COUNTED, attentions, batch, build
+from common.timer import hardware
+from comparison.runner import code_version
 from hf_fngd.updates.orthogonal import count_operations, working_dtype
+from step_costs import cost_model
+from step_costs.arms import ADAMW, ARMS, SGD
+from step_costs.models import COUNTED, attentions, batch, build
 
 Run = Callable[[], None]
 Record = dict[str, Any]
@@ -50,7 +52,7 @@ def measure(options: argparse.Namespace, arms: Iterable[str]) -> list[Record]:
         runs[name]()
         runs[name]()  # the first step may be another than all later ones
         of_all, of_matrices = state_bytes(model, optimizer)
-        records[name] = {"arm": name, "parameters": count(first.parameters())}
+        records[name] = {"arm": name, "parameters": count(first.parameters()), **machine(), "code": code_version()}
         records[name] |= {"predicted": expected(optimizer), "state_bytes": of_all, "matrix_state_bytes": of_matrices}
     times: dict[str, list[float]] = {name: [] for name in runs}
     for _ in tqdm(range(options.rounds), desc="rounds"):
@@ -71,6 +73,11 @@ def measure(options: argparse.Namespace, arms: Iterable[str]) -> list[Record]:
             "operations": operations(run),
         }
     return list(records.values())
+
+
+def machine() -> dict[str, str]:
+    """What a time depends on beside the code and the setting, which has the number of threads."""
+    return {"hardware": hardware().partition(",")[0], "torch": torch.__version__}
 
 
 def full_step(model: nn.Module, step: Callable[[], Any], inputs: dict[str, Tensor], half: bool = False) -> None:
