@@ -50,7 +50,7 @@ from common.run import prepare
 from common.trainer import RecipeTrainer
 from text.bert import BertArguments
 from text.card import render_card
-from text.plot import plot_learning_curve
+from text.run import finish
 from text.tokenizer import load_or_train
 from translation.arguments import PairArguments
 from translation.data import SOURCE, TARGET, load_pairs, training_texts
@@ -204,16 +204,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         report |= trainer.score(pairs["test"], "predict")
         for name in report["test_sets"]:
             report |= trainer.score(pairs[name], f"predict_{name}")
-    trainer.save_metrics("all", report, combined=False)
-    trainer.create_model_card()
-    if trainer.is_world_process_zero():
-        curve = Path(args.output_dir, "learning_curve.png")
-        plot_learning_curve(trainer.state.log_history, curve, f"{report['optimizer']}, {report['recipe']}")
-        for name in ("eval_accuracy", "predict_accuracy"):
-            if name in report:
-                print(f"{name}: {report[name]:.4g}")
-    if args.push_to_hub:
-        trainer.push_to_hub()
+    finish(trainer, report)
     return report
 
 

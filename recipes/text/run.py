@@ -12,6 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallba
 
 from common.optimizers import describe
 from common.run import Run
+from common.trainer import RecipeTrainer
 from text.card import SCORES, render_card
 from text.data import longest_first
 from text.plot import plot_learning_curve
@@ -57,10 +58,9 @@ def train_and_score(
         "model": type(whole).__name__,
         "parameters": model.num_parameters(only_trainable=True),
         "train_samples": len(splits["train"]),
+        "test_sets": more,
         "seed": args.seed,
     }
-    if more:
-        report["test_sets"] = more
     trainer = trainer_cls(
         optimizer_cls_and_kwargs=run.optimizer,
         render_card=lambda: render_card(report | describe(trainer.optimizer), args),
@@ -95,16 +95,22 @@ def train_and_score(
                 report |= trainer.score(held_out["test"], "best_predict")
     if measure is not None:
         report |= measure()
+    finish(trainer, report)
+    return report
+
+
+def finish(trainer: RecipeTrainer, report: dict[str, Any]) -> None:
+    """Write the report, the card and the learning curve, print the scores, and push where the arguments say so."""
+    args = trainer.args
     trainer.save_metrics("all", report, combined=False)
     trainer.create_model_card()
     if trainer.is_world_process_zero():
         curve = Path(args.output_dir, "learning_curve.png")
         plot_learning_curve(trainer.state.log_history, curve, f"{report['optimizer']}, {report['recipe']}")
-        prefixes = ["eval", "predict", *(f"predict_{name}" for name in more)]
+        prefixes = ["eval", "predict", *(f"predict_{name}" for name in report["test_sets"])]
         for name in (f"{prefix}_{metric}" for prefix in prefixes for metric in SCORES):
             if name in report:
                 signature = report.get(f"{name}_signature")
                 print(f"{name}: {report[name]:.4g}" + (f" ({signature})" if signature else ""))
     if args.push_to_hub:
         trainer.push_to_hub()
-    return report
