@@ -27,7 +27,6 @@ from transformers import (
     AutoModelForSequenceClassification,
     BertForSequenceClassification,
     DataCollatorWithPadding,
-    EarlyStoppingCallback,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -35,9 +34,9 @@ from transformers import (
 from classification import subjects
 from classification.bad_samples import BadSampleArguments, spoiled
 from classification.calibration import accuracy_and_calibration
+from classification.callbacks import EarlyStopping, SkipSpikes
 from classification.fine_tuning import FineTuningArguments, with_layer_decay
 from classification.forgetting import EMBEDDED, Forgetting, ForgettingArguments
-from classification.spikes import SkipSpikes
 from common.arguments import OptimizerArguments, TextTrainingArguments, at_least_one, option, parse
 from common.data import shown
 from common.loss import OutlierArguments, make_loss
@@ -117,15 +116,6 @@ class ClassificationTrainingArguments(TextTrainingArguments):
             )
         if self.early_stopping_patience is not None and not self.load_best_model_at_end:
             raise ValueError("--early_stopping_patience needs --load_best_model_at_end and --metric_for_best_model.")
-
-
-class EarlyStopping(EarlyStoppingCallback):
-    """Transformers' own; a run that it ended stays ended where it is started again."""
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Stop at once where the patience is over."""
-        super().on_train_begin(args, state, control, **kwargs)
-        control.should_training_stop |= self.early_stopping_patience_counter >= self.early_stopping_patience
 
 
 DATACLASSES = (

@@ -7,7 +7,7 @@ from torch import nn
 
 import text_classification
 from classification.bad_samples import BadSampleArguments, spoiled
-from classification.spikes import SkipSpikes
+from classification.callbacks import SkipSpikes
 from tests.recipes.running import have_equal_weights, read
 from tests.recipes.test_fine_tuning import ROWS, argv, pretrained  # noqa: F401
 

@@ -1,4 +1,4 @@
-"""A remedy that trainings of large language models use: leave out the steps whose gradient is far longer than usual."""
+"""When to stop, and a remedy of trainings of large language models: leave out steps whose gradient is far too long."""
 
 from __future__ import annotations
 
@@ -7,10 +7,19 @@ from collections import deque
 from typing import Any
 
 import torch
-from transformers import TrainerCallback
+from transformers import EarlyStoppingCallback, TrainerCallback
 from transformers.trainer_callback import ExportableState
 
 _WINDOW, _LEAST = 100, 10  # steps that the median is of, and that it needs
+
+
+class EarlyStopping(EarlyStoppingCallback):
+    """Transformers' own; a run that it ended stays ended where it is started again."""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Stop at once where the patience is over."""
+        super().on_train_begin(args, state, control, **kwargs)
+        control.should_training_stop |= self.early_stopping_patience_counter >= self.early_stopping_patience
 
 
 class SkipSpikes(TrainerCallback, ExportableState):
