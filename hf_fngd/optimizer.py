@@ -23,7 +23,7 @@ from hf_fngd.updates import FALLBACK_RULES, RULES, Update
 from hf_fngd.updates.block_muon import describe_blocks, keep_positions, known_positions
 from hf_fngd.updates.chosen import by_name
 from hf_fngd.updates.gradients import of_layers, real, squared_norms
-from hf_fngd.updates.groups import check_parameters, parameter_groups, resized, trainable
+from hf_fngd.updates.groups import check_parameters, in_force, parameter_groups, resized, trainable
 from hf_fngd.updates.momentum import natural_scales, scaled_gradients
 from hf_fngd.weights.solve import damping_from_gradient
 from hf_fngd.weights.solved import SolvedPolicy
@@ -272,6 +272,7 @@ class FNGD(torch.optim.Optimizer, Joins):
             | {key: group[key] for key in ("layers", "matrices") if key in group}
             for stored, group in zip(state_dict["param_groups"], kept, strict=True)
         ]
+        self.settings = in_force(self.settings, kept, groups)
         self.param_groups = kept
         super().load_state_dict({**state_dict, "param_groups": groups})
         self.preconditioner.positions = known_positions(self.param_groups)

@@ -324,6 +324,18 @@ def test_moments_of_the_rows_that_stay_are_kept(update: str, rows: int, caplog: 
         optimizer._update_group(optimizer.param_groups[0] | group, None, None)
 
 
+def test_what_a_loaded_state_overrides_is_told_and_is_in_the_config(caplog: pytest.LogCaptureFixture) -> None:
+    first, again, other = FNGD(net()), FNGD(net()), FNGD(net(), lr=0.3, weight_decay=0.5, momentum=0.5)
+    torch.optim.lr_scheduler.LambdaLR(first, lambda step: 0.1)  # which is no other setting
+    state = first.state_dict()
+    again.load_state_dict(state)
+    assert not caplog.text
+    other.load_state_dict(state)
+    assert "has lr=0.001, weight_decay=0, momentum=0.9: as in torch, they count" in caplog.text
+    assert "(lr=0.3, weight_decay=0.5, momentum=0.5)" in caplog.text
+    assert (other.config.lr, other.config.weight_decay, other.config.momentum) == (0.001, 0.0, 0.9)
+
+
 @pytest.mark.parametrize("after", [0, 2])
 @pytest.mark.parametrize("sharing", policy_names())
 def test_without_its_optimizer_a_model_is_plain_again(sharing: str, after: int) -> None:

@@ -116,6 +116,7 @@ class LayerCall:
     batch: MicroBatch | Tensor  # in a traced graph what `begin` returned
     engine: int  # its number
     rows: Rows | None = None  # where the samples are, as far as a probe or ids have told
+    rehearsed: bool = False  # see `Call`
 
     @property
     def samples(self) -> int | None:
@@ -131,8 +132,9 @@ class LayerCall:
         number = self.batch if isinstance(self.batch, Tensor) else None
         dim = 0 if self.rows is None else self.rows.dim
         rows = x.flatten(0, dim)
-        # No leaf: of that the engine does not say whether a pass of autograd.grad asks for it.
-        y: Tensor = WeighedLayer.apply(rows, weight.view_as(weight), bias, number, self)  # type: ignore
+        # No leaves: of these the engine does not say whether a pass of autograd.grad asks for them.
+        views = weight.view_as(weight), None if bias is None else bias.view_as(bias)
+        y: Tensor = WeighedLayer.apply(rows, *views, number, self)  # type: ignore
         return y.view(*x.shape[: dim + 1], *y.shape[1:]) if dim and y.shape[:-1] == rows.shape[:-1] else y
 
     def weigh(self, y: Tensor, like: Tensor | None = None) -> Tensor:
@@ -183,7 +185,8 @@ class WeighedLayer(torch.autograd.Function):
         x, weight, number, *others = ctx.saved_tensors
         saved, has_bias = Saved(x, weight, tuple(others)), ctx.has_bias
         of_weight: tuple[Tensor | None, Tensor | None] = None, None
-        if number is not None or torch._C._will_engine_execute_node(ctx.next_functions[1][0]):
+        edges = ctx.next_functions[1 : 2 + has_bias]
+        if number is not None or any(torch._C._will_engine_execute_node(edge) for edge, _ in edges):
             w = _weights(ctx, x, g, number, has_bias)
             of_weight = ctx.kernel.weighted_gradient(saved, g, w, has_bias)
         # Last, so that the norms are taken while g is in the cache.

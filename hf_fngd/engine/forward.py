@@ -54,6 +54,7 @@ class Forwards:
         self._engine = Engine(layers, self._begin_in_graph)
         self._number: Tensor | None = None
         self._tokens = False  # whether a traced graph has the batch's tokens for rows
+        self._whole = False  # whether it is that of the whole model, of which a batch is rehearsed
         own = model.__dict__.get("forward") or plain_class(model).forward
         self._own_ids = COLUMN in inspect.signature(own).parameters
         self._inspected = self._inside = self._rehearsing = False
@@ -142,7 +143,7 @@ class Forwards:
             return own(*args, **kwargs)
         refuse_replica(module)
         sample = _find_sample(args, kwargs)
-        compiling = torch.compiler.is_compiling()
+        self._whole = compiling = torch.compiler.is_compiling()
         if not compiling and self._frozen:
             self._look_for_unfrozen()
         if not compiling and self.probing.left and sample is not None and not is_one_row(given, sample):
@@ -208,7 +209,7 @@ class Forwards:
                 over = TOKENS
             elif layer.by_rows and layer.dim:
                 over = View(layer.dim, "last")
-            call = LayerCall(layer.kernel, layer.place, batch, self._engine.number, over)
+            call = LayerCall(layer.kernel, layer.place, batch, self._engine.number, over, self._whole)
             return layer.kernel.run(module, own, x[0], call)
         rows, unfit = layer.locate(x[0], batch)
         if unfit is not None:

@@ -12,6 +12,7 @@ module that it takes. There are two ways to form a weighted gradient:
 import functools
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from types import FunctionType
 from typing import Any, ClassVar, NamedTuple, Protocol
 
 import torch
@@ -38,11 +39,13 @@ class Call(Protocol):
 
     ``samples`` is their number N, and ``batch_rows`` the batch's size B; they differ where ids say whose each row is.
     Both are None in a graph of torch.compile, which does not know them before it runs. ``rows`` tells where the samples
-    are in the input, where that is known. It is a dataclass.
+    are in the input, where that is known; ``rehearsed``, of a call in such a graph, whether one batch runs eagerly too.
+    It is a dataclass.
     """
 
     __dataclass_fields__: ClassVar[dict[str, Any]]
     rows: Rows | None
+    rehearsed: bool
 
     @property
     def samples(self) -> int | None:
@@ -195,13 +198,28 @@ def plain_class(module: nn.Module) -> type[nn.Module]:
 
 
 class With:
-    """A module as its own forward sees it, with other parameters."""
+    """A module as its own forward sees it, with other parameters; what that sets is set in the module."""
 
     def __init__(self, module: nn.Module, **parameters: Tensor) -> None:
-        self.__dict__ |= {"_module": module, **parameters}
+        self.__dict__.update(_module=module, **parameters)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._module, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        setattr(self._module, name, value)
+
+
+def with_methods(module: nn.Module) -> type[With]:
+    """A `With` for modules of this class, whose methods see the other parameters as well."""
+    classes = [cls for cls in reversed(plain_class(module).__mro__) if not issubclass(nn.Module, cls)]
+    members = {name: value for cls in classes for name, value in vars(cls).items()}
+    methods = {
+        name: value
+        for name, value in members.items()
+        if isinstance(value, FunctionType) and not (name.startswith("__") and name.endswith("__"))
+    }
+    return type("With", (With,), methods)
 
 
 def trained(module: nn.Module) -> dict[str, nn.Parameter]:

@@ -15,15 +15,16 @@ from hf_fngd.layers.base import (
     Forward,
     LayerKernel,
     Layout,
-    With,
     find_kernel,
     plain_class,
     register_layer_type,
     to_train,
     trained,
+    with_methods,
 )
 from hf_fngd.layers.linear import LinearKernel
 from hf_fngd.samples.rows import NOT_THE_BATCH
+from hf_fngd.samples.snapshot import copied, untouched
 
 NOT_ON_ROWS = "its forward does not compute the same on one row a sample of its parameters"
 
@@ -31,44 +32,65 @@ NOT_ON_ROWS = "its forward does not compute the same on one row a sample of its 
 class TableKernel(LayerKernel):
     """A module that adds or prepends its own parameters to a batch. The first call tries whether expanded ones do."""
 
-    def __init__(self) -> None:
+    def __init__(self, module: nn.Module) -> None:
         self._tried = False
+        self._with = with_methods(module)
 
     def takes(self, x: Any, *others: Any) -> bool:
         return self.fault is None and isinstance(x, Tensor) and x.dim() > 1
 
     def run(self, module: nn.Module, own: Forward, x: Tensor, call: Call) -> Any:
-        if (call.batch_rows or 1) > 1 and not self._tried:  # on one row anything computes the same
-            self._tried, self.fault = True, None if _same(module, own, x) else NOT_ON_ROWS
-            if self.fault is not None:
-                return own()
-        return _on_rows(module, own, {name: call.weigh(p) for name, p in _expanded(module, len(x)).items()})
+        if not self._tried:
+            if call.batch_rows is None:  # in a traced graph
+                if not call.rehearsed:
+                    return own()
+            elif call.batch_rows > 1:  # on one row anything computes the same
+                right = self._same(module, own, x) and self._apart(module, own, x)
+                self._tried, self.fault = True, None if right else NOT_ON_ROWS
+                if self.fault is not None:
+                    return own()
+        return self._on_rows(module, own, {name: call.weigh(p) for name, p in _expanded(module, len(x)).items()})
 
     def layout(self, known: bool | None, x: Tensor | None, g: Tensor, samples: int) -> Layout:
         return (True, None) if len(g) == samples else (known, NOT_THE_BATCH)
+
+    def _on_rows(self, module: nn.Module, own: Forward, rows: dict[str, Tensor]) -> Any:
+        args = own.args[1:] if own.args and own.args[0] is module else own.args  # the compiler's has no module in it
+        return plain_class(module).forward(self._with(module, **rows), *args, **own.keywords)
+
+    def _same(self, module: nn.Module, own: Forward, x: Tensor) -> bool:
+        """Whether the module's forward computes the same with its parameters expanded to one row a sample."""
+        with untouched(module, training=module.training):  # both have the same dropout
+            expected = _again(own)()
+        try:
+            with untouched(module, training=module.training):
+                found = self._on_rows(module, _again(own), _expanded(module, len(x)))
+        except Exception:  # whatever a model's own class does with parameters of another shape
+            return False
+        return isinstance(expected, Tensor) and isinstance(found, Tensor) and torch.equal(expected, found)
+
+    def _apart(self, module: nn.Module, own: Forward, x: Tensor) -> bool:
+        """Whether the rows of the one half of the samples change the output of no sample of the other."""
+        half, outputs = len(x) // 2, []
+        for factors in ((1.0, 1.0), (2.0, 1.0), (1.0, 2.0)):
+            rows = _expanded(module, len(x))
+            for name, p in rows.items():
+                rows[name] = torch.cat([p[:half] * factors[0], p[half:] * factors[1]]).detach()
+            with untouched(module):  # where batch norms do not couple the samples
+                outputs.append(self._on_rows(module, _again(own), rows))
+        plain, first, last = (y.reshape(len(x), -1) if len(y) % len(x) == 0 else None for y in outputs)
+        if plain is None or first is None or last is None:
+            return False
+        return torch.equal(plain[half:], first[half:]) and torch.equal(plain[:half], last[:half])
 
 
 def _expanded(module: nn.Module, samples: int) -> dict[str, Tensor]:
     return {name: p.expand(samples, -1, -1) for name, p in trained(module).items()}
 
 
-def _on_rows(module: nn.Module, own: Forward, rows: dict[str, Tensor]) -> Any:
-    args = own.args[1:] if own.args and own.args[0] is module else own.args  # the compiler's has no module in it
-    return plain_class(module).forward(With(module, **rows), *args, **own.keywords)
-
-
-def _same(module: nn.Module, own: Forward, x: Tensor) -> bool:
-    """Whether the module's forward computes the same with its parameters expanded to one row a sample."""
-    alike = functools.partial(torch.random.fork_rng, [x.device] if x.is_cuda else [])  # both have the same dropout
-    with torch.no_grad():
-        with alike():
-            expected = own()
-        try:
-            with alike():
-                found = _on_rows(module, own, _expanded(module, len(x)))
-        except Exception:  # whatever a model's own class does with parameters of another shape
-            return False
-    return isinstance(expected, Tensor) and isinstance(found, Tensor) and torch.equal(expected, found)
+def _again(own: Forward) -> Forward:
+    """The call on copies of its arguments, which it may change in place."""
+    return functools.partial(own.func, *copied(own.args), **copied(own.keywords))
 
 
 @register_layer_type("table")
@@ -78,4 +100,4 @@ def table_kernel(module: nn.Module) -> TableKernel | None:
     if not own or any(p.dim() != 3 or len(p) != 1 for p in own):
         return None
     below = (find_kernel(child)[1] for child in module.modules() if child is not module)
-    return None if any(isinstance(kernel, LinearKernel) for kernel in below) else TableKernel()
+    return None if any(isinstance(kernel, LinearKernel) for kernel in below) else TableKernel(module)

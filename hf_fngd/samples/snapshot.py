@@ -112,8 +112,8 @@ def _is_the_users(value: Any) -> bool:
 
 
 @contextlib.contextmanager
-def untouched(model: nn.Module) -> Iterator[None]:
-    """Run in eval mode and without gradients; afterwards modules and random states are what they were."""
+def untouched(model: nn.Module, training: bool = False) -> Iterator[None]:
+    """Run without gradients, in eval mode or as it is; afterwards modules and random states are what they were."""
     snapshot, modules = Snapshot(), list(model.modules())
     for module in modules:
         snapshot.take(vars(module))
@@ -125,7 +125,7 @@ def untouched(model: nn.Module) -> Iterator[None]:
         torch.set_autocast_cache_enabled(False)  # the training forward pass would find casts without a graph in it
         torch.backends.mha.set_fastpath_enabled(False)  # which calls no Linear
         for module in modules:
-            module.training = False
+            module.training = module.training and training
             for hooks in (module._forward_hooks, module._forward_pre_hooks):
                 for key in [key for key, hook in hooks.items() if not _belongs(hook)]:
                     del hooks[key]

@@ -10,6 +10,7 @@ from transformers.trainer_callback import CallbackHandler
 
 from hf_fngd.optimizer import unwrap
 from hf_fngd.trainer.card import keep_true, save_settings
+from hf_fngd.trainer.loss import check_loss
 
 
 class FNGDCallback(TrainerCallback):  # type: ignore[misc]
@@ -21,7 +22,7 @@ class FNGDCallback(TrainerCallback):  # type: ignore[misc]
 
     FNGD trains rightly without it. What it adds to the training itself: the end of an epoch is known even where
     Accelerate does not show it (iterable datasets under gradient accumulation). At the start of training it raises
-    TypeError where the optimizer is not FNGD.
+    TypeError where the optimizer is not FNGD, and ValueError where the loss has parameters that it does not train.
     """
 
     def __init__(self) -> None:
@@ -40,6 +41,7 @@ class FNGDCallback(TrainerCallback):  # type: ignore[misc]
             trainer = frame.f_locals.get("self")
             if handler is not None and getattr(trainer, "callback_handler", None) is handler:
                 keep_true(trainer)
+                check_loss(unwrap(kwargs["optimizer"]).preconditioner.model, trainer)
                 break
             frame = frame.f_back
 

@@ -25,7 +25,10 @@ def adam_update(update: Update) -> None:
         max_exp_avg_sqs=[],
         state_steps=[counts[p.device][place] for place, p in enumerate(params)],
         # All versions of torch have fused kernels for these devices; on a CPU they take a third of the others' time.
-        fused=all(p.device.type in ("cpu", "cuda") for p in params),
+        fused=all(
+            together[0].device.type in ("cpu", "cuda") and _alike(together)
+            for together in zip(params, update.grads, means, squares, strict=True)
+        ),
         amsgrad=False,
         beta1=group["momentum"],
         beta2=group["beta2"],
@@ -34,6 +37,14 @@ def adam_update(update: Update) -> None:
         eps=group["eps"],
         maximize=False,
     )
+
+
+def _alike(tensors: Sequence[Tensor]) -> bool:
+    """Whether entries in the same place of memory belong together, without gaps; torch's fused kernel takes it so."""
+    if all(tensor.is_contiguous() for tensor in tensors):
+        return True
+    strides = {tensor.stride() for tensor in tensors}
+    return len(strides) == 1 and torch.empty_like(tensors[0]).stride() in strides
 
 
 def _counts(steps: Sequence[int], device: torch.device) -> Sequence[Tensor]:

@@ -1,5 +1,6 @@
 """Parameter groups: who is updated by which rule, and who is decayed."""
 
+import dataclasses
 import logging
 import re
 from collections.abc import Mapping, Sequence
@@ -182,3 +183,25 @@ def check_parameters(model: nn.Module, groups: Sequence[Mapping[str, Any]]) -> N
             "no gradient reached any parameter of this optimizer: it was built on another instance of the model "
             "than the one that is trained, or step() came before backward()"
         )
+
+
+def in_force(settings: Any, own: Sequence[Mapping[str, Any]], loaded: Sequence[Mapping[str, Any]]) -> Any:
+    """Settings in which the values of a loaded state replace those that its groups differ from; the log says so."""
+    changed: dict[str, tuple[float, float]] = {}
+    for mine, theirs in zip(own, loaded, strict=True):
+        for name in ("lr", "weight_decay", "momentum", "beta2", "eps"):
+            if name in mine and name in theirs:
+                # A scheduler moves lr; what was set is beside it.
+                first = "initial_lr" if name == "lr" else name
+                given, value = (float(group.get(first, group[name])) for group in (mine, theirs))
+                if given != value:
+                    changed.setdefault(name, (given, value))
+    if changed:
+        logger.warning(
+            "the state that was loaded has %s: as in torch, they count and not what the optimizer was built with (%s); "
+            "set others in its param_groups after loading",
+            ", ".join(f"{name}={value:g}" for name, (_, value) in changed.items()),
+            ", ".join(f"{name}={value:g}" for name, (value, _) in changed.items()),
+        )
+    own_values = {name: value for name, (given, value) in changed.items() if getattr(settings, name) == given}
+    return dataclasses.replace(settings, **own_values)

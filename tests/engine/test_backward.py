@@ -23,6 +23,23 @@ DAMPINGS = [1e-3, 1e-2, 0.1, 1.0, 30.0]
 BETWEEN = [(), (3,), (2, 2)]
 
 
+def test_a_pass_that_asks_for_biases_alone_gives_them() -> None:
+    plain = net()
+    model = copy.deepcopy(plain)
+    preconditioner = FNGDPreconditioner(model, sharing="uniform")
+    x = data(5)[0]
+    for each in (model, plain):
+        biases = [p for name, p in each.named_parameters() if name.endswith("bias")]
+        found = torch.autograd.grad(each(x).square().sum(), biases)
+        each(x).square().sum().backward(inputs=biases)
+        for bias, g in zip(biases, found, strict=True):
+            torch.testing.assert_close(bias.grad, g)
+        assert all(p.grad is None for name, p in each.named_parameters() if name.endswith("weight"))
+    for one, other in zip(model.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(one.grad, other.grad)
+    preconditioner.detach()
+
+
 # The oracle ------------------------------------------------------------------------------------------------
 
 

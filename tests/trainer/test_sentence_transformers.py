@@ -17,12 +17,13 @@ from sentence_transformers import (
 from sentence_transformers.sentence_transformer.losses import (
     CachedMultipleNegativesRankingLoss,
     MultipleNegativesRankingLoss,
+    SoftmaxLoss,
 )
 from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
-from hf_fngd import FNGD, FNGDCallback
+from hf_fngd import FNGD, FNGDCallback, FNGDFactory
 from tests.modes.nets import INITIAL, POSITIONS, VOCABULARY
 from tests.modes.oracle import Measured, clipped
 from tests.modes.wrapped import tokenizer
@@ -138,3 +139,25 @@ def test_samples_of_every_forward_pass_are_clipped(
                 assert relative_error(gradient.flatten().double(), exact[name]) < 1e-4, name
                 contrast = max(contrast, float(relative_error(plain[name], exact[name])))
     assert contrast > 0.3, "plain gradients would have passed"
+
+
+@pytest.mark.parametrize("by", ["factory", "callback", "loss"])
+def test_parameters_of_the_loss_are_trained_or_an_error(model: SentenceTransformer, tmp_path: Path, by: str) -> None:
+    args = SentenceTransformerTrainingArguments(
+        str(tmp_path / "out"), per_device_train_batch_size=BATCH, max_steps=2, report_to=[], use_cpu=True
+    )
+    data = pairs().add_column("label", [0, 1] * (PAIRS // 2))
+    loss = SoftmaxLoss(model, WIDTH, num_labels=2)
+    before = loss.classifier.weight.detach().clone()
+    way: dict[str, Any] = {"optimizer_cls_and_kwargs": (FNGDFactory, {"args": args})}
+    if by != "factory":
+        way = {"optimizers": (FNGD(loss if by == "loss" else model), None), "callbacks": [FNGDCallback()]}
+    trainer = SentenceTransformerTrainer(model, args, data, loss=loss, **way)
+    if by != "loss":
+        with pytest.raises(
+            ValueError, match=r"SoftmaxLoss has parameters of its own, classifier\.weight.*FNGD\(loss\)"
+        ):
+            trainer.train()
+        return
+    trainer.train()
+    assert not torch.equal(loss.classifier.weight, before)

@@ -36,6 +36,29 @@ def apply(rule: str, params: list[Tensor], grads: list[Tensor], steps: list[int]
     return kept
 
 
+@pytest.mark.parametrize("place", ["parameter", "gradient", "moments"])
+@pytest.mark.parametrize("rule", RULES)
+def test_the_order_of_entries_in_memory_does_not_matter(rule: str, place: str) -> None:
+    shape = (4, 6)
+    plain, strided = ([one.clone() for one in start([shape])] for _ in range(2))
+    memory = torch.zeros(4, 12, dtype=torch.float64)
+    if place == "parameter":  # every second entry is another's
+        strided = [memory[:, ::2].copy_(strided[0])]
+    states: list[tuple[list[Tensor], ...]] = []
+    for params in (plain, strided):
+        grads = gradients([shape], 0)
+        state = tuple([torch.zeros(shape, dtype=torch.float64)] for _ in RULES[rule].state)
+        if params is strided and place == "gradient":
+            grads = [grads[0].t().contiguous().t()]
+        if params is strided and place == "moments":
+            state = tuple([torch.zeros(6, 4, dtype=torch.float64).t()] for _ in RULES[rule].state)
+        for step in (1, 2):
+            state = apply(rule, params, grads, [step], *state)
+        states.append(state)
+    torch.testing.assert_close(strided[0], plain[0], rtol=1e-12, atol=0)
+    assert not memory[:, 1::2].any()
+
+
 def ours(rule: str, shapes: list[tuple[int, ...]], **changes: Any) -> list[Tensor]:
     params, state = start(shapes), ()
     for step in range(STEPS):
