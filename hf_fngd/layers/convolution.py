@@ -30,7 +30,7 @@ from hf_fngd.weights.patches import Geometry, gram_of_patches
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class ConvolutionKernel(GramKernel):
     """``y = W * x + b``, channels first, over images of as many dimensions as the filter has."""
 
@@ -45,6 +45,9 @@ class ConvolutionKernel(GramKernel):
         return isinstance(x, Tensor) and x.dim() == len(self.size) + 2 and not others
 
     def run(self, module: nn.Module, own: Forward, x: Tensor, call: Call) -> Tensor:
+        assert isinstance(module, _ConvNd)
+        if (now := _settings(module)) != (self.arguments, self.pad, self.mode):  # of a layer that somebody changed
+            self.arguments, self.pad, self.mode = now
         # Padded first, as torch does: autocast pads in float32.
         return call.apply(*operands(module, F.pad(x, self.pad, mode=self.mode) if any(self.pad) else x))
 
@@ -115,10 +118,15 @@ def convolution_kernel(module: nn.Module) -> ConvolutionKernel | None:
     if base_of(module, *CONVOLUTIONS) is None:
         return None
     assert isinstance(module, _ConvNd)
+    return ConvolutionKernel(module.kernel_size, *_settings(module))
+
+
+def _settings(module: _ConvNd) -> tuple[tuple[Any, ...], tuple[int, ...], str]:
+    """The arguments of torch's convolution after the bias; F.pad's padding and mode."""
     dims = len(module.kernel_size)
     pad, padding, mode = (0,) * 2 * dims, module.padding, module.padding_mode
     if isinstance(padding, str) or mode != "zeros":
         # As torch's own: `_reversed_padding_repeated_twice` has what F.pad takes, for "same" and "valid" too.
         pad, padding = tuple(module._reversed_padding_repeated_twice), (0,) * dims
     arguments = (module.stride, padding, module.dilation, module.transposed, module.output_padding, module.groups)
-    return ConvolutionKernel(module.kernel_size, arguments, pad, "constant" if mode == "zeros" else mode)
+    return arguments, pad, "constant" if mode == "zeros" else mode

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from hf_fngd import FNGDPreconditioner
+from hf_fngd import FNGD, FNGDPreconditioner
 from hf_fngd.layers.base import _LAYER_TYPES, find_kernel, layer_type_names, register_layer_type
 from tests.layers.cases import CASES, SAMPLES, Case, inputs, strided
 from tests.nets import EVERY_TYPE
@@ -279,3 +279,18 @@ def test_a_new_type_is_one_registration(monkeypatch: pytest.MonkeyPatch) -> None
     register_layer_type("mine")(lambda module: kernel if type(module) is CustomLinear else None)
     assert find_kernel(CustomLinear(2, 2)) == ("mine", kernel)
     assert "mine" in layer_type_names()
+
+
+def test_a_convolution_whose_padding_is_changed_pads_so() -> None:
+    torch.manual_seed(0)
+    convolution = nn.Conv2d(3, 4, 3, padding=1)
+    model = nn.Sequential(convolution, nn.Flatten(), nn.Linear(64, 2))
+    optimizer, x = FNGD(model), torch.randn(5, 3, 4, 4)
+    for mode in ("zeros", "circular"):  # for seamless images
+        convolution.padding_mode = mode
+        convolution._reversed_padding_repeated_twice = [1, 1, 1, 1]
+        optimizer.zero_grad()
+        found = model.train()(x)
+        torch.testing.assert_close(found, model.eval()(x))
+        found.sum().backward()
+        optimizer.step()
