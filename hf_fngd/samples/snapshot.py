@@ -17,12 +17,14 @@ _LIBRARIES = ("torch", "transformers", "peft", "accelerate")
 _DICTS = (dict, OrderedDict, defaultdict, Counter)
 _DEPTH = 5  # of containers and objects within each other, from a module's own attributes on
 _LONGEST = 1000  # of containers whose items are looked at as well
+_LARGEST = 2**20  # bytes of a frozen parameter that is kept
 
 
 class Snapshot:
-    """What some objects hold, to be put back: containers, tensors that are no parameters, arrays, random generators.
+    """What some objects hold, to be put back: containers, tensors, arrays, random generators.
 
-    Objects of the user's own are looked into, those of the standard library and of torch are not.
+    Of parameters only those that are frozen and small: a forward pass may count in them. Objects of the user's own are
+    looked into, those of the standard library and of torch are not.
     """
 
     def __init__(self) -> None:
@@ -36,7 +38,9 @@ class Snapshot:
 
     def take(self, value: Any, depth: int = 0) -> None:
         """Remember what a value holds."""
-        if depth > _DEPTH or id(value) in self._seen or isinstance(value, nn.Parameter | str | bytes | int | float):
+        if depth > _DEPTH or id(value) in self._seen or isinstance(value, str | bytes | int | float):
+            return
+        if isinstance(value, nn.Parameter) and (value.requires_grad or value.nbytes > _LARGEST):
             return
         self._seen[id(value)] = value
         kind = type(value)

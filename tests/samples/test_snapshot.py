@@ -140,3 +140,24 @@ def test_a_model_in_training_is_not_traced_and_one_in_evaluation_is_plain() -> N
     with pytest.raises(RuntimeError, match=r"torch.jit.trace in training mode does not work .* copy.deepcopy\(model\)"):
         torch.jit.trace(model, x)
     assert torch.equal(torch.jit.trace(model.eval(), x)(x), model(x))
+
+
+class WithACounter(nn.Module):
+    """Counts its samples in a frozen parameter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc, self.seen = nn.Linear(5, 2), nn.Parameter(torch.zeros(()), requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            self.seen += len(x)
+        return self.fc(x)
+
+
+def test_a_frozen_parameter_in_which_a_model_counts_is_put_back() -> None:
+    model = WithACounter()
+    preconditioner = FNGDPreconditioner(model)
+    model(torch.randn(4, 5)).sum().backward()
+    preconditioner.step()
+    assert model.seen == 4
