@@ -1,13 +1,16 @@
-"""Draw the README's plot: what each comparison's optimizers reach, against their learning rates.
+"""Draw what each comparison's optimizers reach, against their learning rates.
 
     python recipes/summary.py
 
-Reads the lines under recipes/results/ and writes summary.png there; nothing is run.
+Reads the lines under recipes/results/, and writes summary.png, the plot of the README, and depth_rates.png there.
 """
 
 from __future__ import annotations
 
 import argparse
+import re
+import statistics
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,6 +47,7 @@ class Panel:
 
 STYLES = {
     "adamw": ("tab:blue", "-"),
+    "adamw, warm-up": ("tab:blue", ":"),
     "adamw, bounded loss": ("tab:blue", ":"),
     "adamw, clipped outputs": ("tab:blue", "-."),
     "adamw, without outliers": ("tab:gray", ":"),
@@ -98,19 +102,33 @@ PANELS = (
     ),
     Panel("multi30k_long", "5,000 pairs, 30 epochs (Transformer)", *PAIRS, ("adamw", "muon, w = 1", "fngd, muon")),
 )
+NATS = ("multi30k", "validation loss, nats a token", 1)
+DEPTHS = tuple(
+    Panel(
+        "depth",
+        f"{layers} + {layers} layers, one epoch",
+        *NATS,
+        (f"adamw, {layers} layers", *more, f"fngd, {layers} layers"),
+    )
+    for layers, more in ((2, ()), (4, ()), (6, ("adamw, 6 layers, warm-up", "muon, 6 layers")))
+)
+FIGURES = {"summary": (PANELS, 2), "depth_rates": (DEPTHS, 3)}
+"""The panels of each figure, and how many there are in a row."""
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Draw all panels."""
+    """Draw all figures."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--results_dir", type=Path, default=RECIPES / "results", help="folder of the result files")
     results_dir = parser.parse_args(argv).results_dir
-    figure = Figure(figsize=(13, 10.5), layout="constrained")
-    for axes, panel in zip(figure.subplots(3, 2).flat, PANELS, strict=True):
-        draw(axes, panel, results_dir)
-    path = results_dir / "summary.png"
-    figure.savefig(path, dpi=120)
-    print(f"Wrote {path}.")
+    for name, (panels, columns) in FIGURES.items():
+        rows = len(panels) // columns
+        figure = Figure(figsize=(6.5 * columns, 3.5 * rows), layout="constrained")
+        for axes, panel in zip(figure.subplots(rows, columns).flat, panels, strict=True):
+            draw(axes, panel, results_dir)
+        path = results_dir / f"{name}.png"
+        figure.savefig(path, dpi=120)
+        print(f"Wrote {path}.")
 
 
 def draw(axes: Axes, panel: Panel, results_dir: Path) -> None:
@@ -120,7 +138,7 @@ def draw(axes: Axes, panel: Panel, results_dir: Path) -> None:
     results = Results(results_dir / f"{panel.name}.jsonl")
     best = best_points(comparison, results)
     for arm in panel.arms:
-        color, style = STYLES[arm]
+        color, style = STYLES[re.sub(r", \d layers", "", arm)]
         points = curve(comparison, results, arm, panel.unit)
         rates, scores = [rate for rate, _ in points], [score for _, score in points]
         axes.plot(rates, scores, color=color, linestyle=style, marker=".", label=arm)
@@ -134,13 +152,16 @@ def draw(axes: Axes, panel: Panel, results_dir: Path) -> None:
 
 
 def curve(comparison: Comparison, results: Results, arm: str, unit: float) -> list[tuple[float, float]]:
-    """Return an optimizer's points of the screening: the learning rate and the test metric, in units of `unit`."""
-    points = []
+    """Return an optimizer's points of the screening: the learning rate and the test metric, in units of `unit`.
+
+    The metric is the mean over the seeds.
+    """
+    points = defaultdict(list)
     for run in comparison.screen_runs():
         score, rate = value(results.finished(run), comparison.test_metrics[0]), as_number(run.point["learning_rate"])
         if run.arm == arm and score is not None and rate is not None:
-            points.append((rate, score / unit))
-    return sorted(points)
+            points[rate].append(score / unit)
+    return sorted((rate, statistics.mean(scores)) for rate, scores in points.items())
 
 
 if __name__ == "__main__":

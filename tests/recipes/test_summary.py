@@ -21,7 +21,10 @@ def test_every_line_is_of_an_arm_that_is_declared(path):
         assert record["options"].items() >= {**comparison.arms[record["arm"]].options, **record["point"]}.items()
 
 
-@pytest.mark.parametrize("panel", summary.PANELS, ids=[panel.name for panel in summary.PANELS])
+PANELS = [panel for panels, _ in summary.FIGURES.values() for panel in panels]
+
+
+@pytest.mark.parametrize("panel", PANELS, ids=[f"{panel.name}, {panel.title}" for panel in PANELS])
 def test_every_line_of_a_panel_has_points_and_one_that_was_chosen(panel):
     axes = Figure().subplots()
     summary.draw(axes, panel, RESULTS)
@@ -34,15 +37,16 @@ def test_every_line_of_a_panel_has_points_and_one_that_was_chosen(panel):
         assert [tuple(point) for point in ring.get_offsets()] in [[point] for point in points]
 
 
-def test_the_plot_is_written_beside_the_results(tmp_path):
-    for panel in summary.PANELS:
-        shutil.copy(RESULTS / f"{panel.name}.jsonl", tmp_path)
+def test_the_plots_are_written_beside_the_results(tmp_path):
+    for name in {panel.name for panel in PANELS}:
+        shutil.copy(RESULTS / f"{name}.jsonl", tmp_path)
     summary.main(["--results_dir", str(tmp_path)])
-    assert (tmp_path / "summary.png").read_bytes().startswith(b"\x89PNG")
+    for name in summary.FIGURES:
+        assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_an_optimizer_without_runs_has_no_points(tmp_path):
-    panel = summary.PANELS[0]
+    panel = PANELS[0]
     axes = Figure().subplots()
     summary.draw(axes, panel, tmp_path)
     assert [len(line.get_xdata()) for line in axes.get_lines()] == [0] * len(panel.arms)
