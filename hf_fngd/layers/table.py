@@ -58,16 +58,21 @@ class TableKernel(LayerKernel):
         args = own.args[1:] if own.args and own.args[0] is module else own.args  # the compiler's has no module in it
         return plain_class(module).forward(self._with(module, **rows), *args, **own.keywords)
 
+    def _trial(self, module: nn.Module, own: Forward, rows: dict[str, Tensor], training: bool) -> Tensor | None:
+        """What the forward returns with these parameters, without a trace; None where that fails or is no tensor."""
+        try:
+            with untouched(module, training):
+                found = self._on_rows(module, _again(own), rows)
+        except Exception:  # whatever a model's own class does with parameters of another shape
+            return None
+        return found if isinstance(found, Tensor) else None
+
     def _same(self, module: nn.Module, own: Forward, x: Tensor) -> bool:
         """Whether the module's forward computes the same with its parameters expanded to one row a sample."""
         with untouched(module, training=module.training):  # both have the same dropout
             expected = _again(own)()
-        try:
-            with untouched(module, training=module.training):
-                found = self._on_rows(module, _again(own), _expanded(module, len(x)))
-        except Exception:  # whatever a model's own class does with parameters of another shape
-            return False
-        return isinstance(expected, Tensor) and isinstance(found, Tensor) and torch.equal(expected, found)
+        found = self._trial(module, own, _expanded(module, len(x)), module.training)
+        return isinstance(expected, Tensor) and found is not None and torch.equal(expected, found)
 
     def _apart(self, module: nn.Module, own: Forward, x: Tensor) -> bool:
         """Whether the rows of the one half of the samples change the output of no sample of the other."""
@@ -76,11 +81,11 @@ class TableKernel(LayerKernel):
             rows = _expanded(module, len(x))
             for name, p in rows.items():
                 rows[name] = torch.cat([p[:half] * factors[0], p[half:] * factors[1]]).detach()
-            with untouched(module):  # where batch norms do not couple the samples
-                outputs.append(self._on_rows(module, _again(own), rows))
-        plain, first, last = (y.reshape(len(x), -1) if len(y) % len(x) == 0 else None for y in outputs)
-        if plain is None or first is None or last is None:
-            return False
+            y = self._trial(module, own, rows, training=False)  # where batch norms do not couple the samples
+            if y is None or y.dim() == 0 or len(y) % len(x):
+                return False
+            outputs.append(y.reshape(len(x), -1))
+        plain, first, last = outputs
         return torch.equal(plain[half:], first[half:]) and torch.equal(plain[:half], last[:half])
 
 
