@@ -136,3 +136,18 @@ def test_a_module_that_is_compiled_by_itself_computes_what_it_should() -> None:
         optimizer.zero_grad()
         found.sum().backward()
         optimizer.step()
+
+
+class OnlyInTraining(OfAMethod):
+    """Refuses to run in evaluation mode."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training:
+            raise RuntimeError("for training alone")
+        return x + self.positions
+
+
+def test_a_trial_that_fails_leaves_the_module_plain() -> None:
+    share, optimizer = share_of_the_plain(OnlyInTraining())
+    assert share == 1
+    assert "table.positions" in optimizer.coverage().plain
