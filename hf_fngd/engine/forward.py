@@ -94,7 +94,9 @@ class Forwards:
         self.probing.settle()
         if self.probing.dim != dim:  # the graph under way is for another dimension of the batch: one step is plain
             size, ids = 0, None
-        return self._begin(size, ids)
+        batch = self._begin(size, ids)
+        batch.sizes = self.probing.sizes(*(rehearsal.arguments or ((), {})), size)
+        return batch
 
     def _rehearse(self, rehearsal: Rehearsal) -> None:
         """Run a batch of a compiled model eagerly: the probe's passes, and one whose graph is inspected."""
@@ -171,7 +173,7 @@ class Forwards:
             ids = None if told is None else read_ids(*told, sample)
             size = len(sample) if ids is None else ids.samples
             batch = self.batch = (self._begin_rehearsed if self._rehearsing else self._begin)(size, ids)
-            batch.tokens = self._tokens
+            batch.tokens, batch.sizes = self._tokens, self.probing.sizes(args, kwargs, len(sample))
         # For layers that are compiled by themselves.
         self._number = None if batch is None else numbered(batch)
         self._inside = True

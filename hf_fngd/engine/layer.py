@@ -14,7 +14,7 @@ from hf_fngd.layers.base import AMBIGUOUS, ExplicitKernel, GramKernel, LayerKern
 from hf_fngd.layers.embedding import EmbeddingKernel
 from hf_fngd.layers.select import Selected
 from hf_fngd.layers.table import TableKernel
-from hf_fngd.samples.rows import NOT_THE_BATCH, Rows, View
+from hf_fngd.samples.rows import NO_EQUAL_SHARES, NOT_THE_BATCH, Rows, Shares, View
 
 CALLED_AGAIN = "it is called more than once in a forward pass"
 NEVER_CALLED = "it was never called in a forward pass of the model in training mode"
@@ -52,6 +52,7 @@ class Layer:
     seen: MicroBatch | None = None  # the last one whose backward reached it
     view: View | None = None  # where the samples are, as a probe told; None: sizes tell
     unfit: str | None = None  # why the samples of its input cannot be told, where a probe has found that
+    shares: Shares | None = None  # where the view has several rows for each sample
     dim: int = 0  # of the view; a graph depends on it alone
 
     def __post_init__(self) -> None:
@@ -74,7 +75,7 @@ class Layer:
 
     def told(self, verdict: View | str | None) -> None:
         """A probe called it, with this verdict; None where the whole batch shares its input."""
-        if self.view is not None:
+        if self.view is not None or self.unfit == NO_EQUAL_SHARES:
             return
         table = isinstance(self.kernel, EmbeddingKernel | TableKernel)  # these tell by themselves
         if isinstance(verdict, View) and not isinstance(self.kernel, TableKernel):
@@ -105,8 +106,10 @@ class Layer:
         if batch.ids is None:
             if self.view is None or self.view.plain or batch.size == 0:
                 return self.view, None
-            rows = x.shape[: self.view.dim + 1].numel() if x.dim() > self.view.dim else -1
-            return self.view, None if self.view.fits(rows, batch.size) else NOT_THE_BATCH
+            view, dim = self.view, self.view.dim
+            if x.dim() <= dim or (dim and x.shape[dim] != batch.size):
+                return view, NOT_THE_BATCH
+            return view, self._misfit(view, x.shape[: dim + 1].numel(), batch)
         shape = x.shape[:-1]
         if isinstance(self.kernel, EmbeddingKernel):
             shape = x.shape
@@ -164,9 +167,8 @@ class Layer:
             if batch.ids is not None and reason is None and (g if x is None else x).shape[0] == batch.rows:
                 reason = NOT_ITS_ROWS
         else:
-            fits = rows.fits((g if x is None else x).shape[0], batch.size)
-            reason = None if fits else NOT_THE_BATCH
-            if fits and rows.plain and batch.size > 1:
+            reason = self._misfit(rows, (g if x is None else x).shape[0], batch)
+            if reason is None and rows.plain and batch.size > 1:
                 self.batch_first = True  # for compiled graphs and checkpoints
             self.shared.ambiguous.discard(self.place)
         if self.solves and self._called_again(batch, again):
@@ -180,6 +182,15 @@ class Layer:
         if self.shared.layers > 1:
             return bool(self._obstacles)
         return reason is not None or USED_ELSEWHERE in self.shared.reasons
+
+    def _misfit(self, rows: Rows, count: int, batch: MicroBatch) -> str | None:
+        """Why so many rows of a call cannot be those that a probe or ids told of; None where they can."""
+        fits = rows.fits(count, batch.size)
+        if rows is not self.view or self.shares is None:
+            return None if fits else NOT_THE_BATCH
+        if not (fits and self.shares.allow(count // batch.size, batch.sizes)):
+            self.view, self.unfit = None, NO_EQUAL_SHARES  # the probe's batch misled it
+        return self.unfit
 
     def _called_again(self, batch: MicroBatch, again: bool) -> bool:
         if batch.calls[self.place] <= 1 and not self.repeated and (again or self.seen is not batch):

@@ -10,8 +10,8 @@ from torch.distributed.fsdp import FSDPModule
 from hf_fngd.engine.layer import Layer
 from hf_fngd.engine.window import in_backward
 from hf_fngd.layers.embedding import EmbeddingKernel
-from hf_fngd.samples.probe import Calls, digest, probe
-from hf_fngd.samples.rows import View
+from hf_fngd.samples.probe import Calls, digest, probe, sizes_of
+from hf_fngd.samples.rows import Shares, View
 
 
 class Probing:
@@ -31,6 +31,11 @@ class Probing:
         self._settled = False  # whether a probe, or the argument in its place, has told the layers
         self.seen: Calls | None = None  # what the layers see, while a probe is under way
         self._layers, self._batch_dim = layers, batch_dim
+
+    def sizes(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], samples: int) -> dict[str, frozenset[int]]:
+        """Those of the model's inputs, where the shares of a layer depend on them."""
+        shares = any(layer.shares is not None for layer in self._layers)
+        return sizes_of((args, kwargs), samples, self.dim) if shares else {}
 
     def told(self) -> str:
         """The note."""
@@ -66,9 +71,12 @@ class Probing:
                 self.dim = found.dim
                 if any(isinstance(one, View) for one in found.verdicts.values()):
                     self._found = found.dim
+                sizes = sizes_of(inputs, sample.shape[found.dim], found.dim) if found.shares else {}
                 for layer in self._layers:
                     if layer.place in found.verdicts:
                         layer.told(found.verdicts[layer.place])
+                    if layer.view is not None and layer.place in found.shares and layer.shares is None:
+                        layer.shares = Shares(found.shares[layer.place], sizes)
                 if not any(layer.unfit for layer in self._layers):
                     self.left = 0
                 return

@@ -2,7 +2,7 @@
 
 import logging
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -56,6 +56,7 @@ class MicroBatch:
     calls: list[int]  # how often each layer was called in the forward pass
     version: int  # that of a weight when the forward pass began
     ids: Ids | None = None  # which of the samples each row or token belongs to, where the batch says so
+    sizes: Mapping[str, frozenset[int]] = field(default_factory=dict)  # of its inputs, where a layer has `Shares`
     tokens: bool = False  # whether a traced graph has its tokens for rows
     recomputed: bool = False  # whether the forward pass is one that checkpointing of the whole model recomputes
     multiplications: int | None = None  # of its preconditioned layers' forwards; None where nobody asks

@@ -15,8 +15,10 @@ it tells of more calls. Nothing of a pass remains (`hf_fngd.samples.snapshot`).
 
 import copy
 from collections import UserDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import fields, is_dataclass
+from itertools import accumulate
+from operator import mul
 from typing import Any, NamedTuple
 
 import torch
@@ -37,10 +39,14 @@ Verdict = View | str | None  # a view, or the reason why there is none; None: th
 
 
 class Found(NamedTuple):
-    """What a probe told: the batch's dimension in the model's inputs, and of each layer that was called a verdict."""
+    """What a probe told: the batch's dimension in the model's inputs, and of each layer that was called a verdict.
+
+    And of layers whose samples have several rows, how many these were in each call.
+    """
 
     dim: int
     verdicts: dict[int, Verdict]
+    shares: dict[int, frozenset[int]]
 
 
 class CannotProbeError(Exception):
@@ -69,7 +75,7 @@ def probe(
         raise CannotProbeError("torch.jit.trace is under way")
     only = known if batch_dim is None else batch_dim
     dims = [only] if only is not None else [0, 1][: 1 if len(sample) == 1 else sample.dim()]
-    best, most = Found(dims[0], {}), -1
+    best, most = Found(dims[0], {}, {}), -1
     failure: Exception | None = None
     with untouched(model):
         for dim in dims:
@@ -80,12 +86,13 @@ def probe(
                 continue
             enough = passed == grown if dim or sample.dim() < 2 else 2 * passed > grown
             if len(sample) == 1:  # all of it is that sample's, however its copies get on
-                found = {place: one for place, one in found.items() if one is None or isinstance(one, View)}
+                for place in [place for place, one in found.verdicts.items() if isinstance(one, str)]:
+                    del found.verdicts[place]
             elif not (enough or only is not None):
-                found = {place: one if one is None else UNSURE for place, one in found.items()}
+                found.verdicts.update({place: UNSURE for place, one in found.verdicts.items() if one is not None})
                 passed = 0
             if passed > most:
-                best, most = Found(dim, found), passed
+                best, most = found, passed
             if passed == grown and not mixed:
                 break
     if failure is not None and not most > 0:
@@ -95,8 +102,8 @@ def probe(
 
 def _try(
     run: Callable[[Any, Any], Calls], inputs: tuple[Any, Any], samples: int, dim: int, trusted: bool
-) -> tuple[dict[int, Verdict], int, int, int]:
-    """The verdicts for one dimension; how many calls had the right values, how many grow with it, how many are mixed.
+) -> tuple[Found, int, int, int]:
+    """What one dimension tells; how many calls had the right values, how many grow with it, how many are mixed.
 
     Mixed are those of an input that does not grow, and changes its values all the same.
     """
@@ -113,6 +120,7 @@ def _try(
         seen, seen_fewer = run(*resized(copied(inputs), samples, dim)), run(*own)
     samples = max(samples, 2)
     found: dict[int, Verdict] = {}
+    shares: dict[int, frozenset[int]] = {}
     passed = grown = mixed = 0
     for place, calls in seen.items():
         others = seen_fewer.get(place, [])
@@ -128,7 +136,9 @@ def _try(
         passed += sum(isinstance(verdict, View) for verdict in verdicts)
         if len(set(verdicts)) == 1:  # where calls differ, sizes have to tell them apart
             found[place] = verdicts[0]
-    return found, passed, grown, mixed
+            if isinstance(verdicts[0], View) and not verdicts[0].dim and verdicts[0].order != "one":
+                shares[place] = frozenset(shape[0] // samples for shape, _ in calls)
+    return Found(dim, found, shares), passed, grown, mixed
 
 
 def _compare(full: Digest, fewer: Digest, samples: int, trusted: int | None, reverse: bool) -> Verdict:
@@ -185,6 +195,27 @@ def digest(x: Tensor) -> Digest:
         with torch.autocast(x.device.type, enabled=False):
             values = values @ torch.cos(1.7 * torch.arange(x.shape[-1], device=x.device, dtype=values.dtype) + 1)
     return tuple(x.shape), values.to(x.dtype) if x.is_floating_point() else values
+
+
+def sizes_of(value: Any, samples: int, dim: int, key: str = "") -> dict[str, frozenset[int]]:
+    """How many entries of a sample each of the inputs has, over its first dimensions: ``{T, T i}`` of ``[N, T, i]``.
+
+    Of the tensors that `resized` would change in that dimension or in dimension 0.
+    """
+    if isinstance(value, Tensor):
+        for own in dict.fromkeys((dim, 0)):
+            if value.dim() > own and value.shape[own] == samples:
+                others = [*value.shape[:own], *value.shape[own + 1 :]]
+                return {key: frozenset(accumulate(others, mul))}
+        return {}
+    items: Iterable[tuple[Any, Any]] = ()
+    if isinstance(value, Mapping):
+        items = value.items()
+    elif isinstance(value, list | tuple):
+        items = enumerate(value)
+    elif is_dataclass(value) and not isinstance(value, type):
+        items = vars(value).items() if hasattr(value, "__dict__") else ()
+    return {path: size for name, one in items for path, size in sizes_of(one, samples, dim, f"{key}.{name}").items()}
 
 
 def resized(value: Any, samples: int, dim: int, reverse: bool = False) -> Any:

@@ -4,12 +4,17 @@ A row is an entry of a tensor's first dimension, or of its first two in one, ``[
 each sample, as sample weights ``[N]``, to the rows ``[R]``, and the norms of the rows ``[R]`` to those of the samples.
 """
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 NOT_THE_BATCH = "the first dimension of its input is not the batch"
+NO_EQUAL_SHARES = (
+    "a sample has as many of its rows as others in some batches only, as where a model drops padding inside (a batch "
+    "that is packed before, with position_ids or cu_seq_lens, can be weighed)"
+)
 
 
 class View(NamedTuple):
@@ -96,6 +101,28 @@ class Labeled(NamedTuple):
         found = x.new_zeros(samples, int(counts.max()), *x.shape[1:])
         found[ids, place] = x[order]
         return found
+
+
+class Shares(NamedTuple):
+    """How many rows of a layer's input each sample had where a probe told them apart, and how large its inputs were.
+
+    Of a layer whose input has samples and positions folded. A share that was as large as one of the model's inputs
+    stays so; any other is constant, or grows with one. Else the shares are not equal, though N may divide the rows.
+    """
+
+    rows: frozenset[int]  # of each call
+    sizes: Mapping[str, frozenset[int]]  # see `hf_fngd.samples.probe.sizes_of`
+
+    def allow(self, rows: int, sizes: Mapping[str, frozenset[int]]) -> bool:
+        """Whether a sample can have so many rows in a batch whose inputs have these sizes."""
+        return any(self._allows(own, rows, sizes) for own in self.rows)
+
+    def _allows(self, own: int, rows: int, sizes: Mapping[str, frozenset[int]]) -> bool:
+        same = [key for key, known in self.sizes.items() if own in known and key in sizes]
+        if same:
+            return any(rows in sizes[key] for key in same)
+        grown = [(max(known), max(sizes[key])) for key, known in self.sizes.items() if sizes.get(key) and known]
+        return rows == own or any(rows * before == own * now for before, now in grown)
 
 
 Rows = View | Labeled
