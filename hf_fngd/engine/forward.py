@@ -140,7 +140,7 @@ class Forwards:
     def _model_forward(self, module: nn.Module, own: Callable[..., Any], *args: Any, **given: Any) -> Any:
         kwargs = given if self._own_ids else {key: value for key, value in given.items() if key != COLUMN}
         if not ((module.training or self._rehearsing) and torch.is_grad_enabled()):
-            return own(*args, **kwargs)
+            return self._of_no_batch(own, *args, **kwargs)
         if self._inside:  # a forward that was put on the model, as by Accelerate, calls the one that was there
             return own(*args, **kwargs)
         refuse_replica(module)
@@ -185,6 +185,16 @@ class Forwards:
             self._inspect(output, batch)
         return output
 
+    def _of_no_batch(self, own: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """A forward pass that belongs to no micro-batch, not even that of an earlier one."""
+        if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+            return own(*args, **kwargs)
+        kept, self.batch = self.batch, None
+        try:
+            return own(*args, **kwargs)
+        finally:
+            self.batch = kept
+
     def _layer_forward(
         self, layer: Layer, module: nn.Module, own: Callable[..., Any], *args: Any, **kwargs: Any
     ) -> Any:
@@ -194,14 +204,18 @@ class Forwards:
         weight, x = weight_of(module), (*args, *kwargs.values())
         training = module.training or self._rehearsing
         trains = training and torch.is_grad_enabled() and weight is not None and weight.requires_grad
-        if not trains or not x or not layer.kernel.takes(*x):
-            return own(*args, **kwargs)
         compiling = torch.compiler.is_compiling()
+        # Of a call that is not weighed it is told if a gradient comes through it.
+        follow = layer.follow if _is_followed() else _as_it_is
+        if not trains or not x or not layer.kernel.takes(*x):
+            return follow(own(*args, **kwargs))
         recomputes = not compiling and in_backward()
         batch = self._number if compiling else self.batch
         if not compiling and not (layer.selected.matrix or self._inside or recomputes):
             layer.shared.reasons.add(USED_ELSEWHERE)  # which batch the call belongs to is not known
-        if batch is None or (not compiling and USED_ELSEWHERE in layer.shared.reasons):
+        if batch is None:
+            return follow(own(*args, **kwargs))
+        if not compiling and USED_ELSEWHERE in layer.shared.reasons:
             return own(*args, **kwargs)
         own = partial(own, *args, **kwargs)
         if isinstance(batch, Tensor):
@@ -250,6 +264,16 @@ class Forwards:
             # Calls of a layer that is compiled by itself are not counted.
             if any(leaves[key] > max(calls[key], int(layer.selected.matrix)) for key in own):
                 layer.shared.reasons.add(USED_ELSEWHERE)
+
+
+def _is_followed() -> bool:
+    """Whether a hook can be put on a layer's output."""
+    transformed = torch._C._are_functorch_transforms_active() or torch._C._get_tracing_state() is not None
+    return torch.is_grad_enabled() and not torch.compiler.is_compiling() and not transformed
+
+
+def _as_it_is(y: Any) -> Any:
+    return y
 
 
 def _find_sample(args: tuple[Any, ...], kwargs: Mapping[str, Any], depth: int = 4) -> Tensor | None:

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import get_gradient_edge
 
 from hf_fngd.distributed.sharded import local
 from hf_fngd.engine.attach import unsupported
@@ -18,7 +19,7 @@ from hf_fngd.samples.rows import NO_EQUAL_SHARES, NOT_THE_BATCH, Rows, Shares, V
 
 CALLED_AGAIN = "it is called more than once in a forward pass"
 NEVER_CALLED = "it was never called in a forward pass of the model in training mode"
-PASSED_BY = "in some steps its gradient came from no forward pass of the model in training mode"
+PASSED_BY = "some of its gradient came from no forward pass of the model in training mode"
 NOT_ITS_ROWS = "its input has neither the batch's rows nor its tokens, for which ids tell the samples"
 USED_ELSEWHERE = "its weight is used outside of its forward as well"
 ON_TOP_OF_ANOTHER = "reentrant activation checkpointing ran several forward passes before a backward pass"
@@ -84,6 +85,23 @@ class Layer:
             self.unfit, self.dim = (None, self.view.dim) if self.view else (NOT_THE_BATCH, 0)
         elif not table or (verdict is not None and not isinstance(verdict, View)):
             self.unfit = verdict if isinstance(verdict, str) else NOT_THE_BATCH
+
+    def follow(self, y: Any) -> Any:
+        """The output of a call that is not weighed: it is told if the weight gets a gradient through it."""
+        weight = weight_of(self.selected.module)
+        if not (isinstance(y, Tensor) and y.requires_grad and weight is not None and weight.requires_grad):
+            return y
+        node, shared = get_gradient_edge(weight).node, self.shared
+
+        def reached(_: Tensor) -> None:
+            try:
+                asked = torch._C._will_engine_execute_node(node)
+            except RuntimeError:  # of a leaf that torch.autograd.grad asks for
+                asked = True
+            shared.passed_by = shared.passed_by or asked
+
+        y.register_hook(reached)  # type: ignore[no-untyped-call]
+        return y
 
     def close(self) -> None:
         """The optimizer steps: was the weight's gradient made without this layer's backward?"""

@@ -390,3 +390,64 @@ def test_a_single_sample_is_remarked_once_unless_there_are_other_micro_batches(
         preconditioner.step()
     remark = "the first micro-batch holds one sample.* unless position_ids that restart"
     assert len(re.findall(remark, caplog.text)) == warned
+
+
+# What is told of a gradient that is weighed in part --------------------------------------------------------
+
+
+def in_evaluation(model: Net, x: Tensor) -> Tensor:
+    model.eval()
+    output: Tensor = model(x)
+    model.train()
+    return output
+
+
+def part_in_training(model: Net, x: Tensor) -> Tensor:
+    """The model is in evaluation mode, its layers are not."""
+    model.training = False
+    output: Tensor = model(x)
+    model.training = True
+    return output
+
+
+def layers_alone(model: Net, x: Tensor) -> Tensor:
+    return model.head(model.fc1(x))
+
+
+@pytest.mark.parametrize("beside", [in_evaluation, part_in_training, layers_alone])
+@pytest.mark.parametrize("accumulated", [1, 2])
+def test_a_part_of_a_gradient_that_is_not_weighed_is_told(
+    beside: Callable[[Net, Tensor], Tensor], accumulated: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Whatever comes first, the model's own forward pass or the other."""
+    (model, preconditioner), (x, y) = with_engine(net()), data(7, 3)
+    others = torch.zeros(7, CLASSES, dtype=x.dtype)
+    for step in range(3):
+        model.zero_grad()
+        for _ in range(accumulated):
+            if step == 2:
+                others = beside(model, x.flip(0))
+            (loss(model, x, y) + F.cross_entropy(others, y)).backward()
+        if step == 1:
+            preconditioner.step()
+            assert preconditioner.coverage().missed == {}
+            assert not caplog.records
+    preconditioner.step()
+    assert set(preconditioner.coverage().missed.values()) == {PASSED_BY}
+    assert {"fc1.weight", "fc2.weight"} <= preconditioner.coverage().missed.keys()
+    (record,) = caplog.records
+    assert PASSED_BY in record.getMessage()
+
+
+def test_what_gives_a_weight_no_gradient_is_not_told() -> None:
+    """An adversarial example, a penalty of the output alone, and an evaluation that nobody differentiates."""
+    (model, preconditioner), (x, y) = with_engine(net()), data(7, 3)
+    for _ in range(2):
+        model.zero_grad()
+        x.requires_grad_()
+        (towards,) = torch.autograd.grad(F.cross_entropy(in_evaluation(model, x), y), x)
+        x = (x + 0.1 * towards.sign()).detach()
+        in_evaluation(model, x)
+        in_evaluation(model, x.requires_grad_()).sum().backward(inputs=[x])
+        one_step(model, preconditioner, x.detach(), y)
+    assert preconditioner.coverage().missed == {}
