@@ -215,7 +215,8 @@ class Forwards:
             layer.shared.reasons.add(USED_ELSEWHERE)  # which batch the call belongs to is not known
         if batch is None:
             return follow(own(*args, **kwargs))
-        if not compiling and USED_ELSEWHERE in layer.shared.reasons:
+        # A matrix's kernel stays, though its samples are not weighed: checkpointing has to find the call that it saved.
+        if not compiling and not layer.selected.matrix and USED_ELSEWHERE in layer.shared.reasons:
             return own(*args, **kwargs)
         own = partial(own, *args, **kwargs)
         if isinstance(batch, Tensor):

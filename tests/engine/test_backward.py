@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from hf_fngd import FNGDPreconditioner, policy_names
+from hf_fngd.engine.layer import USED_ELSEWHERE
 from tests.nets import FEATURES, LAYER_NAMES, LAYERS, Checkpointed, Net, data, layer, loss, net, settings_of, trained
 from tests.reference import Dense, per_sample_gradients
 from tests.steps import Watched, dense, gradient, one_step, relative_error, with_engine
@@ -192,6 +193,29 @@ def test_empty_batches_pass_through(x: Tensor, sharing: str) -> None:
 
 # The last one is plain: see tests/engine/test_tables.py.
 WAYS = [way for way in itertools.product([False, True], repeat=3) if way != (False, True, True)]
+
+
+class CheckpointedElsewhere(Net):
+    """Uses a layer's weight outside of its forward, within what checkpointing recomputes."""
+
+    def body(self, x: Tensor) -> Tensor:
+        return super().forward(x) + self.fc2.weight.sum(1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = checkpoint(self.body, x, use_reentrant=False)
+        return y
+
+
+def test_checkpointing_recomputes_a_layer_whose_weight_turns_out_to_be_used_elsewhere() -> None:
+    model, (x, y) = net(cls=CheckpointedElsewhere), data(7, 3)
+    expected = torch.autograd.grad(loss(model, x, y), [*model.fc2.parameters()])
+    preconditioner = FNGDPreconditioner(model)
+    for _ in range(2):
+        model.zero_grad()
+        one_step(model, preconditioner, x, y)
+        found = [p.grad for p in model.fc2.parameters()]
+        torch.testing.assert_close(found, [*expected], rtol=1e-12, atol=1e-14)
+    assert preconditioner.coverage().missed == dict.fromkeys(("fc2.weight", "fc2.bias"), USED_ELSEWHERE)
 
 
 @pytest.mark.parametrize(("whole", "reentrant", "together"), WAYS)
