@@ -29,10 +29,11 @@ import torch
 import yaml
 
 from common.command_line import words
+from common.jsonl import append_lines
 from step_costs.arms import ARMS, available
 from step_costs.measure import measure
 from step_costs.models import IMAGE_MODELS, MODELS
-from step_costs.report import append, measured, plot, section
+from step_costs.report import measured, plot, section
 
 SUITES = Path(__file__).parent / "configs" / "step_cost.yaml"
 PRECISIONS = {"cpu": ["fp32"], "cuda": ["fp32", "bf16"]}
@@ -53,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             records = measure(run, arms)
             gc.collect()  # the models, which hold themselves, before the next ones are made
             if run.output:
-                append(run.output, setting, records)
+                append_lines(run.output, [{**setting, **record} for record in records])
         settings.append(setting)
         found.append(records)
         sections.append(section(setting, records))

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from common.jsonl import append_lines, finite, read_lines
 from comparison.plan import Comparison, Run, recorded
 from hf_fngd import last_complete_checkpoint
 
@@ -31,13 +32,7 @@ class Results:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._lock = threading.Lock()
-        self._records: dict[str, Record] = {}
-        for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
-            try:
-                record = json.loads(line)
-            except json.JSONDecodeError:  # cut off by a kill
-                continue
-            self._records[record["key"]] = record
+        self._records: dict[str, Record] = {record["key"]: record for record in read_lines(path)}
 
     def finished(self, run: Run) -> Record | None:
         """Return the record of a run; None unless it finished."""
@@ -65,10 +60,7 @@ class Results:
         record |= {"options": recorded(run.options)} | outcome
         with self._lock:
             self._records[run.key] = record
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            whole = not self.path.exists() or self.path.read_bytes()[-1:] in (b"", b"\n")
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(("" if whole else "\n") + json.dumps(_finite(record)) + "\n")
+            append_lines(self.path, [record])
         return record
 
 
@@ -88,7 +80,7 @@ def read_outcome(folder: Path, comparison: Comparison) -> Record:
     if comparison.metric not in reported:
         return {"status": "failed", "error": f"all_results.json has no {comparison.metric}"}
     metrics = {key: value for key, value in reported.items() if not isinstance(value, list) and key != "dataset_name"}
-    return _finite({"status": "finished", "metrics": metrics, "curve": _curve(history, comparison)})
+    return finite({"status": "finished", "metrics": metrics, "curve": _curve(history, comparison)})
 
 
 def read_progress(folder: Path, comparison: Comparison) -> Record:
@@ -105,7 +97,7 @@ def read_progress(folder: Path, comparison: Comparison) -> Record:
     history = state["log_history"]
     last = {key: event[key] for event in history for key in event if key in (comparison.metric, "step_seconds_mean")}
     progress = {"step": state["global_step"], "max_steps": state["max_steps"]}
-    return _finite({"status": "unfinished", "metrics": last, "curve": _curve(history, comparison), **progress})
+    return finite({"status": "unfinished", "metrics": last, "curve": _curve(history, comparison), **progress})
 
 
 def _curve(history: Iterable[Record], comparison: Comparison) -> list[Record]:
@@ -182,8 +174,3 @@ def training_seconds(record: Record) -> float | None:
     """Return the time of all optimizer steps."""
     steps, seconds = max((event["step"] for event in record["curve"]), default=None), step_seconds(record)
     return None if steps is None or seconds is None else steps * seconds
-
-
-def _finite(value: Any) -> Any:
-    """Replace numbers that JSON does not know by None."""
-    return json.loads(json.dumps(value), parse_constant=lambda name: None)

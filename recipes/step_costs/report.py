@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
-import json
 import statistics
 import textwrap
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure  # no pyplot: it would look for a display
 
+from common.jsonl import read_lines
 from comparison.markdown import table
 from step_costs.arms import ADAMW, SGD
 from step_costs.measure import WATCHED, Record, machine
@@ -20,21 +19,13 @@ from step_costs.models import IMAGE_MODELS
 Settings = Mapping[str, Any]
 
 
-def append(path: Path, settings: Settings, records: Sequence[Record]) -> None:
-    """Write a line of JSON an arm, all at once: a setting is in the file as a whole, or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    whole = not path.exists() or path.read_bytes()[-1:] in (b"", b"\n")
-    with path.open("a", encoding="utf-8") as file:
-        file.write("".join(["" if whole else "\n", *(json.dumps({**settings, **r}) + "\n" for r in records)]))
-
-
 def measured(path: Path, settings: Settings, arms: Sequence[str]) -> list[Record]:
     """The arms of the last run of a setting on this machine in the file; none where it did not have all of these arms.
 
     Lines are older than some options, and the oldest do not name their machine.
     """
     found: dict[str, Record] = {}
-    for record in _records(path):
+    for record in read_lines(path):
         here = all(record.get(name, value) == value for name, value in machine().items())
         if here and all(record.get(name) == value for name, value in settings.items()):
             if record["arm"] == SGD:  # the first one of a run
@@ -45,14 +36,8 @@ def measured(path: Path, settings: Settings, arms: Sequence[str]) -> list[Record
 
 def progress(path: Path) -> tuple[int, float]:
     """The settings in the file, and the seconds that their steps took."""
-    records = list(_records(path))
+    records = list(read_lines(path))
     return sum(r["arm"] == SGD for r in records), sum(sum(r["milliseconds"]) for r in records) / 1000
-
-
-def _records(path: Path) -> Iterator[Record]:
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
-        with contextlib.suppress(json.JSONDecodeError):  # cut off by a kill
-            yield json.loads(line)
 
 
 def section(settings: Settings, records: Sequence[Record]) -> str:
