@@ -32,16 +32,17 @@ class CoverageReport:
     def __str__(self) -> str:
         lines = [f"FNGD preconditions {len(self.preconditioned)} parameters."]
         if self.weighed:
-            lines[0] = f"{lines[0][:-1]}, and weighs the samples in {_listed(self.weighed)}."
+            lines[0] = f"{lines[0][:-1]}, and weighs the samples in {listed(self.weighed)}."
         for title, group in (("plain gradient", self.plain), ("could not be preconditioned", self.missed)):
             reasons: dict[str, list[str]] = {}
             for name, reason in group.items():
                 reasons.setdefault(reason, []).append(name)
-            lines += [f"{len(names)} {title}: {reason} ({_listed(names)})" for reason, names in reasons.items()]
+            lines += [f"{len(names)} {title}: {reason} ({listed(names)})" for reason, names in reasons.items()]
         return "\n  ".join([*lines, self.note] if self.note else lines)
 
 
-def _listed(names: Sequence[str]) -> str:
+def listed(names: Sequence[str]) -> str:
+    """The first names, and how many there are more."""
     return ", ".join(names[:4]) + (f", and {len(names) - 4} more" if len(names) > 4 else "")
 
 

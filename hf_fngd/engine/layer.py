@@ -49,6 +49,7 @@ class Layer:
     solves: bool  # whether the sharing policy solves for sample weights, which a layer called twice does not have
     batch_first: bool | None = None  # whether the first dimension of its input is the batch; None: no input told
     weighed: bool = False  # whether its samples ever were
+    by_sizes: bool = False  # whether sizes alone told in any call which rows are whose sample
     repeated: bool = False  # whether a backward pass found a call that forward did not count
     seen: MicroBatch | None = None  # the last one whose backward reached it
     view: View | None = None  # where the samples are, as a probe told; None: sizes tell
@@ -65,7 +66,7 @@ class Layer:
     def reasons(self) -> list[str]:
         """Why the gradient of its weight was plain, sorted; nothing where it always was weighed."""
         passed_by = PASSED_BY if self.weighed else NEVER_CALLED
-        return sorted([*self._obstacles, passed_by] if self.shared.passed_by else self._obstacles)
+        return sorted(self._obstacles) or [passed_by] * self.shared.passed_by
 
     @property
     def _obstacles(self) -> set[str]:
@@ -160,6 +161,8 @@ class Layer:
         if rows is None and (count != batch.size or batch.ids is not None):
             return None
         self.weighed = True
+        own = isinstance(self.kernel, EmbeddingKernel | TableKernel)  # which tell by themselves
+        self.by_sizes = self.by_sizes or (rows is None and batch.size > 1 and not own)
         weights = batch.begin() if again or batch.weights is None else batch.weights
         w = weights.weigh(self.place, _Samples(self.kernel, x, g, has_bias, rows, batch.size))
         return w if w is None or rows is None else rows.of_rows(w, count)

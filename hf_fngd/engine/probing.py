@@ -7,11 +7,14 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
+from hf_fngd.engine.coverage import listed
 from hf_fngd.engine.layer import Layer
 from hf_fngd.engine.window import in_backward
 from hf_fngd.layers.embedding import EmbeddingKernel
 from hf_fngd.samples.probe import Calls, digest, probe, sizes_of
 from hf_fngd.samples.rows import Shares, View
+
+TOLD_BY_SIZES = "which rows are whose sample was told by sizes alone"
 
 
 class Probing:
@@ -38,8 +41,13 @@ class Probing:
         return sizes_of((args, kwargs), samples, self.dim) if shares else {}
 
     def told(self) -> str:
-        """The note."""
-        return self.note
+        """The note; where a probe ran, the names of the layers that it did not tell of."""
+        if self.note:
+            return self.note
+        names = [layer.selected.parameters[0] for layer in self._layers if layer.by_sizes]
+        if not names:
+            return ""
+        return f"{TOLD_BY_SIZES} for {listed(names)}, as no pass of the probe, in evaluation mode, told"
 
     def see(self, layer: Layer, inputs: Sequence[Any]) -> None:
         """A layer is called in a probe."""
@@ -90,7 +98,7 @@ class Probing:
         """No probe could run, for this reason: the argument tells, or else the sizes of tensors."""
         if self._found is not None:
             return
-        self.note = f"which rows are whose sample was told by sizes alone, as {reason}"
+        self.note = f"{TOLD_BY_SIZES}, as {reason}"
         if self._batch_dim is None:
             self.note += "; batch_dim=0 or 1 says it for sure"
         self.settle()

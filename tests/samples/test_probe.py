@@ -190,6 +190,34 @@ def test_a_probe_leaves_no_casts_without_a_graph_behind() -> None:
     assert preconditioner.coverage().note == ""
 
 
+class InTraining(Attention):
+    """A layer of it runs in training alone, as an auxiliary head does."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + self.fc3(x).mean(1) if self.training else super().forward(x)
+
+
+class AnotherLayer(Attention):
+    def __init__(self) -> None:
+        super().__init__()
+        self.auxiliary = nn.Linear(WIDTH, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + self.auxiliary(x).mean(1) if self.training else super().forward(x)
+
+
+def test_a_layer_that_the_probe_did_not_reach_is_named() -> None:
+    for model, named in ((InTraining(), False), (AnotherLayer(), True)):
+        preconditioner = FNGDPreconditioner(model.double(), strict=True)
+        for sizes in ((5, 7), (6, 4)):
+            x, y = batch(*sizes, "batch first")
+            F.cross_entropy(model(x), y).backward()
+            preconditioner.step()
+        note = "which rows are whose sample was told by sizes alone for auxiliary.weight, as no pass of the probe"
+        assert (note in str(preconditioner.coverage())) == named
+        assert preconditioner.coverage().note.startswith(note * named)
+
+
 @dataclasses.dataclass
 class Inputs:
     x: Tensor
