@@ -35,12 +35,12 @@ class TranslationTrainer(TextTrainer, Seq2SeqTrainer):
             With the prefix "eval" train_nll too, the same of as many pairs from the start of the training split; with
             "predict" the translations are written to predictions.txt, with "predict_NAME" to predictions_NAME.txt.
         """
-        each_epoch = self.args.predict_with_generate
-        self.args.predict_with_generate = True
+        each_epoch, of_validation = self.args.predict_with_generate, self.compute_metrics
+        self.args.predict_with_generate, self.compute_metrics = True, None  # that of mid-training knows one split
         try:
             output = self.predict(rows, metric_key_prefix=prefix)
         finally:
-            self.args.predict_with_generate = each_epoch
+            self.args.predict_with_generate, self.compute_metrics = each_epoch, of_validation
         # Several processes pad the last round of batches with sentences from the start.
         translations = decode(self.processing_class, output.predictions[: len(rows)])
         metrics = output.metrics

@@ -173,7 +173,7 @@ def test_more_test_sets_are_scored_each(tmp_path, options):
     other.write_text("".join(lines[:2]), encoding="utf-8")
     same = tmp_path / "same.jsonl"
     same.write_text("".join(lines), encoding="utf-8")
-    report = translate.main([*options, "--test_sets", str(other), str(same)])
+    report = translate.main([*options, "--predict_with_generate=true", "--test_sets", str(other), str(same)])
     out = tmp_path / "out"
     assert report["test_sets"] == ["two_pairs", "same"]
     assert report["predict_same_bleu"] == report["predict_bleu"]
