@@ -57,9 +57,12 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     report |= run.train(trainer) | best_epochs(trainer.state.log_history)
     if run.checkpoint is None:  # a resumed run has seen a part of its batches alone
         report["largest_rise"] = largest_rise(loss.batches)
-    report |= trainer.score(splits.validation, "eval_validation") | trainer.score(splits.test, "test")
-    as_they_are = Columns(**splits.train.columns)
-    report["train_accuracy"] = trainer.score(as_they_are, "train")["train_accuracy"]
+    if args.do_eval:
+        report |= trainer.score(splits.validation, "eval_validation")
+        as_they_are = Columns(**splits.train.columns)
+        report["train_accuracy"] = trainer.score(as_they_are, "train")["train_accuracy"]
+    if args.do_predict:
+        report |= trainer.score(splits.test, "test")
     trainer.save_metrics("all", report, combined=False)
     if trainer.is_world_process_zero():
         for name in ("test_accuracy", "selected_test_accuracy", "best_test_accuracy"):

@@ -44,7 +44,7 @@ COMMON = {"bf16": True, "pad_to_multiple_of": 32, "dataloader_drop_last": True, 
 FULL = {"per_device_eval_batch_size": 512, "dataloader_num_workers": 2}
 # No dataset: the embedded corpus.
 TOY = {"d_model": 32, "ffn_dim": 64, "encoder_layers": 1, "decoder_layers": 1, "num_heads": 2, "vocab_size": 300}
-TOY |= {"dataset_name": None, "max_train_samples": 1280, "max_eval_samples": 32, "max_predict_samples": 32}
+TOY |= {"dataset_name": None, "max_train_samples": 1280, "max_eval_samples": 36, "max_predict_samples": 32}
 TOY |= {"num_train_epochs": 2, "use_cpu": True, "dataloader_num_workers": 1, "max_source_length": 32}
 TOY |= {"max_target_length": 32, "per_device_eval_batch_size": 32}
 TOY_SUITE = {"d_model": 16, "ffn_dim": 32, "layers": 1, "heads": 2, "vocab_size": 40, "batch_size": 4, "length": 4}

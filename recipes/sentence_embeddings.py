@@ -35,6 +35,7 @@ from sentence_transformers.sentence_transformer.losses import (
     MultipleNegativesRankingLoss,
 )
 from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
+from torch.utils.data import DataLoader
 from transformers import BertModel
 
 from common.arguments import (
@@ -104,6 +105,10 @@ class EmbeddingTrainingArguments(RecipeTrainingArguments, SentenceTransformerTra
         super().__post_init__()
         if self.label_smoothing_factor:
             raise ValueError("The losses of this recipe have no label smoothing: leave out --label_smoothing_factor.")
+        if self.data_seed is not None:
+            raise ValueError("This recipe draws its batches with --seed: leave out --data_seed.")
+        if self.train_sampling_strategy != "random":
+            raise ValueError("This recipe draws its batches at random: leave out --train_sampling_strategy.")
 
 
 class Retrieval(TranslationEvaluator):
@@ -120,6 +125,14 @@ class Retrieval(TranslationEvaluator):
 
 class EmbeddingTrainer(RecipeTrainer, SentenceTransformerTrainer):
     """The library's own Trainer, timed, and with the recipe's card."""
+
+    def get_eval_dataloader(self, *args: Any, **kwargs: Any) -> DataLoader:
+        """Drop the last pairs of an epoch in training alone: the library's own drops them in an evaluation too."""
+        asked, self.args.dataloader_drop_last = self.args.dataloader_drop_last, False
+        try:
+            return super().get_eval_dataloader(*args, **kwargs)
+        finally:
+            self.args.dataloader_drop_last = asked
 
     def score(self, pairs: Dataset, prefix: str) -> dict[str, float]:
         """Return the loss and the accuracy of pairs, with the prefix and an underscore before each name."""

@@ -173,9 +173,18 @@ def choose_rows(splits: DatasetDict, data_args: DataArguments, seed: int) -> Dat
     return chosen
 
 
+class OtherTask(DataArguments):
+    """A task that nothing is trained on but a probe: its validation split, which nobody reads, is its test split."""
+
+    @property
+    def apart(self) -> tuple[str, ...]:
+        """The splits that may have no row in common."""
+        return ("train", "test")
+
+
 def load_forgetting(args: ForgettingArguments) -> DatasetDict:
     """Load the texts of another task, with their numbered labels."""
-    data = DataArguments(
+    data = OtherTask(
         dataset_name=None if args.forgetting_dataset == EMBEDDED else args.forgetting_dataset,
         text_column=args.forgetting_text_column,
         label_column=args.forgetting_label_column,

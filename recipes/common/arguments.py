@@ -119,7 +119,7 @@ class DatasetArguments:
     dataset_name: str | None = option(None, "Hub id or local folder of the dataset. Default: data of the recipe's own.")
     dataset_config_name: str | None = option(None, "Configuration of the dataset, where it has several.")
     overwrite_output_dir: bool = option(
-        False, "Start anew: delete the checkpoints in output_dir instead of resuming from the last one."
+        False, "Start anew: delete the checkpoints in output_dir, and replace its results."
     )
 
 

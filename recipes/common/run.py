@@ -16,15 +16,18 @@ from common.data import shown
 from common.optimizers import describe, fngd_config, optimizer_cls_and_kwargs
 from common.trainer import RecipeTrainer
 from hf_fngd import FNGDCallback, FNGDConfig, last_complete_checkpoint
+from hf_fngd.config import PRESETS
 
 OPTIONS = "options.json"
 """The file in the output folder with the options that decide what is trained."""
+RESULTS = "all_results.json"
+"""The file in the output folder with what a finished run reports."""
 # Of TrainingArguments these decide it. Beside them a run may be longer, saved and scored in other ways.
 _OF_TRAINING = (
     *("learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "decay_at", "weight_decay"),
     *("adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm", "label_smoothing_factor", "seed", "data_seed"),
     *("per_device_train_batch_size", "gradient_accumulation_steps", "train_sampling_strategy", "dataloader_drop_last"),
-    *("bf16", "fp16", "skip_above"),
+    *("bf16", "fp16", "skip_above", "neftune_noise_alpha"),
 )
 # Of the other options these do not.
 _OF_SCORING = (
@@ -77,15 +80,17 @@ def prepare(parsed: tuple[Any, ...]) -> Run:
         parsed: What `common.arguments.parse` returned: options of data and optimizer, TrainingArguments, and others.
 
     Raises:
-        ValueError: The folder holds the checkpoints of another training, or one was asked for and there is none.
+        ValueError: The folder holds another training, or one was asked for and there is none.
     """
     args = next(group for group in parsed if isinstance(group, TrainingArguments))
     optimizer_args = next(group for group in parsed if isinstance(group, OptimizerArguments))
     overwrite = any(isinstance(group, DatasetArguments) and group.overwrite_output_dir for group in parsed)
     config = fngd_config(optimizer_args, args)
     optimizer = optimizer_cls_and_kwargs(optimizer_args, config, args)
-    checkpoint, options = find_checkpoint(args, overwrite), training_options(parsed)
+    checkpoint, options = find_checkpoint(args, overwrite), training_options(parsed, config)
     if checkpoint is None:
+        if Path(args.output_dir, RESULTS).exists() and not overwrite:
+            check_same(Path(args.output_dir, OPTIONS), options)
         if args.process_index == 0:
             Path(args.output_dir).mkdir(parents=True, exist_ok=True)
             Path(args.output_dir, OPTIONS).write_text(json.dumps(options, indent=2) + "\n", encoding="utf-8")
@@ -96,14 +101,18 @@ def prepare(parsed: tuple[Any, ...]) -> Run:
     return Run(args, config, optimizer, checkpoint)
 
 
-def training_options(parsed: tuple[Any, ...]) -> dict[str, Any]:
-    """Return the options that decide what is trained, in types that JSON knows."""
+def training_options(parsed: tuple[Any, ...], config: FNGDConfig | None = None) -> dict[str, Any]:
+    """Return what decides the training, in types that JSON knows; with FNGD's configuration where a file has it."""
     found = {}
     for group in parsed:
         for field in dataclasses.fields(group):
             wanted = field.name in _OF_TRAINING if isinstance(group, TrainingArguments) else field.init
             if wanted and field.name not in _OF_SCORING:
                 found[field.name] = getattr(group, field.name)
+        if isinstance(group, TrainingArguments):
+            found["processes"] = group.world_size
+    if config is not None and found["fngd_config"] not in (None, *PRESETS):
+        found["fngd"] = config.to_dict()  # the file may have changed
     for name in ("dataset_name", "model_name_or_path", "fngd_config"):
         if found.get(name) is not None:
             found[name] = shown(found[name])
@@ -117,8 +126,8 @@ def check_same(file: Path, options: dict[str, Any]) -> None:
     if differ:
         changes = ", ".join(f"{name} was {before[name]!r} and is {options[name]!r}" for name in differ)
         raise ValueError(
-            f"{file.parent} holds the checkpoints of another training: {changes}. Give the same options to go on with "
-            "it, another --output_dir, or --overwrite_output_dir true to delete them and start anew."
+            f"{file.parent} holds another training: {changes}. Give the same options to go on with it, another "
+            "--output_dir, or --overwrite_output_dir true to replace it."
         )
 
 
@@ -131,9 +140,11 @@ def find_checkpoint(args: TrainingArguments, overwrite: bool) -> str | None:
         overwrite: Delete the folder's checkpoints, so that none is resumed, now or after an interruption.
 
     Raises:
-        ValueError: A checkpoint was asked for and there is none.
+        ValueError: A checkpoint was asked for, and there is none or all are to be deleted.
     """
     named, output_dir = args.resume_from_checkpoint, Path(args.output_dir)
+    if named is not None and overwrite:
+        raise ValueError("--resume_from_checkpoint goes on and --overwrite_output_dir starts anew: leave out one.")
     if named is not None and named.lower() != "true":
         if not Path(named).is_dir():
             raise ValueError(f"resume_from_checkpoint {named!r} is no folder.")

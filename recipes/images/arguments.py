@@ -118,6 +118,8 @@ class ModelArguments:
 class ImageTrainingArguments(RecipeTrainingArguments):
     """TrainingArguments with the defaults of a small classifier that is trained from scratch."""
 
+    do_eval: bool = option(True, "Score the validation and the training split at the end.")
+    do_predict: bool = option(True, "Score the test split at the end.")
     num_train_epochs: float = option(30, "Epochs.")
     lr_scheduler_type: str = option("cosine", "Schedule of the learning rate.")
     decay_at: list[float] | None = option(  # noqa: RUF009, as it returns a field

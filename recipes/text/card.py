@@ -36,7 +36,7 @@ A `{report[model]}` of {report[parameters]:,} trained parameters{languages}, by 
 {start}- data: {dataset}, {report[train_samples]:,} training rows{shots}{distortion}
 - optimizer: **{report[optimizer]}**, with the arguments below
 - {length}{kept}{averaged}, in batches of {batch} rows ({processes} process(es), {accumulation} accumulation step(s))
-- schedule {args.lr_scheduler_type.value} with {warm_up}, gradient clipped at norm {args.max_grad_norm:g}
+- schedule {args.lr_scheduler_type.value} with {warm_up}, {clipping}
 - label smoothing {args.label_smoothing_factor:g}, seed {report[seed]}
 {forgetting}
 ```json
@@ -102,6 +102,7 @@ def render_card(report: dict[str, Any], args: transformers.TrainingArguments) ->
         processes=args.world_size,
         accumulation=args.gradient_accumulation_steps,
         warm_up=warm_up,
+        clipping=f"gradient clipped at norm {args.max_grad_norm:g}" if args.max_grad_norm else "no gradient clipping",
         optimizer_arguments=json.dumps(report["optimizer_arguments"], indent=2),
         versions=", ".join(
             f"{module.__name__} {module.__version__}"

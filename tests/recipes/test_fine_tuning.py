@@ -23,7 +23,7 @@ from transformers import (
 import text_classification
 from classification.calibration import calibration_error
 from classification.fine_tuning import layer_rates, with_layer_decay
-from classification.forgetting import Forgetting, embed, probe_accuracy
+from classification.forgetting import Forgetting, ForgettingArguments, embed, probe_accuracy
 from common.arguments import OptimizerArguments, TextTrainingArguments
 from common.run import prepare
 from hf_fngd import FNGDConfig
@@ -186,6 +186,16 @@ def test_what_the_checkpoint_lacks_is_trained(pretrained, tmp_path):
             assert module in trained
             assert any(re.search(rf"{module}(\.modules_to_save\.default)?\.weight$", name) for name in names), names
         assert not any("embeddings" in name for name in names)
+
+
+def test_the_other_task_may_be_any_dataset(tmp_path):
+    for split in ("train", "test"):
+        rows = {"text": [f"{split} {n}" for n in range(6)], "label": [0, 1] * 3}
+        Dataset.from_dict(rows).to_json(tmp_path / "other" / f"{split}.jsonl")
+    arguments = ForgettingArguments(forgetting_dataset=str(tmp_path / "other"), forgetting_samples=4)
+    splits = text_classification.load_forgetting(arguments)
+    assert splits["train"]["text"][0] == "train 0"
+    assert splits["test"]["text"][0] == "test 0"
 
 
 # Whole runs -----------------------------------------------------------------------------------------------

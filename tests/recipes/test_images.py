@@ -56,9 +56,23 @@ def test_a_run_leaves_a_report_and_curves(tmp_path, options, optimizer, model):
 def test_dropping_the_last_batch_drops_no_row_of_an_evaluation(options):
     batches = ["--per_device_eval_batch_size=25", "--per_device_train_batch_size=60"]
     argv = [*options, *batches, "--optimizer=adamw", "--num_train_epochs=0.01"]  # one step
-    whole, dropped = (image_classification.main([*argv, f"--dataloader_drop_last={drop}"]) for drop in (False, True))
+    anew = "--overwrite_output_dir=true"
+    whole, dropped = (
+        image_classification.main([*argv, f"--dataloader_drop_last={drop}", anew]) for drop in (False, True)
+    )
     names = ["test_accuracy", "eval_validation_accuracy", "train_accuracy"]
     assert {name: dropped[name] for name in names} == {name: whole[name] for name in names}
+
+
+def test_what_is_not_asked_for_is_not_scored(options):
+    report = image_classification.main([*options, "--optimizer=adamw", "--do_eval=false"])
+    assert "test_accuracy" in report
+    assert not {"eval_validation_accuracy", "train_accuracy"} & set(report)
+    report = image_classification.main([*options, "--optimizer=adamw", "--do_predict=false"])
+    assert {"eval_validation_accuracy", "train_accuracy"} <= set(report)
+    assert "test_accuracy" not in report
+    with pytest.raises(ValueError, match="holds another training: optimizer was 'adamw' and is 'sgd'"):
+        image_classification.main([*options, "--optimizer=sgd"])
 
 
 def test_what_can_be_memorized_is(options):
@@ -74,7 +88,7 @@ def test_what_can_be_memorized_is(options):
 def test_losses_train_and_are_evaluated_as_cross_entropy(options, loss):
     argv = [*options, *MODELS["mlp"], "--optimizer=sgd", "--learning_rate=1e-9", "--eval_strategy=no"]
     plain = image_classification.main(argv)
-    other = image_classification.main([*argv, *loss])
+    other = image_classification.main([*argv, *loss, "--overwrite_output_dir=true"])
     assert other["test_loss"] == pytest.approx(plain["test_loss"], rel=1e-3)
     assert other["train_loss"] != pytest.approx(plain["train_loss"], rel=1e-5)
 

@@ -6,7 +6,7 @@ import pytest
 from sentence_transformers import SentenceTransformer
 
 import sentence_embeddings
-from sentence_embeddings import DataArguments, ModelArguments, Retrieval
+from sentence_embeddings import DataArguments, EmbeddingTrainingArguments, ModelArguments, Retrieval
 from tests.recipes.running import have_equal_weights, interrupted, read, short
 from text import card
 from translation.data import load_pairs
@@ -86,6 +86,11 @@ def test_a_card_keeps_a_split_without_a_loss():
         (lambda: DataArguments(mini_batch_size=0), "mini_batch_size"),
         (lambda: ModelArguments(model_name_or_path="a/b", hidden_size=64), "hidden_size: options of a new model"),
         (lambda: ModelArguments(hidden_size=30), "num_attention_heads"),
+        (lambda: EmbeddingTrainingArguments("out", use_cpu=True, data_seed=1), "leave out --data_seed"),
+        (
+            lambda: EmbeddingTrainingArguments("out", use_cpu=True, train_sampling_strategy="sequential"),
+            "leave out --train_sampling_strategy",
+        ),
     ],
 )
 def test_options_that_no_run_can_use_are_refused(make, message):

@@ -9,6 +9,9 @@ from safetensors.torch import load_file
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
 import translate
+from common.arguments import DatasetArguments, TextTrainingArguments, parse
+from common.run import training_options
+from hf_fngd import FNGDConfig
 from tests.recipes.running import assert_best_is_scored, have_equal_weights, in_parts, interrupted, read, short
 from tests.recipes.translate_pairs import PAIRS, TINY_MODEL
 
@@ -108,7 +111,7 @@ def test_the_checkpoints_of_another_training_are_not_resumed(tmp_path, options):
         (["--optimizer=adamw"], "optimizer was 'fngd' and is 'adamw'"),
         (["--learning_rate=0.02", "--dropout=0.3"], "dropout was 0.1 and is 0.3, learning_rate was 0.01 and is 0.02"),
     ):
-        with pytest.raises(ValueError, match=f"holds the checkpoints of another training: {message}.*--overwrite_outp"):
+        with pytest.raises(ValueError, match=f"holds another training: {message}.*--overwrite_outp"):
             translate.main([*options, *more])
     longer = translate.main([*options, "--num_train_epochs=2", "--num_beams=2", "--max_predict_samples=3"])
     assert read(tmp_path / "out", "trainer_state.json")["global_step"] == 8
@@ -116,6 +119,35 @@ def test_the_checkpoints_of_another_training_are_not_resumed(tmp_path, options):
     anew = translate.main([*options, "--optimizer=adamw", "--overwrite_output_dir=true", "--num_train_epochs=1"])
     assert anew["optimizer"] == "AdamW"
     assert read(tmp_path / "out", "options.json")["optimizer"] == "adamw"
+
+
+@pytest.mark.parametrize(("before", "after"), [("fngd", "adamw"), ("adamw", "sgd")], ids=["from FNGD", "to SGD"])
+def test_the_results_of_another_training_are_not_replaced(tmp_path, options, before, after):
+    argv = [*options, "--num_train_epochs=1", "--save_strategy=no"]
+    translate.main([*argv, f"--optimizer={before}"])
+    kept = (tmp_path / "out" / "all_results.json").read_bytes()
+    with pytest.raises(ValueError, match=f"holds another training: optimizer was '{before}' and is '{after}'"):
+        translate.main([*argv, f"--optimizer={after}"])
+    assert (tmp_path / "out" / "all_results.json").read_bytes() == kept
+    translate.main([*argv, f"--optimizer={before}"])  # the same once more
+    report = translate.main([*argv, f"--optimizer={after}", "--overwrite_output_dir=true"])
+    assert report["optimizer"] == {"sgd": "SGD", "adamw": "AdamW"}[after]
+
+
+def test_the_checkpoints_of_a_changed_configuration_are_not_resumed(tmp_path, options):
+    config = FNGDConfig()
+    argv = [*options, "--num_train_epochs=1", f"--fngd_config={tmp_path / 'config'}"]
+    config.save_pretrained(tmp_path / "config")
+    translate.main(argv)
+    translate.main(argv)
+    FNGDConfig(momentum=0.5).save_pretrained(tmp_path / "config")
+    with pytest.raises(ValueError, match="holds another training: fngd was "):
+        translate.main(argv)
+
+
+def test_a_run_on_another_number_of_processes_is_another_one():
+    parsed = parse([DatasetArguments, TextTrainingArguments], ["--output_dir=out", "--use_cpu=true"])
+    assert training_options(parsed)["processes"] == 1
 
 
 def test_without_scores_at_the_end_there_are_none(options):
