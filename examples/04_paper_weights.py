@@ -99,7 +99,7 @@ for name, (config, learning_rate) in runs.items():
         compute_metrics=accuracy,
         callbacks=[] if config is None else [FNGDCallback()],
         # With model_init there is no model yet, so Trainer gets a factory in place of an optimizer. From `args` it
-        # takes learning rate and weight decay, which win over those of the config. None is Trainer's own AdamW.
+        # takes learning rate and weight decay; a config with other ones is an error. None is Trainer's own AdamW.
         optimizer_cls_and_kwargs=None if config is None else (FNGDFactory, {"args": args, "config": config}),
     )
     trainer.remove_callback(PrinterCallback)

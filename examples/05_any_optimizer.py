@@ -1,4 +1,4 @@
-"""The engine alone: FNGDPreconditioner puts the natural gradient into p.grad, any torch optimizer takes the step.
+"""The engine alone: FNGDPreconditioner puts the weighted gradient into p.grad, any torch optimizer takes the step.
 
 A small network learns a function of two variables under three optimizers, with and without the engine. Run it with
 

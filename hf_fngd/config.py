@@ -182,7 +182,7 @@ def set_in(args: Any, config: FNGDConfig, overrides: Mapping[str, Any]) -> dict[
         value, own = getattr(args, theirs), getattr(config, name)
         unset = own == getattr(Settings, name)
         if name in overrides or value == defaults.get(theirs):
-            if name == "lr" and unset and "lr" not in overrides:
+            if name == "lr" and unset and "lr" not in overrides and value != own:
                 logger.warning(
                     "learning_rate=%g is the default of TrainingArguments, which nobody chose: FNGD takes its own, "
                     "lr=%g. Set learning_rate, or lr in the config",

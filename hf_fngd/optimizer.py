@@ -48,7 +48,7 @@ class FNGD(torch.optim.Optimizer, Joins):
     steps that a loss scaler skips).
 
     Args:
-        model: the module that is called with the batch, whose first dimension is the sample.
+        model: the module that is called with the batch; ``batch_dim`` says where in it the samples are.
         **settings: see `Settings`.
 
     Raises:

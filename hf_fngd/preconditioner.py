@@ -42,7 +42,7 @@ class FNGDPreconditioner(Joins):
     ``epoch_ended`` says whether the last step was the last one of an epoch, as far as Accelerate's data loaders show.
 
     Args:
-        model: the module that is called with the batch, whose first dimension is the sample.
+        model: the module that is called with the batch; ``batch_dim`` says where in it the samples are.
         **settings: see `Settings`.
 
     Raises:

@@ -3,10 +3,9 @@
     accelerate launch recipes/language_modeling.py --output_dir outputs/language_modeling
     accelerate launch recipes/language_modeling.py --dataset_name bentrevett/multi30k --optimizer adamw
 
-Every sentence is a row of its own, padded to the longest of its batch: FNGD weighs sequences, and packed into blocks
-they would lose their borders. Loss and perplexity are those of a token, over all tokens of the split. The output folder
-holds the model and its tokenizer, README.md and all_results.json. A run that was interrupted resumes from its last
-checkpoint when it is started again.
+Every sentence is a row of its own, padded to the longest of its batch, and so a sample. Loss and perplexity are those
+of a token, over all tokens of the split. The output folder holds the model and its tokenizer, README.md and
+all_results.json. A run that was interrupted resumes from its last checkpoint when it is started again.
 """
 
 from __future__ import annotations

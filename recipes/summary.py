@@ -55,16 +55,15 @@ STYLES = {
     "soap": ("tab:green", "-"),
     "muon": ("tab:orange", "-"),
     "muon, momentum 0.9": ("tab:orange", "--"),
-    "muon, clipped outputs": ("tab:orange", "--"),
+    "fngd, w = 1, clipped outputs": ("tab:red", "--"),
     "fngd": ("tab:red", "-"),
     "fngd, muon": ("tab:pink", "-"),
     "fngd, muon, w = 1": ("tab:pink", ":"),
-    "muon, w = 1": ("tab:pink", ":"),
     "fngd adam": ("tab:purple", "-"),
 }
 """Colour and style of an optimizer's line."""
 
-CLIPPED = ("muon", "muon, clipped outputs", "fngd, muon", "fngd")
+CLIPPED = ("muon", "fngd, w = 1, clipped outputs", "fngd, muon", "fngd")
 REMEDIES = ("adamw", "adamw, bounded loss", "adamw, clipped outputs", *CLIPPED)
 """What there is against outsized samples."""
 PIXELS = ("cifar10", "test accuracy, %", 0.01)
@@ -80,7 +79,7 @@ PANELS = (
         "outliers_vit",
         "An outlier in every batch (images, ViT)",
         *PIXELS,
-        ("adamw, without outliers", "adamw", "adamw, clipped outputs", *CLIPPED, "fngd adam"),
+        ("adamw, without outliers", "adamw", "adamw, clipped outputs", "muon", "fngd, muon", "fngd", "fngd adam"),
     ),
     Panel(
         "unscaled_mlp",
@@ -100,7 +99,7 @@ PANELS = (
         *PAIRS,
         ("adamw", "soap", "muon", "muon, momentum 0.9", "fngd, muon", "fngd"),
     ),
-    Panel("multi30k_long", "5,000 pairs, 30 epochs (Transformer)", *PAIRS, ("adamw", "muon, w = 1", "fngd, muon")),
+    Panel("multi30k_long", "5,000 pairs, 30 epochs (Transformer)", *PAIRS, ("adamw", "fngd, muon, w = 1", "fngd, muon")),
 )
 NATS = ("multi30k", "validation loss, nats a token", 1)
 DEPTHS = tuple(

@@ -10,9 +10,9 @@ learning_curve.png. A run that was interrupted resumes from its last checkpoint 
 With `--metric_for_best_model loss` (or bleu, and `--predict_with_generate true`) and `--save_total_limit 2` the test
 split is also scored with the weights of the best epoch, as best_predict_bleu.
 
-The losses that Trainer logs have label smoothing in them, and the training loss dropout. At the end train_nll and
-eval_nll and predict_nll are measured without either: the mean negative log-likelihood of a target token, in as many
-pairs from the start of the training split as the validation split has, in the validation split and in the test split.
+The logged losses contain label smoothing, and the training loss also dropout. train_nll, eval_nll and predict_nll,
+measured at the end, contain neither: each is the mean negative log-likelihood of a target token, train_nll's in as many
+pairs from the start of the training split as the validation split has.
 """
 
 from __future__ import annotations

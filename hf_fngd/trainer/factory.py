@@ -19,7 +19,7 @@ class FNGDFactory:
 
     For hyperparameter search and ``model_init`` (a new model each trial), PEFT and TRL (the model is wrapped inside the
     trainer): ``Trainer(..., optimizer_cls_and_kwargs=(FNGDFactory, {"args": args, "config": config}))``. Where a
-    trainer does not take the argument, as TRL's for preferences and rewards, set the attribute before ``train()``:
+    trainer does not take the argument, as TRL's for DPO, KTO, GRPO and RLOO, set the attribute before ``train()``:
     ``trainer.optimizer_cls_and_kwargs = (FNGDFactory, {"args": args, "config": config})``.
     """
 

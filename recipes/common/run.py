@@ -22,14 +22,14 @@ OPTIONS = "options.json"
 """The file in the output folder with the options that decide what is trained."""
 RESULTS = "all_results.json"
 """The file in the output folder with what a finished run reports."""
-# Of TrainingArguments these decide it. Beside them a run may be longer, saved and scored in other ways.
+# TrainingArguments that change the training. All others may differ where a run resumes.
 _OF_TRAINING = (
     *("learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "decay_at", "weight_decay"),
     *("adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm", "label_smoothing_factor", "seed", "data_seed"),
     *("per_device_train_batch_size", "gradient_accumulation_steps", "train_sampling_strategy", "dataloader_drop_last"),
     *("bf16", "fp16", "skip_above", "neftune_noise_alpha"),
 )
-# Of the other options these do not.
+# Other options that do not change it.
 _OF_SCORING = (
     *("overwrite_output_dir", "preprocessing_num_workers", "max_eval_samples", "max_predict_samples"),
     *("max_test_samples", "test_split", "test_sets", "num_beams", "forgetting_dataset", "forgetting_samples"),
