@@ -99,7 +99,9 @@ PANELS = (
         *PAIRS,
         ("adamw", "soap", "muon", "muon, momentum 0.9", "fngd, muon", "fngd"),
     ),
-    Panel("multi30k_long", "5,000 pairs, 30 epochs (Transformer)", *PAIRS, ("adamw", "fngd, muon, w = 1", "fngd, muon")),
+    Panel(
+        "multi30k_long", "5,000 pairs, 30 epochs (Transformer)", *PAIRS, ("adamw", "fngd, muon, w = 1", "fngd, muon")
+    ),
 )
 NATS = ("multi30k", "validation loss, nats a token", 1)
 DEPTHS = tuple(

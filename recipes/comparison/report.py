@@ -59,17 +59,19 @@ def report(comparison: Comparison, results: Results) -> str:
 def remarks(comparison: Comparison, results: Results, finals: dict[str, list[Record]]) -> list[str]:
     """Return what a reader has to know before the figures: unequal grids, missing runs, spreads that overlap."""
     found = []
-    sizes = {arm: len(declared.points()) for arm, declared in comparison.arms.items()}
+    sizes = {arm: n for arm, declared in comparison.arms.items() if (n := len(declared.points())) > 1}
     if len(set(sizes.values())) > 1:
-        found.append("The grids are not of equal size: " + ", ".join(f"{arm} {n}" for arm, n in sizes.items()) + ".")
+        found.append("The grids are not of equal size: " + ", ".join(f"`{arm}` {n}" for arm, n in sizes.items()) + ".")
+    if sizes and (alone := [f"`{arm}`" for arm in comparison.arms if arm not in sizes]):
+        found.append(f"Of one point, without a grid: {', '.join(alone)}.")
     runs = comparison.screen_runs() + comparison.final_runs(best_points(comparison, results))
     found += [f"Failed: {run} ({record['error']})." for run in runs if (record := results.failed(run))]
     for arm, of_arm in finals.items():
         if not of_arm:
-            found.append(f"{arm} has no finished final run.")
+            found.append(f"`{arm}` has no finished final run.")
             continue
         if len(of_arm) < len(comparison.final.seeds):
-            found.append(f"{arm} has {len(of_arm)} of {len(comparison.final.seeds)} seeds.")
+            found.append(f"`{arm}` has {len(of_arm)} of {len(comparison.final.seeds)} seeds.")
         found += _edges(comparison, arm, of_arm[0]["point"])
     screens = [run for run in comparison.screen_runs() if not results.finished(run) and not results.failed(run)]
     if screens:
@@ -95,7 +97,7 @@ def _edges(comparison: Comparison, arm: str, point: Mapping[str, Any]) -> list[s
     for key, tried in comparison.arms[arm].grid.items():
         numbers = sorted(n for item in tried if (n := as_number(item)) is not None)
         if len(numbers) == len(tried) > 2 and float(point[key]) in (numbers[0], numbers[-1]):
-            found.append(f"The best {key} of {arm}, {point[key]}, lies at the edge of its grid.")
+            found.append(f"The best {key} of `{arm}`, {point[key]}, lies at the edge of its grid.")
     return found
 
 
@@ -104,10 +106,15 @@ def _overlaps(comparison: Comparison, finals: dict[str, list[Record]]) -> list[s
     metric = comparison.test_metrics[0]
     scores = {arm: [v for record in finals[arm] if (v := value(record, metric)) is not None] for arm in finals}
     ordered = sorted((arm for arm in scores if len(scores[arm]) > 1), key=lambda arm: -statistics.mean(scores[arm]))
-    return [
-        f"{metric} of {first} and of {second} differ by less than their seeds do: the ranges overlap."
+    pairs = [
+        f"`{first}` and `{second}`"
         for first, second in pairwise(ordered)
         if min(scores[first]) <= max(scores[second]) and min(scores[second]) <= max(scores[first])
+    ]
+    if not pairs:
+        return []
+    return [
+        f"These neighbours in {metric} differ by less than their seeds do, their ranges overlap: {'; '.join(pairs)}."
     ]
 
 

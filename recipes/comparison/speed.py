@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from common.timer import PARTS
 from comparison.markdown import number, table
 from comparison.plan import Comparison
 from comparison.results import Record, best_epoch, first_reaching, mean, step_seconds, training_seconds, value
 
 Finals = dict[str, list[Record]]
-PARTS = ("forward", "backward", "update")
 
 
 def speed(comparison: Comparison, finals: Finals) -> list[str]:

@@ -117,7 +117,7 @@ def test_a_failure_is_recorded_the_others_go_on_and_it_is_tried_again(toy, capsy
     assert "screen a lr 5 seed 0: FAILED, exit code 1: lr 5.0 is too large (see " in out
     assert "c: no grid point finished with a number" in out
     assert "- Failed: screen a lr 5 seed 0 (exit code 1: lr 5.0 is too large)." in toy.page()
-    assert "- c has no finished final run." in toy.page()
+    assert "- `c` has no finished final run." in toy.page()
     assert toy.row("a")[1] == "lr 0.2"
     assert toy.row("a", "## Grids")[1:3] == ["1", "2"]
     assert "failed" in toy.row("a", "## Grids")
@@ -177,7 +177,7 @@ def test_a_run_that_the_time_cuts_off_leaves_its_curve_and_goes_on(toy, capsys):
     assert line["curve"] == [{"epoch": 1, "step": 4, "loss": 1}, {"epoch": 1, "step": 4, "eval_score": 7.0}]
     assert series(line, "eval_score", "seconds") == ([2.0], [7.0])
     assert toy.row("a", "## Unfinished runs") == ["a", "-", "1", "4", "12", "7", "7", "0.5"]
-    assert "- a has no finished final run." in toy.page()
+    assert "- `a` has no finished final run." in toy.page()
     toy.run("--list")
     assert "cut off  final a seed 1\nto do    final b seed 1\n" in capsys.readouterr().out
 
@@ -227,15 +227,18 @@ def test_remarks_come_with_their_causes_alone(toy):
     (toy.folder / "out").mkdir()
     (toy.folder / "out" / "repaired").touch()
     toy.run()
-    assert "- The grids are not of equal size: a 4, b 2.\n" in toy.page()
+    assert "- The grids are not of equal size: `a` 4, `b` 2.\n" in toy.page()
     assert "edge" in toy.page()  # 0.35 of a
     assert "overlap" not in toy.page()  # 7.5 at most for a, 41 at least for b
     toy.values["arms"]["a"]["grid"]["lr"] = [0.1, 0.3, 0.2, 0.35]
     toy.values["arms"]["b"]["grid"]["lr"] = [0.1, 0.2, 0.3, 0.4]
     toy.run()
     assert "equal size" not in toy.page()
-    assert "- The best lr of b, 0.4, lies at the edge of its grid.\n" in toy.page()
-    assert "- test_score of a and of b differ by less than their seeds do: the ranges overlap.\n" in toy.page()
+    assert "- The best lr of `b`, 0.4, lies at the edge of its grid.\n" in toy.page()
+    assert (
+        "- These neighbours in test_score differ by less than their seeds do, their ranges overlap: `a` and `b`.\n"
+        in toy.page()
+    )
     assert "one seed" not in toy.page()
     toy.values["final"]["seeds"] = [1]
     toy.run()
