@@ -10,7 +10,7 @@ import typing
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 import yaml
@@ -133,6 +133,8 @@ class RecipeTrainingArguments(TrainingArguments):
     logging_strategy: str = option("epoch", "When to log the training loss.")
     save_total_limit: int | None = option(1, "Checkpoints to keep.")
 
+    given: ClassVar[frozenset[str] | None] = None  # the options that somebody set, where `parse` knows
+
     @property
     def seed_of_data(self) -> int:
         """The seed of the order, and of the choice, of training rows."""
@@ -225,6 +227,10 @@ def parse(classes: Sequence[type], argv: Sequence[str] | None = None, **defaults
     *parsed, _, unknown = parser.parse_args_into_dataclasses(
         [*from_file, *rest], return_remaining_strings=True, look_for_args_file=False
     )
+    given = {word[2:].partition("=")[0] for word in [*from_file, *rest] if word.startswith("--")}
+    for group in parsed:
+        if isinstance(group, RecipeTrainingArguments):
+            group.given = frozenset(given)
     if unknown:
         if files := [word for word in unknown if word.endswith((".yaml", ".yml"))]:
             raise ValueError(f"A file of options is named by --config: --config {files[0]}.")

@@ -20,19 +20,30 @@ _NO_OPTIONS = ("params", "initial_lr", "step", "steps")  # keys of a parameter g
 def fngd_config(arguments: OptimizerArguments, training_args: TrainingArguments) -> FNGDConfig | None:
     """Load the configuration that was named and apply the options; None unless the optimizer is FNGD.
 
-    Learning rate and weight decay are those of the configuration where it is no preset, and TrainingArguments has its
-    defaults.
+    Learning rate and weight decay are those of the configuration where it is no preset, and nobody set them in
+    TrainingArguments.
+
+    Raises:
+        ValueError: Two options of different values mean the same, such as --momentum and --adam_beta1.
     """
     if not arguments.uses_fngd:
         return None
     name = arguments.fngd_config or "default"
     defaults = {f.name: f.default for f in dataclasses.fields(training_args)}
+    given = getattr(training_args, "given", None)
+    if given is None:
+        given = {name for name, default in defaults.items() if getattr(training_args, name) != default}
+    overrides = arguments.overrides()
+    for own, theirs in (("momentum", "adam_beta1"), ("beta2", "adam_beta2"), ("eps", "adam_epsilon")):
+        value = getattr(training_args, theirs)
+        if own in overrides and theirs in given and overrides[own] != value:
+            raise ValueError(f"--{own} is {overrides[own]:g} and --{theirs} is {value:g}: leave out one of them.")
     rates = {
         key: getattr(training_args, theirs)
         for key, theirs in (("lr", "learning_rate"), ("weight_decay", "weight_decay"))
-        if name in PRESETS or getattr(training_args, theirs) != defaults[theirs]
+        if name in PRESETS or theirs in given
     }
-    return FNGDConfig.load(name, **rates, **arguments.overrides())
+    return FNGDConfig.load(name, **rates, **overrides)
 
 
 def optimizer_cls_and_kwargs(

@@ -7,9 +7,9 @@ import torch
 from torch import nn
 
 from baselines import BaselineFactory
-from common.arguments import OptimizerArguments
+from common.arguments import OptimizerArguments, TextTrainingArguments, parse
 from common.optimizers import describe, fngd_config, optimizer_cls_and_kwargs
-from hf_fngd import FNGDConfig, FNGDFactory
+from hf_fngd import FNGD, FNGDConfig, FNGDFactory
 from translation.arguments import TranslationTrainingArguments
 
 
@@ -87,3 +87,21 @@ def test_description_is_of_the_optimizer_that_trained():
     assert described["optimizer_arguments"]["lr"] == 0.5  # the peak, not the scheduler's last value
     assert described["optimizer_arguments"]["betas"] == (0.8, 0.9)
     assert "params" not in described["optimizer_arguments"]
+
+
+def test_an_option_that_was_set_counts_though_it_is_the_default(tmp_path):
+    FNGDConfig(lr=5e-3).save_pretrained(tmp_path / "config")
+    argv = ["--output_dir=out", "--use_cpu=true", f"--fngd_config={tmp_path / 'config'}"]
+    for more, expected in (([], 5e-3), (["--learning_rate=1e-3"], 1e-3), (["--learning_rate", "2e-3"], 2e-3)):
+        options, args = parse([OptimizerArguments, TextTrainingArguments], [*argv, *more])
+        config = fngd_config(options, args)
+        assert FNGD.from_training_args(nn.Linear(2, 2), args, config).config.lr == expected
+
+
+def test_two_options_for_one_thing_agree():
+    argv = ["--output_dir=out", "--use_cpu=true", "--momentum=0.95"]
+    options, args = parse([OptimizerArguments, TextTrainingArguments], [*argv, "--adam_beta1=0.95"])
+    assert fngd_config(options, args).momentum == 0.95
+    options, args = parse([OptimizerArguments, TextTrainingArguments], [*argv, "--adam_beta1=0.9"])
+    with pytest.raises(ValueError, match=r"--momentum is 0\.95 and --adam_beta1 is 0\.9: leave out one"):
+        fngd_config(options, args)
