@@ -110,7 +110,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--compile", action="store_true", help="run the models through torch.compile")
     parser.add_argument("--rounds", type=int, default=100)
     parser.add_argument("--threads", type=int, default=1)
-    yardsticks = "beside SGD-m and AdamW"
+    yardsticks = "beside SGD-m and AdamW, by default all: " + "; ".join(ARMS)
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS), metavar="ARM", help=yardsticks)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--output", type=Path, help="append the results to this file, one line of JSON an arm")

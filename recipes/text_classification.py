@@ -106,7 +106,7 @@ class ClassificationTrainingArguments(TextTrainingArguments):
     )
 
     def __post_init__(self) -> None:
-        """Reject what early stopping cannot go by."""
+        """Reject what early stopping and --skip_above cannot go by."""
         super().__post_init__()
         at_least_one(self, "early_stopping_patience")
         if self.skip_above is not None and (self.skip_above <= 1 or self.max_grad_norm):
@@ -114,6 +114,8 @@ class ClassificationTrainingArguments(TextTrainingArguments):
                 f"skip_above={self.skip_above} must be above 1, and needs --max_grad_norm 0: clipped gradients have no "
                 "spikes."
             )
+        if self.skip_above is not None and self.fp16:
+            raise ValueError("--skip_above compares norms, which --fp16 scales: use --bf16, or none of the two.")
         if self.early_stopping_patience is not None and not self.load_best_model_at_end:
             raise ValueError("--early_stopping_patience needs --load_best_model_at_end and --metric_for_best_model.")
 

@@ -25,9 +25,10 @@ class EarlyStopping(EarlyStoppingCallback):
 class SkipSpikes(TrainerCallback, ExportableState):
     """Drops the gradients of a step whose norm is above `factor` times the median of the last hundred steps taken.
 
-    The first ten steps are all taken. The optimizer then has nothing to do: parameters and moments stay. Where Trainer
-    clips the gradient it does so before, which bounds what is seen here: set `max_grad_norm=0`. Checkpoints keep what
-    it has seen, for `restore_callback_states_from_checkpoint`. `skipped_steps` is logged at the end.
+    The first ten steps are all taken. The optimizer then has nothing to do: parameters and moments stay (FNGD closes
+    the step, whose norms stand in for those of the next one's first micro-batches). Where Trainer clips the gradient it
+    does so before, which bounds what is seen here: set `max_grad_norm=0`. Checkpoints keep what it has seen, for
+    `restore_callback_states_from_checkpoint`. `skipped_steps` is logged at the end.
     """
 
     def __init__(self, factor: float) -> None:
