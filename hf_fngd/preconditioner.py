@@ -19,7 +19,7 @@ from hf_fngd.engine.attach import refuse_attached, unsupported
 from hf_fngd.engine.coverage import Coverage, CoverageReport
 from hf_fngd.engine.epochs import EpochEdge
 from hf_fngd.engine.forward import Forwards
-from hf_fngd.engine.layer import attached_layers
+from hf_fngd.engine.layer import any_gradients, attached_layers
 from hf_fngd.engine.state import check_state
 from hf_fngd.engine.window import MicroBatch, Window, after_backward, in_backward, positions
 from hf_fngd.layers.base import is_frozen, weight_of
@@ -234,22 +234,22 @@ class FNGDPreconditioner(Joins):
         if self._edge.missed():  # the last step of the epoch was skipped
             self._window.close()
             self.end_epoch()
-        weight = weight_of(self._first)
-        version = 0 if weight is None else weight._version
-        self._window.make_room(self._has_gradients(), version)
+        self._window.make_room(self._has_gradients())
         begin = functools.partial(self.policy.begin, size, self._window.next_offset)
         calls, asked = [0] * len(self._attached), 0 if self.positions == 0 else None
-        batch = MicroBatch(size, begin, calls, version, ids, recomputed=in_backward(), multiplications=asked)
-        self._window.add(batch)
+        again = weakref.WeakMethod(self._look_again)  # a model holds its last micro-batch
+        batch = MicroBatch(size, begin, calls, again, ids, recomputed=in_backward(), multiplications=asked)
+        self._window.add(batch, weight_of(self._first))
         return batch
 
+    def _look_again(self, batch: MicroBatch) -> None:
+        """A backward pass begins: gradients may have been cleared since its forward pass began."""
+        if not self._has_gradients() and self._window.forget_before(batch):
+            batch.restart(functools.partial(self.policy.begin, batch.size, self._window.offset_of(batch)))
+
     def _has_gradients(self) -> bool:
-        # FSDP2 puts an accumulated gradient on the parameter only when it is reduced; a weight that is computed from
-        # others (pruned meanwhile) has none.
-        weights = [weight_of(layer.selected.module) for layer in self._forwards.live if layer.selected.matrix]
-        return self._fsdp or any(
-            isinstance(w, Tensor) and (is_sharded(w) or not w.is_leaf or w.grad is not None) for w in weights
-        )
+        # FSDP2 puts an accumulated gradient on the parameter only when it is reduced.
+        return self._fsdp or any_gradients(self._forwards.live)
 
     def _like(self) -> Tensor:
         """An empty tensor of the dtype and device of the sample weights."""

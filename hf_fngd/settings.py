@@ -69,7 +69,11 @@ class Settings:
     momentum: float = _setting(
         0.9, real("a number >= 0 and < 1", lambda x: 0 <= x < 1), "Decay of the first moment, in [0, 1)."
     )
-    weight_decay: float = _setting(0.0, _NOT_NEGATIVE, "Decoupled weight decay, >= 0; none on biases and norms.")
+    weight_decay: float = _setting(
+        0.0,
+        _NOT_NEGATIVE,
+        "Decoupled weight decay, >= 0; as Trainer's, none on biases, LayerNorms and what is called a norm.",
+    )
     sharing: str = _setting(  # or a SharingPolicy, for FNGD and FNGDPreconditioner
         "clipped",
         _sharing,

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hf_fngd import FNGDPreconditioner, policy_names
@@ -96,6 +97,47 @@ def test_a_step_that_was_left_out_is_seen_where_gradients_are_set_to_none(to_non
         loss(model, *data(6, 4)).backward()
     preconditioner.step()
     assert rows(preconditioner) == recorded
+
+
+def test_gradients_may_be_cleared_between_forward_and_backward() -> None:
+    """As torch's own examples do: a backward pass that was cleared before is none of the step's."""
+    (model, replay), (same, clipped) = with_engine(sharing="replay"), with_engine()
+    for each, preconditioner in ((model, replay), (same, clipped)):
+        for _ in range(3):
+            value = loss(each, *data(7))
+            each.zero_grad()
+            value.backward()
+        preconditioner.step()
+    assert rows(replay) == 1
+    assert clipped.policy.parts == 1
+
+
+def test_micro_batches_are_kept_where_a_table_alone_is_trained() -> None:
+    model, x = nn.Sequential(nn.Embedding(9, 4), nn.Flatten(), nn.Linear(12, 3)).double(), torch.arange(3)[None]
+    preconditioner = FNGDPreconditioner(model)
+    for step in range(3):
+        if step == 1:
+            model[2].requires_grad_(False)
+        model.zero_grad()
+        for n in range(4):
+            F.cross_entropy(model((x + n) % 9), torch.tensor([n % 3])).backward()
+        preconditioner.step()
+        assert preconditioner.policy.parts == 4
+
+
+def test_a_forward_pass_may_change_weights_itself() -> None:
+    """As one does that bounds their norms."""
+    model, preconditioner = with_engine()
+
+    def bound(module: nn.Module, _: Any) -> None:
+        with torch.no_grad():
+            module.weight.div_(module.weight.norm(dim=1, keepdim=True).clamp(min=0.5))
+
+    model.fc1.register_forward_pre_hook(bound)
+    for _ in range(4):
+        loss(model, *data(2)).backward()
+    preconditioner.step()
+    assert preconditioner.policy.parts == 4
 
 
 def test_a_forgotten_step_is_an_error_and_unused_forwards_are_not(monkeypatch: pytest.MonkeyPatch) -> None:

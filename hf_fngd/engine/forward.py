@@ -123,7 +123,7 @@ class Forwards:
 
     def _begin_rehearsed(self, size: int, ids: Ids | None) -> MicroBatch:
         """A micro-batch that no backward pass reaches, and no step closes."""
-        return MicroBatch(size, partial(StoredWeights, size), [0] * len(self._layers), 0, ids)
+        return MicroBatch(size, partial(StoredWeights, size), [0] * len(self._layers), lambda: None, ids)
 
     def _look_for_unfrozen(self) -> None:
         """Where layers join that were frozen before: it is found out about them what is known of the others."""
@@ -181,6 +181,8 @@ class Forwards:
             output = own(*args, **kwargs)
         finally:
             self._inside = False
+        if batch is not None:
+            self._window.passed()
         if batch is not None and not self._inspected:
             self._inspect(output, batch)
         return output

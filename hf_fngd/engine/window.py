@@ -54,7 +54,7 @@ class MicroBatch:
     size: int  # the number of samples N
     begin: Callable[[], MicroBatchWeights]  # makes its sample weights
     calls: list[int]  # how often each layer was called in the forward pass
-    version: int  # that of a weight when the forward pass began
+    begins: Callable[[], Callable[["MicroBatch"], None] | None]  # refers to what a backward pass is told of first
     ids: Ids | None = None  # which of the samples each row or token belongs to, where the batch says so
     sizes: Mapping[str, frozenset[int]] = field(default_factory=dict)  # of its inputs, where a layer has `Shares`
     tokens: bool = False  # whether a traced graph has its tokens for rows
@@ -67,6 +67,11 @@ class MicroBatch:
 
     def __post_init__(self) -> None:
         self.weights: MicroBatchWeights | None = self.begin()  # until the optimizer step
+
+    def restart(self, begin: Callable[[], MicroBatchWeights]) -> None:
+        """Other sample weights, before any layer was weighed."""
+        self.begin = begin
+        self.weights = begin()
 
     @property
     def rows(self) -> int:
@@ -83,6 +88,8 @@ class MicroBatch:
         """A layer's backward has begun. A pass that breaks off (out of memory) never becomes complete."""
         if not self.reached:
             self.reached = True
+            if (begins := self.begins()) is not None:
+                begins(self)
             Variable._execution_engine.queue_callback(self._finish)
 
     def _finish(self) -> None:
@@ -104,6 +111,8 @@ class Window:
 
     def __init__(self) -> None:
         self._batches: list[MicroBatch] = []
+        self._weight: Tensor | None = None  # one whose version tells of a step
+        self._version = 0  # when the last forward pass ended
         self._wrapped: Wrapped | None = None  # the last pass within DistributedDataParallel
         self.stepped = False  # whether it was closed ever
         self._passed_by = 0  # how often the weights were stepped, and this was not told, since it last was
@@ -128,18 +137,36 @@ class Window:
         """How many micro-batches of the step, of all processes, come before this process's next one."""
         return self.begun + rank_and_world()[0]
 
+    def offset_of(self, batch: MicroBatch) -> int:
+        """How many micro-batches of the step, of all processes, come before this one."""
+        rank, world = rank_and_world()
+        before = self._batches[: self._batches.index(batch)]
+        return rank + world * sum(one.reached or not one.recomputed for one in before)
+
+    def forget_before(self, batch: MicroBatch) -> bool:
+        """Forget the complete micro-batches beside one whose backward pass begins; whether there were any."""
+        complete = [one for one in self._batches if one.complete and one is not batch]
+        self._batches = [one for one in self._batches if one not in complete]
+        return bool(complete)
+
     def mixed_up(self, layer: int) -> bool:
         """Whether a forward pass of a layer that checkpointing recomputes may be another than the last."""
         # Reentrant checkpointing ran it without gradients, uncounted; the other kind keeps to the call that counted.
         counted = any(batch.calls[layer] for batch in self._batches)
         return not counted and sum(not batch.complete for batch in self._batches) > 1
 
-    def add(self, batch: MicroBatch) -> None:
-        """A forward pass begins."""
+    def add(self, batch: MicroBatch, weight: Tensor | None) -> None:
+        """A forward pass begins; the version of the weight tells of a step."""
         self._batches.append(batch)
+        self._weight = weight
+        self.passed()
         self._wrapped = batch.wrapped or self._wrapped
 
-    def make_room(self, has_gradients: bool, version: int) -> None:
+    def passed(self) -> None:
+        """A forward pass ends, which may have changed the weight itself."""
+        self._version = 0 if self._weight is None else self._weight._version
+
+    def make_room(self, has_gradients: bool) -> None:
         """Before a forward pass: forget micro-batches that were abandoned, as the model has gradients or has none.
 
         Those whose backward broke off (out of memory), and those whose gradients were cleared without a step (by a loss
@@ -149,14 +176,18 @@ class Window:
         """
         if in_backward():
             return
-        if any(batch.complete and batch.version != version for batch in self._batches):
+        version = self._version
+        self.passed()
+        if version != self._version and any(batch.complete for batch in self._batches):
             self._passed_by += 1
             if self._passed_by == _PATIENCE:
                 logger.warning(
                     "the weights changed after %d backward passes in a row, and FNGD's step was not called: it is "
                     "attached to a model that another optimizer trains. Call hf_fngd.detach(model), or tell "
                     "FNGDPreconditioner of the steps by preconditioner.follow(optimizer), or by preconditioner.step() "
-                    "after each backward pass where the optimizer moves them inside it without a step, as LOMO does",
+                    "after each backward pass where the optimizer moves them inside it without a step, as LOMO does. "
+                    "A hook that changes weights before each forward pass looks the same: then only the last "
+                    "micro-batch of a step counts for the bound of clipped samples",
                     _PATIENCE,
                 )
             has_gradients = False

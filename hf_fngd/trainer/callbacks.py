@@ -27,6 +27,8 @@ class FNGDCallback(TrainerCallback):  # type: ignore[misc]
 
     def __init__(self) -> None:
         self._values: dict[str, float] = {}
+        self._step = 0  # whose values these are
+        self._always = False  # measure every step, as a log came in one that could not be foreseen
         self._told = False
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -59,12 +61,16 @@ class FNGDCallback(TrainerCallback):  # type: ignore[misc]
         step = state.global_step + 1
         by_epoch = args.logging_strategy == "epoch"
         due = optimizer.preconditioner.epoch_ended if by_epoch else step % max(1, state.logging_steps) == 0
-        if due or step in (1, state.max_steps):
+        if due or self._always or step in (1, state.max_steps):
+            self._step = step
             self._values = {f"fngd_{name}": value for name, value in optimizer.diagnostics().items()}
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         """Add the values to training logs, and to the history that Trainer saves."""
         if logs is not None and "loss" in logs:
+            if self._step != state.global_step:  # of another step only what was counted there is true here
+                self._always = True
+                self._values = {"fngd_skipped": float(unwrap(kwargs["optimizer"]).skipped)}
             logs.update(self._values)
             if state.log_history:
                 state.log_history[-1].update(self._values)

@@ -23,6 +23,9 @@ logger = logging.getLogger(__name__)
 _NO_DECAY_NAME = re.compile(r"bias|layernorm|rmsnorm|(?:^|\.)norm(?:$|\.)|_norm(?:$|\.)")
 
 
+_LOADED = ("lr", "weight_decay", "momentum", "beta2", "eps")  # what a loaded state may set
+
+
 def decays(model: nn.Module) -> set[str]:
     """The names of the parameters that weight decay applies to: no biases and no norms."""
     return {
@@ -187,21 +190,34 @@ def check_parameters(model: nn.Module, groups: Sequence[Mapping[str, Any]]) -> N
 
 def in_force(settings: Any, own: Sequence[Mapping[str, Any]], loaded: Sequence[Mapping[str, Any]]) -> Any:
     """Settings in which the values of a loaded state replace those that its groups differ from; the log says so."""
-    changed: dict[str, tuple[float, float]] = {}
+    found: dict[str, Any] = {}
+    chosen = [dict(group) for group in settings.param_groups or []]
+    told: dict[tuple[str, float, float], list[str]] = {}
     for mine, theirs in zip(own, loaded, strict=True):
-        for name in ("lr", "weight_decay", "momentum", "beta2", "eps"):
-            if name in mine and name in theirs:
-                # A scheduler moves lr; what was set is beside it.
-                first = "initial_lr" if name == "lr" else name
-                given, value = (float(group.get(first, group[name])) for group in (mine, theirs))
-                if given != value:
-                    changed.setdefault(name, (given, value))
-    if changed:
-        logger.warning(
-            "the state that was loaded has %s: as in torch, they count and not what the optimizer was built with (%s); "
-            "set others in its param_groups after loading",
-            ", ".join(f"{name}={value:g}" for name, (_, value) in changed.items()),
-            ", ".join(f"{name}={value:g}" for name, (value, _) in changed.items()),
-        )
-    own_values = {name: value for name, (given, value) in changed.items() if getattr(settings, name) == given}
-    return dataclasses.replace(settings, **own_values)
+        base, _, number = mine["name"].rpartition("_") if mine["name"][-1].isdigit() else (mine["name"], "", "")
+        for name in _LOADED:
+            if not (name in mine and name in theirs):
+                continue
+            # A scheduler moves lr; what was set is beside it.
+            first = "initial_lr" if name == "lr" else name
+            given, value = (float(group.get(first, group[name])) for group in (mine, theirs))
+            if given != value:
+                told.setdefault((name, value, given), []).append(mine["name"])
+            if number and name in ("lr", "weight_decay"):
+                if name in chosen[int(number)] or given != value:
+                    chosen[int(number)][name] = value
+            elif name == "lr" and base.startswith("plain"):
+                found["fallback_lr"] = value
+            elif not (name == "weight_decay" and base.endswith("no_decay")):
+                found[name] = value
+    if not told:
+        return settings
+    logger.warning(
+        "the state that was loaded has %s: as in torch, its values count and not those that the optimizer was built "
+        "with; set others in its param_groups after loading",
+        "; ".join(f"{name}={new:g} for {old:g} in {', '.join(names)}" for (name, new, old), names in told.items()),
+    )
+    if settings.fallback_lr is None and found.get("fallback_lr") == found.setdefault("lr", found.get("fallback_lr")):
+        found.pop("fallback_lr", None)  # it follows lr
+    found = {name: value for name, value in found.items() if value not in (None, settings.effective(name))}
+    return dataclasses.replace(settings, **found, param_groups=chosen or settings.param_groups)

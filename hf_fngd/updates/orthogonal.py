@@ -28,12 +28,15 @@ def orthogonalize_blocks(matrices: Tensor, size: int, steps: int = STEPS) -> Ten
     """`orthogonalize` blocks of rows of each matrix ``[B, rows, columns]``, every one by itself; in `working_dtype`.
 
     They are as few equal blocks as have at most ``size`` rows each. Where they do not come out even the last one is
-    filled up with zeros, which change nothing.
+    filled up with zeros, which change nothing; it is scaled so that its entries are as large as the others'.
     """
     rows, columns = matrices.shape[-2:]
     count, height = block_shape(rows, size)
     x = torch.nn.functional.pad(matrices, (0, 0, 0, count * height - rows)) if count * height > rows else matrices
     blocks = orthogonalize(x.reshape(-1, height, columns), steps)
+    last = rows - (count - 1) * height
+    if last < height and height > columns:
+        blocks.view(len(matrices), count, height, columns)[:, -1] *= (max(last, columns) / height) ** 0.5
     return blocks.reshape(len(matrices), count * height, columns)[:, :rows]
 
 
@@ -83,17 +86,26 @@ def _on_matrices(x: Tensor, steps: int) -> Tensor:
 
 
 def _on_gram_matrices(x: Tensor, steps: int) -> Tensor:
-    """The product of the polynomials first, and with X in the end: G becomes ``P G P``, as X becomes ``P X``."""
+    """The product of the polynomials first, and with X in the end: G becomes ``P G P``, as X becomes ``P X``.
+
+    Every `STEPS` steps G is formed anew: of a matrix whose rank is deficient its rounding grows twelvefold a step.
+    """
     gram = x @ x.mT
     # The squared norm of X is in it.
     squared = gram.diagonal(dim1=-2, dim2=-1).sum(-1)[:, None, None].clamp(min=torch.finfo(x.dtype).tiny)
-    gram = gram / squared
+    x = (_polynomials(gram / squared, min(steps, STEPS)) * squared.rsqrt()) @ x
+    for done in range(STEPS, steps, STEPS):
+        x = _polynomials(x @ x.mT, min(steps - done, STEPS)) @ x
+    return x
+
+
+def _polynomials(gram: Tensor, steps: int) -> Tensor:
     product = polynomial = _polynomial(gram)
     for _ in range(steps - 1):
         gram = polynomial @ gram @ polynomial
         polynomial = _polynomial(gram)
         product = polynomial @ product
-    return (product * squared.rsqrt()) @ x
+    return product
 
 
 def _polynomial(gram: Tensor) -> Tensor:

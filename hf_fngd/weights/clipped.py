@@ -51,7 +51,8 @@ class ClippedSharing(SharingPolicy):
 
     The batch is that of the optimizer step. Where it comes in M micro-batches, of one process or of many, the norms of
     the M - 1 others are not known yet, and the mean norm of the last step stands for theirs. Only there a change of the
-    loss's scale between two steps matters: it makes the bound too wide or too narrow for one step.
+    loss's scale between two steps matters: it makes the bound too wide or too narrow for one step, such as the last one
+    of an epoch that has fewer micro-batches.
     """
 
     name = "clipped"

@@ -12,8 +12,9 @@ from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArgu
 
 from hf_fngd import FNGD, FNGDCallback, FNGDConfig, FNGDFactory, policy_names, unwrap
 from hf_fngd.trainer.card import amended
+from tests.modes.harness import Stream
 from tests.modes.harness import arguments as quiet
-from tests.modes.nets import KINDS, LINEAR, Kind, bert
+from tests.modes.nets import KINDS, LINEAR, Kind, bert, classification_data
 from tests.nets import UPDATES_OF, settings_of
 from tests.steps import assert_equal
 
@@ -84,6 +85,33 @@ def test_callback_measures_for_logs_of_epochs(tmp_path: Path) -> None:
     run = trainer(tmp_path, fngd={"lr": 1e-3, "sharing": "never"}, **changes)
     run.train()
     assert len({entry["fngd_rho"] for entry in logged(run)}) == len(logged(run)) == EPOCHS
+
+
+class Told(FNGDCallback):
+    """Keeps what the optimizer says after each step."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.said: dict[int, dict[str, float]] = {}
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        super().on_optimizer_step(args, state, control, **kwargs)
+        self.said[state.global_step + 1] = unwrap(kwargs["optimizer"]).diagnostics()
+
+
+def test_no_log_has_the_values_of_another_step(tmp_path: Path) -> None:
+    """Where the end of an epoch cannot be seen: an iterable dataset of an odd number of batches, accumulated."""
+    rows, told = classification_data(20), Told()
+    args = arguments(tmp_path, logging_strategy="epoch", max_steps=7, gradient_accumulation_steps=2)
+    model = bert()
+    run = Trainer(model, args, train_dataset=Stream(list(rows)), optimizers=(FNGD(model), None), callbacks=[told])
+    run.train()
+    logs = [entry for entry in run.state.log_history if "loss" in entry]
+    assert len(logs) > 2
+    for number, entry in enumerate(logs):
+        said = told.said[entry["step"]]
+        found = {name.removeprefix("fngd_"): value for name, value in entry.items() if name.startswith("fngd_")}
+        assert found == (said if number else {"skipped": 0.0})
 
 
 def test_callback_refuses_another_optimizer(tmp_path: Path) -> None:

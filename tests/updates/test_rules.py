@@ -208,6 +208,20 @@ def test_iterating_on_gram_matrices_is_the_same(smallest: float, dtype: torch.dt
     assert (found - expected).norm() / expected.norm() < (1e-11 if dtype == torch.float64 else 1e-3)
 
 
+@pytest.mark.parametrize("steps", [9, 10, 12, 100])
+@pytest.mark.parametrize("shape", [(32, 128), (4, 128)])
+def test_many_iterations_on_gram_matrices_stay_bounded(shape: tuple[int, int], steps: int) -> None:
+    """Of a small batch's gradient, whose rank is 4."""
+    generator = torch.Generator().manual_seed(0)
+    left, right = torch.randn(shape[0], 4, generator=generator), torch.randn(4, shape[1], generator=generator)
+    found = torch.linalg.svdvals(orthogonalize((left @ right)[None], steps))
+    assert (found[0, :4] > 0.6).all()
+    assert found.max() < 1.3
+    double = orthogonalize((left @ right).double()[None], steps)
+    expected = orthogonal._on_matrices((left @ right).double()[None], steps)
+    assert (double - expected).norm() / expected.norm() < 1e-6
+
+
 def test_wide_matrices_alone_are_iterated_on_their_gram_matrices(monkeypatch: pytest.MonkeyPatch) -> None:
     shapes: list[tuple[int, ...]] = []
     monkeypatch.setattr(orthogonal, "_on_gram_matrices", lambda x, _: shapes.append(tuple(x.shape)) or x)
