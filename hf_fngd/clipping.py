@@ -15,7 +15,7 @@ def clip_samples(x: Tensor, sample_ids: Tensor | None = None) -> Tensor:
     Take the logits, before the loss: there one sample weight reaches the whole model, also what FNGD leaves plain,
     under any optimizer. It sees the sizes of the losses, but not those of the inputs, which ``sharing="clipped"`` sees
     layer by layer. The batch is one process's micro-batch; scaling the loss changes no sample weight. A gradient that
-    is not finite becomes NaN.
+    is not finite, or too large to be squared, becomes NaN.
 
     Args:
         x: the tensor.

@@ -254,8 +254,8 @@ class FNGD(torch.optim.Optimizer, Joins):
         groups = state_dict["param_groups"]
         if not groups or _STATE_KEY not in groups[0]:
             raise ValueError(
-                "this optimizer state was not written by FNGD: resume with the optimizer that wrote it, or start "
-                "from the checkpoint's model weights alone"
+                "this optimizer state was not written by FNGD, or flatten_optimizer_state_dict=True lost FNGD's part: "
+                "resume with the optimizer that wrote it, or start from the checkpoint's model weights alone"
             )
         own = groups[0][_STATE_KEY]
         check_keys(own, ("engine", "skipped"))

@@ -68,7 +68,7 @@ class SolvedPolicy(SharingPolicy):
         if not batches and not (begun and several):
             return 0
         # With several processes the places are those of what began: the backward pass of one may reach no layer. With
-        # one process a forward pass without a backward pass has no place.
+        # one process a forward pass without a backward pass has no place, as nobody knows whether one will come.
         measured = [
             Measurement(self.place + (batch.offset if several else number), batch.w, batch.rho)
             for number, batch in enumerate(batches)
