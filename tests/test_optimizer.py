@@ -2,17 +2,14 @@
 
 import copy
 import dataclasses
-import gc
-import logging
 from collections.abc import Callable
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from hf_fngd import FNGD, FNGDConfig, FNGDFactory, FNGDPreconditioner, policy_names
+from hf_fngd import FNGD, FNGDConfig, FNGDFactory, policy_names
 from tests.nets import LAYER_NAMES, UPDATES_OF, data, loss, net, settings_of
 from tests.reference import run
 from tests.steps import assert_equal, one_step, parameters, train, with_fngd
@@ -323,89 +320,3 @@ def test_moments_of_the_rows_that_stay_are_kept(update: str, rows: int, caplog: 
     group = {"params": [weight], "param_names": ["3.weight"]}
     with pytest.raises(RuntimeError, match=r"3.weight has the shape \(2, 7\) and had \(2, 8\) in an earlier step"):
         optimizer._update_group(optimizer.param_groups[0] | group, None, None)
-
-
-def test_what_a_loaded_state_overrides_is_told_and_is_in_the_config(caplog: pytest.LogCaptureFixture) -> None:
-    first, again, other = FNGD(net()), FNGD(net()), FNGD(net(), lr=0.3, weight_decay=0.5, momentum=0.5)
-    torch.optim.lr_scheduler.LambdaLR(first, lambda step: 0.1)  # which is no other setting
-    state = first.state_dict()
-    again.load_state_dict(state)
-    assert not caplog.text
-    other.load_state_dict(state)
-    assert "has lr=0.001 for 0.3 in preconditioned, preconditioned_no_decay, plain_no_decay; " in caplog.text
-    assert "weight_decay=0 for 0.5 in preconditioned; momentum=0.9 for 0.5 in preconditioned, " in caplog.text
-    assert (other.config.lr, other.config.weight_decay, other.config.momentum) == (0.001, 0.0, 0.9)
-
-
-GROUP = {"params": ["fc2"], "lr": 5e-3, "weight_decay": 0.5}
-
-
-@pytest.mark.parametrize(
-    ("saved", "built", "expected"),
-    [
-        ({"fallback_lr": 1e-2}, {}, {"fallback_lr": 1e-2}),
-        ({"lr": 2e-3, "fallback_lr": 3e-2}, {"fallback_lr": 1e-2}, {"lr": 2e-3, "fallback_lr": 3e-2}),
-        ({"lr": 2e-3}, {"fallback_lr": 1e-3}, {"lr": 2e-3, "fallback_lr": 2e-3}),
-        ({"lr": 2e-3}, {}, {"lr": 2e-3, "fallback_lr": None}),
-        ({"beta2": 0.95, "eps": 1e-6}, {}, {"beta2": 0.95, "eps": 1e-6}),
-        ({"param_groups": [GROUP]}, {"param_groups": [GROUP | {"lr": 7e-3, "weight_decay": 0.3}]}, {"lr": 1e-3}),
-    ],
-)
-def test_the_config_has_what_is_in_force_of_a_loaded_state(
-    saved: dict[str, Any], built: dict[str, Any], expected: dict[str, Any]
-) -> None:
-    first, other = FNGD(net(), **saved), FNGD(net(), **built)
-    other.load_state_dict(first.state_dict())
-    assert {name: getattr(other.config, name) for name in expected} == expected
-    again = FNGD.from_config(net(), other.config)
-    for name in ("lr", "weight_decay", "momentum", "beta2", "eps"):
-        assert [g[name] for g in again.param_groups] == [g[name] for g in first.param_groups], name
-
-
-@pytest.mark.parametrize("after", [0, 2])
-@pytest.mark.parametrize("sharing", policy_names())
-def test_without_its_optimizer_a_model_is_plain_again(sharing: str, after: int) -> None:
-    model = net()
-    classes = [type(module) for module in model.modules()]
-    optimizer = FNGD(model, sharing=sharing)
-    for seed in range(after):
-        one_step(model, optimizer, *data(6, seed=seed))
-    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
-    assert [type(module) for module in model.modules()] != classes
-    del optimizer, scheduler
-    gc.collect()
-    assert [type(module) for module in model.modules()] == classes
-    FNGD(model)
-
-
-def test_an_engine_lives_as_long_as_the_optimizer_that_it_follows() -> None:
-    model = net()
-    plain = type(model)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    FNGDPreconditioner(model).follow(optimizer)
-    gc.collect()
-    assert type(model) is not plain
-    del optimizer
-    gc.collect()
-    assert type(model) is plain
-
-
-def test_another_optimizer_on_an_attached_model_is_told_once(caplog: pytest.LogCaptureFixture) -> None:
-    model, fngd = with_fngd()
-    other = torch.optim.SGD(model.parameters(), lr=0.1)
-
-    def train(optimizer: torch.optim.Optimizer, steps: int, *, set_to_none: bool) -> None:
-        for seed in range(steps):
-            optimizer.zero_grad(set_to_none=set_to_none)
-            loss(model, *data(6, seed=seed)).backward()
-            optimizer.step()
-
-    with caplog.at_level(logging.WARNING):
-        train(fngd, 8, set_to_none=True)
-        train(fngd, 8, set_to_none=False)
-        assert not caplog.records
-        train(other, 3, set_to_none=True)
-        assert not caplog.records
-        train(other, 8, set_to_none=False)
-    (record,) = caplog.records
-    assert "attached to a model that another optimizer trains. Call hf_fngd.detach(model)" in record.getMessage()

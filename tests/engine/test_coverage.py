@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hf_fngd import CoverageReport, FNGDPreconditioner
-from hf_fngd.engine.layer import CALLED_AGAIN, NEVER_CALLED, PASSED_BY, USED_ELSEWHERE
+from hf_fngd.engine.layer import CALLED_AGAIN, NEVER_CALLED, USED_ELSEWHERE
 from hf_fngd.layers.base import AMBIGUOUS
 from hf_fngd.samples.rows import NOT_THE_BATCH
 from tests.nets import CLASSES, EVERY_TYPE, LAYER_NAMES, Elsewhere, Net, Twice, data, loss, net, settings_of
@@ -212,98 +212,6 @@ def test_an_expert_that_got_as_many_tokens_as_there_are_samples_stays_plain(shar
         assert {"fc1.weight", "fc1.bias"} <= set(preconditioner.coverage().missed)
 
 
-class Headed(Net):
-    """Its second layer is used in some batches only, or functionally; or its first one twice."""
-
-    use = "call"
-
-    def hidden(self, x: Tensor) -> Tensor:
-        hidden = super().hidden(x)
-        return hidden + self.fc1(x).sum() if self.use == "twice" else hidden
-
-    def head(self, hidden: Tensor) -> Tensor:
-        if self.use in ("call", "twice"):
-            return self.fc2(hidden).mean(1)
-        if self.use == "functional":
-            return F.linear(hidden, self.fc2.weight, self.fc2.bias).mean(1)
-        return hidden[..., :CLASSES].mean(1)
-
-
-def in_evaluation_mode(model: Headed) -> None:
-    model.eval()
-
-
-def functionally(model: Headed) -> None:
-    model.use = "functional"
-
-
-def patched(model: Headed) -> None:
-    """In a way that the model does not notice."""
-    plain = type(model).__mro__[1].forward
-    vars(model)["forward"] = lambda *args: plain(model, *args)
-
-
-def without_the_model(model: Headed) -> None:
-    vars(model)["forward"] = lambda x: model.head(torch.tanh(model.fc1(x)))
-
-
-def twice(model: Headed) -> None:
-    model.use = "twice"
-
-
-WAYS = {in_evaluation_mode: LAYER_NAMES, patched: LAYER_NAMES, without_the_model: LAYER_NAMES, functionally: ("fc2",)}
-LATER = [(change, sharing, PASSED_BY, layers) for change, layers in WAYS.items() for sharing in ("clipped", "never")]
-LATER += [(twice, "never", CALLED_AGAIN, ("fc1",))]
-
-
-@pytest.mark.parametrize("strict", [False, True])
-@pytest.mark.parametrize(
-    ("change", "sharing", "reason", "layers"), LATER, ids=[f"{c.__name__}-{s}" for c, s, *_ in LATER]
-)
-def test_what_goes_wrong_later_is_told_then_and_once(
-    change: Callable[[Headed], None],
-    sharing: str,
-    reason: str,
-    layers: tuple[str, ...],
-    strict: bool,
-    caplog: pytest.LogCaptureFixture,
-) -> None:
-    (model, preconditioner), (x, y) = with_engine(net(cls=Headed), sharing=sharing, strict=strict), data(7, 3)
-    for step in range(4):
-        if step == 2:
-            assert not caplog.records
-            assert preconditioner.coverage().missed == {}
-            change(model)
-        model.zero_grad()
-        value(model, x, y).backward()
-        if strict and step == 2:
-            with pytest.raises(RuntimeError, match=f"(?s)strict=True: .*{reason}"):
-                preconditioner.step()
-            return
-        preconditioner.step()
-    (record,) = caplog.records
-    assert reason in record.getMessage()
-    assert [name for name in LAYER_NAMES if name in record.getMessage()] == list(layers)
-    missed = dict.fromkeys((f"{layer}.{leaf}" for layer in layers for leaf in ("weight", "bias")), reason)
-    assert preconditioner.coverage().missed == missed
-
-
-@pytest.mark.parametrize("set_to_none", [False, True])
-@pytest.mark.parametrize("first", ["call", "unused"])
-def test_a_head_that_a_batch_does_not_use_is_not_missed(
-    first: str, set_to_none: bool, caplog: pytest.LogCaptureFixture
-) -> None:
-    (model, preconditioner), (x, y) = with_engine(net(cls=Headed), strict=True), data(7, 3)
-    for step, model.use in enumerate((first, "unused", "call", "unused", "unused")):
-        model.zero_grad(set_to_none=set_to_none)
-        value(model, x, y).backward()
-        preconditioner.step()
-        never = step < 2 and first == "unused"  # so far
-        assert set(preconditioner.coverage().missed.values()) == ({NEVER_CALLED} if never else set())
-    assert preconditioner.coverage().missed == {}
-    assert not caplog.records
-
-
 @dataclass
 class Inputs:
     x: Tensor
@@ -390,64 +298,3 @@ def test_a_single_sample_is_remarked_once_unless_there_are_other_micro_batches(
         preconditioner.step()
     remark = "the first micro-batch holds one sample.* unless position_ids that restart"
     assert len(re.findall(remark, caplog.text)) == warned
-
-
-# What is told of a gradient that is weighed in part --------------------------------------------------------
-
-
-def in_evaluation(model: Net, x: Tensor) -> Tensor:
-    model.eval()
-    output: Tensor = model(x)
-    model.train()
-    return output
-
-
-def part_in_training(model: Net, x: Tensor) -> Tensor:
-    """The model is in evaluation mode, its layers are not."""
-    model.training = False
-    output: Tensor = model(x)
-    model.training = True
-    return output
-
-
-def layers_alone(model: Net, x: Tensor) -> Tensor:
-    return model.head(model.fc1(x))
-
-
-@pytest.mark.parametrize("beside", [in_evaluation, part_in_training, layers_alone])
-@pytest.mark.parametrize("accumulated", [1, 2])
-def test_a_part_of_a_gradient_that_is_not_weighed_is_told(
-    beside: Callable[[Net, Tensor], Tensor], accumulated: int, caplog: pytest.LogCaptureFixture
-) -> None:
-    """Whatever comes first, the model's own forward pass or the other."""
-    (model, preconditioner), (x, y) = with_engine(net()), data(7, 3)
-    others = torch.zeros(7, CLASSES, dtype=x.dtype)
-    for step in range(3):
-        model.zero_grad()
-        for _ in range(accumulated):
-            if step == 2:
-                others = beside(model, x.flip(0))
-            (loss(model, x, y) + F.cross_entropy(others, y)).backward()
-        if step == 1:
-            preconditioner.step()
-            assert preconditioner.coverage().missed == {}
-            assert not caplog.records
-    preconditioner.step()
-    assert set(preconditioner.coverage().missed.values()) == {PASSED_BY}
-    assert {"fc1.weight", "fc2.weight"} <= preconditioner.coverage().missed.keys()
-    (record,) = caplog.records
-    assert PASSED_BY in record.getMessage()
-
-
-def test_what_gives_a_weight_no_gradient_is_not_told() -> None:
-    """An adversarial example, a penalty of the output alone, and an evaluation that nobody differentiates."""
-    (model, preconditioner), (x, y) = with_engine(net()), data(7, 3)
-    for _ in range(2):
-        model.zero_grad()
-        x.requires_grad_()
-        (towards,) = torch.autograd.grad(F.cross_entropy(in_evaluation(model, x), y), x)
-        x = (x + 0.1 * towards.sign()).detach()
-        in_evaluation(model, x)
-        in_evaluation(model, x.requires_grad_()).sum().backward(inputs=[x])
-        one_step(model, preconditioner, x.detach(), y)
-    assert preconditioner.coverage().missed == {}
