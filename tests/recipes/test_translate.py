@@ -1,5 +1,6 @@
 """Whole runs of the translation recipe."""
 
+import json
 import subprocess
 import sys
 
@@ -10,7 +11,7 @@ from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
 import translate
 from common.arguments import DatasetArguments, TextTrainingArguments, parse
-from common.run import training_options
+from common.run import check_same, training_options
 from hf_fngd import FNGDConfig
 from tests.recipes.running import assert_best_is_scored, have_equal_weights, in_parts, interrupted, read, short
 from tests.recipes.translate_pairs import PAIRS, TINY_MODEL
@@ -145,9 +146,14 @@ def test_the_checkpoints_of_a_changed_configuration_are_not_resumed(tmp_path, op
         translate.main(argv)
 
 
-def test_a_run_on_another_number_of_processes_is_another_one():
+def test_a_run_on_another_number_of_processes_is_another_one(tmp_path):
     parsed = parse([DatasetArguments, TextTrainingArguments], ["--output_dir=out", "--use_cpu=true"])
-    assert training_options(parsed)["processes"] == 1
+    options, file = training_options(parsed), tmp_path / "options.json"
+    file.write_text(json.dumps(options), encoding="utf-8")
+    check_same(file, options)
+    file.write_text(json.dumps(options | {"processes": 2}), encoding="utf-8")
+    with pytest.raises(ValueError, match="holds another training: processes was 2 and is 1"):
+        check_same(file, options)
 
 
 def test_without_scores_at_the_end_there_are_none(options):
