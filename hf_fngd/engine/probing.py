@@ -47,7 +47,7 @@ class Probing:
         names = [layer.selected.parameters[0] for layer in self._layers if layer.by_sizes]
         if not names:
             return ""
-        return f"{TOLD_BY_SIZES} for {listed(names)}, as no pass of the probe, in evaluation mode, told"
+        return f"{TOLD_BY_SIZES} for {listed(names)}, as the probe, in evaluation mode, did not tell"
 
     def see(self, layer: Layer, inputs: Sequence[Any]) -> None:
         """A layer is called in a probe."""

@@ -12,8 +12,8 @@ from torch import Tensor
 
 NOT_THE_BATCH = "the first dimension of its input is not the batch"
 NO_EQUAL_SHARES = (
-    "a sample has as many of its rows as others in some batches only, as where a model drops padding inside (a batch "
-    "that is packed before, with position_ids or cu_seq_lens, can be weighed)"
+    "the samples have equal numbers of its rows in some batches only, as in a model that drops padding inside (pack "
+    "such batches before, with position_ids or cu_seq_lens, and they are weighed)"
 )
 
 

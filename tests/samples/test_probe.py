@@ -213,7 +213,7 @@ def test_a_layer_that_the_probe_did_not_reach_is_named() -> None:
             x, y = batch(*sizes, "batch first")
             F.cross_entropy(model(x), y).backward()
             preconditioner.step()
-        note = "which rows are whose sample was told by sizes alone for auxiliary.weight, as no pass of the probe"
+        note = "which rows are whose sample was told by sizes alone for auxiliary.weight, as the probe, in evaluation"
         assert (note in str(preconditioner.coverage())) == named
         assert preconditioner.coverage().note.startswith(note * named)
 
