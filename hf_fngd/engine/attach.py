@@ -1,12 +1,14 @@
 """Attaching to a model: an instance's class is swapped for a generated subclass with another ``forward``.
 
-The subclass goes by its base's name, keeps its state in the instance's ``__dict__``, pickles and copies as its base:
-``state_dict`` keys, ``repr``, ``save_pretrained`` and pickles are those of the model as it was. (A function on
-``module.forward`` does not pickle, and its copy trains the original; a parametrization renames keys; a backward hook
-comes after the weight gradient was paid for; wrappers that call ``forward`` themselves pass a forward pre-hook by.)
+The subclass has its base's name, keeps its state in the instance's ``__dict__``, and pickles and copies as its base.
+So ``state_dict`` keys, ``repr``, ``save_pretrained`` and pickles are those of the plain model.
 
-A forward that somebody puts on the model's instance, before or after, is sent through the model's handler as well: TRL
-puts one there, behind the optimizer, that computes the model's output in another way and calls none that was there.
+The other ways fall short. A function on ``module.forward`` does not pickle, and a copy of it trains the original. A
+parametrization renames keys. A backward hook comes after the weight gradient was paid for. A forward pre-hook misses
+the wrappers that call ``forward`` themselves.
+
+If somebody puts another forward on the model's instance, before or after, it too goes through the model's handler. TRL
+does so after the optimizer was built; its forward computes the output in its own way and calls no earlier one.
 """
 
 import copyreg
@@ -26,17 +28,18 @@ from hf_fngd.samples.ids import COLUMN
 Handler = Callable[..., Any]
 _LAYER = "_fngd_layer"
 _MODEL = "_fngd_model"
-# The functions that `_sent` made, and whether each stands for a method of the model. An attribute of theirs would not
-# tell, as functools.wraps copies it to wrappers.
+# The functions that `_sent` made, and whether each stands for a method of the model. An attribute would not do, since
+# functools.wraps copies it to wrappers.
 _sent_functions: "weakref.WeakKeyDictionary[Any, bool]" = weakref.WeakKeyDictionary()
 
 
 class Attachment:
-    """The forwards of a model and of some of its layers, sent through handlers; it keeps no module alive.
+    """Sends the forwards of a model and of some of its layers through handlers; it keeps no module alive.
 
-    A handler is called as ``handler(module, own_forward, *args, **kwargs)``. A frozen layer that another attachment
-    has, or whose forward was replaced on the instance, is left as it is. Raises RuntimeError where a module cannot be
-    attached to; the model is then what it was.
+    A handler is called as ``handler(module, own_forward, *args, **kwargs)``. A frozen layer is left as it is if it is
+    attached already, or if its forward was replaced on the instance.
+
+    Raises RuntimeError where a module cannot be attached; the model is then unchanged.
     """
 
     def __init__(self, model: nn.Module, handler: Handler, layers: Sequence[tuple[nn.Module, Handler]]) -> None:
@@ -53,7 +56,7 @@ class Attachment:
 
     @property
     def active(self) -> bool:
-        """Whether it was not undone yet."""
+        """Whether `undo` is still to come."""
         return bool(self._swapped)
 
     def refuse_left(self, module: nn.Module) -> None:
@@ -73,7 +76,7 @@ class Attachment:
 
 
 def detach(model: nn.Module) -> None:
-    """Restore a model that an `FNGDPreconditioner` or an `FNGD` was built on; others are left as they are."""
+    """Restore a model that an `FNGDPreconditioner` or an `FNGD` was built on; any other model stays as it is."""
     for attribute in (_MODEL, _LAYER):
         for module in model.modules():
             if attribute in module.__dict__:
@@ -81,7 +84,7 @@ def detach(model: nn.Module) -> None:
 
 
 def unsupported(by: str) -> RuntimeError:
-    """The error for what takes a model apart in ways that no handler can follow."""
+    """The error for a tool (named by ``by``) that takes a model apart in a way that no handler can follow."""
     return RuntimeError(
         f"{by} does not work on a model that FNGD is attached to: give it copy.deepcopy(model), which is a plain "
         "model, or call hf_fngd.detach(model) first"
@@ -91,7 +94,7 @@ def unsupported(by: str) -> RuntimeError:
 def refuse_attached(model: nn.Module) -> None:
     """Raise RuntimeError where a module of the model is attached already, before anything is swapped.
 
-    But for frozen layers, as of an encoder that two models share.
+    Frozen layers may be: two models can share a frozen encoder.
     """
     for name, module in model.named_modules():
         if _MODEL in module.__dict__ or (_LAYER in module.__dict__ and not is_frozen(module)):
@@ -103,9 +106,9 @@ def _attached(what: str) -> RuntimeError:
 
 
 def _swap(module: nn.Module, attribute: str, handler: Handler) -> None:
-    """Send a module's forward through a handler, which is kept in that attribute of the instance's ``__dict__``.
+    """Send a module's forward through a handler, which that attribute of the instance's ``__dict__`` keeps.
 
-    The model's also where somebody has put another ``forward`` on the instance; with a layer's raise RuntimeError.
+    A ``forward`` that somebody put on the model's instance is sent as well; on a layer's it raises RuntimeError.
     """
     replaced = module.__dict__.get("forward")
     if replaced is not None and attribute == _LAYER:
@@ -115,7 +118,7 @@ def _swap(module: nn.Module, attribute: str, handler: Handler) -> None:
     if replaced is not None:
         module.__dict__["forward"] = _sent(module, replaced)
     if any(base.__dict__.get("_fngd_attribute") == attribute for base in plain.__mro__):
-        return  # a former subclass, which `_restore` could not take away, asks for the handler
+        return  # an earlier subclass, which `_restore` could not remove, will find the handler
     module.__class__ = _subclass(plain, attribute)
 
 
@@ -133,7 +136,7 @@ def _replaced(module: nn.Module) -> RuntimeError:
 
 
 def _restore(module: nn.Module, attribute: str) -> None:
-    """Undo `_swap`; the module is again exactly what it was, but for a forward that it was given meanwhile."""
+    """Undo `_swap`. The module is what it was, except that a forward it was given meanwhile stays."""
     del module.__dict__[attribute]
     if "forward" in module.__dict__:
         module.__dict__["forward"] = _unsent(module.__dict__["forward"])
@@ -142,7 +145,7 @@ def _restore(module: nn.Module, attribute: str) -> None:
 
 
 def _sent(module: nn.Module, replaced: Any) -> Any:
-    """A method that sends a forward of the model's instance through the handler, as long as there is one."""
+    """A method that sends a forward of the model's instance through the handler while there is one."""
     if _unsent(replaced) is not replaced or not callable(replaced):
         return replaced
     bound = isinstance(replaced, MethodType) and replaced.__self__ is module  # else a copy would train the original
@@ -163,7 +166,7 @@ def _sent(module: nn.Module, replaced: Any) -> Any:
 
 
 def _unsent(forward: Any) -> Any:
-    """The forward that a method of `_sent` stands for; any other one as it is."""
+    """The forward that a method made by `_sent` stands for; any other forward unchanged."""
     function = forward.__func__ if isinstance(forward, MethodType) else None
     if not isinstance(function, FunctionType) or (bound := _sent_functions.get(function)) is None:
         return forward
@@ -172,7 +175,7 @@ def _unsent(forward: Any) -> Any:
 
 
 def _with_column(signature: inspect.Signature) -> inspect.Signature:
-    """A model's signature with the column of sample ids, which Trainer else drops."""
+    """A model's signature with the column of sample ids; without it Trainer would drop the column."""
     if COLUMN in signature.parameters:
         return signature
     parameters = list(signature.parameters.values())
@@ -186,17 +189,17 @@ def _subclass(base: Any, attribute: str) -> Any:
     plain = getattr(base, "_fngd_plain_class", base)
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if not isinstance(args, tuple):  # but a proxy for all of them
+        if not isinstance(args, tuple):  # torch.fx passes one proxy for all arguments
             raise unsupported("torch.fx.symbolic_trace")
         if attribute == _LAYER and (weight := self._parameters.get("weight")) is not None and not weight.requires_grad:
-            return base.forward(self, *args, **kwargs)  # frozen: at no cost, as most layers of an adapted model are
-        # No bound method: after a graph break torch.compile would look it up by name, and find this function.
+            return base.forward(self, *args, **kwargs)  # frozen, as most layers of an adapted model: costs nothing
+        # Not a bound method: after a graph break torch.compile would look it up by name, and find this function.
         own = functools.partial(base.forward, self)
         handler = self.__dict__.get(attribute)
         return own(*args, **kwargs) if handler is None else handler(self, own, *args, **kwargs)
 
     signature = inspect.signature(base.forward)
-    # Not functools.wraps: accelerate follows __wrapped__ when it unwraps a model, past this function.
+    # Not functools.wraps: to unwrap a model accelerate follows __wrapped__, and would go past this function.
     forward.__signature__ = _with_column(signature) if attribute == _MODEL else signature  # type: ignore[attr-defined]
     forward.__doc__ = base.forward.__doc__
 
@@ -204,7 +207,7 @@ def _subclass(base: Any, attribute: str) -> Any:
         state = {key: value for key, value in base.__reduce_ex__(self, 2)[2].items() if key != attribute}
         if "forward" in state:
             state["forward"] = _unsent(state["forward"])
-        # Not copyreg.__newobj__, which insists on the instance's present class.
+        # Not copyreg.__newobj__, which requires the instance's present class.
         return copyreg._reconstructor, (plain, object, None), state  # type: ignore[attr-defined]
 
     def set_attribute(self: Any, name: str, value: Any) -> None:
@@ -241,6 +244,6 @@ def _set_qconfig(module: nn.Module, value: Any) -> None:
     module.__dict__["qconfig"] = value
 
 
-# What torch.ao.quantization sets on every module before it replaces those of certain classes, by `type(module)`, which
-# is another one here. It would leave an attached layer out in silence. Users set it too, on a model that is copied.
+# torch.ao.quantization sets qconfig on every module, then replaces modules by their `type`. An attached layer has
+# another type and would silently be left out. Users also set qconfig, on a model that is then copied.
 _QCONFIG = property(_get_qconfig, _set_qconfig, lambda module: module.__dict__.pop("qconfig"))

@@ -1,12 +1,13 @@
-"""One call of a layer, from its forward to the end of its backward, eager and in graphs of torch.compile alike.
+"""One call of a layer, from its forward to the end of its backward, both eager and in compiled graphs.
 
 ``p.grad`` *is* the weighted sum when backward returns, so whatever acts on it (clipping, loss scaling, accumulation,
 all-reduce) works unchanged. The batch-mean gradient is never computed, and no per-sample gradient is kept.
 
-A traced graph keeps no Python objects, and an integer that changes from step to step would recompile it. So a
-micro-batch travels through it as a number in a tensor: `begin` numbers the forward pass, and `sample_weights` finds it
-by that number when backward runs, both opaque to the compiler. In a traced graph calls of a layer are not counted (what
-only backward reads, a compiler moves there); `hf_fngd.engine.rehearsal` finds out what only an eager pass tells.
+A compiled graph keeps no Python objects, and an integer that changes from step to step would recompile it. So a
+micro-batch travels through the graph as a number in a tensor. `begin` numbers the forward pass, `sample_weights` finds
+the micro-batch by that number in backward, and the compiler looks into neither. A compiled graph does not count the
+calls of a layer (a compiler moves to backward what only backward reads). Whatever needs an eager pass is found by
+`hf_fngd.engine.rehearsal`.
 """
 
 import itertools
@@ -26,17 +27,17 @@ from hf_fngd.samples.ids import Ids, of_tokens, read_ids
 from hf_fngd.samples.rows import NOT_THE_BATCH, Rows
 from hf_fngd.weights.algebra import scaled
 
-# In a CUDA graph the operators would not run again, and would read the sample weights of the step that was captured.
-# Versions without the tag capture nothing that takes a tensor on the CPU, as the micro-batch's number is.
+# In a CUDA graph the operators would not run again: each step would get the sample weights of the captured one. A torch
+# without the tag captures no operator that takes a CPU tensor, and the micro-batch's number is one.
 _TAGS: Any = {"tags": (torch.Tag.cudagraph_unsafe,)} if hasattr(torch.Tag, "cudagraph_unsafe") else {}
 _numbers = itertools.count()
 _engines: "weakref.WeakValueDictionary[int, Engine]" = weakref.WeakValueDictionary()
-# Kept alive by their window until the optimizer step.
+# A window keeps them alive until the optimizer step.
 _batches: weakref.WeakValueDictionary[int, MicroBatch] = weakref.WeakValueDictionary()
 
 
 class Engine:
-    """What a graph knows of a preconditioner: a number, by which the operators find its layers."""
+    """A preconditioner as a compiled graph knows it: a number, by which the operators find its layers."""
 
     def __init__(self, layers: list[Layer], begin: Callable[[int, Ids | None, Rehearsal], MicroBatch]) -> None:
         self.layers, self.begin = layers, begin
@@ -45,7 +46,7 @@ class Engine:
 
 
 def numbered(batch: MicroBatch) -> Tensor:
-    """A number by which the operators find a micro-batch, an int64 scalar on the CPU."""
+    """Give a micro-batch a number by which the operators find it, an int64 scalar on the CPU."""
     number = next(_numbers)
     _batches[number] = batch
     return torch.tensor(number, device="cpu")
@@ -62,10 +63,10 @@ def begin(
     integers: list[int],
     autocast: torch.dtype | None,
 ) -> Tensor:
-    """Begin a forward pass with a batch as large as ``sample``; returns the micro-batch's number.
+    """Begin a forward pass on a batch with the rows of ``sample``; returns the micro-batch's number.
 
-    ``by`` and ``ids`` are what `find_ids` found; an empty string and list where it found nothing. The others are for a
-    rehearsal: what `packed` made of the model's arguments, and autocast's dtype, None where it is off.
+    ``by`` and ``ids`` are what `find_ids` returned; an empty string and list where it found no ids. The other
+    arguments are for a rehearsal: what `packed` made of the model's arguments, and autocast's dtype (None: off).
     """
     found = read_ids(by, ids, sample) if by else None
     rehearsal = Rehearsal(unpacked(text, tensors, integers), autocast, sample.device.type)
@@ -83,8 +84,8 @@ def _(sample: Tensor, *_: Any) -> Tensor:
 def sample_weights(
     x: Tensor | None, g: Tensor, batch: Tensor, engine: int, place: int, has_bias: bool, dim: int
 ) -> Tensor:
-    """`Layer.weights`; ones where there are none. The rows of x and g were counted over the dimensions to ``dim``."""
-    # None where backward comes after the optimizer step: too late to weigh anything.
+    """`Layer.weights`, and ones where that is None. The rows of x and g are their dimensions up to ``dim`` in one."""
+    # None where this backward pass comes after the optimizer step: too late to weigh anything.
     found = _batches.get(int(batch)) if g.numel() else None
     w = None
     if found is not None:
@@ -97,7 +98,7 @@ def sample_weights(
             layer.reach(found)
             if not layer.by_rows:
                 layer.shared.reasons.add(NOT_THE_BATCH)
-            # else it was told after the graph was made, which is made anew for the next batch
+            # else the probe ran after this graph was compiled; the next batch recompiles it
         found.of_graphs.add(place)
     return g.new_ones((g if x is None else x).shape[0]) if w is None else w.to(g.dtype, copy=True)
 
@@ -111,11 +112,11 @@ def _(x: Tensor | None, g: Tensor, *_: Any) -> Tensor:
 class LayerCall:
     """What the engine offers a kernel for one call of its layer (`hf_fngd.layers.base.Call`)."""
 
-    layer: Layer | LayerKernel  # its kernel alone in a traced graph
+    layer: Layer | LayerKernel  # in a compiled graph the kernel alone
     place: int
-    batch: MicroBatch | Tensor  # in a traced graph what `begin` returned
+    batch: MicroBatch | Tensor  # in a compiled graph the number that `begin` returned
     engine: int  # its number
-    rows: Rows | None = None  # where the samples are, as far as a probe or ids have told
+    rows: Rows | None = None  # where the samples are; None: neither a probe nor ids said
     rehearsed: bool = False  # see `Call`
 
     @property
@@ -132,29 +133,29 @@ class LayerCall:
         number = self.batch if isinstance(self.batch, Tensor) else None
         dim = 0 if self.rows is None else self.rows.dim
         rows = x.flatten(0, dim)
-        # No leaves: of these the engine does not say whether a pass of autograd.grad asks for them.
+        # Views, not leaves: autograd does not say of a leaf whether a pass of autograd.grad asks for it.
         views = weight.view_as(weight), None if bias is None else bias.view_as(bias)
         y: Tensor = WeighedLayer.apply(rows, *views, number, self)  # type: ignore
         return y.view(*x.shape[: dim + 1], *y.shape[1:]) if dim and y.shape[:-1] == rows.shape[:-1] else y
 
     def weigh(self, y: Tensor, like: Tensor | None = None) -> Tensor:
-        """See `Call.weigh`. The tensor that is returned is a copy, which a model may change in place."""
+        """See `Call.weigh`. Returns a copy, so that a model may change it in place."""
         number = self.batch if isinstance(self.batch, Tensor) else None
         dim = 0 if self.rows is None else self.rows.dim
         weighed: Tensor = WeighedTensor.apply(y.flatten(0, dim), like, number, self)  # type: ignore
         return weighed.view(y.shape) if dim else weighed
 
     def remember(self, ctx: Any) -> None:
-        """Leave to a backward pass what it needs of the call beside tensors."""
-        # The micro-batch itself is not saved as tensors are: checkpointing would bring back that of its last forward.
+        """Keep for backward what it needs beside tensors."""
+        # Not as a saved tensor: checkpointing would replace the micro-batch's number by that of its last forward.
         ctx.batch = None if isinstance(self.batch, Tensor) else self.batch
         ctx.layer, ctx.engine, ctx.place, ctx.again = self.layer, self.engine, self.place, False
         ctx.rows = self.rows
 
 
 def _weights(ctx: Any, x: Tensor | None, g: Tensor, number: Tensor | None, has_bias: bool) -> Tensor | None:
-    """The sample weights of one call in one backward pass; a retained graph has new ones in each."""
-    if torch.is_grad_enabled():  # they are constants of a second derivative
+    """The sample weights of one call in one backward pass; each pass of a retained graph has its own."""
+    if torch.is_grad_enabled():  # for a second derivative they are constants
         with torch.no_grad():
             return _weights(ctx, x, g, number, has_bias)
     if number is not None:
@@ -171,7 +172,7 @@ class WeighedLayer(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, number: Tensor | None, call: Any) -> Tensor:
-        """`ExplicitKernel.forward`; ``number`` is the micro-batch's in a traced graph."""
+        """`ExplicitKernel.forward`; ``number`` is the micro-batch's in a compiled graph, None elsewhere."""
         ctx.kernel = kernel = call.layer if number is not None else call.layer.kernel
         y, others = kernel.forward(x, weight, bias)
         ctx.save_for_backward(x, weight, number, *others)
@@ -181,7 +182,7 @@ class WeighedLayer(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-        """Gradients of x, weight and bias; those of the latter only in a pass that asks for them."""
+        """Gradients of x, weight and bias; of weight and bias only in a pass that asks for them."""
         x, weight, number, *others = ctx.saved_tensors
         saved, has_bias = Saved(x, weight, tuple(others)), ctx.has_bias
         of_weight: tuple[Tensor | None, Tensor | None] = None, None

@@ -13,14 +13,15 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class CoverageReport:
-    """What became of every trainable parameter of a model, by its name.
+    """What happens to every trainable parameter of a model. Parameters go by their names.
 
     Attributes:
-        preconditioned: of Linear, Conv1D and convolution layers, whose samples are weighed; the update rule steps them.
-        plain: with a plain gradient, and why; the fallback rule steps them, unless the reason says another.
-        missed: of preconditioned layers that were not weighed in some or all steps, and why.
-        weighed: all others whose samples are weighed; the fallback rule steps them.
-        note: how the samples were told, where the sizes of tensors had to do, and what the optimizer adds; or empty.
+        preconditioned: parameters of Linear, Conv1D and convolution layers. Their samples are weighed, and the update
+            rule steps them.
+        weighed: all other parameters whose samples are weighed; the fallback rule steps them.
+        plain: parameters with a plain gradient, and why; the fallback rule steps them unless the reason says otherwise.
+        missed: parameters that should be preconditioned and had a plain gradient in some or all steps, and why.
+        note: where the sizes of tensors alone told the samples apart, and remarks of the optimizer; often empty.
     """
 
     preconditioned: tuple[str, ...]
@@ -42,12 +43,12 @@ class CoverageReport:
 
 
 def listed(names: Sequence[str]) -> str:
-    """The first names, and how many there are more."""
+    """The first four names, and how many more there are."""
     return ", ".join(names[:4]) + (f", and {len(names) - 4} more" if len(names) > 4 else "")
 
 
 class Coverage:
-    """Follows what becomes of a model's parameters; tells it after the first step, and when more layers are missed.
+    """Makes the coverage report, and logs it after the first step and whenever more layers are missed.
 
     With ``strict`` an attached layer that is not weighed is an error.
     """
@@ -57,11 +58,11 @@ class Coverage:
         self._told = False
         self._told_reasons = 0
         self.note: Callable[[], str] = str
-        self.stepped: frozenset[str] = frozenset()  # of the plain ones, those that the update rule steps
-        self.fallback: frozenset[str] = frozenset()  # what the fallback rule steps, output heads included
+        self.stepped: frozenset[str] = frozenset()  # plain parameters that the update rule steps all the same
+        self.fallback: frozenset[str] = frozenset()  # parameters that the fallback rule steps, output heads included
 
     def report(self) -> CoverageReport:
-        """What became of every trainable parameter; before the first step, what is going to."""
+        """What happens to every trainable parameter; before the first step, what is expected to."""
         preconditioned: list[str] = []
         weighed: dict[str, None] = {}
         missed: dict[str, str] = {}
@@ -86,10 +87,14 @@ class Coverage:
         return CoverageReport(tuple(preconditioned), plain, missed, tuple(weighed), self.note())
 
     def tell(self, samples: int, live: Sequence[Layer]) -> None:
-        """A step was taken, whose sample weights compared so many samples: log the report, if it says more than before.
+        """After a step: log the report if it says more than before.
 
-        ``live`` are the layers that were trained at any time. With ``strict`` raise RuntimeError where one of these is
-        not weighed.
+        Args:
+            samples: how many samples the step's sample weights compared with each other.
+            live: the layers that are trained, or once were.
+
+        Raises:
+            RuntimeError: with ``strict`` a layer is not weighed.
         """
         for layer in live:
             layer.close()
@@ -112,6 +117,6 @@ class Coverage:
         report = self.report()
         if reasons and self._strict:
             raise RuntimeError(f"strict=True: {report}\nExclude these layers with exclude_modules.")
-        # A head that no batch has used so far is reported, but no reason to warn.
+        # An output head that no batch has used is reported, but is no reason for a warning.
         missed = any(layer.selected.matrix and layer.reasons for layer in self._layers)
         logger.log(logging.WARNING if missed or worse else logging.INFO, "%s", report)

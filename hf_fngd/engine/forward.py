@@ -1,4 +1,4 @@
-"""What the attached forwards do: that of the model begins a micro-batch, those of its layers find it."""
+"""The forwards put on a model and its layers: the model's begins a micro-batch, a layer's belongs to it."""
 
 import inspect
 import logging
@@ -35,10 +35,11 @@ _BATCH_KEYS = ("input_ids", "inputs_embeds", "pixel_values", "input_features", "
 
 
 class Forwards:
-    """Sends the training forward passes of a model through its layers' kernels; all others are the modules' own.
+    """Sends a model's training forward passes through the kernels of its layers. Other passes run as they are.
 
-    ``opened`` refers to what begins a training forward pass of N samples. ``batch`` is the micro-batch of the last one;
-    None where it has none, or was closed. ``live`` are the layers that were trained at any time.
+    ``opened`` refers to the function that begins a training forward pass of N samples. ``batch`` is the micro-batch of
+    the last such pass; None where that had no samples, or its step is done. ``live`` lists the layers that are
+    trained, or once were.
     """
 
     def __init__(
@@ -80,7 +81,7 @@ class Forwards:
         self.detach()
 
     def _begin(self, size: int, ids: Ids | None = None) -> MicroBatch:
-        # Also for layers outside of a graph that began in one.
+        # A compiled graph calls this too: layers outside of the graph then find the micro-batch here.
         opened = self._opened()
         assert opened is not None  # or else the model would be plain again
         self.batch = opened(size, ids)
@@ -92,14 +93,14 @@ class Forwards:
         if self.probing.left or not self._inspected:
             self._rehearse(rehearsal)
         self.probing.settle()
-        if self.probing.dim != dim:  # the graph under way is for another dimension of the batch: one step is plain
+        if self.probing.dim != dim:  # this graph was made for another batch dimension: its step stays plain
             size, ids = 0, None
         batch = self._begin(size, ids)
         batch.sizes = self.probing.sizes(*(rehearsal.arguments or ((), {})), size)
         return batch
 
     def _rehearse(self, rehearsal: Rehearsal) -> None:
-        """Run a batch of a compiled model eagerly: the probe's passes, and one whose graph is inspected."""
+        """Run a compiled model's batch eagerly: first the probe's passes, then one whose autograd graph is read."""
         model, was_inspected = self._model(), self._inspected
         self._inspected = True
         if model is None or in_backward():
@@ -122,11 +123,11 @@ class Forwards:
             self.probing.fail(reason)
 
     def _begin_rehearsed(self, size: int, ids: Ids | None) -> MicroBatch:
-        """A micro-batch that no backward pass reaches, and no step closes."""
+        """The micro-batch of a rehearsal: it has no backward pass and belongs to no step."""
         return MicroBatch(size, partial(StoredWeights, size), [0] * len(self._layers), lambda: None, ids)
 
     def _look_for_unfrozen(self) -> None:
-        """Where layers join that were frozen before: it is found out about them what is known of the others."""
+        """Take in layers that were frozen and now train: the next forward passes probe and inspect them as well."""
         still = [layer for layer in self._frozen if is_frozen(layer.selected.module)]
         if len(still) == len(self._frozen):
             return
@@ -141,7 +142,7 @@ class Forwards:
         kwargs = given if self._own_ids else {key: value for key, value in given.items() if key != COLUMN}
         if not ((module.training or self._rehearsing) and torch.is_grad_enabled()):
             return self._of_no_batch(own, *args, **kwargs)
-        if self._inside:  # a forward that was put on the model, as by Accelerate, calls the one that was there
+        if self._inside:  # somebody (Accelerate, say) wrapped the model's forward, and the wrapper calls it here
             return own(*args, **kwargs)
         refuse_replica(module)
         sample = _find_sample(args, kwargs)
@@ -174,7 +175,7 @@ class Forwards:
             size = len(sample) if ids is None else ids.samples
             batch = self.batch = (self._begin_rehearsed if self._rehearsing else self._begin)(size, ids)
             batch.tokens, batch.sizes = self._tokens, self.probing.sizes(args, kwargs, len(sample))
-        # For layers that are compiled by themselves.
+        # Layers that are compiled one by one find the micro-batch by its number.
         self._number = None if batch is None else numbered(batch)
         self._inside = True
         try:
@@ -188,7 +189,7 @@ class Forwards:
         return output
 
     def _of_no_batch(self, own: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """A forward pass that belongs to no micro-batch, not even that of an earlier one."""
+        """Run a forward pass that is no training pass: its layers must not take the last micro-batch for theirs."""
         if torch.compiler.is_compiling() or not torch.is_grad_enabled():
             return own(*args, **kwargs)
         kept, self.batch = self.batch, None
@@ -207,22 +208,22 @@ class Forwards:
         training = module.training or self._rehearsing
         trains = training and torch.is_grad_enabled() and weight is not None and weight.requires_grad
         compiling = torch.compiler.is_compiling()
-        # Of a call that is not weighed it is told if a gradient comes through it.
+        # A call that is not weighed reports whether a gradient came through it.
         follow = layer.follow if _is_followed() else _as_it_is
         if not trains or not x or not layer.kernel.takes(*x):
             return follow(own(*args, **kwargs))
         recomputes = not compiling and in_backward()
         batch = self._number if compiling else self.batch
         if not compiling and not (layer.selected.matrix or self._inside or recomputes):
-            layer.shared.reasons.add(USED_ELSEWHERE)  # which batch the call belongs to is not known
+            layer.shared.reasons.add(USED_ELSEWHERE)  # nothing tells which batch the call belongs to
         if batch is None:
             return follow(own(*args, **kwargs))
-        # A matrix's kernel stays, though its samples are not weighed: checkpointing has to find the call that it saved.
+        # A matrix keeps its kernel although its samples are not weighed: checkpointing expects the call that it saved.
         if not compiling and not layer.selected.matrix and USED_ELSEWHERE in layer.shared.reasons:
             return own(*args, **kwargs)
         own = partial(own, *args, **kwargs)
         if isinstance(batch, Tensor):
-            # What a probe may tell yet is for `sample_weights`: the graph would be made anew.
+            # What a later probe finds is left to `sample_weights`: here it would cause a recompilation.
             over = None
             if layer.by_rows and self._tokens and x[0].dim() + isinstance(layer.kernel, EmbeddingKernel) > 2:
                 over = TOKENS
@@ -244,12 +245,12 @@ class Forwards:
         if recomputes and not batch.recomputed and self._window.mixed_up(layer.place):
             layer.shared.reasons.add(ON_TOP_OF_ANOTHER)
             return own()
-        # What checkpointing recomputes is no call of its own, unless it recomputes the forward pass of the whole model.
+        # A recomputed call is not a second call, unless checkpointing recomputes the whole model's forward pass.
         batch.calls[layer.place] += self._inside or not recomputes
         return layer.kernel.run(module, own, x[0], LayerCall(layer, layer.place, batch, self._engine.number, rows))
 
     def _inspect(self, output: Any, batch: MicroBatch) -> None:
-        """Look through the first graph for weights that are used outside of their layers' forward, and for tables."""
+        """Read the first autograd graph: which weights are used outside their layers, and where tables are expanded."""
         self._inspected = True
         kernels = [layer.kernel for layer in self._layers]
         tables = [kernel for kernel in kernels if isinstance(kernel, EmbeddingKernel) and kernel.output is not None]
@@ -264,13 +265,13 @@ class Forwards:
         for layer, own in zip(self._layers, keys, strict=True):
             calls.update(dict.fromkeys(own, batch.calls[layer.place]))
         for layer, own in zip(self._layers, keys, strict=True):
-            # Calls of a layer that is compiled by itself are not counted.
+            # A layer that is compiled by itself has no counted calls.
             if any(leaves[key] > max(calls[key], int(layer.selected.matrix)) for key in own):
                 layer.shared.reasons.add(USED_ELSEWHERE)
 
 
 def _is_followed() -> bool:
-    """Whether a hook can be put on a layer's output."""
+    """Whether a layer's output can have a hook here."""
     transformed = torch._C._are_functorch_transforms_active() or torch._C._get_tracing_state() is not None
     return torch.is_grad_enabled() and not torch.compiler.is_compiling() and not transformed
 
@@ -282,7 +283,7 @@ def _as_it_is(y: Any) -> Any:
 def _find_sample(args: tuple[Any, ...], kwargs: Mapping[str, Any], depth: int = 4) -> Tensor | None:
     """The input whose first dimension counts the samples; None where no input is a tensor with a dimension.
 
-    Mappings, lists, tuples and dataclasses are searched as well, which may hold each other.
+    The search goes through mappings, lists, tuples and dataclasses, nested ones included.
     """
     for key in _BATCH_KEYS:
         if isinstance(value := kwargs.get(key), Tensor) and not value.is_nested and value.dim() > 0:

@@ -11,10 +11,15 @@ Consumers = dict[Any, list[tuple[str, int]]]
 
 
 def uses_in_graph(output: Any, nodes: Collection[Any] = ()) -> tuple[Counter[int], Consumers]:
-    """What the operations read in the graph behind an output, that is tensors in mappings, sequences and dataclasses.
+    """Which operations of an autograd graph read what.
 
-    How many operations read each leaf, by its ``id``; and for some nodes the names of the operations that read their
-    output, and the first dimension of what these make.
+    Args:
+        output: tensors, in mappings, sequences and dataclasses; the graph is the one behind them.
+        nodes: nodes of the graph whose readers are wanted.
+
+    Returns:
+        How many operations read each leaf, by the leaf's ``id``; and for each of the nodes the names of the operations
+        that read its output, with the first dimension of what each of them makes.
     """
     stack = [tensor.grad_fn for tensor in _tensors(output) if tensor.grad_fn is not None]
     seen, leaves, consumers = set(stack), Counter[int](), defaultdict[Any, list[tuple[str, int]]](list)

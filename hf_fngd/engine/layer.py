@@ -27,16 +27,16 @@ ON_TOP_OF_ANOTHER = "reentrant activation checkpointing ran several forward pass
 
 @dataclass(eq=False)
 class Shared:
-    """What the layers have in common that have one weight."""
+    """What layers with the same weight share."""
 
     first: int  # the place of the first of them
-    layers: int = 0  # how many these are
-    reasons: set[str] = field(default_factory=set)  # why its gradient was plain, in a call at least of any of them
-    ambiguous: set[int] = field(default_factory=set)  # places of those that wait for a batch to tell its dimension
-    reached: bool = False  # whether a backward pass reached any of them in the step under way
-    ever: bool = False  # or in an earlier one
-    unreached: int = 0  # how many steps reached none of them
-    passed_by: bool = False  # whether it had a gradient in one of these all the same
+    layers: int = 0  # how many layers there are
+    reasons: set[str] = field(default_factory=set)  # why the gradient was plain in at least one call
+    ambiguous: set[int] = field(default_factory=set)  # places of layers that no batch has shown the batch dimension yet
+    reached: bool = False  # whether backward reached one of the layers in this step
+    ever: bool = False  # whether it did in any step
+    unreached: int = 0  # how many steps reached none of the layers
+    passed_by: bool = False  # whether the weight had a gradient in such a step all the same
 
 
 @dataclass(eq=False)
@@ -45,50 +45,50 @@ class Layer:
 
     place: int  # among the attached layers
     selected: Selected
-    shared: Shared  # a weight of several layers is weighed in all of its calls, or in none from then on
-    solves: bool  # whether the sharing policy solves for sample weights, which a layer called twice does not have
-    batch_first: bool | None = None  # whether the first dimension of its input is the batch; None: no input told
-    weighed: bool = False  # whether its samples ever were
-    by_sizes: bool = False  # whether sizes alone told in any call which rows are whose sample
-    repeated: bool = False  # whether a backward pass found a call that forward did not count
-    seen: MicroBatch | None = None  # the last one whose backward reached it
-    view: View | None = None  # where the samples are, as a probe told; None: sizes tell
-    unfit: str | None = None  # why the samples of its input cannot be told, where a probe has found that
-    shares: Shares | None = None  # where the view has several rows for each sample
-    dim: int = 0  # of the view; a graph depends on it alone
+    shared: Shared  # once one call of a shared weight is plain, all later calls are
+    solves: bool  # whether the sharing policy solves for sample weights; a layer called twice has none then
+    batch_first: bool | None = None  # whether dimension 0 of its input is the batch; None: not known yet
+    weighed: bool = False  # whether its samples were ever weighed
+    by_sizes: bool = False  # whether in any call the sizes of tensors alone told the samples
+    repeated: bool = False  # whether backward found a call that forward did not count
+    seen: MicroBatch | None = None  # the last micro-batch whose backward reached it
+    view: View | None = None  # where the samples are, by the probe; None: by the sizes of tensors
+    unfit: str | None = None  # why the samples of its input cannot be told apart, if the probe found so
+    shares: Shares | None = None  # if the view has several rows for each sample
+    dim: int = 0  # the view's; a compiled graph depends on nothing else of it
 
     def __post_init__(self) -> None:
         self.kernel: LayerKernel = self.selected.kernel
-        # Whether a graph can tell its samples by rows; of other kernels the gradient has those of a sample summed up.
+        # Whether a compiled graph can weigh rows; the other kernels see a gradient that is summed up over them.
         self.by_rows = isinstance(self.kernel, ExplicitKernel | EmbeddingKernel)
 
     @property
     def reasons(self) -> list[str]:
-        """Why the gradient of its weight was plain, sorted; nothing where it always was weighed."""
+        """Why the gradient of its weight was plain in some call, sorted; empty if it never was."""
         passed_by = PASSED_BY if self.weighed else NEVER_CALLED
         return sorted(self._obstacles) or [passed_by] * self.shared.passed_by
 
     @property
     def _obstacles(self) -> set[str]:
-        if not (self.shared.reasons or self.shared.ambiguous or self.kernel.fault):  # as a rule
+        if not (self.shared.reasons or self.shared.ambiguous or self.kernel.fault):  # the common case, in no time
             return set()
         own = [AMBIGUOUS] if self.shared.ambiguous else []
         return {*self.shared.reasons, *own, *([self.kernel.fault] if self.kernel.fault else [])}
 
     def told(self, verdict: View | str | None) -> None:
-        """A probe called it, with this verdict; None where the whole batch shares its input."""
+        """Take the probe's verdict on the layer; None means that the whole batch shares its input."""
         if self.view is not None or self.unfit == NO_EQUAL_SHARES:
             return
-        table = isinstance(self.kernel, EmbeddingKernel | TableKernel)  # these tell by themselves
+        table = isinstance(self.kernel, EmbeddingKernel | TableKernel)  # these find their samples themselves
         if isinstance(verdict, View) and not isinstance(self.kernel, TableKernel):
-            # Reasons that earlier batches gave stay in the report.
+            # The report keeps the reasons of earlier batches.
             self.view = verdict if verdict.plain or self.kernel.folds else None
             self.unfit, self.dim = (None, self.view.dim) if self.view else (NOT_THE_BATCH, 0)
         elif not table or (verdict is not None and not isinstance(verdict, View)):
             self.unfit = verdict if isinstance(verdict, str) else NOT_THE_BATCH
 
     def follow(self, y: Any) -> Any:
-        """The output of a call that is not weighed: it is told if the weight gets a gradient through it."""
+        """Watch the output of a call that is not weighed: does the weight get a gradient through it?"""
         weight = weight_of(self.selected.module)
         if not (isinstance(y, Tensor) and y.requires_grad and weight is not None and weight.requires_grad):
             return y
@@ -97,7 +97,7 @@ class Layer:
         def reached(_: Tensor) -> None:
             try:
                 asked = torch._C._will_engine_execute_node(node)
-            except RuntimeError:  # of a leaf that torch.autograd.grad asks for
+            except RuntimeError:  # torch.autograd.grad asks for a leaf
                 asked = True
             shared.passed_by = shared.passed_by or asked
 
@@ -105,21 +105,24 @@ class Layer:
         return y
 
     def close(self) -> None:
-        """The optimizer steps: was the weight's gradient made without this layer's backward?"""
+        """At an optimizer step: find out whether the weight has a gradient that this layer's backward did not make."""
         shared = self.shared
         if shared.reached or shared.passed_by or self.place != shared.first or self._obstacles:
             return
         if is_frozen(self.selected.module):
             return
         shared.unreached += 1
-        if shared.unreached.bit_count() == 1:  # not in every step, as the host waits for the device
+        if shared.unreached.bit_count() == 1:  # in step 1, 2, 4, ..., since the host has to wait for the device
             weight = weight_of(self.selected.module)
             grad = weight.grad if weight is not None and weight.is_leaf else None
-            # Zero gradients are those of an unused layer, or of a loader that initializes the optimizer's state.
+            # A zero gradient is that of an unused layer, or of a loader that initializes the optimizer's state.
             shared.passed_by = grad is not None and bool(local(grad).any())
 
     def locate(self, x: Tensor, batch: MicroBatch) -> tuple[Rows | None, str | None]:
-        """Whose the rows of a call's input are, None where sizes have to tell; and why its samples cannot be told."""
+        """Which sample each row of a call's input belongs to, and why that cannot be told (None: it can).
+
+        The first is None where the sizes of tensors have to tell.
+        """
         if self.unfit is not None:
             return None, self.unfit
         if batch.ids is None:
@@ -146,11 +149,19 @@ class Layer:
     def weights(
         self, x: Tensor | None, g: Tensor, has_bias: bool, batch: MicroBatch, again: bool, rows: Rows | None
     ) -> Tensor | None:
-        """The sample weights ``[N]`` of one call in a backward pass, None for ones; x and g as the kernel takes them.
+        """The sample weights of one call in a backward pass, None for ones.
 
-        ``has_bias`` tells whether a trained bias belongs to h_n, and ``again`` whether an earlier backward pass of a
-        retained graph has been here: then they are new ones, which nothing remembers. Where ``rows`` are given, the
-        sample weights that are returned are those of the rows ``[R]``.
+        Args:
+            x: the input, as the kernel takes it.
+            g: the output gradient, as the kernel takes it.
+            has_bias: whether a trained bias belongs to h_n.
+            batch: the micro-batch.
+            again: whether this is a further backward pass of a retained graph. It gets sample weights of its own, which
+                are not kept.
+            rows: which sample each row belongs to.
+
+        Returns:
+            One weight for each sample ``[N]``; where ``rows`` are given, one for each row ``[R]``.
         """
         self.reach(batch)
         if batch.multiplications is not None and self.selected.matrix:
@@ -161,7 +172,7 @@ class Layer:
         if rows is None and (count != batch.size or batch.ids is not None):
             return None
         self.weighed = True
-        own = isinstance(self.kernel, EmbeddingKernel | TableKernel)  # which tell by themselves
+        own = isinstance(self.kernel, EmbeddingKernel | TableKernel)  # these find their samples themselves
         self.by_sizes = self.by_sizes or (rows is None and batch.size > 1 and not own)
         weights = batch.begin() if again or batch.weights is None else batch.weights
         w = weights.weigh(self.place, _Samples(self.kernel, x, g, has_bias, rows, batch.size))
@@ -179,8 +190,8 @@ class Layer:
         return 0 if weight is None else self.kernel.multiplications(x, g, weight)
 
     def _is_plain(self, x: Tensor | None, g: Tensor, batch: MicroBatch, again: bool, rows: Rows | None) -> bool:
-        """Whether the samples cannot be weighed in this call; the reason goes to `Shared`."""
-        reason: str | None = self.unfit  # told while a graph was under way
+        """Whether this call gets a plain gradient; the reason goes to `Shared`."""
+        reason: str | None = self.unfit  # a probe may have found it after this graph was compiled
         if reason is not None:
             pass
         elif rows is None:
@@ -190,7 +201,7 @@ class Layer:
         else:
             reason = self._misfit(rows, (g if x is None else x).shape[0], batch)
             if reason is None and rows.plain and batch.size > 1:
-                self.batch_first = True  # for compiled graphs and checkpoints
+                self.batch_first = True  # compiled graphs and checkpoints go by it
             self.shared.ambiguous.discard(self.place)
         if self.solves and self._called_again(batch, again):
             reason = CALLED_AGAIN
@@ -205,19 +216,19 @@ class Layer:
         return reason is not None or USED_ELSEWHERE in self.shared.reasons
 
     def _misfit(self, rows: Rows, count: int, batch: MicroBatch) -> str | None:
-        """Why so many rows of a call cannot be those that a probe or ids told of; None where they can."""
+        """Why a call with ``count`` rows contradicts ``rows``; None where it does not."""
         fits = rows.fits(count, batch.size)
         if rows is not self.view or self.shares is None:
             return None if fits else NOT_THE_BATCH
         if not (fits and self.shares.allow(count // batch.size, batch.sizes)):
-            self.view, self.unfit = None, NO_EQUAL_SHARES  # the probe's batch misled it
+            self.view, self.unfit = None, NO_EQUAL_SHARES  # the samples had equal shares in the probe's batch only
         return self.unfit
 
     def _called_again(self, batch: MicroBatch, again: bool) -> bool:
         if batch.calls[self.place] <= 1 and not self.repeated and (again or self.seen is not batch):
             self.seen = batch
             return False
-        # Perhaps not among the counted calls: reentrant checkpointing runs the first ones without gradients.
+        # The count may miss calls: reentrant checkpointing runs the first ones without gradients.
         self.repeated = self.repeated or batch.calls[self.place] <= 1
         return True
 
@@ -248,14 +259,14 @@ def attached_layers(selected: Sequence[Selected], solves: bool) -> list[Layer]:
 
 
 def any_gradients(layers: Iterable[Layer]) -> bool:
-    """Whether the weight of any layer has a gradient, or may have one unseen, as one that is computed from others."""
+    """Whether any layer's weight has a gradient. One that is sharded, or computed from others, counts as having one."""
     weights = (weight_of(layer.selected.module) for layer in layers)
     return any(isinstance(w, Tensor) and (is_sharded(w) or not w.is_leaf or w.grad is not None) for w in weights)
 
 
 @dataclass(slots=True)
 class _Samples:
-    """`hf_fngd.weights.Samples` of one call."""
+    """One call's samples, as a policy asks about them (`hf_fngd.weights.base.Samples`)."""
 
     kernel: LayerKernel
     x: Tensor | None

@@ -1,4 +1,4 @@
-"""When the probe of `hf_fngd.samples.probe` runs, what it tells the layers, and what stands in for it."""
+"""When the probe of `hf_fngd.samples.probe` runs, what the layers learn from it, and what serves in its place."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -18,11 +18,11 @@ TOLD_BY_SIZES = "which rows are whose sample was told by sizes alone"
 
 
 class Probing:
-    """Where the samples are: in which dimension ``dim`` of the model's inputs, and in which view of its layers'.
+    """Finds out where the samples are: the dimension ``dim`` of the model's inputs, and the view of each layer's input.
 
-    The probe runs once, before the first training forward pass of the model, and again before the next ones, three
-    times in all, where it failed or found layers whose samples cannot be told: that batch may have been an odd one.
-    Where it cannot run, sizes tell, and ``note`` says why.
+    The probe runs before the first training forward pass. Where it fails, or finds a layer whose samples cannot be
+    told apart, it runs again before the next passes, three times in all: the first batch may have been an odd one.
+    Where it cannot run at all, the sizes of tensors have to do, and ``note`` says why.
     """
 
     PROBES = 3
@@ -36,12 +36,12 @@ class Probing:
         self._layers, self._batch_dim = layers, batch_dim
 
     def sizes(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], samples: int) -> dict[str, frozenset[int]]:
-        """Those of the model's inputs, where the shares of a layer depend on them."""
+        """The sizes of the model's inputs, if the shares of a layer depend on them; else nothing."""
         shares = any(layer.shares is not None for layer in self._layers)
         return sizes_of((args, kwargs), samples, self.dim) if shares else {}
 
     def told(self) -> str:
-        """The note; where a probe ran, the names of the layers that it did not tell of."""
+        """The note for the coverage report; where a probe ran, it names the layers that the probe did not reach."""
         if self.note:
             return self.note
         names = [layer.selected.parameters[0] for layer in self._layers if layer.by_sizes]
@@ -54,7 +54,7 @@ class Probing:
         if self.seen is not None and inputs and isinstance(inputs[0], Tensor):
             self.seen.setdefault(layer.place, []).append(digest(inputs[0]))
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]  # where a frame is traced that the compiler gave up
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # a frame that the compiler gave up may be traced later
     def probe(
         self,
         model: nn.Module,
@@ -63,7 +63,7 @@ class Probing:
         kwargs: Mapping[str, Any],
         sample: Tensor,
     ) -> None:
-        """Before the first training forward pass, with these arguments."""
+        """Run the probe before a training forward pass with these arguments, and tell the layers what it found."""
         if in_backward() or not len(sample):
             return
         self.left -= 1
@@ -95,7 +95,7 @@ class Probing:
         self.fail(reason)
 
     def fail(self, reason: str) -> None:
-        """No probe could run, for this reason: the argument tells, or else the sizes of tensors."""
+        """No probe could run, for this reason: the argument ``batch_dim`` decides, or else the sizes of tensors."""
         if self._found is not None:
             return
         self.note = f"{TOLD_BY_SIZES}, as {reason}"
@@ -104,7 +104,7 @@ class Probing:
         self.settle()
 
     def settle(self) -> None:
-        """Where no probe can run, the argument tells, if there is one."""
+        """Without a probe: go by the argument ``batch_dim``, if it was given."""
         if self._batch_dim is None or self._settled:
             return
         self._settled = True
@@ -129,11 +129,11 @@ def shown(error: Exception) -> str:
 
 
 def obstacle(model: nn.Module) -> str | None:
-    """Why the model must not run more often than its trainer says; None where it may."""
+    """Why the model must not run a pass more than its user asked for; None where it may."""
     for module in model.modules():
         if isinstance(module, FSDPModule):
             return "FSDP2 exchanges parameters in every forward pass"
-        compiled = module._compiled_call_impl is not None and module is not model  # whose own forward is called here
+        compiled = module._compiled_call_impl is not None and module is not model  # whose own forward is eager
         if compiled or hasattr(module, "_orig_mod"):
             return "a part of the model is compiled"
     if torch._C._are_functorch_transforms_active():

@@ -1,8 +1,8 @@
-"""A rehearsal: the first batch of a compiled model runs eagerly as well, for what only an eager pass tells.
+"""A rehearsal: the first batch of a compiled model runs eagerly as well, before it runs compiled.
 
-That is where the samples are, and which weights are used outside of their layers' forward. A compiler hands a graph's
-operators tensors, integers and constants only, so a model's arguments travel as these, and a text says how they belong
-together.
+Only an eager pass shows where the samples are, and which weights are used outside their layers' forward. An operator in
+a compiled graph takes tensors, integers and constants only. So the model's arguments are taken apart into these, and a
+text says how they belong together.
 """
 
 import ast
@@ -20,7 +20,7 @@ Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 class Rehearsal(NamedTuple):
-    """What a rehearsal needs: the model's arguments, None where they could not be packed, and autocast's dtype."""
+    """What a rehearsal needs. ``arguments`` is None if they could not be packed, ``autocast`` if it is off."""
 
     arguments: Arguments | None
     autocast: torch.dtype | None
@@ -30,7 +30,7 @@ class Rehearsal(NamedTuple):
 Packed = tuple[str, list[Tensor], list[int]]
 _DEPTH = 5  # of containers within each other
 
-# What stands in a compiled graph's way to an autograd graph.
+# Within a compiled graph's operator these are excluded, and without them no autograd graph is built.
 _AUTOGRAD = [
     getattr(DispatchKey, name)
     for name in ("AutogradFunctionality", "AutogradOther", "ADInplaceOrView")
@@ -39,7 +39,7 @@ _AUTOGRAD = [
 
 
 def packed(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Packed:
-    """A model's arguments for an operator; with an empty text where there are others than it takes."""
+    """Take a model's arguments apart for an operator; the text is empty where an argument cannot be packed."""
     tensors: list[Tensor] = []
     integers: list[int] = []
     text = _text((list(args), dict(kwargs)), tensors, integers, 0)
@@ -47,11 +47,11 @@ def packed(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Packed:
 
 
 def _text(value: Any, tensors: list[Tensor], integers: list[int], depth: int) -> str | None:
-    # No strings: a graph would be made anew for each.
+    # No strings: each new string would cause a recompilation.
     kind = type(value)
     if value is None or kind is bool:
         return f"('is', {value!r})"
-    if kind is int:  # not by its digits, for the same reason
+    if kind is int:  # not written into the text, for the same reason
         if not -(2**63) <= value < 2**63:
             return None
         integers.append(value)
@@ -77,7 +77,7 @@ def _text(value: Any, tensors: list[Tensor], integers: list[int], depth: int) ->
 
 
 def unpacked(text: str, tensors: Sequence[Tensor], integers: Sequence[int]) -> Arguments | None:
-    """The inverse of `packed`; None where it could not take them."""
+    """The inverse of `packed`; None where an argument could not be packed."""
     if not text:
         return None
     found = _value(ast.literal_eval(text), iter(tensors), iter(integers))
@@ -97,15 +97,15 @@ def _value(form: tuple[Any, ...], tensors: Iterator[Tensor], integers: Iterator[
 
 
 def _drop(_: Any) -> Any:
-    """Of a graph that no backward pass goes through, nothing is needed."""
+    """Save nothing: no backward pass will go through this graph."""
 
 
 @contextlib.contextmanager
 def rehearsing(model: nn.Module, rehearsal: Rehearsal) -> Iterator[None]:
-    """Run a model within an operator of a compiled graph in eval mode, with an autograd graph behind it.
+    """Within an operator of a compiled graph: let a model run in eval mode and build an autograd graph.
 
-    Afterwards the model is what it was (`untouched`; in eval mode, since a training forward may change parameters, as
-    those of a momentum encoder). No activation is kept.
+    Afterwards the model is what it was (see `untouched`). Eval mode, since a training forward may change parameters, as
+    a momentum encoder's does. No activation is kept.
     """
     excluded = torch._C._dispatch_tls_local_exclude_set()
     for key in _AUTOGRAD:

@@ -1,4 +1,4 @@
-"""Refuses a saved state that is damaged, or of another model or settings, before anything of it is loaded."""
+"""Checks a saved state before any of it is loaded, and brings states of older versions into today's form."""
 
 import itertools
 from collections.abc import Collection, Mapping, Sequence
@@ -11,17 +11,19 @@ from hf_fngd.weights.base import State
 
 # Policies of version 0.1.0 that later versions do not have.
 GONE = ("index", "last", "ranked", "sketched")
-# What kept a layer of version 0.1.0 plain and no longer does: a convolution behind other layers.
+# A reason of version 0.1.0 for plain gradients that is none today: convolutions behind other layers are weighed.
 _NO_REASON = {"", "its input needs a gradient, which weights would change"}
 # The state of a layer that was never called.
 _NEW: list[Any] = [None, [], False, False]
 
 
 def check_state(state: Mapping[str, Any], sharing: str, layers: Sequence[str], frozen: Collection[str] = ()) -> State:
-    """A state in the form of today's version; ValueError where it is damaged, or of another policy or other layers.
+    """Bring a state into the form of today's version.
 
-    Layers that are frozen may be missing, as in a state of before they were attached, and the others may have another
-    order, as in one of before convolutions were preconditioned.
+    Frozen layers may be missing (older versions did not attach them), and the layers may be in another order (older
+    versions did not precondition convolutions).
+
+    Raises ValueError where the state is damaged, or is one of another policy or other layers.
     """
     check_keys(state, ("layers", "sharing", "policy"))
     if state["sharing"] in GONE:
@@ -47,7 +49,7 @@ def check_state(state: Mapping[str, Any], sharing: str, layers: Sequence[str], f
 
 
 def gone(settings: str) -> ValueError:
-    """The error for settings that version 0.1.0 was the last to have."""
+    """The error for settings that were removed after version 0.1.0."""
     return ValueError(
         f"the checkpoint was made with {settings}, which this version of hf_fngd does not have: version 0.1.0 (commit "
         "2cdc4ef) is the last one that reads it"
@@ -55,13 +57,13 @@ def gone(settings: str) -> ValueError:
 
 
 def _of_0_1_0(state: Mapping[str, Any], layers: Sequence[str]) -> State:
-    """From the state of version 0.1.0, which kept other layers apart and knew fewer types of them."""
+    """Convert the state of version 0.1.0, which kept layers that are not matrices in a list of their own."""
     check_keys(state, ("phase", "place"))
     weighed = list(state["layers"])
     known = {name: [batch_first, [], repeated, False] for name, (batch_first, repeated) in state["layers"].items()}
     for name, (batch_first, reasons) in state.get("rest", {}).items():
         known[name] = [batch_first, sorted(set(reasons.split("; ")) - _NO_REASON), False, False]
-    # A preconditioned layer that the checkpoint has and this model has not is left in, and refused.
+    # A preconditioned layer that this model lacks stays in, so that the check refuses it.
     names = [*layers, *(name for name in state["layers"] if name not in layers)]
     policy = dict(state["policy"])
     if state["sharing"] in ("never", "replay"):
@@ -73,13 +75,13 @@ def _of_0_1_0(state: Mapping[str, Any], layers: Sequence[str]) -> State:
 
 
 def _arranged(policy: Mapping[str, Any], known: Sequence[str], names: Sequence[str]) -> State:
-    """A policy's state for other layers, by name: what it has of each layer, and of new ones what it begins with."""
+    """Bring a policy's state to other layers, by name; a layer that it does not know starts as in a new run."""
     found = dict(policy)
     kept = [name for name in names if name in known]
     old, new = (torch.tensor([of.index(name) for name in kept], dtype=torch.long) for of in (known, names))
     for key, dim, empty in (("means", 0, 0.0), ("averages", 1, torch.nan), ("rows", 1, 1.0)):
         value = policy.get(key)
-        if isinstance(value, Tensor) and value.shape[dim] == len(known):  # or else the policy refuses it
+        if isinstance(value, Tensor) and value.shape[dim] == len(known):  # else the policy will refuse it
             sizes = [len(names) if place == dim else size for place, size in enumerate(value.shape)]
             made = value.new_full(sizes, empty)
             found[key] = made.index_copy_(dim, new.to(value.device), value.index_select(dim, old.to(value.device)))
@@ -97,9 +99,10 @@ def check_keys(state: Mapping[str, Any], keys: Sequence[str]) -> None:
 def with_frozen(
     state: Mapping[str, Any], groups: Sequence[dict[str, Any]]
 ) -> tuple[Mapping[str, Any], list[dict[str, Any]]]:
-    """An optimizer's state of before frozen parameters were in its groups, with them; and the groups that it is for.
+    """Add frozen parameters to an optimizer's state that was saved before its groups held them.
 
-    Groups of frozen parameters alone are left out, which neither the state has, nor that of a scheduler.
+    Returns the state, and the groups that it is for. A group that is frozen as a whole, and is not in the state, is
+    left out: a scheduler's state does not have it either.
     """
     stored = {group.get("name"): group for group in state["param_groups"]}
     kept = [group for group in groups if group["name"] in stored or any(p.requires_grad for p in group["params"])]
@@ -133,7 +136,7 @@ def check_groups(state: Mapping[str, Any], groups: Sequence[Mapping[str, Any]]) 
             "the update, fallback and param_groups that the checkpoint was made with"
         )
     for stored, own in zip(state["param_groups"], groups, strict=True):
-        # A state of before ns_steps was an argument has five.
+        # A state from before ns_steps was an argument means five.
         for setting, before in (("block_size", None), ("ns_steps", 5)):
             if setting in own and (found := stored.get(setting, before)) != own[setting]:
                 raise ValueError(

@@ -1,4 +1,4 @@
-"""The micro-batches of the optimizer step under way."""
+"""The micro-batches of the current optimizer step."""
 
 import logging
 import sys
@@ -21,18 +21,18 @@ from hf_fngd.weights.base import MicroBatchWeights
 logger = logging.getLogger(__name__)
 
 _LIMIT = 1024
-_PATIENCE = 3  # a step that is taken back and done again (SAM) changes the weights once
+_PATIENCE = 3  # some optimizers (SAM) step, take it back and step again: that alone is no fault
 
 
 def in_backward() -> bool:
-    """Whether a backward pass is under way, as it is where activation checkpointing recomputes a forward pass."""
+    """Whether this runs inside a backward pass, as a forward pass does that activation checkpointing recomputes."""
     return bool(torch._C._current_graph_task_id() != -1)
 
 
 def after_backward(call: Callable[[], None]) -> None:
-    """Call it when the backward pass under way is over, and its micro-batches are complete.
+    """Run ``call`` once the current backward pass is over and its micro-batches are complete.
 
-    Raises RuntimeError within a pass of reentrant checkpointing, which is over before the one around it.
+    Raises RuntimeError within reentrant checkpointing, whose inner backward pass ends before the outer one.
     """
     frame = sys._getframe(1)
     while frame.f_back is not None:
@@ -44,7 +44,7 @@ def after_backward(call: Callable[[], None]) -> None:
                 "optimizers and call preconditioner.step() after each backward pass"
             )
     queue = Variable._execution_engine.queue_callback
-    queue(lambda: queue(call))  # behind what completes micro-batches that backward has yet to reach
+    queue(lambda: queue(call))  # queued twice: it comes after the callbacks of micro-batches yet to be reached
 
 
 @dataclass(eq=False)
@@ -54,22 +54,22 @@ class MicroBatch:
     size: int  # the number of samples N
     begin: Callable[[], MicroBatchWeights]  # makes its sample weights
     calls: list[int]  # how often each layer was called in the forward pass
-    begins: Callable[[], Callable[["MicroBatch"], None] | None]  # refers to what a backward pass is told of first
-    ids: Ids | None = None  # which of the samples each row or token belongs to, where the batch says so
-    sizes: Mapping[str, frozenset[int]] = field(default_factory=dict)  # of its inputs, where a layer has `Shares`
-    tokens: bool = False  # whether a traced graph has its tokens for rows
-    recomputed: bool = False  # whether the forward pass is one that checkpointing of the whole model recomputes
-    multiplications: int | None = None  # of its preconditioned layers' forwards; None where nobody asks
+    begins: Callable[[], Callable[["MicroBatch"], None] | None]  # refers to what is called when its backward begins
+    ids: Ids | None = None  # which sample each row or token belongs to, if the batch says so
+    sizes: Mapping[str, frozenset[int]] = field(default_factory=dict)  # of the model's inputs, if a layer has `Shares`
+    tokens: bool = False  # whether the rows in a compiled graph are tokens
+    recomputed: bool = False  # whether the forward pass is a recomputation of the whole model by checkpointing
+    multiplications: int | None = None  # in the forwards of its preconditioned layers; None: nobody asks
     wrapped: Wrapped | None = field(default_factory=wrapped)  # by DistributedDataParallel
-    reached: bool = False  # whether a backward pass reached any layer
-    complete: bool = False  # whether that came to its end
-    of_graphs: set[int] = field(default_factory=set)  # layers that a traced backward pass has reached
+    reached: bool = False  # whether a backward pass has reached any layer
+    complete: bool = False  # whether that backward pass has ended
+    of_graphs: set[int] = field(default_factory=set)  # places of layers that a compiled backward pass has reached
 
     def __post_init__(self) -> None:
         self.weights: MicroBatchWeights | None = self.begin()  # until the optimizer step
 
     def restart(self, begin: Callable[[], MicroBatchWeights]) -> None:
-        """Other sample weights, before any layer was weighed."""
+        """Begin anew with other sample weights; no layer has been weighed yet."""
         self.begin = begin
         self.weights = begin()
 
@@ -79,13 +79,13 @@ class MicroBatch:
         return self.size if self.ids is None else self.ids.batch
 
     def traced(self, rows: int) -> Rows | None:
-        """Whose the rows of a call in a traced graph are, which counts tokens where ids may be those of tokens."""
+        """Which sample each of so many rows of a call in a compiled graph belongs to; None where nothing says so."""
         if self.ids is not None:
             return self.ids.locate((rows,), None)
         return View(0, "first") if self.tokens and rows != self.size else None
 
     def reach(self) -> None:
-        """A layer's backward has begun. A pass that breaks off (out of memory) never becomes complete."""
+        """A layer's backward begins. A backward pass that breaks off (out of memory) never completes the batch."""
         if not self.reached:
             self.reached = True
             if (begins := self.begins()) is not None:
@@ -97,9 +97,9 @@ class MicroBatch:
 
 
 def positions(multiplications: int, weights: Iterable[Tensor | None], device: torch.device) -> int:
-    """How many positions a layer sees in a step of all processes, that makes so many multiplications in this one.
+    """How many positions a layer sees in a step, in all processes together and on average over the weights.
 
-    On average over all weights; 0 without a gradient in any process. A collective.
+    ``multiplications`` are those of this process. 0 where no process had a gradient. A collective.
     """
     own = torch.tensor([multiplications], dtype=torch.float64, device="cpu" if rank_and_world()[1] == 1 else device)
     total = float(sum_over_processes(own))
@@ -107,29 +107,29 @@ def positions(multiplications: int, weights: Iterable[Tensor | None], device: to
 
 
 class Window:
-    """The list of micro-batches that a forward pass opens and the optimizer step closes."""
+    """The micro-batches of an optimizer step. Forward passes add to them, and the step closes the window."""
 
     def __init__(self) -> None:
         self._batches: list[MicroBatch] = []
-        self._weight: Tensor | None = None  # one whose version tells of a step
-        self._version = 0  # when the last forward pass ended
+        self._weight: Tensor | None = None  # a weight of the model: a new version of it means that somebody stepped
+        self._version = 0  # its version when the last forward pass ended
         self._wrapped: Wrapped | None = None  # the last pass within DistributedDataParallel
-        self.stepped = False  # whether it was closed ever
-        self._passed_by = 0  # how often the weights were stepped, and this was not told, since it last was
+        self.stepped = False  # whether the window was ever closed
+        self._passed_by = 0  # how often somebody stepped without closing the window, since it last was closed
 
     @property
     def begun(self) -> int:
-        """How many micro-batches began since the last step, those of the other processes included."""
+        """How many micro-batches have begun since the last step, in all processes."""
         return rank_and_world()[1] * sum(batch.reached or not batch.recomputed for batch in self._batches)
 
     @property
     def multiplications(self) -> int:
-        """Those of the micro-batches since the last step."""
+        """How many the micro-batches since the last step have made."""
         return sum(batch.multiplications or 0 for batch in self._batches if batch.complete)
 
     @property
     def replicas(self) -> ProcessGroup | None:
-        """The processes that take the same step, by the last pass that all of them ran: one may run more by itself."""
+        """The processes that take the same step, as the last pass within DistributedDataParallel showed."""
         return None if self._wrapped is None else self._wrapped.replicas
 
     @property
@@ -144,35 +144,37 @@ class Window:
         return rank + world * sum(one.reached or not one.recomputed for one in before)
 
     def forget_before(self, batch: MicroBatch) -> bool:
-        """Forget the complete micro-batches beside one whose backward pass begins; whether there were any."""
+        """Forget the complete micro-batches, but for one whose backward pass begins; returns whether there were any."""
         complete = [one for one in self._batches if one.complete and one is not batch]
         self._batches = [one for one in self._batches if one not in complete]
         return bool(complete)
 
     def mixed_up(self, layer: int) -> bool:
-        """Whether a forward pass of a layer that checkpointing recomputes may be another than the last."""
-        # Reentrant checkpointing ran it without gradients, uncounted; the other kind keeps to the call that counted.
+        """Whether a recomputed forward pass of a layer may belong to another micro-batch than the last."""
+        # Reentrant checkpointing runs the first forward without gradients, so it was not counted; the other kind is.
         counted = any(batch.calls[layer] for batch in self._batches)
         return not counted and sum(not batch.complete for batch in self._batches) > 1
 
     def add(self, batch: MicroBatch, weight: Tensor | None) -> None:
-        """A forward pass begins; the version of the weight tells of a step."""
+        """A forward pass begins. By the version of ``weight`` a later one sees whether somebody stepped."""
         self._batches.append(batch)
         self._weight = weight
         self.passed()
         self._wrapped = batch.wrapped or self._wrapped
 
     def passed(self) -> None:
-        """A forward pass ends, which may have changed the weight itself."""
+        """A forward pass ends. It may have changed the weight itself, which is no step."""
         self._version = 0 if self._weight is None else self._weight._version
 
     def make_room(self, has_gradients: bool) -> None:
-        """Before a forward pass: forget micro-batches that were abandoned, as the model has gradients or has none.
+        """Before a forward pass: forget abandoned micro-batches.
 
-        Those whose backward broke off (out of memory), and those whose gradients were cleared without a step (by a loss
-        scaler that skips it). The latter cannot be told where gradients are zeroed in place; and where they are kept
-        outside of ``p.grad``, as torch.autograd.grad does, all micro-batches but a step's last count as abandoned.
-        Raises RuntimeError where more of them are left than an optimizer step can accumulate.
+        A micro-batch is abandoned if its backward broke off (out of memory), or if its gradients were cleared without a
+        step (by a loss scaler that skips the step). The latter shows in a model without gradients, and not where
+        gradients are zeroed in place. Where they are kept outside ``p.grad``, as torch.autograd.grad does, all
+        micro-batches of a step but the last count as abandoned.
+
+        Raises RuntimeError where more micro-batches are left than an optimizer step can accumulate.
         """
         if in_backward():
             return
@@ -203,10 +205,10 @@ class Window:
                 )
 
     def close(self) -> list[MicroBatchWeights]:
-        """The optimizer steps, or skips one: the weights of the micro-batches whose backward pass is complete."""
+        """An optimizer step ends, taken or skipped. Returns the sample weights of the complete micro-batches."""
         self.stepped, self._passed_by = True, 0
         found = [batch.weights for batch in self._batches if batch.complete and batch.weights is not None]
         for batch in self._batches:
-            batch.weights = None  # a graph that is kept keeps no more than it needs
+            batch.weights = None  # a graph that somebody keeps must not keep them
         self._batches, self._wrapped = [], None
         return found

@@ -1,7 +1,7 @@
-"""What the engine has to know of a layer type, and the registry of layer types.
+"""The interface of a layer type, and the registry of layer types.
 
-A layer type is one file with one function and one `register_layer_type`. The function makes a `LayerKernel` of each
-module that it takes. There are two ways to form a weighted gradient:
+A layer type is one file with one function and one `register_layer_type`. The function returns a `LayerKernel` for each
+module that it takes. A kernel forms the weighted gradient in one of two ways:
 
 * the kernel owns forward and backward (`ExplicitKernel`), and its backward returns ``sum_n w_n h_n`` in place of the
   gradient of the layer's weight, while the input's gradient stays plain;
@@ -31,16 +31,18 @@ AMBIGUOUS = (
 
 Forward = functools.partial[Any]
 Layout = tuple[bool | None, str | None]
-Matrices = tuple[int, int]  # how many a parameter consists of, stacked in its first dimensions, and the columns of each
+Matrices = tuple[int, int]  # how many matrices a parameter stacks in its first dimensions, and their columns
 
 
 class Call(Protocol):
-    """What the engine offers a kernel for one call of a layer in a training forward pass.
+    """What the engine offers a kernel for one call of a layer in a training forward pass. It is a dataclass.
 
-    ``samples`` is their number N, and ``batch_rows`` the batch's size B; they differ where ids say whose each row is.
-    Both are None in a graph of torch.compile, which does not know them before it runs. ``rows`` tells where the samples
-    are in the input, where that is known; ``rehearsed``, of a call in such a graph, whether one batch runs eagerly too.
-    It is a dataclass.
+    Attributes:
+        samples: the number of samples N.
+        batch_rows: the number of rows in the batch B. It differs from N where ids say which sample each row belongs to.
+            In a compiled graph both are None: it does not know them before it runs.
+        rows: where the samples are in the input; None where that is not known.
+        rehearsed: in a compiled graph, whether a batch of the model runs eagerly as well.
     """
 
     __dataclass_fields__: ClassVar[dict[str, Any]]
@@ -61,17 +63,21 @@ class Call(Protocol):
     def weigh(self, y: Tensor, like: Tensor | None = None) -> Tensor:
         """A copy of the tensor y ``[N, ...]``, whose gradient is multiplied by the sample weights on its way back.
 
-        Where y's shape does not tell which dimension is the batch, that of ``like`` does; it is handed on as ``x``.
+        If y's shape does not show which dimension is the batch, pass a tensor ``like`` whose shape does. The kernel's
+        methods then get ``like`` as ``x``.
         """
 
 
 class LayerKernel(ABC):
     """The arithmetic of one layer. ``x`` is its input ``[N, ..., i]``, ``g`` its output gradient ``[N, ..., o]``.
 
-    Of an `ExplicitKernel` g has the shape of what its `forward` returned. Behind `Call.weigh`, g is the gradient of the
-    tensor that was weighed, and x what was given as ``like``, or None. ``fault`` says why the samples of no call can be
-    weighed, once a call has told. ``folds`` tells whether the kernel's arithmetic is right for `Rows` of any kind, and
-    ``adds`` whether the norms of a sample's rows are summed up to its own; else their squares are.
+    In an `ExplicitKernel` g has the shape of what its `forward` returned. With `Call.weigh` g is the gradient of the
+    weighed tensor, and x what was given as ``like``, or None.
+
+    Attributes:
+        fault: why no call's samples can be weighed, once a call has shown that; else None.
+        folds: whether the arithmetic holds for `Rows` of any kind.
+        adds: whether a sample's norm is the sum of its rows' norms; else it is the root of the sum of their squares.
     """
 
     fault: str | None = None
@@ -83,31 +89,31 @@ class LayerKernel(ABC):
         return False
 
     def takes(self, x: Any, *others: Any) -> bool:
-        """Whether the samples of a call's arguments can be weighed at all; otherwise the module's own forward runs."""
+        """Whether a call with these arguments can be weighed at all; otherwise the module's own forward runs."""
         return isinstance(x, Tensor) and not x.is_nested and x.dim() > 1 and not others
 
     @abstractmethod
     def run(self, module: nn.Module, own: Forward, x: Tensor, call: Call) -> Any:
-        """Run a module in a training forward pass; ``own()`` is its own forward, with all arguments of the call."""
+        """Run a module in a training forward pass. ``own()`` runs its own forward with all arguments of the call."""
 
     def layout(self, known: bool | None, x: Tensor | None, g: Tensor, samples: int) -> Layout:
-        """Whether the first dimension is the batch, and the reason for which the samples can not be weighed.
+        """Whether the first dimension is the batch, and why the samples cannot be weighed (None: they can).
 
-        ``known`` is what earlier calls of the layer told, None for nothing; ``samples`` is N.
+        ``known`` is what earlier calls of the layer showed, None for nothing; ``samples`` is N.
         """
         shape = g.shape if x is None else x.shape
         if len(shape) < 2 or shape[0] != samples or samples == 0:
             known = False
         elif known is None:
             if samples == 1:
-                return None, None  # all of it is that sample's
+                return None, None  # everything belongs to that sample
             if samples in shape[1:-1]:
                 return None, AMBIGUOUS
             known = True
         return known, None if known else NOT_THE_BATCH
 
     def norms(self, x: Tensor | None, g: Tensor, has_bias: bool) -> Tensor:
-        """The cheap bound ``[N]`` of the norms of the rows' gradients, with or without a bias (default: those of g)."""
+        """A cheap bound ``[N]`` of the norms of the rows' gradients, with or without a bias (default: those of g)."""
         return tensor_norms(g)
 
 
@@ -124,7 +130,10 @@ class ExplicitKernel(LayerKernel):
 
     @abstractmethod
     def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """The layer's own forward, bit for bit; the output is no view. And what backward needs besides x and weight."""
+        """Compute what the layer's own forward does, bit for bit.
+
+        Returns the output, which must be no view, and the tensors that backward needs beside x and weight.
+        """
 
     @abstractmethod
     def input_gradient(self, saved: Saved, g: Tensor) -> Tensor:
@@ -134,7 +143,7 @@ class ExplicitKernel(LayerKernel):
     def weighted_gradient(
         self, saved: Saved, g: Tensor, w: Tensor | None, has_bias: bool
     ) -> tuple[Tensor, Tensor | None]:
-        """``sum_n w_n h_n`` in the layout of the layer's weight, and its bias column; ``w = None`` means ones."""
+        """``sum_n w_n h_n`` in the layout of the layer's weight, and its bias column. ``w = None`` means ones."""
 
 
 class GramKernel(ExplicitKernel):
@@ -145,11 +154,14 @@ class GramKernel(ExplicitKernel):
         """K ``[N, N]`` up to one factor, from input and output gradient, within a temporary memory in bytes."""
 
     def matrices(self, weight: Tensor) -> Matrices:
-        """Of which matrices the layer's weight consists, for update rules (default: it is one)."""
+        """The matrices that the layer's weight consists of, for update rules (default: it is one matrix)."""
         return 1, weight.shape[-1]
 
     def multiplications(self, x: Tensor, g: Tensor, weight: Tensor) -> int:
-        """Those of one call's forward: an entry of the weight counts once a position (default: as of ``x W^T``)."""
+        """How many multiplications one call's forward takes: one for each position and entry of the weight.
+
+        By default those of ``x W^T``.
+        """
         return g.numel() * weight.shape[-1]
 
 
@@ -189,16 +201,16 @@ def find_kernel(module: nn.Module) -> tuple[str | None, LayerKernel | None]:
 
 
 def plain_class(module: nn.Module) -> type[nn.Module]:
-    """A module's class without what FSDP2 and this package put on top."""
+    """A module's class without the subclasses that FSDP2 and this package generate."""
     cls = type(module)
-    if issubclass(cls, FSDPModule):  # a class that FSDP2 generated for a module that it sharded
+    if issubclass(cls, FSDPModule):
         cls = cls.__mro__[cls.__mro__.index(FSDPModule) + 1]
-    # FSDP2's class may have been made of the subclass of a preconditioner that is gone.
+    # FSDP2's subclass may be one of a subclass of ours, whose preconditioner is gone.
     return getattr(cls, "_fngd_plain_class", cls)
 
 
 class With:
-    """A module as its own forward sees it, with other parameters; what that sets is set in the module."""
+    """Stands in for a module in its own forward, with other parameters. What the forward sets is set in the module."""
 
     def __init__(self, module: nn.Module, **parameters: Tensor) -> None:
         self.__dict__.update(_module=module, **parameters)
@@ -211,7 +223,7 @@ class With:
 
 
 def with_methods(module: nn.Module) -> type[With]:
-    """A `With` for modules of this class, whose methods see the other parameters as well."""
+    """A subclass of `With` that has the methods of the module's class, so that these see the other parameters too."""
     classes = [cls for cls in reversed(plain_class(module).__mro__) if not issubclass(nn.Module, cls)]
     members = {name: value for cls in classes for name, value in vars(cls).items()}
     methods = {
@@ -228,21 +240,21 @@ def trained(module: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def may_train(parameter: Tensor) -> bool:
-    """Whether a parameter is trained, or is once it is unfrozen: no quantized one."""
+    """Whether a parameter is trained or could be unfrozen. A quantized one could not."""
     return parameter.requires_grad or (parameter.is_floating_point() and parameter.element_size() > 1)
 
 
 def to_train(module: nn.Module) -> dict[str, nn.Parameter]:
-    """A module's own parameters that are trained by now or later, by name."""
+    """A module's own parameters that are trained or could be unfrozen, by name."""
     return {name: p for name, p in module.named_parameters(recurse=False) if may_train(p)}
 
 
 def weight_of(module: nn.Module) -> Tensor | None:
-    """The parameter that stands for all of a layer's: ``weight``, the one it is computed from, or the first trained."""
+    """The parameter that stands for a layer: its ``weight``, what that is computed from, or the first trained one."""
     weight: Any = module._parameters.get("weight")
-    if weight is not None:  # as a rule, and at little cost
+    if weight is not None:  # the common case, and quick
         return weight  # type: ignore[no-any-return]
-    if is_parametrized(module, "weight"):  # not computed anew, which may change a state
+    if is_parametrized(module, "weight"):  # asking for the weight would compute it anew, which may change a state
         parametrizations: Any = module.parametrizations
         return next(parametrizations["weight"].parameters(recurse=False), None)
     weight = getattr(module, "weight", None)
@@ -250,18 +262,18 @@ def weight_of(module: nn.Module) -> Tensor | None:
 
 
 def is_frozen(module: nn.Module) -> bool:
-    """Whether the weight of a layer is frozen; one that is computed from others counts as what it is computed from."""
+    """Whether a layer's weight is frozen. If it is computed from other parameters, whether these are."""
     weight: Tensor | None = module._parameters.get("weight")
-    if weight is not None:  # as a rule, and at little cost: an adapted model has hundreds of frozen layers
+    if weight is not None:  # the common case, and quick: an adapted model has hundreds of frozen layers
         return not weight.requires_grad
     weight = weight_of(module)
     return weight is not None and not (weight.requires_grad or weight.grad_fn)
 
 
 def operands(module: nn.Module, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-    """What a layer of matrix products computes with, cast as autocast would; autograd casts the gradients back."""
+    """Input, weight and bias of a matrix product, cast as autocast would; autograd casts the gradients back."""
     weight, bias = parameters(module)
-    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:  # which autocast leaves alone
+    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:  # autocast leaves float64 alone
         dtype = torch.get_autocast_dtype(x.device.type)
         x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
     return x, weight, bias

@@ -1,7 +1,7 @@
 """torch's convolutions, transposed ones included.
 
 The weighted gradient extracts no patches: the sample weights go on the input or on the output gradient, whichever is
-smaller, and the convolution's own weight gradient does the rest (Sec. IV-C). The Gram matrix does.
+smaller, and the convolution's own weight gradient does the rest (Sec. IV-C). Only the Gram matrix extracts patches.
 """
 
 from dataclasses import dataclass
@@ -35,18 +35,18 @@ class ConvolutionKernel(GramKernel):
     """``y = W * x + b``, channels first, over images of as many dimensions as the filter has."""
 
     size: tuple[int, ...]  # of the filter
-    arguments: tuple[Any, ...]  # of torch's convolution after the bias: stride, padding, dilation and so on
-    pad: tuple[int, ...]  # F.pad's, for a padding that torch's convolution cannot do by itself
-    mode: str  # F.pad's
+    arguments: tuple[Any, ...]  # torch.convolution's after the bias: stride, padding, dilation and so on
+    pad: tuple[int, ...]  # for F.pad, if torch.convolution cannot do the padding itself
+    mode: str  # for F.pad
     folds = True
     adds = True
 
-    def takes(self, x: Any, *others: Any) -> bool:  # an input without a batch has a dimension less
+    def takes(self, x: Any, *others: Any) -> bool:  # an input without a batch dimension is not taken
         return isinstance(x, Tensor) and x.dim() == len(self.size) + 2 and not others
 
     def run(self, module: nn.Module, own: Forward, x: Tensor, call: Call) -> Tensor:
         assert isinstance(module, _ConvNd)
-        if (now := _settings(module)) != (self.arguments, self.pad, self.mode):  # of a layer that somebody changed
+        if (now := _settings(module)) != (self.arguments, self.pad, self.mode):  # somebody changed the layer
             self.arguments, self.pad, self.mode = now
         # Padded first, as torch does: autocast pads in float32.
         return call.apply(*operands(module, F.pad(x, self.pad, mode=self.mode) if any(self.pad) else x))
@@ -71,7 +71,7 @@ class ConvolutionKernel(GramKernel):
         return torch.ops.aten.convolution_backward(g, x, weight, bias_sizes, *self.arguments, wanted)
 
     def layout(self, known: bool | None, x: Tensor | None, g: Tensor, samples: int) -> Layout:
-        return super().layout(True, x, g, samples)  # `takes` asked for a batch, and that comes first
+        return super().layout(True, x, g, samples)  # `takes` made sure that dimension 0 is the batch
 
     def norms(self, x: Tensor | None, g: Tensor, has_bias: bool) -> Tensor:
         """``||x_n|| ||g_n||``."""
@@ -79,12 +79,12 @@ class ConvolutionKernel(GramKernel):
         return tensor_norms(g) * tensor_norms(x)
 
     def gram(self, x: Tensor, g: Tensor, has_bias: bool, memory_budget: int) -> Tensor:
-        """By patches of the input; of a transposed convolution by those of its output gradient.
+        """By patches of the input; for a transposed convolution by patches of the output gradient.
 
-        That one's weight gradient is the one of the convolution that takes g to x, where both have changed places.
+        A transposed convolution's weight gradient is that of the convolution from g to x: both change places.
         """
         stride, padding, dilation, transposed, _, groups = self.arguments
-        if x.dim() == len(self.size) + 2:  # otherwise a sample has several rows, in the second dimension
+        if x.dim() == len(self.size) + 2:  # otherwise dimension 1 holds the several rows of a sample
             x, g = x.unsqueeze(1), g.unsqueeze(1)
         with torch.autocast(x.device.type, enabled=False):
             x, g = x.to(accumulation_dtype(x.dtype)), normalize(g)
@@ -100,10 +100,10 @@ class ConvolutionKernel(GramKernel):
             return k.mul_(len(x))
 
     def matrices(self, weight: Tensor) -> Matrices:
-        """``[o, i k]``, one a group of channels; of a transposed convolution ``[i, o k]``.
+        """``[o, i k]``, one matrix for each group of channels; for a transposed convolution ``[i, o k]``.
 
-        So a filter is the matrix that takes a patch to a position or, transposed, a position to a patch. The latter is
-        the adjoint of the convolution with the same filter, and has its matrix.
+        The matrix maps a patch to a position. A transposed convolution maps a position to a patch; it is the adjoint of
+        the convolution with the same filter, and has the same matrix.
         """
         return self.arguments[-1], weight.shape[1:].numel()
 
@@ -114,7 +114,7 @@ class ConvolutionKernel(GramKernel):
 
 @register_layer_type("convolution")
 def convolution_kernel(module: nn.Module) -> ConvolutionKernel | None:
-    """Of torch's convolutions and of subclasses that inherit their forward; any stride, padding, dilation, groups."""
+    """Take torch's convolutions and subclasses that inherit the forward; any stride, padding, dilation, groups."""
     if base_of(module, *CONVOLUTIONS) is None:
         return None
     assert isinstance(module, _ConvNd)
@@ -126,7 +126,7 @@ def _settings(module: _ConvNd) -> tuple[tuple[Any, ...], tuple[int, ...], str]:
     dims = len(module.kernel_size)
     pad, padding, mode = (0,) * 2 * dims, module.padding, module.padding_mode
     if isinstance(padding, str) or mode != "zeros":
-        # As torch's own: `_reversed_padding_repeated_twice` has what F.pad takes, for "same" and "valid" too.
+        # As torch does it: `_reversed_padding_repeated_twice` is F.pad's argument, also for "same" and "valid".
         pad, padding = tuple(module._reversed_padding_repeated_twice), (0,) * dims
     arguments = (module.stride, padding, module.dilation, module.transposed, module.output_padding, module.groups)
     return arguments, pad, "constant" if mode == "zeros" else mode

@@ -1,8 +1,9 @@
-"""torch.nn.Embedding and its subclasses: the gradient of the output is weighed, which is what the table sums up.
+"""torch.nn.Embedding and its subclasses: the output's gradient is weighed before the table sums it up.
 
-The inputs are rows of the identity, so the norms are those of the output gradient. A table of positions is called with
-one row of ids for the whole batch, ``[1, T]``. Where its output is added to a tensor that has the batch, it is expanded
-to the batch before the sum, and its gradient then has the samples apart.
+An embedding is a Linear whose inputs are rows of the identity, so a sample's norm is that of its output gradient.
+
+A table of positions is called with one row of ids for the whole batch, ``[1, T]``. If its output is then added to a
+tensor that has the batch, it is expanded to the batch before the sum, so that its gradient keeps the samples apart.
 """
 
 from collections.abc import Sequence
@@ -21,8 +22,8 @@ class EmbeddingKernel(LayerKernel):
     folds = True
 
     def __init__(self) -> None:
-        self.expands = False  # whether it is a table whose output is expanded to the batch
-        self.output: Any = None  # the first output that the whole batch shares, as a node of the graph, for `inspect`
+        self.expands = False  # whether the output is expanded to the batch
+        self.output: Any = None  # the first output that the whole batch shares, as a node of the graph; for `inspect`
 
     def takes(self, x: Any, *others: Any) -> bool:
         return isinstance(x, Tensor) and not others
@@ -39,9 +40,10 @@ class EmbeddingKernel(LayerKernel):
         return y
 
     def inspect(self, consumers: Sequence[tuple[str, int]], rows: int) -> None:
-        """Told which operations of the first graph read `output`: before a sum with the batch it may be expanded.
+        """Decide whether the output is expanded, from the operations of the first graph that read `output`.
 
-        Not where the other summand has more rows than the batch, as where choices are folded into the batch.
+        It is if only sums with a tensor of the batch's rows read it. A tensor with more rows (choices folded into the
+        batch) does not count.
         """
         self.output, self.expands = None, bool(consumers) and set(consumers) == {("AddBackward0", rows)}
 
@@ -53,5 +55,5 @@ class EmbeddingKernel(LayerKernel):
 
 @register_layer_type("embedding")
 def embedding_kernel(module: nn.Module) -> EmbeddingKernel | None:
-    """Of an embedding, also a model's own subclass."""
+    """Take an embedding, a model's own subclass included."""
     return EmbeddingKernel() if isinstance(module, nn.Embedding) else None

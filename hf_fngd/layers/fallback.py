@@ -1,7 +1,7 @@
-"""What update rules for matrices leave to the fallback rule, though it belongs to preconditioned layers.
+"""Parameters of preconditioned layers that update rules for matrices leave to the fallback rule.
 
-Such rules are for what maps features to features. Rows of an output head belong to one class or token each, as those of
-an embedding do; a depthwise filter mixes no features.
+Rules for matrices suit a map from features to features. A row of an output head belongs to one class or token, as a row
+of an embedding does. A depthwise filter mixes no features.
 """
 
 from collections.abc import Iterable, Iterator
@@ -11,7 +11,7 @@ from torch import nn
 
 from hf_fngd.layers.convolution import CONVOLUTIONS
 
-# Of models that transformers knows nothing about: torchvision's, timm's, and those that name theirs as transformers do.
+# Names of output heads in models that are not of transformers, torchvision's and timm's included.
 _NAMES = ("lm_head", "classifier", "score", "head", "fc")
 
 

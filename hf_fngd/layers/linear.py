@@ -30,7 +30,7 @@ class LinearKernel(GramKernel):
     """``y = x W^T + b``.
 
     Attributes:
-        tied: whether it is an output head that shares its weight with an embedding.
+        tied: whether the layer is an output head that shares its weight with an embedding.
     """
 
     tied: bool = False
@@ -42,7 +42,7 @@ class LinearKernel(GramKernel):
 
     def run(self, module: nn.Module, own: Forward, x: Tensor, call: Call) -> Tensor:
         y = call.apply(*operands(module, x))
-        # Not inside the Function, whose output must be no view where a model changes it in place.
+        # Not inside the Function: its output must be no view, since a model may change it in place.
         return y.view(*x.shape[:-1], y.shape[-1])
 
     def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, tuple[Tensor, ...]]:
@@ -108,7 +108,7 @@ class Conv1DKernel(LinearKernel):
 
 @dataclass(frozen=True)
 class OwnLinearKernel(LinearKernel):
-    """A Linear whose own forward computes the same in another way, as by two operations: it goes on to do so.
+    """A subclass of Linear with a forward that computes the same in another way. That forward still runs.
 
     Attributes:
         module: the layer.
@@ -119,11 +119,11 @@ class OwnLinearKernel(LinearKernel):
     def takes(self, x: Any, *others: Any) -> bool:
         if not super().takes(x, *others):
             return False
-        # It may take inputs of another dtype than its weight's, which Linear refuses.
+        # Its forward may accept another dtype than its weight's, which Linear refuses.
         return x.dtype == parameters(self.module)[0].dtype or torch.is_autocast_enabled(x.device.type)
 
     def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """The output ``[N T, o]``, under autocast perhaps in another dtype than the operands."""
+        """The output ``[N T, o]``; under autocast its dtype may differ from the operands'."""
         y: Tensor = plain_class(self.module).forward(self.module, x.reshape(-1, x.shape[-1]))
         return y, ()
 
@@ -142,7 +142,7 @@ class OwnLinearKernel(LinearKernel):
 
 @register_layer_type("linear")
 def linear_kernel(module: nn.Module) -> LinearKernel | None:
-    """Of `torch.nn.Linear`, and of its subclasses that compute the same."""
+    """Take `torch.nn.Linear` and its subclasses that compute the same."""
     if base_of(module, *MATRICES) is not nn.Linear:
         return None
     return LinearKernel() if inherits(module, nn.Linear) else OwnLinearKernel(module=module)
@@ -150,5 +150,5 @@ def linear_kernel(module: nn.Module) -> LinearKernel | None:
 
 @register_layer_type("conv1d")
 def conv1d_kernel(module: nn.Module) -> Conv1DKernel | None:
-    """Of `transformers.pytorch_utils.Conv1D`, and of its subclasses that inherit the forward."""
+    """Take `transformers.pytorch_utils.Conv1D` and its subclasses that inherit the forward."""
     return Conv1DKernel() if base_of(module, *MATRICES) is Conv1D else None

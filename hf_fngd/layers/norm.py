@@ -1,8 +1,8 @@
-"""LayerNorm and RMSNorm: of torch, and of transformers' models, whose classes are taken by a rule.
+"""LayerNorm and RMSNorm: torch's own, and those of transformers' models, which a rule recognizes.
 
-torch's LayerNorm has a fused kernel, which runs here as it does there. Any other norm that multiplies by its one
-parameter, a vector, runs its own forward on that vector expanded to one row a sample. The gradient of the expanded
-vector has the samples apart, so its norms are exact.
+torch's LayerNorm runs its fused kernel. Any other norm that multiplies by its one parameter, a vector, runs its own
+forward on that vector expanded to one row a sample. The gradient of the expanded vector keeps the samples apart, so its
+norms are exact.
 """
 
 from dataclasses import dataclass, replace
@@ -60,7 +60,7 @@ class LayerNormKernel(ExplicitKernel):
 
     def _backward(self, saved: Saved, g: Tensor, wanted: tuple[bool, bool, bool]) -> Any:
         x, weight, moments = saved
-        bias = weight if wanted[2] else None  # whose shape alone is read
+        bias = weight if wanted[2] else None  # only its shape is read
         return torch.ops.aten.native_layer_norm_backward(g, x, self.shape, *moments, weight, bias, wanted)
 
 
@@ -74,20 +74,20 @@ class VectorKernel(LayerKernel):
 
 
 class RMSNormKernel(LayerKernel):
-    """torch's RMSNorm, whose function takes a vector of its shape alone: it runs without, and the product is ours."""
+    """torch's RMSNorm. Its function accepts no expanded vector, so it runs without one and we multiply."""
 
     folds = True
 
     def run(self, module: nn.Module, own: Forward, x: Tensor, call: Call) -> Tensor:
         assert isinstance(module, nn.RMSNorm)
         rows = _expanded(module, x, call)
-        # In half precision torch's own rounds once, after the product.
+        # As torch does: in half precision it rounds once, after the product.
         wide = x.to(accumulation_dtype(x.dtype))
         return (F.rms_norm(wide, module.normalized_shape, None, module.eps) * rows).to(x.dtype)
 
 
 def _expanded(module: nn.Module, x: Tensor, call: Call) -> Tensor:
-    """The vector in one row a sample, ``[N, 1, ..., d]``, whose gradient is weighed."""
+    """The vector expanded to one row a sample, ``[N, 1, ..., d]``, with a weighed gradient."""
     weight, _ = parameters(module)
     if call.rows is not None and not call.rows.plain:  # a sample has several rows: expanded to samples first
         of_samples = replace(call, rows=PLAIN).weigh(weight.expand(call.samples or 0, -1))
@@ -99,12 +99,12 @@ def _expanded(module: nn.Module, x: Tensor, call: Call) -> Tensor:
 
 @register_layer_type("norm", default=False)  # it changed no result by more than seeds do, and costs time
 def norm_kernel(module: nn.Module) -> LayerKernel | None:
-    """Of `torch.nn.LayerNorm`, `torch.nn.RMSNorm`, and norms of a model's own that keep to the rule of RMSNorm.
+    """Take `torch.nn.LayerNorm`, `torch.nn.RMSNorm`, and a model's own norms by a rule.
 
     The rule: the class is called "...Norm", the module has no submodules, its one parameter is a vector ``weight``, and
-    with the vector expanded to one row a sample its forward computes the same, which is tried on some numbers.
+    a trial on some numbers shows that its forward computes the same with the vector expanded to one row a sample.
     """
-    # The name first: a weight that is computed from others may change a state each time it is asked for.
+    # The name comes first: asking for a weight that is computed from others may change a state.
     if "Norm" not in plain_class(module).__name__ and not isinstance(module, nn.LayerNorm):
         return None
     weight, forward = getattr(module, "weight", None), plain_class(module).forward

@@ -36,7 +36,7 @@ COUPLES = (
     "its statistics couple the samples; in the layers before it a sample's gradient is what comes through its own "
     "entries, its effect on the other samples included"
 )
-# A pattern may come from anyone, with a shared config: no match of a name takes longer than this, in seconds.
+# In seconds. A pattern may come from anyone, with a shared config, so no match may take longer.
 _PATTERN_TIMEOUT = 1.0
 
 
@@ -47,32 +47,35 @@ class Selected:
     name: str
     module: nn.Module
     kernel: LayerKernel
-    matrix: bool  # preconditioned: it has a weight of its own, and gets the update rule, all others the fallback rule
-    names: Mapping[str, Sequence[str]]  # of its own parameters: all that they have in the model
+    matrix: bool  # whether it is preconditioned: the update rule steps it, the fallback rule steps the others
+    names: Mapping[str, Sequence[str]]  # for each of its own parameters, all names that it has in the model
 
     @property
     def parameters(self) -> tuple[str, ...]:
-        """The names of those of its parameters that are trained now."""
+        """The names of its parameters that are trained now."""
         live = (names for leaf, names in self.names.items() if _is_live(self.module, leaf))
         return tuple(itertools.chain.from_iterable(live))
 
 
 @dataclass(frozen=True)
 class Plain:
-    """Why a parameter is none of a preconditioned layer."""
+    """A parameter that belongs to no preconditioned layer, and why."""
 
     module: nn.Module
     leaf: str  # its name in the module
     reason: str
-    unfit: bool  # whether it is a matrix that no layer type takes, and nobody left out
+    unfit: bool  # whether it is a matrix that no layer type takes, though nobody excluded it
 
 
 @dataclass(frozen=True)
 class Selection:
-    """The preconditioned layers; all layers to attach, these first; and why each other parameter is another.
+    """Which layers are preconditioned and attached. Frozen layers are included, since they may be unfrozen.
 
-    Frozen ones are among them, since they may be unfrozen. ``unweighed`` has those of the others that consist of
-    matrices all the same, by their names (`unweighed_matrices`).
+    Attributes:
+        matrices: the preconditioned layers.
+        layers: all layers to attach, the preconditioned ones first.
+        others: the parameters outside the preconditioned layers, by name.
+        unweighed: those of the others that consist of matrices all the same, by name (`unweighed_matrices`).
     """
 
     matrices: list[Selected]
@@ -82,12 +85,12 @@ class Selection:
 
     @property
     def unfit(self) -> dict[str, str]:
-        """Those matrices that are trained now, that no layer type takes and nobody left out; and why none does."""
+        """The trained matrices that no layer type takes though nobody excluded them, and why; by name."""
         return {name: one.reason for name, one in self.others.items() if one.unfit and _is_live(one.module, one.leaf)}
 
     @property
     def plain(self) -> dict[str, str]:
-        """Why each parameter that is trained now is none of a preconditioned layer, by its name."""
+        """The trained parameters that belong to no preconditioned layer, and why; by name."""
         found = {name: one.reason for name, one in self.others.items() if _is_live(one.module, one.leaf)}
         for layer in self.matrices:
             if is_frozen(layer.module):
@@ -96,7 +99,7 @@ class Selection:
 
 
 def _is_live(module: nn.Module, leaf: str) -> bool:
-    """Whether a module's parameter is trained now, or has become a tensor that is computed from others."""
+    """Whether a module's parameter is trained now, or was replaced by a tensor that is computed from others."""
     parameter = module._parameters.get(leaf)
     return parameter is None or parameter.requires_grad
 
@@ -112,10 +115,10 @@ def select_layers(
     """Choose the layers to attach; for the arguments see `hf_fngd.settings.Settings`.
 
     A Linear, Conv1D or convolution is preconditioned if its weight belongs to it alone (a tied output head shares its
-    weight with an embedding), ``target_modules`` names it and ``exclude_modules`` does not. Of the other layers those
-    are attached whose type is registered, and none where the sharing policy ``solves``, for which they would have to
-    form Gram matrices. A weight that several modules share is weighed with all of them, or with none. Frozen layers are
-    selected as if they were trained.
+    weight with an embedding), ``target_modules`` names it and ``exclude_modules`` does not. Another layer is attached
+    if its type is registered, unless the sharing policy ``solves``: then it would have to form Gram matrices. A weight
+    that several modules share is weighed in all of them, or in none. Frozen layers are selected as if they were
+    trained.
 
     Raises:
         ValueError: a listed module matches none of the model's, or nothing that is trained now is left to precondition.
@@ -176,7 +179,7 @@ def select_layers(
 
 
 def refuse_unfit(selection: Selection) -> None:
-    """Raise ValueError where samples cannot be weighed in matrices that nobody left out."""
+    """Raise ValueError where samples cannot be weighed in a matrix, though nobody excluded it."""
     if found := selection.unfit:
         reasons = "; ".join(f"{name} ({reason})" for name, reason in list(found.items())[:4])
         raise ValueError(
@@ -186,7 +189,7 @@ def refuse_unfit(selection: Selection) -> None:
 
 
 def refuse_complex(selection: Selection) -> None:
-    """Raise ValueError where a layer to attach has a complex weight, whose gradient the kernels do not form."""
+    """Raise ValueError where a layer to attach has a complex weight, since no kernel handles these."""
     weights = {layer.name: weight_of(layer.module) for layer in selection.layers}
     if found := [name for name, weight in weights.items() if weight is not None and weight.is_complex()]:
         raise ValueError(
@@ -196,7 +199,7 @@ def refuse_complex(selection: Selection) -> None:
 
 
 def _trains_alone(module: nn.Module, kernel: LayerKernel) -> bool:
-    """Whether a layer that is no matrix has a weight to train, and a bias at most beside it."""
+    """Whether a layer that is no matrix trains a weight, and beside it nothing but a bias."""
     if isinstance(kernel, GramKernel) or "forward" in module.__dict__:
         return False
     if isinstance(kernel, TableKernel):
@@ -227,7 +230,7 @@ def _reason(
 
 
 def matches(name: str, modules: Modules) -> bool:
-    """Whether a regular expression, or one of some names or dotted suffixes, matches the name of a module."""
+    """Whether a module's name matches a regular expression, or equals or ends with one of a list of names."""
     if modules is None:
         return False
     if isinstance(modules, str):

@@ -1,9 +1,9 @@
-"""Subclasses of a layer: which of them compute what their base computes.
+"""Which subclasses of a layer compute what their base computes.
 
-One that inherits the forward does, where nothing took its weight's place. A Linear with a forward of its own is tried
-on numbers: in several dtypes, sizes and shapes, with and without a bias, under autocast, and with the gradients. The
-trial is that of the class, on a stand-in that has a weight and a bias and nothing else. A forward that reads anything
-else of its layer is not believed, whatever it computes at the time: a scale may change, an adapter may be added later.
+A subclass that inherits the forward does, unless something took its weight's place. If a subclass of Linear has a
+forward of its own, that is tried on numbers: in several dtypes, sizes and shapes, with and without a bias, under
+autocast, and with the gradients. The trial uses a stand-in that has a weight, a bias and nothing else. A forward that
+reads anything else of its layer is not trusted, whatever it computes now: a scale may change, an adapter may come.
 """
 
 import functools
@@ -21,11 +21,11 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from hf_fngd.layers.base import plain_class
 
-_METHODS = ("forward", "_conv_forward", "_output_padding")  # of any layer, what its forward may call included
+_METHODS = ("forward", "_conv_forward", "_output_padding")  # the forwards of all layers, and what they call
 
 
 def base_of(module: nn.Module, *bases: type[nn.Module]) -> type[nn.Module] | None:
-    """Which of some layers a module is, or a subclass of which it is, if it computes what that computes."""
+    """Which of these base classes a module belongs to, if it computes the same as that class; else None."""
     base = _base(plain_class(module), bases)
     return base if base is not None and refusal(module, *bases) is None else None
 
@@ -37,9 +37,10 @@ def inherits(module: nn.Module, base: type[nn.Module]) -> bool:
 
 
 def refusal(module: nn.Module, *bases: type[nn.Module]) -> str | None:
-    """Why a subclass of a layer is not taken as one, empty where its name says it; None where it is, or is no subclass.
+    """Why a subclass of one of the ``bases`` is not taken for its base.
 
-    ``bases`` are these layers; of `torch.nn.Linear` alone a forward of a subclass's own is tried.
+    None if it is taken, or is no subclass; empty if its name alone says why. A subclass's own forward is tried for
+    `torch.nn.Linear` only.
     """
     cls: Any = plain_class(module)
     base = _base(cls, bases)
@@ -67,7 +68,7 @@ def _base(cls: type[nn.Module], bases: tuple[type[nn.Module], ...]) -> type[nn.M
 
 
 class _OtherAttributeError(Exception):
-    """A forward asks for an attribute that is none of a Linear's, or sets one."""
+    """A forward asks for an attribute that a Linear does not have, or sets one."""
 
 
 class _Trial(NamedTuple):
@@ -82,7 +83,7 @@ class _Trial(NamedTuple):
 
 @functools.cache
 def _tried(cls: Any, forward: Callable[..., Any]) -> str | None:
-    """Why a Linear's own forward is not believed; None where it computes what Linear does, gradients included."""
+    """Why the forward of a Linear's subclass is not trusted; None if it computes what Linear does, with gradients."""
     if not isinstance(forward, FunctionType) or len(inspect.signature(forward).parameters) != 2:
         return "its forward takes other arguments"
     asked: list[str] = []
@@ -90,7 +91,7 @@ def _tried(cls: Any, forward: Callable[..., Any]) -> str | None:
         with torch.random.fork_rng([]), torch.enable_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             same = all(_same(cls, asked, trial) for trial in _trials())
-    except Exception as error:  # whatever a model's own class does without the attributes that it is used to
+    except Exception as error:  # whatever a class raises that misses its attributes
         return f"its forward depends on its {asked[0]}" if asked else f"its forward failed when tried ({error})"
     if asked:
         return f"its forward depends on its {asked[0]}"
@@ -109,7 +110,7 @@ def _trials() -> Iterator[_Trial]:
 
 
 def _same(cls: type[nn.Module], asked: list[str], trial: _Trial) -> bool:
-    """Whether output and gradients are those of a Linear, up to the rounding of the products that they sum up."""
+    """Whether output and gradients are those of a Linear, up to the rounding of their sums of products."""
     i, o = trial.shape[-1], trial.features
     x = _values(trial.shape, 1.0, trial).requires_grad_()
     weight, bias = (nn.Parameter(_values(shape, 2.0, trial)) for shape in ((o, i), (o,)))
@@ -120,7 +121,7 @@ def _same(cls: type[nn.Module], asked: list[str], trial: _Trial) -> bool:
         y = layer.forward(x)
         if not isinstance(y, Tensor) or y.shape != (*trial.shape[:-1], o) or asked:
             return False
-        if trial.autocast:  # the kernel hands on what autocast would make of the input
+        if trial.autocast:  # the kernel casts the input as autocast would
             cast = layer.forward(x.to(torch.bfloat16))
             if cast.dtype != y.dtype or not torch.equal(cast, y):
                 return False
@@ -157,7 +158,7 @@ def _values(shape: Sequence[int], seed: float, trial: _Trial) -> Tensor:
 
 
 def _stand_in(cls: type[nn.Module], own: dict[str, Any], asked: list[str]) -> Any:
-    """An instance that has these attributes and its class's methods; ``asked`` tells what other attribute was used."""
+    """An instance with these attributes and its class's methods; ``asked`` collects any other that is used."""
 
     def read(one: Any, name: str) -> Any:
         if name in own:

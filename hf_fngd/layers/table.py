@@ -1,7 +1,7 @@
-"""Tables that are parameters ``[1, T, d]``, as a Vision Transformer's positions and class token.
+"""Tables that are parameters ``[1, T, d]``, such as a Vision Transformer's positions and class token.
 
-The module's own forward runs on each of them expanded to one row a sample. The gradient of the expanded table has the
-samples apart, so its norms are exact.
+The module's own forward runs on the parameters, each expanded to one row a sample. The gradient of the expanded table
+keeps the samples apart, so its norms are exact.
 """
 
 import functools
@@ -30,7 +30,7 @@ NOT_ON_ROWS = "its forward does not compute the same on one row a sample of its 
 
 
 class TableKernel(LayerKernel):
-    """A module that adds or prepends its own parameters to a batch. The first call tries whether expanded ones do."""
+    """A module that adds or prepends its own parameters to a batch; the first call tests if expanded ones work."""
 
     def __init__(self, module: nn.Module) -> None:
         self._tried = False
@@ -41,7 +41,7 @@ class TableKernel(LayerKernel):
 
     def run(self, module: nn.Module, own: Forward, x: Tensor, call: Call) -> Any:
         if not self._tried:
-            if call.batch_rows is None:  # in a traced graph
+            if call.batch_rows is None:  # in a compiled graph
                 if not call.rehearsed:
                     return own()
             elif call.batch_rows > 1:  # on one row anything computes the same
@@ -55,11 +55,11 @@ class TableKernel(LayerKernel):
         return (True, None) if len(g) == samples else (known, NOT_THE_BATCH)
 
     def _on_rows(self, module: nn.Module, own: Forward, rows: dict[str, Tensor]) -> Any:
-        args = own.args[1:] if own.args and own.args[0] is module else own.args  # the compiler's has no module in it
+        args = own.args[1:] if own.args and own.args[0] is module else own.args  # under the compiler it is unbound
         return plain_class(module).forward(self._with(module, **rows), *args, **own.keywords)
 
     def _trial(self, module: nn.Module, own: Forward, rows: dict[str, Tensor], training: bool) -> Tensor | None:
-        """What the forward returns with these parameters, without a trace; None where that fails or is no tensor."""
+        """What the forward returns with these parameters; None if it fails or returns no tensor. Leaves no trace."""
         try:
             with untouched(module, training):
                 found = self._on_rows(module, _again(own), rows)
@@ -75,13 +75,13 @@ class TableKernel(LayerKernel):
         return isinstance(expected, Tensor) and found is not None and torch.equal(expected, found)
 
     def _apart(self, module: nn.Module, own: Forward, x: Tensor) -> bool:
-        """Whether the rows of the one half of the samples change the output of no sample of the other."""
+        """Whether the parameter rows of one half of the samples leave the other half's outputs alone."""
         half, outputs = len(x) // 2, []
         for factors in ((1.0, 1.0), (2.0, 1.0), (1.0, 2.0)):
             rows = _expanded(module, len(x))
             for name, p in rows.items():
                 rows[name] = torch.cat([p[:half] * factors[0], p[half:] * factors[1]]).detach()
-            y = self._trial(module, own, rows, training=False)  # where batch norms do not couple the samples
+            y = self._trial(module, own, rows, training=False)  # in training mode batch norms couple the samples
             if y is None or y.dim() == 0 or len(y) % len(x):
                 return False
             outputs.append(y.reshape(len(x), -1))
@@ -94,13 +94,13 @@ def _expanded(module: nn.Module, samples: int) -> dict[str, Tensor]:
 
 
 def _again(own: Forward) -> Forward:
-    """The call on copies of its arguments, which it may change in place."""
+    """The same call on copies of its arguments, since it may change them in place."""
     return functools.partial(own.func, *copied(own.args), **copied(own.keywords))
 
 
 @register_layer_type("table")
 def table_kernel(module: nn.Module) -> TableKernel | None:
-    """Of a module with parameters ``[1, T, d]`` of its own and no others to train, and no Linear or Conv1D below it."""
+    """Take a module all of whose own parameters are ``[1, T, d]``, if no Linear or Conv1D is below it."""
     own = (trained(module) or to_train(module)).values()
     if not own or any(p.dim() != 3 or len(p) != 1 for p in own):
         return None

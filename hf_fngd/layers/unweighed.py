@@ -1,7 +1,7 @@
-"""Matrices in modules whose samples no layer type can weigh, and which an update rule for matrices steps all the same.
+"""Matrices that an update rule steps although no layer type can weigh their samples.
 
-These are the experts of a mixture, whose tokens are known to their module alone, the projections of torch's own
-attention, which calls no layer, and subclasses of Linear and convolutions that do not compute what these do.
+These are the experts of a mixture, since only their module knows whose tokens they get; the projections of torch's own
+attention, which calls no layer; and subclasses of Linear and convolutions that compute something else.
 """
 
 import torch
@@ -13,7 +13,7 @@ from hf_fngd.layers.linear import MATRICES
 
 
 def unweighed_matrices(module: nn.Module) -> dict[str, Matrices]:
-    """By the name of a module's own parameter: of which matrices it consists.
+    """The matrices that a module's own parameters consist of, by the parameter's name.
 
     A mixture's experts are taken by a rule: the class is called "...Experts", the parameter has three dimensions, and
     the first one counts the experts.

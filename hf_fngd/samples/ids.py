@@ -1,7 +1,7 @@
 """Which sample each row or token of a batch belongs to, where the batch says so.
 
-A column ``sample_ids`` says it outright. Packed sequences say it by ``position_ids`` that restart in a row, or by the
-cumulated lengths ``cu_seq_lens`` of a batch without padding, as transformers' `DataCollatorWithFlattening` makes them.
+A column ``sample_ids`` says it outright. Packed sequences show it in ``position_ids`` that restart within a row, or in
+``cu_seq_lens``, the cumulated lengths of a batch without padding (transformers' `DataCollatorWithFlattening`).
 """
 
 from collections.abc import Mapping
@@ -33,9 +33,9 @@ class Ids:
         return len(self.of)
 
     def locate(self, shape: tuple[int, ...], view: View | None) -> Labeled | None:
-        """Whose the rows of a layer's input are; None where they are not the batch's rows, or its tokens.
+        """Which sample each row of a layer's input belongs to; None if its rows are neither the batch's nor its tokens.
 
-        ``shape`` is the input's, without its features, and ``view`` tells where the batch is in it.
+        ``shape`` is the input's without the features, and ``view`` says where the batch is in it.
         """
         dim, order = view or PLAIN
         if self.of.dim() > 1:
@@ -57,10 +57,11 @@ class Ids:
 
 
 def find_ids(kwargs: Mapping[str, Any], sample: Tensor, dim: int = 0) -> tuple[str, list[Tensor]] | None:
-    """What a batch says of its samples: by what, and these tensors.
+    """What a batch says about its samples: the kind of information, and the tensors that hold it.
 
-    ``sample`` is the input that tells the batch, which it has first, and had in dimension ``dim``. Raises TypeError or
-    ValueError where `COLUMN` is no column of ids.
+    ``sample`` is the input that counts the batch, moved to dimension 0 from dimension ``dim``.
+
+    Raises TypeError or ValueError where `COLUMN` is no column of ids.
     """
     ids = kwargs.get(COLUMN)
     if ids is not None:
@@ -87,13 +88,13 @@ def find_ids(kwargs: Mapping[str, Any], sample: Tensor, dim: int = 0) -> tuple[s
 
 
 def is_one_row(kwargs: Mapping[str, Any], sample: Tensor) -> bool:
-    """Whether a batch is one row of tokens, that says where its samples end: a token fewer would tell nothing."""
+    """Whether a batch is one row of tokens with ids or bounds of its samples: one token fewer would show nothing."""
     bounds = any(isinstance(key, str) and key.startswith("cu_seq") for key in kwargs)
     return bounds or (COLUMN in kwargs and sample.dim() == 1)
 
 
 def of_tokens(by: str, tensors: list[Tensor], sample: Tensor) -> bool:
-    """Whether the ids are those of tokens, ``[B, T]``, and not those of rows."""
+    """Whether there is an id for each token ``[B, T]``, and not one for each row."""
     return (tensors[0].dim() if by == COLUMN else len(_tokens(sample))) > 1
 
 
@@ -103,7 +104,7 @@ def _tokens(sample: Tensor) -> torch.Size:
 
 
 def read_ids(by: str, tensors: list[Tensor], sample: Tensor) -> Ids | None:
-    """The ids that `find_ids` found; None where each row turns out to be one sample. The host waits for the device."""
+    """Read the ids from what `find_ids` found; None if each row is one sample. The host waits for the device."""
     if by == COLUMN:
         known, of = torch.unique(tensors[0], return_inverse=True)
         return Ids(of, len(known))
@@ -112,9 +113,9 @@ def read_ids(by: str, tensors: list[Tensor], sample: Tensor) -> Ids | None:
     positions = tensors[0].expand(sample.shape[:2])
     zeros = positions == 0
     starts = zeros.clone()
-    # Behind the first of them the zeros at a row's end are padding, which is none of the others' sample.
+    # Of the zeros at a row's end all but the first are padding: they start no sample.
     starts[:, 1:] &= ~(zeros[:, :-1] & zeros.flip(1).long().cumprod(1).flip(1).bool()[:, 1:])
-    if len(tensors) > 1:  # behind padding on the left no sequence restarts
+    if len(tensors) > 1:  # no sequence starts in padding on the left, or right behind it
         starts[:, 1:] &= (tensors[1][:, 1:] != 0) & (tensors[1][:, :-1] != 0)
     starts[:, 0] = True
     of = starts.flatten().cumsum(0) - 1
@@ -132,4 +133,4 @@ def _of_lengths(bounds: Tensor, sample: Tensor) -> Ids:
             f"the cumulated lengths of the batch's sequences end at {last}, its input has {total} tokens: pass the "
             "batch as the collator made it"
         )
-    return Ids(of.view(shape), len(bounds) - 1 + (last < total))  # behind them comes padding
+    return Ids(of.view(shape), len(bounds) - 1 + (last < total))  # tokens beyond the last bound are padding

@@ -1,16 +1,18 @@
-"""The probe: which rows of a layer's input belong to which sample, told by a forward pass with a sample fewer.
+"""The probe: a forward pass with one sample fewer shows which rows of a layer's input belong to which sample.
 
-Sizes alone do not tell: a batch may be as large as a sequence is long, or be folded into another dimension. So the
-model runs twice on the first training batch, as it is and without its first sample, without gradients, in eval mode.
-The one dimension of a layer's input that shrinks in proportion holds the samples; and the rows that stay have to keep
-their values, in one of the orders that a `View` has. A batch of one sample is compared with two copies of it.
+Sizes alone do not show it: a batch can be as large as a sequence is long, or be folded into another dimension. So the
+model runs twice on the first training batch, in eval mode and without gradients: on the whole batch, and on the batch
+without its first sample. Exactly one dimension of a layer's input must shrink in proportion; it holds the samples. The
+rows that stay must keep their values, in one of the orders that a `View` knows. A batch of one sample is compared with
+two copies of it.
 
-The samples that stay come in the reverse order: rows that are chosen among all (an expert's tokens) may stay where they
-were when a sample is missing that had its share of them, but do not end up reversed unless every sample has its share.
+In the second pass the samples come in reverse order. Rows that a layer picks among all samples' (an expert's tokens)
+may by chance stay in place when a sample is missing, but they are reversed only if every sample has an equal share.
 
-Where the samples of dimension 0 change each other's values (as positions do in attention), or mix in an input that
-does not grow with them (as positions do in the last state of a recurrent layer), dimension 1 is tried, and taken where
-it tells of more calls. Nothing of a pass remains (`hf_fngd.samples.snapshot`).
+Dimension 1 is tried too where dimension 0 does not act like samples: its entries change each other's values (as
+positions do in attention), or are mixed in an input that does not grow with them (as positions are in the last state of
+a recurrent layer). The dimension that explains more calls is taken. Nothing of a pass remains
+(`hf_fngd.samples.snapshot`).
 """
 
 import copy
@@ -39,9 +41,12 @@ Verdict = View | str | None  # a view, or the reason why there is none; None: th
 
 
 class Found(NamedTuple):
-    """What a probe told: the batch's dimension in the model's inputs, and of each layer that was called a verdict.
+    """What a probe found.
 
-    And of layers whose samples have several rows, how many these were in each call.
+    Attributes:
+        dim: the batch's dimension in the model's inputs.
+        verdicts: one for each layer that was called, by its place.
+        shares: of layers whose samples have several rows, how many a sample had in each call.
     """
 
     dim: int
@@ -50,7 +55,7 @@ class Found(NamedTuple):
 
 
 class CannotProbeError(Exception):
-    """The inputs have a structure that the probe does not know, or numbers that tell nothing."""
+    """The inputs have a structure that the probe does not know, or are not finite."""
 
 
 def probe(
@@ -61,15 +66,18 @@ def probe(
     batch_dim: int | None,
     known: int | None = None,
 ) -> Found:
-    """Tell the samples of a model's layers.
+    """Find the samples in the inputs of a model's layers.
 
     Args:
         model: the model.
-        run: runs it on other positional and named arguments, and returns what its layers saw.
-        inputs: the positional and named arguments of the forward pass under way.
-        sample: the one among them that counts the samples.
-        batch_dim: the dimension of it that does, where somebody has said so.
-        known: the one that an earlier probe found.
+        run: runs it on positional and named arguments, and returns what its layers saw.
+        inputs: the positional and named arguments of the current forward pass.
+        sample: the input that counts the samples.
+        batch_dim: the dimension in which it does, if the user said so.
+        known: the dimension that an earlier probe found.
+
+    Raises:
+        CannotProbeError: see there. Any error of the model on a batch of another size comes through as well.
     """
     if torch._C._get_tracing_state() is not None:
         raise CannotProbeError("torch.jit.trace is under way")
@@ -85,7 +93,7 @@ def probe(
                 failure = error if dim == dims[0] else failure
                 continue
             enough = passed == grown if dim or sample.dim() < 2 else 2 * passed > grown
-            if len(sample) == 1:  # all of it is that sample's, however its copies get on
+            if len(sample) == 1:  # all rows are that sample's, whatever the copies showed
                 for place in [place for place, one in found.verdicts.items() if isinstance(one, str)]:
                     del found.verdicts[place]
             elif not (enough or only is not None):
@@ -103,17 +111,18 @@ def probe(
 def _try(
     run: Callable[[Any, Any], Calls], inputs: tuple[Any, Any], samples: int, dim: int, trusted: bool
 ) -> tuple[Found, int, int, int]:
-    """What one dimension tells; how many calls had the right values, how many grow with it, how many are mixed.
+    """Probe one dimension.
 
-    Mixed are those of an input that does not grow, and changes its values all the same.
+    Returns what it found; how many calls kept their values; how many grow with the dimension; and how many are mixed,
+    that is change their values without growing.
     """
-    own: tuple[Any, Any] = copied(inputs)  # as the forward pass under way has yet to run on the others
+    own: tuple[Any, Any] = copied(inputs)  # the current forward pass has yet to run on the originals
     reverse = samples > 1
     if reverse:
         seen = run(*own)
         try:
             seen_fewer = run(*resized(copied(inputs), samples, dim, reverse=True))
-        except Exception:  # as packing a sequence that has to be sorted by lengths
+        except Exception:  # packed sequences, say, have to be sorted by length
             reverse = False
             seen_fewer = run(*resized(copied(inputs), samples, dim))
     else:
@@ -134,7 +143,7 @@ def _try(
         grown += len(calls) - len(unchanged)
         mixed += sum(not _close(a[1], b[1]) for a, b in unchanged)
         passed += sum(isinstance(verdict, View) for verdict in verdicts)
-        if len(set(verdicts)) == 1:  # where calls differ, sizes have to tell them apart
+        if len(set(verdicts)) == 1:  # if the calls differ, the sizes of tensors decide for each
             found[place] = verdicts[0]
             if isinstance(verdicts[0], View) and not verdicts[0].dim and verdicts[0].order != "one":
                 shares[place] = frozenset(shape[0] // samples for shape, _ in calls)
@@ -142,14 +151,14 @@ def _try(
 
 
 def _compare(full: Digest, fewer: Digest, samples: int, trusted: int | None, reverse: bool) -> Verdict:
-    """The verdict on one call of a layer, in a batch of so many samples and in one without the first of them."""
+    """The verdict on one call of a layer: its input in the whole batch, and in the batch without the first sample."""
 
     def kept(values: Tensor, dim: int) -> Tensor:
         values = values.narrow(dim, 1, samples - 1)
         return values.flip(dim) if reverse else values
 
     (shape, values), (shape_fewer, values_fewer) = full, fewer
-    if shape == shape_fewer:  # of one row of ids for all samples an embedding knows what to do
+    if shape == shape_fewer:  # an embedding can handle one row of ids for all samples
         return None if len(shape) < 2 or shape[0] == 1 else NOT_THE_BATCH
     grown = [dim for dim, size in enumerate(shape) if len(shape) == len(shape_fewer) and size != shape_fewer[dim]]
     if len(grown) != 1 or grown[0] >= values.dim():
@@ -180,7 +189,7 @@ def _close(a: Tensor, b: Tensor) -> bool:
     if not torch.isfinite(torch.linalg.vector_norm(a)):
         raise CannotProbeError("the batch is not finite")
     usual = float(a.abs().median()) if a.numel() else 0.0
-    if usual > 0:  # beside an outsized row a difference in all others would not count
+    if usual > 0:  # beside an outsized row, differences in all other rows would not show
         a, b = (values.clamp(-10 * usual, 10 * usual) for values in (a, b))
     size = torch.linalg.vector_norm(a)
     return bool(torch.linalg.vector_norm(a - b) <= tolerance * size)
@@ -188,7 +197,7 @@ def _close(a: Tensor, b: Tensor) -> bool:
 
 @torch.no_grad()
 def digest(x: Tensor) -> Digest:
-    """The shape of a layer's input, and a number for each of its rows."""
+    """The shape of a layer's input, and one number for each of its rows."""
     values = x.detach()
     values = values.to(torch.float64 if x.dtype == torch.float64 or not x.is_floating_point() else torch.float32)
     if x.is_floating_point() and x.dim() > 1:
@@ -198,9 +207,9 @@ def digest(x: Tensor) -> Digest:
 
 
 def sizes_of(value: Any, samples: int, dim: int, key: str = "") -> dict[str, frozenset[int]]:
-    """How many entries of a sample each of the inputs has, over its first dimensions: ``{T, T i}`` of ``[N, T, i]``.
+    """How many entries each input has for a sample, over its first dimensions: ``{T, T i}`` for ``[N, T, i]``.
 
-    Of the tensors that `resized` would change in that dimension or in dimension 0.
+    Counts the tensors that `resized` would change.
     """
     if isinstance(value, Tensor):
         for own in dict.fromkeys((dim, 0)):
@@ -219,10 +228,12 @@ def sizes_of(value: Any, samples: int, dim: int, key: str = "") -> dict[str, fro
 
 
 def resized(value: Any, samples: int, dim: int, reverse: bool = False) -> Any:
-    """The inputs without their first sample, the others in their order or in reverse; or twice where they hold one.
+    """The inputs without their first sample, the others in order or in reverse; a single sample is doubled.
 
-    Of every tensor with so many entries in that dimension, of others with so many in dimension 0, and of lists of so
-    many items that are no such tensors. Raises CannotProbeError at objects that may hold samples unseen.
+    A tensor holds samples if dimension ``dim`` has ``samples`` entries, or else if dimension 0 has; a list, if it has
+    ``samples`` items that hold none themselves. All else stays as it is.
+
+    Raises CannotProbeError at an object of another kind, which may hold samples unseen.
     """
     if isinstance(value, Tensor):
         for own in dict.fromkeys((dim, 0)):

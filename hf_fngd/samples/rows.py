@@ -1,7 +1,7 @@
-"""Which rows of a layer's tensors belong to which sample: told by the place of the samples, or by ids.
+"""Which row of a layer's tensors belongs to which sample: by a rule (`View`) or by ids (`Labeled`).
 
-A row is an entry of a tensor's first dimension, or of its first two in one, ``[R, ...]``. Both ways bring something for
-each sample, as sample weights ``[N]``, to the rows ``[R]``, and the norms of the rows ``[R]`` to those of the samples.
+A row is an entry of a tensor's first dimension, or of its first two flattened into one, ``[R, ...]``. Both classes
+spread one value for each sample ``[N]`` over the rows ``[R]``, and make the samples' norms of the rows' norms.
 """
 
 from collections.abc import Mapping
@@ -18,11 +18,13 @@ NO_EQUAL_SHARES = (
 
 
 class View(NamedTuple):
-    """Where the samples are in a layer's input, as a probe told.
+    """Where the samples are in a layer's input, as the probe found.
 
-    They are in one dimension, of N entries or of several times as many: "one" entry each, or each sample's entries in a
-    row ("first": the sample counts before its positions), or those of a position ("last"). Of another dimension than
-    the first the order is "last", once it is flattened with those before it.
+    Attributes:
+        dim: the dimension that holds them, of N entries or a multiple.
+        order: "one" for one entry a sample. With several, "first" puts all entries of a sample together (shape
+            ``[N, T]``), and "last" all entries of a position (``[T, N]``). For a ``dim`` beyond 0 it is "last", since
+            the dimensions before it are flattened with it.
     """
 
     dim: int
@@ -30,7 +32,7 @@ class View(NamedTuple):
 
     @property
     def plain(self) -> bool:
-        """Whether it is the layout that every kernel knows."""
+        """Whether it is the layout that every kernel can handle: one entry a sample, in dimension 0."""
         return self.dim == 0 and self.order == "one"
 
     def fits(self, rows: int, samples: int) -> bool:
@@ -38,21 +40,21 @@ class View(NamedTuple):
         return rows == samples if self.order == "one" else samples > 0 <= rows and rows % samples == 0
 
     def of_rows(self, w: Tensor, rows: int) -> Tensor:
-        """Something for each sample, for each row."""
+        """Spread one value for each sample ``[N]`` over the rows ``[R]``."""
         if self.order == "one":
             return w
         times = rows // w.shape[0]
         return w.repeat_interleave(times, 0) if self.order == "first" else w.repeat(times, *[1] * (w.dim() - 1))
 
     def of_samples(self, norms: Tensor, samples: int, adds: bool) -> Tensor:
-        """The norms of the samples from those of their rows: their sum, or the root of the sum of their squares."""
+        """The samples' norms from their rows': the sum if ``adds``, else the root of the sum of squares."""
         if self.order == "one":
             return norms
         parts = norms.view(samples, -1) if self.order == "first" else norms.view(-1, samples).t()
         return parts.sum(dim=1) if adds else torch.linalg.vector_norm(parts, dim=1)
 
     def samples_first(self, x: Tensor, samples: int, rows: int) -> Tensor:
-        """A tensor ``[R ..., *]`` as ``[N, T, *]``."""
+        """Bring a tensor ``[R ..., *]`` to the shape ``[N, T, *]``."""
         if self.order == "one":
             return x
         own = x.shape[1:] if len(x) == rows else (len(x) // rows, *x.shape[1:])
@@ -62,9 +64,11 @@ class View(NamedTuple):
 
 
 class Labeled(NamedTuple):
-    """Rows that say by an id to which of the samples they belong, those of one call.
+    """The rows of one call, each with the id of its sample.
 
-    ``dim`` counts the rows, in one with the dimensions before it; ``ids`` ``[R]`` are from 0 to N - 1.
+    Attributes:
+        dim: the dimension that counts the rows, flattened with those before it.
+        ids: from 0 to N - 1, ``[R]``.
     """
 
     dim: int
@@ -88,11 +92,11 @@ class Labeled(NamedTuple):
         found = norms.new_zeros(samples)
         if adds or norms.numel() == 0:
             return found.index_add_(0, self.ids, norms)
-        scale = norms.amax().clamp(min=torch.finfo(norms.dtype).tiny)  # whose square may be no number
+        scale = norms.amax().clamp(min=torch.finfo(norms.dtype).tiny)  # or else the squares may overflow
         return found.index_add_(0, self.ids, (norms / scale).square()).sqrt() * scale
 
     def samples_first(self, x: Tensor, samples: int, rows: int) -> Tensor:
-        """See `View.samples_first`; T is the longest sample's, and zeros fill up the others. Waits for the device."""
+        """See `View.samples_first`. T is the longest sample's; zeros fill the others up. The host waits."""
         x = x if len(x) == rows else x.reshape(rows, -1, *x.shape[1:])
         order = self.ids.argsort(stable=True)
         counts = self.ids.bincount(minlength=samples)
@@ -104,14 +108,14 @@ class Labeled(NamedTuple):
 
 
 class Shares(NamedTuple):
-    """How many rows of a layer's input each sample had where a probe told them apart, and how large its inputs were.
+    """How many rows each sample had in the probe's batch, for a layer whose input folds samples and positions.
 
-    Of a layer whose input has samples and positions folded. A share that was as large as one of the model's inputs
-    stays so; any other is constant, or grows with one. Else the shares are not equal, though N may divide the rows.
+    In a later batch a share that equalled the size of one of the model's inputs must equal it again; any other share
+    must be the same, or grow with an input. Otherwise the samples have unequal shares, even if N divides the rows.
     """
 
-    rows: frozenset[int]  # of each call
-    sizes: Mapping[str, frozenset[int]]  # see `hf_fngd.samples.probe.sizes_of`
+    rows: frozenset[int]  # a sample's, in each of the layer's calls
+    sizes: Mapping[str, frozenset[int]]  # the model's inputs', see `hf_fngd.samples.probe.sizes_of`
 
     def allow(self, rows: int, sizes: Mapping[str, frozenset[int]]) -> bool:
         """Whether a sample can have so many rows in a batch whose inputs have these sizes."""
@@ -127,4 +131,4 @@ class Shares(NamedTuple):
 
 Rows = View | Labeled
 PLAIN = View(0, "one")
-TOKENS = View(1, "first")  # in a traced graph, where the rows are tokens
+TOKENS = View(1, "first")  # in a compiled graph whose rows are tokens

@@ -1,4 +1,4 @@
-"""What a forward pass may change beside its output, and how that is undone: inputs, modules, random states."""
+"""Undo what a forward pass may change beside its output: inputs, modules, random states."""
 
 import contextlib
 import copy
@@ -12,19 +12,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-# Whose hooks are a part of a model's forward pass. Those of others watch it, and must see none of a probe.
+# Hooks of these libraries are a part of a model's forward pass. Other hooks watch it, and must not see a probe.
 _LIBRARIES = ("torch", "transformers", "peft", "accelerate")
 _DICTS = (dict, OrderedDict, defaultdict, Counter)
-_DEPTH = 5  # of containers and objects within each other, from a module's own attributes on
-_LONGEST = 1000  # of containers whose items are looked at as well
-_LARGEST = 2**20  # bytes of a frozen parameter that is kept
+_DEPTH = 5  # how deep containers and objects are followed, from a module's own attributes on
+_LONGEST = 1000  # items of a container at most, or else they are not looked at
+_LARGEST = 2**20  # bytes of a frozen parameter at most, or else it is not kept
 
 
 class Snapshot:
-    """What some objects hold, to be put back: containers, tensors, arrays, random generators.
+    """Remembers the contents of containers, tensors, arrays and random generators, and puts them back.
 
-    Of parameters only those that are frozen and small: a forward pass may count in them. Objects of the user's own are
-    looked into, those of the standard library and of torch are not.
+    Of the parameters it keeps the frozen and small ones only: a forward pass may count in them. It looks into objects
+    of the user's own classes, and not into those of the standard library and of torch.
     """
 
     def __init__(self) -> None:
@@ -88,7 +88,7 @@ class Snapshot:
         self._undo.append(undo)
 
     def _take_array(self, value: Any) -> bool:
-        """Of numpy: an array or a random generator. Whether it was one."""
+        """Take an array or a random generator of numpy; returns whether ``value`` was one."""
         numpy = sys.modules.get("numpy")
         if numpy is None:
             return False
@@ -117,7 +117,7 @@ def _is_the_users(value: Any) -> bool:
 
 @contextlib.contextmanager
 def untouched(model: nn.Module, training: bool = False) -> Iterator[None]:
-    """Run without gradients, in eval mode or as it is; afterwards modules and random states are what they were."""
+    """Let a model run without gradients, in eval mode unless ``training``; then undo all that it changed."""
     snapshot, modules = Snapshot(), list(model.modules())
     for module in modules:
         snapshot.take(vars(module))
@@ -126,8 +126,8 @@ def untouched(model: nn.Module, training: bool = False) -> Iterator[None]:
     devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []  # type: ignore[no-untyped-call]
     fast, cached = torch.backends.mha.get_fastpath_enabled(), torch.is_autocast_cache_enabled()
     try:
-        torch.set_autocast_cache_enabled(False)  # the training forward pass would find casts without a graph in it
-        torch.backends.mha.set_fastpath_enabled(False)  # which calls no Linear
+        torch.set_autocast_cache_enabled(False)  # or else the training pass would reuse casts that have no graph
+        torch.backends.mha.set_fastpath_enabled(False)  # the fast path calls no Linear
         for module in modules:
             module.training = module.training and training
             for hooks in (module._forward_hooks, module._forward_pre_hooks):
@@ -150,7 +150,7 @@ def _belongs(hook: Any) -> bool:
 
 
 def copied(value: Any) -> Any:
-    """A model's inputs, which a forward pass may change: other tensors in other containers, all else the same."""
+    """Copy a model's inputs, which a forward pass may change: tensors and containers are new, all else is shared."""
     if isinstance(value, Tensor):
         return value.detach().clone().requires_grad_(value.requires_grad)
     if isinstance(value, list):

@@ -15,7 +15,7 @@ State = dict[str, Any]
 
 
 class Samples(Protocol):
-    """What a policy may ask of the samples in one call of one layer. It asks in backward, and pays for what it asks."""
+    """What a policy may ask about the samples in one call of one layer. Each answer is computed on demand."""
 
     def norms(self) -> Tensor:
         """The norms of the per-sample gradients ``[N]``, by the layer type's cheap bound."""
@@ -47,35 +47,40 @@ class StoredWeights(MicroBatchWeights):
 
 
 class SharingPolicy(ABC):
-    """How much each sample counts. One object serves one model."""
+    """Decides how much each sample counts. One object serves one model."""
 
-    name: ClassVar[str]  # what the argument ``sharing`` calls it
-    solves: ClassVar[bool] = False  # the N x N system of Eq. 9, for which a layer type has to form Gram matrices
-    reads: ClassVar[tuple[str, ...]] = ()  # which of the arguments "damping", "coefficient_steps", "memory_budget"
+    name: ClassVar[str]  # its name in the argument ``sharing``
+    solves: ClassVar[bool] = False  # whether it solves Eq. 9, so that a layer type has to form Gram matrices
+    reads: ClassVar[tuple[str, ...]] = ()  # the arguments it uses, of "damping", "coefficient_steps", "memory_budget"
 
     def prepare(self, layers: int, *, damping: float, coefficient_steps: int | None, memory_budget: int) -> None:
-        """The policy is attached to a model of so many layers, and forgets any other; the rest are FNGD's arguments."""
+        """Get ready for a model with so many attached layers, and forget any other. The rest are FNGD's arguments."""
         self.layers = layers
 
     @property
     def awaits_epoch(self) -> bool:
-        """Whether the end of the epoch under way changes the sample weights (default: it never does)."""
+        """Whether the end of the current epoch changes the sample weights (default: it never does)."""
         return False
 
     @property
     def exchanges(self) -> bool:
-        """Whether `close` communicates in the step under way (default: it may)."""
+        """Whether `close` communicates in the current step (default: it may)."""
         return True
 
     @abstractmethod
     def begin(self, size: int, offset: int) -> MicroBatchWeights:
-        """A forward pass of N = ``size`` samples begins, behind ``offset`` others of the step, of all processes."""
+        """A forward pass of N = ``size`` samples begins, after ``offset`` others of the step in all processes."""
 
     def close(self, batches: Sequence[MicroBatchWeights], begun: int, like: Tensor) -> int:
-        """The optimizer steps. Returns how many samples the sample weights compared with each other.
+        """The optimizer steps. All processes call this, and it may communicate.
 
-        ``batches`` are this process's micro-batches whose backward pass came to its end, of ``begun`` that began in all
-        processes; ``like`` has the sample weights' dtype and device. All processes call it, and it may communicate.
+        Args:
+            batches: this process's micro-batches whose backward pass is complete.
+            begun: how many micro-batches began, in all processes.
+            like: a tensor with the sample weights' dtype and device.
+
+        Returns:
+            How many samples the sample weights compared with each other.
         """
         return max((batch.size for batch in batches), default=0)
 
@@ -83,15 +88,15 @@ class SharingPolicy(ABC):
         """An epoch ended. Idempotent."""
 
     def diagnostics(self) -> dict[str, float]:
-        """What a user wants to see in the log; the host waits for the device."""
+        """Numbers for the log; the host waits for the device."""
         return {}
 
     def state_dict(self) -> State:
-        """Tensors, numbers, strings, lists and dictionaries only, loadable with ``weights_only=True``."""
+        """The state: only tensors, numbers, strings, lists and dictionaries, so that ``weights_only=True`` loads it."""
         return {}
 
     def load_state_dict(self, state: State) -> None:  # noqa: B027
-        """The inverse of `state_dict`. Raises ValueError, and loads nothing, where the layers are others."""
+        """The inverse of `state_dict`. Raises ValueError, and loads nothing, if the state is for other layers."""
 
 
 _POLICIES: dict[str, type[SharingPolicy]] = {}
@@ -106,12 +111,12 @@ def register_policy(policy: type[SharingPolicy]) -> type[SharingPolicy]:
 
 
 def policy_names(holds: Callable[[type[SharingPolicy]], bool] = lambda policy: True) -> tuple[str, ...]:
-    """The names of the registered policies, or of those for which a condition holds, sorted."""
+    """The names of the registered policies that meet a condition (default: all), sorted."""
     return tuple(sorted(name for name, policy in _POLICIES.items() if holds(policy)))
 
 
 def policy_class(sharing: str | SharingPolicy) -> type[SharingPolicy]:
-    """The class that the argument ``sharing`` means. Raises ValueError where the name is unknown."""
+    """The policy's class for the argument ``sharing``. Raises ValueError where the name is unknown."""
     if isinstance(sharing, SharingPolicy):
         return type(sharing)
     if sharing not in _POLICIES:

@@ -12,9 +12,9 @@ from hf_fngd.weights.base import MicroBatchWeights, Samples, SharingPolicy, Stat
 
 
 class ClippedWeights(MicroBatchWeights):
-    """The samples' gradient norms in one of ``parts`` micro-batches and the sample weights, both ``[N]`` by layer.
+    """The gradient norms and sample weights of one micro-batch, of ``parts`` in a step; both ``[N]`` by layer.
 
-    The norms of a layer that is called twice are zeros: each call has its own, and the layer is not remembered.
+    A layer that is called twice has different norms in each call. It is not remembered: its norms are zeros.
     """
 
     def __init__(self, size: int, parts: int, means: Tensor) -> None:
@@ -29,13 +29,13 @@ class ClippedWeights(MicroBatchWeights):
         bound = mean_norm(norms)
         if self._parts > 1:
             known = self._means[layer].to(bound)
-            own = torch.where(bound.isnan(), 0, bound)  # where no sample has a gradient
+            own = torch.where(bound.isnan(), 0, bound)  # NaN: no sample has a gradient
             bound = torch.where(known == 0, bound, (own + (self._parts - 1) * known) / self._parts)
         w = self.weights[layer] = clip(norms, bound)
         return w
 
     def sums(self, like: Tensor) -> Tensor:
-        """Sums ``[P]`` of the norms, counts ``[P]`` of those that are not 0, and a one, in one row."""
+        """One row: the sums of the norms ``[P]``, the numbers of norms that are not 0 ``[P]``, and a one."""
         none = like.new_zeros(self.size)
         norms = torch.stack([self.norms.get(layer, none).to(like) for layer in range(len(like))])
         return torch.cat([norms.sum(dim=1), norms.count_nonzero(dim=1), norms.new_ones(1)])
@@ -45,20 +45,21 @@ class ClippedWeights(MicroBatchWeights):
 class ClippedSharing(SharingPolicy):
     """Sample weights from the samples' gradient norms alone, in every step.
 
-    A sample that is X times as long as the B - 1 others is ``1 + (X - 1) / B`` times as long afterwards. A bound that
-    leaves no such lead, as the median, silences the few samples that a well fitted model has yet to learn, whose
-    gradients are outsized too. The norms are the layer type's cheap bounds; those that are 0 have no part in the mean.
+    If a sample's gradient is X times as long as those of the B - 1 others, it is ``1 + (X - 1) / B`` times as long
+    afterwards. A bound that leaves no such lead (the median, say) would silence the few samples that a well fitted
+    model has yet to learn: their gradients are outsized too. The norms are the layer type's cheap bounds. Norms of 0
+    have no part in the mean.
 
-    The batch is that of the optimizer step. Where it comes in M micro-batches, of one process or of many, the norms of
-    the M - 1 others are not known yet, and the mean norm of the last step stands for theirs. Only there a change of the
-    loss's scale between two steps matters: it makes the bound too wide or too narrow for one step, such as the last one
-    of an epoch that has fewer micro-batches.
+    The batch is that of the optimizer step. If it comes in M micro-batches, of one process or of many, a micro-batch
+    does not know the norms of the M - 1 others; the mean norm of the last step stands for theirs. Only then does a
+    change of the loss's scale between two steps matter: the bound is too wide or too narrow for one step, as it may be
+    for the last step of an epoch, which has fewer micro-batches.
     """
 
     name = "clipped"
     parts: int  # M
-    means: Tensor  # mean norms in the last step of M micro-batches ``[P]``, by layer; 0 where there never were any
-    shorter: bool  # whether the last step had fewer
+    means: Tensor  # mean norms in the last step of M micro-batches ``[P]``, by layer; 0 where none was ever known
+    shorter: bool  # whether the last step had fewer micro-batches
     _last: list[dict[int, Tensor]]  # sample weights of the last step's micro-batches, by layer
 
     def prepare(self, layers: int, *, damping: float, coefficient_steps: int | None, memory_budget: int) -> None:
@@ -82,7 +83,7 @@ class ClippedSharing(SharingPolicy):
         total = sum_over_processes(rows.sum(dim=0))
         micro_batches = int(total[-1])  # waits for the device
         if 0 < micro_batches < self.parts and not self.shorter:
-            self.shorter = True  # not remembered, as the last step of an epoch, unless a second one follows
+            self.shorter = True  # probably an epoch's last step: not remembered, unless another short one follows
         elif micro_batches:
             self.parts, self.shorter = micro_batches, False
             sums, counts = total[:-1].view(2, -1).to(like)
@@ -103,10 +104,10 @@ class ClippedSharing(SharingPolicy):
         return {"parts": self.parts, "shorter": self.shorter, "means": self.means, "world": rank_and_world()[1]}
 
     def load_state_dict(self, state: State) -> None:
-        """See `SharingPolicy.load_state_dict`. An empty one is a new policy's, or of a version that kept none."""
+        """See `SharingPolicy.load_state_dict`. A new policy's state is empty, and so are those of older versions."""
         world = rank_and_world()[1]
         state = state or {"parts": 1, "shorter": False, "means": torch.zeros(self.layers), "world": world}
         self.parts, self.shorter, self.means = state["parts"], state["shorter"], state["means"]
         self._last = []
-        if world != state["world"]:  # a process's mean loss has R times its part in the mean of R processes
+        if world != state["world"]:  # gradients of a process's mean loss are R times those of the mean over R processes
             self.means = self.means * world / state["world"]

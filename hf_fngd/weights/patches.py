@@ -1,8 +1,8 @@
 """The Gram matrix of a convolution (Eq. 13): ``h_n = sum_t g[n, t] a[n, t]^T``, where a's rows are patches of an image.
 
-A patch is what the filter sees at one position. In a group of channels it has ``I k`` entries: I channels, each under
-the k entries of the filter. All patches are k times as large as the image, and are never held at once where memory is
-short: h is formed a slice of input channels at a time, of the patches of these alone.
+A patch is what the filter sees at one position. In a group of channels it has ``I k`` entries: I channels times the k
+entries of the filter. All patches together are k times as large as the image. Where memory is short they are never held
+at once: h is formed for a slice of input channels at a time, from the patches of these channels alone.
 """
 
 import math

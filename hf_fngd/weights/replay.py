@@ -17,9 +17,9 @@ _FIRST_CAPACITY = 1024
 class ReplaySharing(SolvedPolicy):
     """One row of sample weights a micro-batch of the first epoch, ``[capacity, L, N]``, replayed cyclically.
 
-    The store has room for the rows of the first epoch, at first for 1024 of them at most, and doubles where there are
-    more, within the memory budget. Rows that come after that overwrite the oldest, with a warning. A batch of another
-    size takes the first N of a row, again from the first where they run out, brought to mean 1.
+    The store starts with room for at most 1024 rows, and doubles when it is full, within the memory budget. Beyond the
+    budget new rows overwrite the oldest, with a warning. A batch of another size takes the first N weights of a row,
+    from the start again if they run out, brought to mean 1.
     """
 
     name = "replay"
@@ -29,9 +29,9 @@ class ReplaySharing(SolvedPolicy):
         super().prepare(layers, damping=damping, coefficient_steps=coefficient_steps, memory_budget=memory_budget)
         self.coefficient_steps = coefficient_steps
         self.rows: Tensor | None = None  # the store
-        self.recorded, self._full = 0, False  # how many of its rows were written, and whether they are all it can have
+        self.recorded, self._full = 0, False  # how many rows are written, and whether the store cannot grow
         self.steps: int = 0  # optimizer steps done
-        self.shared_since: int | None = None  # steps at which the first epoch, or its cap, ended
+        self.shared_since: int | None = None  # the step at which the first epoch, or its cap, ended
 
     @property
     def computes(self) -> bool:
@@ -78,7 +78,7 @@ class ReplaySharing(SolvedPolicy):
         row.copy_(cycle_to(w, row.shape[1]).where(~measurement.rho.isnan()[:, None], row))
 
     def _allocate(self, rows: Tensor, capacity: int) -> Tensor:
-        """A store of that many rows, as far as the budget goes, of which the first are those given."""
+        """A store that begins with the given rows and has room for ``capacity``, as far as the budget goes."""
         affordable = max(1, self.memory_budget // (rows.shape[1:].numel() * rows.element_size()))
         store = rows.new_ones(min(capacity, affordable), *rows.shape[1:])
         self.recorded = min(len(rows), len(store))
@@ -96,7 +96,7 @@ class ReplaySharing(SolvedPolicy):
         return {"phase": float(not self.computes), **super().diagnostics()}
 
     def state_dict(self) -> State:
-        # Cloned, since a view would be saved with its whole storage, rows never written included.
+        # Cloned: a view would be saved with its whole storage, unwritten rows included.
         rows = None if self.rows is None else self.rows[: self.recorded].clone()
         return {**super().state_dict(), "steps": self.steps, "shared_since": self.shared_since, "rows": rows}
 
@@ -112,9 +112,9 @@ class ReplaySharing(SolvedPolicy):
 
 
 def with_mean_one(w: Tensor) -> Tensor:
-    """Bring the sample weights of each layer ``[..., N]`` to mean 1, by a factor of at most 2, and beyond by a shift.
+    """Bring the sample weights of each layer ``[..., N]`` to mean 1: by a factor of at most 2, then by a shift.
 
-    At low damping some are negative, and a few can have a mean near 0, by which nothing should be divided.
+    At low damping some weights are negative, so the mean of a few can be near 0 and must not be divided by.
     """
     mean = w.mean(dim=-1, keepdim=True)
     divisor = mean.clamp(min=0.5)
@@ -122,5 +122,5 @@ def with_mean_one(w: Tensor) -> Tensor:
 
 
 def cycle_to(w: Tensor, size: int) -> Tensor:
-    """The first ``size`` of the sample weights ``[..., M]``, again from the first where they run out."""
+    """The first ``size`` of the sample weights ``[..., M]``, from the start again if they run out."""
     return w if w.shape[-1] == size else w[..., torch.arange(size, device=w.device) % w.shape[-1]]

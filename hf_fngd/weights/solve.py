@@ -1,7 +1,7 @@
 """From a Gram matrix to the sample weights of Eq. 9, and from these to the paper's step. Pure functions.
 
-Symbols as in `hf_fngd.weights.algebra`, with ``p = sum_n w_n h_n``; alpha is the damping of Eq. 14, and functions of
-many layers take one number a layer ``[L]``.
+Symbols as in `hf_fngd.weights.algebra`, with ``p = sum_n w_n h_n``. Alpha is the damping of Eq. 14. Functions of many
+layers take one number for each layer ``[L]``.
 """
 
 from typing import NamedTuple

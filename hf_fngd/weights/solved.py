@@ -1,4 +1,4 @@
-"""Policies that solve for sample weights (Eq. 9): coefficient steps, rho, several processes; and ``never``."""
+"""What policies that solve for sample weights (Eq. 9) have in common; and ``never``, which does so in every step."""
 
 from collections.abc import Sequence
 from typing import ClassVar
@@ -13,9 +13,9 @@ from hf_fngd.weights.solve import coefficients
 
 
 class SolvedWeights(MicroBatchWeights):
-    """The sample weights w ``[L, N]`` and noise ratios rho ``[L]`` that a micro-batch's own Gram matrices tell.
+    """Sample weights w ``[L, N]`` and noise ratios rho ``[L]``, solved from a micro-batch's own Gram matrices.
 
-    Both are filled layer by layer, and None before the first one; layers that measured nothing have 1 and NaN.
+    Both are None before the first layer, then filled layer by layer. A layer that measured nothing has 1 and NaN.
     """
 
     def __init__(self, size: int, offset: int, policy: "SolvedPolicy") -> None:
@@ -43,13 +43,13 @@ class SolvedPolicy(SharingPolicy):
 
     def prepare(self, layers: int, *, damping: float, coefficient_steps: int | None, memory_budget: int) -> None:
         self.layers, self.damping, self.memory_budget = layers, damping, memory_budget
-        self.place = 0  # number of the step's first micro-batch since the epoch began, over all processes
+        self.place = 0  # how many micro-batches of the epoch, in all processes, came before this step
         self.averages: Tensor | None = None  # running geometric means of rho and spread ``[2, L]``, once measured
         self._tell(None)
 
     @property
     def computes(self) -> bool:
-        """Whether the optimizer step under way is a coefficient step (default: every one is)."""
+        """Whether the current optimizer step is a coefficient step (default: every one is)."""
         return True
 
     @property
@@ -60,15 +60,15 @@ class SolvedPolicy(SharingPolicy):
         return SolvedWeights(size, offset, self)
 
     def advance(self, measured: Sequence[Measurement]) -> None:
-        """An optimizer step was done, in which all processes measured this (default: nothing changes)."""
+        """Take in what all processes measured in an optimizer step (default: nothing changes)."""
 
     def close(self, batches: Sequence[MicroBatchWeights], begun: int, like: Tensor) -> int:
         """See `SharingPolicy.close`. Communicates in a coefficient step, where there are several processes."""
         several = rank_and_world()[1] > 1
         if not batches and not (begun and several):
             return 0
-        # With several processes the places are those of what began: the backward pass of one may reach no layer. With
-        # one process a forward pass without a backward pass has no place, as nobody knows whether one will come.
+        # With several processes every forward pass that began has a place, since in one process backward may reach no
+        # layer. With one process only complete micro-batches have a place.
         measured = [
             Measurement(self.place + (batch.offset if several else number), batch.w, batch.rho)
             for number, batch in enumerate(batches)
@@ -82,7 +82,7 @@ class SolvedPolicy(SharingPolicy):
         return super().close(batches, begun, like)
 
     def _average(self, measured: Sequence[Measurement]) -> None:
-        """Rho and the spread of a step: measured in it, or else the running means, to which it counts a fifth."""
+        """Rho and the spread of this step: as measured, or else the running means (a new one counts a fifth)."""
         ratios = self.averages
         if measured:
             fresh = torch.stack([torch.stack([m.rho, m.spread]) for m in measured]).nanmean(dim=0)
@@ -100,7 +100,7 @@ class SolvedPolicy(SharingPolicy):
         self.place = 0
 
     def diagnostics(self) -> dict[str, float]:
-        """``rho``, geometric mean over the layers, once it was measured, and ``weight_spread``, root mean square."""
+        """``rho`` (geometric mean over the layers, once measured) and ``weight_spread`` (root mean square)."""
         known = self.rho[~self.rho.isnan()]
         measured = {"rho": float(known.log().mean().exp())} if known.numel() else {}
         spread = self.spread[~self.rho.isnan()] if known.numel() else self.spread[:1]
@@ -120,6 +120,6 @@ class SolvedPolicy(SharingPolicy):
 
 @register_policy
 class NeverSharing(SolvedPolicy):
-    """Every micro-batch has its own solution of Eq. 9."""
+    """Solves Eq. 9 anew for every micro-batch."""
 
     name = "never"

@@ -1,4 +1,4 @@
-"""``uniform``: all sample weights are 1, to tell what the sample weights themselves contribute."""
+"""``uniform``: all sample weights are 1. Compare with it to see what the sample weights contribute."""
 
 from hf_fngd.weights.base import SharingPolicy, StoredWeights, register_policy
 
