@@ -26,9 +26,9 @@ Check = Callable[[str, Any], Any]
 
 
 class Misplaced:
-    """An attribute of optimizers on a thing that Trainer was given for one: AttributeError, whose text is the cure.
+    """An optimizer's attribute on a class that a user may pass in an optimizer's place: AttributeError with the cure.
 
-    An instance may have the attribute all the same.
+    Instances may have the attribute all the same.
     """
 
     def __init__(self, cure: str) -> None:
@@ -51,7 +51,7 @@ def shown(value: object) -> str:
 
 
 def guess(name: object, names: Collection[str], text: str = "; did you mean {}?") -> str:
-    """Name what a misspelt name was probably meant to be; empty where nothing comes close."""
+    """Name what a misspelt name was probably meant to be; empty if nothing comes close."""
     close = difflib.get_close_matches(name[:100], names, n=3, cutoff=0.6) if isinstance(name, str) else []
     return text.format(" or ".join(map(repr, close))) if close else ""
 

@@ -12,19 +12,23 @@ from hf_fngd.weights.algebra import clip, mean_norm, scaled, tensor_norms
 def clip_samples(x: Tensor, sample_ids: Tensor | None = None) -> Tensor:
     """Clip the gradient of a tensor ``[N, ...]`` in backward, sample by sample, at the mean norm of its batch.
 
-    Take the logits, before the loss: there one sample weight reaches the whole model, also what FNGD leaves plain,
-    under any optimizer. It sees the sizes of the losses, but not those of the inputs, which ``sharing="clipped"`` sees
-    layer by layer. The batch is one process's micro-batch; scaling the loss changes no sample weight. A gradient that
-    is not finite, or too large to be squared, becomes NaN.
+    Use it on the logits, before the loss. There one sample weight reaches the whole model, under any optimizer, what
+    FNGD leaves plain included. It sees how large the losses are, but not how large the inputs are;
+    ``sharing="clipped"`` sees both, layer by layer. The batch is one process's micro-batch. Scaling the loss changes no
+    sample weight. A gradient that is not finite, or too large to be squared, becomes NaN.
 
     Args:
         x: the tensor.
-        sample_ids: which sample each row belongs to, where a row is not a sample: integers of the shape of the first
+        sample_ids: which sample each row belongs to, if a row is not a sample: integers in the shape of the first
             dimensions of ``x``, ``[B T]`` for flattened logits ``[B T, V]``, ``[B, T]`` for packed sequences
-            ``[B, T, V]``. Equal ones are one sample; to tell them the host waits for the device.
+            ``[B, T, V]``. Rows with equal ids are one sample. The host waits for the device.
 
-    Returns the tensor itself; in a graph of torch.compile a copy. Raises TypeError for what is no tensor, or for ids
-    that are no integers, and ValueError for a scalar, or for ids of another shape.
+    Returns:
+        The tensor itself; in a compiled graph a copy.
+
+    Raises:
+        TypeError: ``x`` is no tensor, or the ids are no integers.
+        ValueError: ``x`` is a scalar, or the ids have another shape.
     """
     if not isinstance(x, Tensor):
         raise TypeError(

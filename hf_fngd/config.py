@@ -131,7 +131,7 @@ def _named(key: object) -> str:
 
 
 def _check_version(version: object) -> int:
-    """The MAJOR part of a format; one that this version of the package may misunderstand is refused."""
+    """The MAJOR part of a format's version. A format that this version of the package may misunderstand is refused."""
     if not isinstance(version, str):
         raise TypeError(f"config_version must be a string such as {CONFIG_VERSION!r}, got a {type(version).__name__}")
     parts = re.fullmatch(r"([1-9][0-9]{0,3})\.[0-9]{1,4}", version)
@@ -146,7 +146,7 @@ def _check_version(version: object) -> int:
 
 
 def _of_version_1(values: Mapping[str, Any]) -> dict[str, Any]:
-    """The keys of a file that hf_fngd 0.1.0 wrote: every argument, also those that its other settings did not read."""
+    """Convert a file of hf_fngd 0.1.0. It wrote every argument, even those that its other settings did not use."""
     found = {"update": "muon", **values}  # its default
     scale, refresh, rest = found.pop("step_scale", "rms"), found.pop("refresh", None), found.pop("weigh_rest", True)
     sharing, momentum = found.get("sharing", "clipped"), found.get("update") == "momentum"
@@ -173,7 +173,7 @@ def _of_version_1(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def set_in(args: Any, config: FNGDConfig, overrides: Mapping[str, Any]) -> dict[str, Any]:
-    """Arguments of FNGD that somebody set in TrainingArguments, and nobody to another value in the config."""
+    """FNGD's arguments that were set in TrainingArguments. Raises ValueError if the config sets another value."""
     defaults = {f.name: f.default for f in dataclasses.fields(args)} if dataclasses.is_dataclass(args) else {}
     chosen = {}
     for name, theirs in _TRAINING_ARGS.items():

@@ -59,7 +59,7 @@ class FNGD(torch.optim.Optimizer, Joins):
         self.settings = Settings.of("FNGD", {"lr": lr, **settings})
         self.preconditioner = FNGDPreconditioner(model, **self.settings.values(engine=True))
         self.skipped = 0
-        self._checked: list[int] = []  # the trainable parameters of the last step
+        self._checked: list[int] = []  # the trainable parameters in the last step
         fallback = FALLBACK_RULES[self.settings.fallback]
         inner = self.preconditioner.model
         layers, unweighed = self.preconditioner.matrices, self.preconditioner.unweighed
@@ -78,7 +78,7 @@ class FNGD(torch.optim.Optimizer, Joins):
 
     @classmethod
     def from_config(cls, model: nn.Module, config: FNGDConfig | str | os.PathLike[str], **overrides: Any) -> Self:
-        """Build the optimizer of an `FNGDConfig`, or of the name of one, as `FNGDConfig.load` takes it.
+        """Build the optimizer from an `FNGDConfig`, or from a name that `FNGDConfig.load` accepts.
 
         ``overrides`` are arguments of `FNGD`.
         """
@@ -91,8 +91,8 @@ class FNGD(torch.optim.Optimizer, Joins):
     ) -> Self:
         """Build from `TrainingArguments` and a config or its name; ``overrides``, arguments of `FNGD`, win over both.
 
-        ``learning_rate``, ``weight_decay``, ``adam_beta1``, ``adam_beta2`` and ``adam_epsilon`` count where they are
-        not at their defaults, and otherwise those of the config. Raises ValueError where both are set and differ. Warns
+        ``learning_rate``, ``weight_decay``, ``adam_beta1``, ``adam_beta2`` and ``adam_epsilon`` count if they are not
+        at their defaults; otherwise the config's values do. Raises ValueError where both are set and differ. Warns
         where ``update="momentum"`` meets gradient clipping.
         """
         if config is not None and not isinstance(config, FNGDConfig):
@@ -121,7 +121,7 @@ class FNGD(torch.optim.Optimizer, Joins):
         )
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Torch's, for the groups that FNGD makes of the model itself; raises ValueError for a user's."""
+        """Add a group that FNGD has made of the model; raises ValueError for any other."""
         if "rule" not in param_group:
             raise ValueError(
                 "FNGD makes its parameter groups from the model: add the parameters to the model, then build FNGD anew "
@@ -134,8 +134,8 @@ class FNGD(torch.optim.Optimizer, Joins):
         """Update the parameters from their ``grad``; ``closure`` as in `torch.optim.Optimizer.step`.
 
         Raises:
-            RuntimeError: a trainable parameter of the model is none of the optimizer's, as after a layer was replaced;
-                a gradient is sparse; or in the first step none reached any parameter.
+            RuntimeError: the optimizer lacks a trainable parameter of the model (a layer was replaced, say); a gradient
+                is sparse; or in the first step no parameter has a gradient.
         """
         loss = None
         if closure is not None:
@@ -146,11 +146,11 @@ class FNGD(torch.optim.Optimizer, Joins):
             self._checked = now
         natural = "momentum" in self.settings.updates
         squared = squared_norms(self.param_groups, exact=natural)
-        # Finite, and so when an update rule squares them in float32? Here the host waits for the device.
+        # Are all gradients finite, and their squares in float32? Here the host waits for the device.
         if squared is not None and not squared.sum() <= torch.finfo(torch.float32).max:
             self.preconditioner.skip()
             self.skipped += 1
-            if self.skipped.bit_count() == 1:  # at powers of two, not to fill the log
+            if self.skipped.bit_count() == 1:  # at powers of two, so as not to fill the log
                 logger.warning(
                     "FNGD skipped a step, %d so far: a gradient was NaN, infinite or too large to be squared; look for "
                     "bad samples or a learning rate that is too high",

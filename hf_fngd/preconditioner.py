@@ -79,7 +79,7 @@ class FNGDPreconditioner(Joins):
         self._window = Window()
         self.epoch_ended = False
         self._fsdp: bool | None = None  # not known before the first forward pass
-        # How many a layer sees in a step of all processes, for update rules. 0: not known yet; None: nobody asks.
+        # How many a layer sees in a step, in all processes; update rules read it. 0: not known yet; None: nobody asks.
         self.positions: int | None = None
         self._hooks: list[RemovableHandle] = []
         self._coverage = Coverage(selection, self._attached, own.strict)
@@ -152,9 +152,9 @@ class FNGDPreconditioner(Joins):
             self.policy.end_epoch()
 
     def epochs_of(self, loader: Any) -> None:
-        """Say which of several data loaders, that Accelerate prepared, ends an epoch; or else the first to end does.
+        """Say which of several data loaders ends an epoch; by default the first to end does.
 
-        Raises TypeError where it was not prepared.
+        Raises TypeError for a loader that Accelerate did not prepare.
         """
         self._edge.follow(loader)
 
@@ -193,7 +193,7 @@ class FNGDPreconditioner(Joins):
         self._hooks.append(optimizer.register_step_post_hook(close))
 
     def follow_step(self, begun: int) -> None:
-        """In a Join context, without batches of one's own: what belongs to a step of the other processes."""
+        """In a Join context a process without further batches calls this for each step of the others."""
         self.policy.close([], begun, self._like())
         self._find_positions(0)
 
@@ -204,12 +204,12 @@ class FNGDPreconditioner(Joins):
 
     @property
     def replicas(self) -> ProcessGroup | None:
-        """Before `step`: the processes that take the same one, as far as DistributedDataParallel shows."""
+        """The processes that take the same step, if DistributedDataParallel shows them; ask before `step`."""
         return self._window.replicas
 
     @property
     def device(self) -> torch.device:
-        """That of the sample weights."""
+        """The device of the sample weights."""
         return self._like().device
 
     @property
@@ -224,7 +224,7 @@ class FNGDPreconditioner(Joins):
             self._hooks.pop().remove()
 
     def _begin(self, size: int, ids: Ids | None) -> MicroBatch:
-        """A training forward pass of ``size`` samples begins; ids tell which rows are theirs, where they are given."""
+        """A training forward pass of ``size`` samples begins; ``ids`` say which rows are theirs."""
         if torch._C._get_tracing_state() is not None:
             raise unsupported("torch.jit.trace in training mode")
         if self._fsdp is None:
@@ -258,11 +258,11 @@ class FNGDPreconditioner(Joins):
         return torch.empty(0, dtype=accumulation_dtype(weight.dtype), device=weight.device)
 
     def coverage(self) -> CoverageReport:
-        """What is preconditioned, what is not, and why; before the first step, what is going to be."""
+        """What is preconditioned, what is not, and why; before the first step, what is expected to be."""
         return self._coverage.report()
 
     def stepped_by(self, *, unweighed: Iterable[str], fallback: Iterable[str]) -> None:
-        """For the coverage report: what the update rule steps unweighed, and what the fallback rule steps."""
+        """Tell the coverage report what the update rule steps unweighed, and what the fallback rule steps."""
         self._coverage.stepped, self._coverage.fallback = frozenset(unweighed), frozenset(fallback)
 
     def diagnostics(self) -> dict[str, float]:

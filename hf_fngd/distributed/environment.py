@@ -59,13 +59,13 @@ def refuse_replica(module: nn.Module) -> None:
 
 
 def refuse_split_weight(weight: Tensor) -> None:
-    """Raise RuntimeError for a weight that is a shard in its layer's forward (under FSDP2 it is whole by then)."""
+    """Raise RuntimeError for a weight that is still a shard in its layer's forward; under FSDP2 it is whole there."""
     if is_sharded(weight):
         raise _split(*_TENSOR_PARALLEL)
 
 
 def refuse_unfrozen() -> None:
-    """Raise RuntimeError where the model under way was put into DistributedDataParallel before layers were unfrozen."""
+    """Raise RuntimeError if DistributedDataParallel wrapped the running model before layers were unfrozen."""
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         wrapper = frame.f_locals.get("self")

@@ -1,7 +1,7 @@
-"""Several processes: what each measured in a step, brought to all of them.
+"""Several processes: each gets what all of them measured in a step.
 
-Every process weighs its own samples, and the gradients are averaged as ever (Sec. IV-D). All processes store what all
-measured, in the same order: bit for bit what one process stores that accumulates as many micro-batches.
+Every process weighs its own samples, and the gradients are averaged as usual (Sec. IV-D). All processes store all
+measurements in the same order: bit for bit what one process would store that accumulates as many micro-batches.
 """
 
 from collections.abc import Iterator, Sequence
@@ -54,7 +54,7 @@ def sum_over_processes(own: Tensor) -> Tensor:
 
 @contextmanager
 def with_cause() -> Iterator[None]:
-    """Say what makes an exchange fail; the process group's own timeout ends one that waits for nobody."""
+    """Add the likely cause to an exchange's error. The process group's timeout ends one that others never join."""
     try:
         yield
     except RuntimeError as error:

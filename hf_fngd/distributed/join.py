@@ -1,7 +1,7 @@
-"""Uneven numbers of batches: torch's Join context, in which a process that has no more of them follows the others.
+"""Uneven numbers of batches: in torch's Join context a process without further batches follows the others.
 
-Such a process shadows the exchange that ends each step of the others, and measures nothing. When all have ended, they
-take over the state of the last one, as DistributedDataParallel does with the model.
+Such a process takes part in the exchange that ends each step of the others, and measures nothing. When all processes
+have ended, they take over the state of the last one, as DistributedDataParallel does with the model.
 """
 
 from abc import abstractmethod
@@ -24,26 +24,26 @@ class JoinState:
 
     def __init__(self) -> None:
         self.config: Any = None  # torch's
-        self.epoch_ended = False  # which waits for the slowest process
-        self._left: Any = None  # torch's config of a context that is over, which DistributedDataParallel keeps
-        self._seen = True  # whether a forward pass in that context showed it
+        self.epoch_ended = False  # whether an epoch ended; the policy hears of it when the slowest process is done
+        self._left: Any = None  # torch's config of a context that is over; DistributedDataParallel keeps it
+        self._seen = True  # whether a forward pass has shown the current context
 
     @property
     def active(self) -> bool:
-        """Whether the context is entered, and not over."""
+        """Whether this runs inside a context."""
         return self.config is not None and bool(self.config.enable)
 
     def begin(self, config: Any) -> None:
-        """Torch makes a context."""
+        """A context begins."""
         self.config = config
         if self.active:
             self._seen = False
 
     def enter(self, exchanges: bool) -> None:
-        """A training forward pass begins. Raises RuntimeError where its model is in a Join context by itself."""
+        """A training forward pass begins. Raises RuntimeError where only the model is in a Join context."""
         wrapper: Any = DistributedDataParallel
         config = getattr(wrapper._get_active_ddp_module(), "_join_config", None)
-        if self.active or not self._seen:  # what is not known is taken for the former
+        if self.active or not self._seen:  # not seen yet counts as active
             self._left, self._seen = config, True
         elif exchanges and config is not None and config.enable and config is not self._left:
             raise RuntimeError(
@@ -53,15 +53,15 @@ class JoinState:
             )
 
     def leave(self) -> bool:
-        """The context is over; whether an epoch ended in it."""
+        """The context ends; returns whether an epoch ended in it."""
         self.config = None
         ended, self.epoch_ended = self.epoch_ended, False
         return ended
 
     def announce(self, micro_batches: int, stepping: bool, device: torch.device) -> None:
-        """Tell those that have ended what the step exchanges: nothing, where it is skipped.
+        """Tell the processes that have ended what the step exchanges; a skipped step exchanges nothing.
 
-        Raises RuntimeError where they would not be asked once for the step.
+        Raises RuntimeError where they would not be called exactly once for the step.
         """
         if not self.active:
             return
@@ -76,19 +76,19 @@ class JoinState:
 
 
 class Follower(Protocol):
-    """What the hook needs of an `hf_fngd.FNGDPreconditioner`."""
+    """What the join hook needs of an `hf_fngd.FNGDPreconditioner`."""
 
     joining: JoinState
 
     def follow_step(self, begun: int) -> None:
-        """Do what belongs to a step of the other processes, in which so many micro-batches began."""
+        """Follow a step of the other processes, in which ``begun`` micro-batches began."""
 
     def end_epoch(self) -> None:
         """An epoch ended."""
 
     @property
     def device(self) -> torch.device:
-        """That of the model."""
+        """The model's device."""
 
 
 class Joins(Joinable):
@@ -101,7 +101,7 @@ class Joins(Joinable):
 
     @abstractmethod
     def state_dict(self) -> dict[str, Any]:
-        """What the processes take over from the last one."""
+        """The state that the processes take over from the last one."""
 
     @abstractmethod
     def load_state_dict(self, state_dict: Any) -> None:
@@ -135,12 +135,12 @@ class _Hook(JoinHook):
         self._owner, self._follower = owner, owner._follower
 
     def main_hook(self) -> None:
-        """For each step of the others."""
+        """Runs for each step of the others."""
         if begun := _largest(0, self._follower.device):
             self._follower.follow_step(begun)
 
     def post_hook(self, is_last_joiner: bool) -> None:
-        """All have ended."""
+        """Runs when all processes have ended."""
         follower, (rank, world) = self._follower, rank_and_world()
         if follower.joining.leave():
             follower.end_epoch()
@@ -154,7 +154,7 @@ class _Hook(JoinHook):
 
 
 def _largest(value: int, device: torch.device) -> int:
-    """Of all processes; a collective."""
+    """The largest value of all processes. A collective."""
     found = torch.tensor([value], device=device)
     dist.all_reduce(found, op=dist.ReduceOp.MAX)
     return int(found)

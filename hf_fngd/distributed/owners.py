@@ -1,4 +1,4 @@
-"""Which process works on which whole matrix, and how the matrix gets there and back."""
+"""Share out whole matrices among processes: who works on which, and how a matrix gets there and back."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import chain, zip_longest
@@ -12,28 +12,28 @@ from torch.distributed.tensor import DTensor, Shard
 from hf_fngd.distributed.exchange import with_cause
 from hf_fngd.distributed.sharded import is_sharded, part, whole
 
-Tensors = dict[int, Tensor]  # by their numbers
+Tensors = dict[int, Tensor]  # by their places in a list of tensors
 
 
 class Kind(NamedTuple):
-    """What tensors have in common that are worked on together."""
+    """What tensors must have in common to be worked on together."""
 
-    shape: torch.Size  # of a whole tensor
-    matrices: int  # that it consists of
+    shape: torch.Size  # of the whole tensor
+    matrices: int  # how many matrices the tensor consists of
     columns: int  # of each matrix
-    height: int  # rows of a block of each
-    dtype: torch.dtype  # of the parts, and their device
-    device: torch.device
-    working: torch.dtype  # of the whole tensor
+    height: int  # rows of a block of each matrix
+    dtype: torch.dtype  # of a process's part
+    device: torch.device  # of a process's part
+    working: torch.dtype  # of the whole tensor while it is worked on
 
     @property
     def rows(self) -> int:
-        """Of each matrix."""
+        """The rows of each matrix."""
         return self.shape.numel() // (self.matrices * self.columns)
 
 
 def by_kind(places: Iterable[int], kinds: Mapping[int, Kind]) -> dict[Kind, list[int]]:
-    """Those of each kind."""
+    """Sort places by the kinds of their tensors."""
     found: dict[Kind, list[int]] = {}
     for place in places:
         found.setdefault(kinds[place], []).append(place)
@@ -41,28 +41,32 @@ def by_kind(places: Iterable[int], kinds: Mapping[int, Kind]) -> dict[Kind, list
 
 
 class Gathered:
-    """Tensors that every process works on: each sharded one is gathered by itself."""
+    """Tensors that every process works on itself. A sharded one is gathered first.
 
-    dtype: torch.dtype | None = None  # that `give_back` takes; None for that of the parts
+    `collect` takes parts of the tensors ``given`` and returns those that are ``mine``, whole; `give_back` takes these
+    and returns this process's parts of all ``members``. ``dtype`` is what `give_back` expects (None: the parts' own).
+    """
+
+    dtype: torch.dtype | None = None
 
     def __init__(self, tensors: Sequence[Tensor], members: Sequence[int]) -> None:
         self.members = self.given = self.mine = members
         self._tensors = tensors
 
     def collect(self, parts: Tensors) -> Tensors:
-        """From this process's parts of those ``given`` to those that are ``mine``, whole. A collective."""
+        """From parts to whole tensors. A collective."""
         return {m: whole(x, self._tensors[m]) for m, x in parts.items()}
 
     def give_back(self, wholes: Tensors) -> Tensors:
-        """From those that are ``mine``, whole, to this process's parts of the ``members``. A collective."""
+        """From whole tensors to parts. A collective."""
         return {m: part(x, self._tensors[m]) for m, x in wholes.items()}
 
 
 class Owned:
-    """Tensors that one process each works on: one exchange brings their parts to the owners, one brings them back.
+    """Sharded tensors, each with one owner: one exchange brings the parts to the owners, another brings them back.
 
-    They are split along their first dimension over the group, whose i-th process has the i-th of ``owned``. ``dtype``
-    is that of all that is exchanged.
+    The tensors are split along their first dimension over the group. The group's i-th process owns the i-th list of
+    ``owned``. ``dtype`` is that of all exchanged tensors. The methods are those of `Gathered`.
     """
 
     def __init__(
@@ -78,7 +82,7 @@ class Owned:
         self._shapes = {m: tensors[m].shape for m in self.members}
         self._sizes = {m: part_sizes(shape, world) for m, shape in self._shapes.items()}
         self._here = [self._sizes[m][rank] for m in self.members]
-        # Entries that this process holds of each owner's tensors, and that each process holds of this one's.
+        # How many entries this process sends to each owner, and receives from each process for its own tensors.
         self._to_owners = [sum(self._sizes[m][rank] for m in some) for some in owned]
         self._from_holders = [sum(self._sizes[m][holder] for m in self.mine) for holder in range(world)]
 
@@ -108,9 +112,10 @@ class Owned:
 
 
 class Replicated:
-    """Tensors that every process holds whole, and one each works on: it sends to all what it made.
+    """Tensors that every process holds whole, each with one owner, which works on it and sends the result to all.
 
-    The i-th process of the group has the i-th of ``owned``. ``dtype`` is that of what is exchanged.
+    The group's i-th process owns the i-th list of ``owned``. ``dtype`` is that of all exchanged tensors. The methods
+    are those of `Gathered`.
     """
 
     def __init__(
@@ -123,7 +128,7 @@ class Replicated:
         self._like = {m: tensors[m] for m in self.members}
 
     def collect(self, parts: Tensors) -> Tensors:
-        """See `Gathered.collect`; no collective."""
+        """See `Gathered.collect`. No collective."""
         return parts
 
     def give_back(self, wholes: Tensors) -> Tensors:
@@ -153,13 +158,14 @@ def exchanges(
     limit: int,
     replicas: Mapping[int, dist.ProcessGroup],
 ) -> Iterator[Gathered | Owned | Replicated]:
-    """Split the tensors that have a kind into some that are worked on at a time; the same on all processes.
+    """Split the tensors that have a kind into portions that are worked on one after another.
 
-    Those are at most ``limit`` bytes in a process, or one tensor. Owners of about equal ``cost`` get the tensors that
-    are split along their first dimension alone, over one dimension of their mesh, and those that are not sharded and
-    have ``replicas``; the others are `Gathered`.
+    The portions are the same on all processes. In a process a portion has at most ``limit`` bytes, or is one tensor.
+    Two sorts of tensors are shared out among owners of about equal ``cost``: those that are split along their first
+    dimension alone, over one dimension of their mesh (`Owned`), and those that are whole and have ``replicas``
+    (`Replicated`). All others are `Gathered`.
     """
-    groups: dict[int, dist.ProcessGroup] = {}  # of the processes among whom a tensor is shared out
+    groups: dict[int, dist.ProcessGroup] = {}  # the processes among whom a tensor is shared out
     for place in kinds:
         if over := _split_over(tensors[place]):
             groups[place] = over
@@ -172,14 +178,14 @@ def exchanges(
         together.setdefault((is_sharded(tensors[place]), group, kinds[place].working), []).append(place)
     for (sharded, group, dtype), places in together.items():
         owned = shared_out({place: cost(kinds[place]) for place in places}, dist.get_world_size(group))
-        # What has been replicated comes back to all processes, from all owners at once.
+        # Replicated tensors come back to every process from all owners at once.
         most = limit if sharded else limit // len(owned)
         for some in zip_longest(*(_in_portions(places, kinds, most) for places in owned), fillvalue=()):
             yield (Owned if sharded else Replicated)(tensors, some, dtype, group)
 
 
 def shared_out(costs: Mapping[int, int], processes: int) -> list[list[int]]:
-    """The keys that each process gets: the dearest first, each to whom has the least to do."""
+    """Share out keys among processes: the most costly key first, each to the process with the least to do."""
     owned: list[list[int]] = [[] for _ in range(processes)]
     loads = [0] * processes
     for place in sorted(costs, key=costs.__getitem__, reverse=True):
@@ -204,11 +210,11 @@ def _in_portions(places: Iterable[int], kinds: Mapping[int, Kind], limit: int) -
 
 
 def _split_over(x: Tensor) -> dist.ProcessGroup | None:
-    """The several processes that hold the parts of a tensor, where it is split along its first dimension alone."""
+    """The processes that hold the parts of a tensor, if it is split along its first dimension alone; else None."""
     if not isinstance(x, DTensor):
         return None
     split = [(dimension, one) for dimension, one in enumerate(x.placements) if not one.is_replicate()]
-    # Of Shard's relatives none splits into consecutive rows.
+    # No subclass of Shard will do: none of them splits into consecutive rows.
     if len(split) != 1 or type(split[0][1]) is not Shard or split[0][1].dim or x.device_mesh.size(split[0][0]) == 1:
         return None
     group: dist.ProcessGroup = x.device_mesh.get_group(split[0][0])
@@ -216,6 +222,6 @@ def _split_over(x: Tensor) -> dist.ProcessGroup | None:
 
 
 def part_sizes(shape: torch.Size, world: int) -> list[int]:
-    """How many entries each process holds: rows as `torch.chunk` splits them, and none where there are no more."""
+    """How many entries each process holds. Rows are split as by `torch.chunk`; the last processes may get none."""
     rows = -(-shape[0] // world)
     return [shape[1:].numel() * max(0, min(rows, shape[0] - rank * rows)) for rank in range(world)]

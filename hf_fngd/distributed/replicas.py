@@ -1,4 +1,4 @@
-"""DistributedDataParallel: which processes hold the same parameters and gradients, and so can share out a step."""
+"""DistributedDataParallel: which processes have the same parameters and gradients, and so can share a step's work."""
 
 from typing import Any, NamedTuple
 
@@ -10,16 +10,16 @@ class Wrapped(NamedTuple):
     """A forward pass within DistributedDataParallel.
 
     Attributes:
-        replicas: the processes that are going to take the same step as this one. None where not all gradients are
-            averaged over all of the wrapper's processes: under ``no_sync``, with communication hooks, with parameters
-            that it ignores, and from the first Join context on, which processes leave.
+        replicas: the processes that will take the same step as this one. None if some gradient is not averaged over
+            all of the wrapper's processes: under ``no_sync``, with communication hooks, with ignored parameters, and
+            from the first Join context on, since processes leave it.
     """
 
     replicas: dist.ProcessGroup | None
 
 
 def wrapped() -> Wrapped | None:
-    """The forward pass under way, where it is one; it is on all processes or on none."""
+    """The current forward pass, if it runs within DistributedDataParallel; all processes get the same answer."""
     wrapper: Any = DistributedDataParallel._get_active_ddp_module()  # type: ignore[no-untyped-call]
     if wrapper is None:
         return None

@@ -1,4 +1,4 @@
-"""FSDP2: parameters, gradients and state of which each process holds a part."""
+"""FSDP2: each process holds a part of a parameter, of its gradient and of its state."""
 
 import math
 from collections.abc import Sequence
@@ -20,7 +20,7 @@ def local(x: Tensor) -> Tensor:
 
 
 def whole(part: Tensor, like: Tensor) -> Tensor:
-    """The tensor of which ``part`` is this process's part, where ``like`` is sharded. A collective."""
+    """The whole tensor, from this process's ``part`` of it, if ``like`` is sharded; else ``part``. A collective."""
     if not isinstance(like, DTensor):
         return part
     sharded = DTensor.from_local(
@@ -30,7 +30,7 @@ def whole(part: Tensor, like: Tensor) -> Tensor:
 
 
 def part(x: Tensor, like: Tensor) -> Tensor:
-    """The part of a whole tensor that this process holds, where ``like`` is sharded; the inverse of `whole`."""
+    """This process's part of a whole tensor, if ``like`` is sharded; else the tensor. The inverse of `whole`."""
     if not isinstance(like, DTensor):
         return x
     everywhere = DTensor.from_local(x, like.device_mesh, [Replicate()] * like.device_mesh.ndim, run_check=False)
@@ -38,12 +38,12 @@ def part(x: Tensor, like: Tensor) -> Tensor:
 
 
 def is_split_by_first(x: Tensor) -> bool:
-    """Whether a process's part of a tensor is some of the entries ``x[i]``, whole; also where it is all of them."""
+    """Whether each process holds whole entries ``x[i]`` of a tensor: some of them, or all."""
     return not isinstance(x, DTensor) or all(one.is_replicate() or one.is_shard(0) for one in x.placements)
 
 
 def holds_blocks(x: Tensor, size: int, matrices: int = 1) -> bool:
-    """Whether each process holds whole blocks of so many rows, as many as all others, of matrices stacked in ``x``."""
+    """Whether each process holds equally many whole blocks of ``size`` rows, of the matrices stacked in ``x``."""
     if not isinstance(x, DTensor):
         return True
     parts = math.prod(x.device_mesh.size(dim) for dim, one in enumerate(x.placements) if not one.is_replicate())
@@ -52,7 +52,7 @@ def holds_blocks(x: Tensor, size: int, matrices: int = 1) -> bool:
 
 
 def sum_over_parts(totals: Tensor, params: Sequence[Tensor]) -> Tensor:
-    """Sums over this process's parts to sums over whole tensors, ``[P]``: one collective if any is sharded."""
+    """From sums over this process's parts to sums over whole tensors, ``[P]``. A collective if any is sharded."""
     shards = {place: p for place, p in enumerate(params) if isinstance(p, DTensor)}
     if not shards:
         return totals

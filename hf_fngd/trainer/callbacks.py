@@ -20,15 +20,15 @@ class FNGDCallback(TrainerCallback):  # type: ignore[misc]
     ``fngd_phase`` is 1 from the last step of the first epoch on. Each checkpoint gets the settings as a file. So does
     the output folder with the model card of ``create_model_card`` and ``push_to_hub``, which names them.
 
-    FNGD trains rightly without it. What it adds to the training itself: the end of an epoch is known even where
-    Accelerate does not show it (iterable datasets under gradient accumulation). At the start of training it raises
-    TypeError where the optimizer is not FNGD, and ValueError where the loss has parameters that it does not train.
+    FNGD trains correctly without it. With it FNGD learns of the end of an epoch even where Accelerate does not show it
+    (iterable datasets under gradient accumulation). At the start of training it raises TypeError if the optimizer is
+    not FNGD, and ValueError if the loss has parameters that FNGD does not train.
     """
 
     def __init__(self) -> None:
         self._values: dict[str, float] = {}
-        self._step = 0  # whose values these are
-        self._always = False  # measure every step, as a log came in one that could not be foreseen
+        self._step = 0  # the step in which the values were measured
+        self._always = False  # measure in every step, since a log came in a step that could not be foreseen
         self._told = False
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

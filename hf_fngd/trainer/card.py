@@ -1,4 +1,4 @@
-"""The model card that Trainer writes, with the optimizer that trained: Trainer's names that of its own arguments."""
+"""Corrects the model card: Trainer's names the optimizer of its arguments, not the one that trained."""
 
 import functools
 import re
@@ -18,9 +18,9 @@ _VERSIONS = "### Framework versions"
 
 
 def amended(card: str, optimizer: FNGD) -> str:
-    """A card with FNGD's learning rate and settings in place of those that Trainer took for the optimizer's.
+    """Put FNGD's learning rate and settings into a card, in place of those that Trainer wrote.
 
-    A card that names no optimizer, as TRL's, gets a section; one that speaks of FNGD already stays.
+    A card that names no optimizer (TRL's) gets a section. A card that mentions FNGD already stays as it is.
     """
     settings = optimizer.settings.values()
     named = {name: settings[name] for name in ("lr", "sharing", "update")}
@@ -39,7 +39,7 @@ def amended(card: str, optimizer: FNGD) -> str:
 
 
 def keep_true(trainer: Any) -> None:
-    """Amend all cards that a Trainer will write, and put ``fngd_config.json`` beside them; idempotent."""
+    """Make a Trainer amend every card that it writes, and put ``fngd_config.json`` beside it; idempotent."""
     former = vars(trainer).get("create_model_card")
     if not (isinstance(former, functools.partial) and former.func is _write):
         # A weak reference: the end of the last other one is that of the optimizer, and the model is plain again.

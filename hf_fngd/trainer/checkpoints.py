@@ -1,4 +1,4 @@
-"""The newest checkpoint that a run can resume from: one killed while it saves leaves half a checkpoint behind."""
+"""Find the newest checkpoint that a run can resume from: a run that is killed while it saves leaves half of one."""
 
 import json
 import logging

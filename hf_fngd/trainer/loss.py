@@ -8,9 +8,9 @@ from torch import nn
 
 
 def check_loss(model: nn.Module, trainer: Any = None) -> None:
-    """Raise a ValueError where the loss of a trainer has trained parameters that the model has not.
+    """Raise ValueError if a trainer's loss has trained parameters that are not the model's.
 
-    The trainer is the one that is calling, unless it is given; without one nothing is checked.
+    Without the argument the trainer is the one that is calling; if there is none, nothing is checked.
     """
     frame = sys._getframe(1)
     while trainer is None and frame is not None:

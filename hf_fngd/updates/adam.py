@@ -24,7 +24,7 @@ def adam_update(update: Update) -> None:
         squares,
         max_exp_avg_sqs=[],
         state_steps=[counts[p.device][place] for place, p in enumerate(params)],
-        # All versions of torch have fused kernels for these devices; on a CPU they take a third of the others' time.
+        # Every supported torch has fused kernels for these devices; on a CPU they take a third of the time.
         fused=all(
             together[0].device.type in ("cpu", "cuda") and _alike(together)
             for together in zip(params, update.grads, means, squares, strict=True)
@@ -40,7 +40,7 @@ def adam_update(update: Update) -> None:
 
 
 def _alike(tensors: Sequence[Tensor]) -> bool:
-    """Whether entries in the same place of memory belong together, without gaps; torch's fused kernel takes it so."""
+    """Whether the tensors have the same layout in memory, without gaps, as torch's fused kernel assumes."""
     if all(tensor.is_contiguous() for tensor in tensors):
         return True
     strides = {tensor.stride() for tensor in tensors}
@@ -48,7 +48,7 @@ def _alike(tensors: Sequence[Tensor]) -> bool:
 
 
 def _counts(steps: Sequence[int], device: torch.device) -> Sequence[Tensor]:
-    """Counters for torch's Adam, which counts this update itself; without a copy from the host where they agree."""
+    """Step counters for torch's Adam, before this update; if they agree, nothing is copied from the host."""
     if len(set(steps)) == 1:
         return torch.full((len(steps),), steps[0] - 1.0, device=device).unbind()
     return torch.tensor([step - 1.0 for step in steps]).to(device).unbind()

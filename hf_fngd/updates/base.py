@@ -16,14 +16,14 @@ from hf_fngd.layers.base import Matrices
 class Update:
     """One update of one parameter group; a rule does it in place, by multi-tensor operations."""
 
-    params: list[Tensor]  # this process's parts of ``sharded`` under FSDP2, otherwise the same as those
+    params: list[Tensor]  # under FSDP2 this process's parts of ``sharded``, otherwise the same tensors
     grads: list[Tensor]
     state: Sequence[list[Tensor]]  # one list for each name of the rule, shaped like ``params``
     steps: Sequence[int]  # counts each parameter's updates, this one included
     sharded: Sequence[Tensor]  # the parameters themselves
-    matrices: Sequence[Matrices]  # of which each consists, for rules that are for matrices alone
-    group: dict[str, float]  # of which a rule reads ``lr``, ``momentum``, ``beta2``, ``eps`` and ``weight_decay``
-    replicas: ProcessGroup | None = None  # the processes that do the same update, and could share it out
+    matrices: Sequence[Matrices]  # what each parameter consists of, for rules for matrices
+    group: dict[str, float]  # a rule reads ``lr``, ``momentum``, ``beta2``, ``eps`` and ``weight_decay`` in it
+    replicas: ProcessGroup | None = None  # the processes that do the same update, and can share its work
 
     def decay(self) -> None:
         """Do the decoupled weight decay ``p <- p (1 - lr weight_decay)`` (Loshchilov & Hutter 2019)."""
@@ -49,8 +49,8 @@ RULES: dict[str, UpdateRule] = {}
 def register_rule(name: str, *state: str, matrices: bool = False, over_adamw: float = 1.0) -> Callable[[Rule], Rule]:
     """Function decorator: make an update rule available by its name, with the names of its state tensors.
 
-    Where it is for ``matrices`` alone, biases beside them get "adam". ``over_adamw`` is what the best learning rate is
-    over AdamW's (`learning_rate_from_adamw`). Raises ValueError where the name is taken.
+    If it is for ``matrices`` alone, the biases beside them get "adam". ``over_adamw`` is its best learning rate divided
+    by AdamW's (`learning_rate_from_adamw`). Raises ValueError where the name is taken.
     """
 
     def register(rule: Rule) -> Rule:

@@ -1,8 +1,8 @@
 """``block_muon``: Muon on blocks of rows, each orthogonalized by itself, at a small part of Muon's price.
 
 Orthogonalizing r rows of c entries takes ``4 r^2 c`` operations and some ``34 r^3`` more, whatever the batch. So whole
-matrices cost little beside a large batch, and several times forward and backward beside a small one. Under FSDP2 a
-process with whole blocks exchanges nothing.
+matrices cost little beside a large batch; beside a small one they cost several times forward and backward. Under FSDP2
+a process that holds whole blocks exchanges nothing.
 """
 
 import functools
@@ -20,8 +20,8 @@ logger = logging.getLogger(__name__)
 
 Groups = Sequence[dict[str, Any]]
 
-# Without a size a block has a SHARE-th of the matrix's shorter side, and FEWEST rows at least: half of that lost half a
-# BLEU. It has more where orthogonalizing takes a PRICE-th of the layer's forward and backward at most.
+# Without a size a block has a SHARE-th of the matrix's shorter side, and FEWEST rows at least (half as many lost half a
+# BLEU). It has more rows as long as orthogonalizing takes at most a PRICE-th of the layer's forward and backward.
 SHARE, FEWEST, PRICE = 4, 32, 4
 
 
@@ -44,9 +44,10 @@ def fewest_rows(rows: int, columns: int) -> int:
 def block_rows(rows: int, columns: int, size: float | None, positions: int = 0) -> int:
     """How many rows a block of a matrix has: at most ``size``.
 
-    Without a size: a quarter of the shorter side and at least 32. More, where the orthogonalization of the matrix then
-    takes at most a quarter of the operations of its layer's forward and backward, ``6 positions rows columns`` a
-    step. Operations are counted as for float32 and `STEPS` on any device, so that blocks are the same everywhere.
+    Without a size it has a quarter of the shorter side, and at least 32. It has more as long as orthogonalizing the
+    matrix takes at most a quarter of the operations of its layer's forward and backward, which are
+    ``6 positions rows columns`` a step. Operations are counted for float32 and `STEPS` on any device, so that blocks
+    are the same everywhere.
     """
     if size is not None:
         return block_shape(rows, int(size))[1]
@@ -60,9 +61,9 @@ def block_rows(rows: int, columns: int, size: float | None, positions: int = 0) 
 
 
 def known_positions(groups: Groups) -> int | None:
-    """How many positions a layer sees in a step, as parameter groups without a ``block_size`` keep it.
+    """How many positions a layer sees in a step. Parameter groups without a ``block_size`` keep the number.
 
-    0: no step has shown it yet; None: there is no such group.
+    0: no step has shown it yet. None: there is no such group.
     """
     return min((group["positions"] for group in groups if "positions" in group), default=None)
 

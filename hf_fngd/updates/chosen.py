@@ -1,4 +1,4 @@
-"""The user's own parameter groups: what they may say, and which parameters of a model they mean."""
+"""The argument ``param_groups``: what a user's group may say, and which parameters of a model it means."""
 
 import itertools
 import re
@@ -21,7 +21,7 @@ _OPTIONAL = {"lr": _NOT_NEGATIVE, "weight_decay": _NOT_NEGATIVE, "update": choic
 
 
 def chosen_groups(key: str, value: Any) -> list[dict[str, Any]]:
-    """Check of the argument ``param_groups``; iterators become lists, and pairs Parameters."""
+    """Check the argument ``param_groups``. Iterators become lists, and (name, Parameter) pairs become Parameters."""
     if not isinstance(value, list | tuple):
         raise wrong_type(key, value, "None or a list of dicts, one a group")
     if not 0 < len(value) <= MAX_NAMES:
@@ -61,10 +61,10 @@ def _entry(key: str, value: Any) -> Any:
 
 
 def assigned(model: nn.Module, chosen: Chosen) -> dict[int, int]:
-    """The number of its group for each parameter that is in one of the user's, by the parameter's ``id``.
+    """Find the parameters in the user's groups. Returns the number of the group by the parameter's ``id``.
 
-    A regular expression has to match a parameter's whole name. A name in a list is that of a parameter, or of a module
-    that holds it, or a dotted suffix of one. Quantized parameters are left out.
+    A regular expression has to match a parameter's whole name. A name in a list names a parameter, or a module that
+    holds it, in full or by its last dotted parts. Quantized parameters are left out.
 
     Raises:
         ValueError: an entry means no parameter of the model, or only quantized ones, or a parameter is in two groups.
@@ -113,7 +113,7 @@ def by_name(model: nn.Module, chosen: Chosen) -> list[dict[str, Any]]:
         if any(isinstance(entry, Tensor) for entry in params):
             params = [names[id(entry)] if isinstance(entry, Tensor) else entry for entry in params]
             own = {name for name, entry in zip(params, group["params"], strict=True) if isinstance(entry, Tensor)}
-            if any(len(meant[name]) > 1 for name in own):  # also the end of another parameter's name
+            if any(len(meant[name]) > 1 for name in own):  # the name would mean another parameter as well
                 every = (name for entry in params for name in ([entry] if entry in own else meant[entry]))
                 params = "|".join(map(re.escape, dict.fromkeys(every)))
         found.append({**group, "params": params})
@@ -121,7 +121,7 @@ def by_name(model: nn.Module, chosen: Chosen) -> list[dict[str, Any]]:
 
 
 def _meant(model: nn.Module) -> dict[str, list[str]]:
-    """The names of the parameters that a name in a list means, by that name: a run of dotted parts of theirs."""
+    """For every name that a list may hold (any run of dotted parts), the names of the parameters that it means."""
     meant = defaultdict(list)
     for name, _ in model.named_parameters(remove_duplicate=False):
         parts = name.split(".")

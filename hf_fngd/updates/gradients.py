@@ -1,4 +1,4 @@
-"""How large the gradients are: the norms that the finite check, the paper's step and the logs read."""
+"""The norms of the gradients: the finite check, the paper's step and the logs read them."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -12,15 +12,15 @@ Groups = Sequence[dict[str, Any]]
 
 
 def real(x: Tensor) -> Tensor:
-    """A complex tensor as a real one with real and imaginary parts, in the same memory; a real one as it is."""
+    """View a complex tensor as a real one, with the parts side by side; a real tensor stays as it is."""
     return torch.view_as_real(x.resolve_conj()) if x.is_complex() else x
 
 
 def squared_norms(groups: Groups, exact: bool = True) -> Tensor | None:
-    """``||p||^2`` of each parameter's gradient ``[P]``, else 0; None where none has one. A collective under FSDP2.
+    """``||p||^2`` of each parameter's gradient ``[P]``, 0 without one; None if no parameter has one.
 
-    Without ``exact`` the host does not wait for the device, and gradients below 1e-15 may count too little. Raises
-    RuntimeError where a gradient is sparse.
+    A collective under FSDP2. Without ``exact`` the host does not wait for the device, and gradients below 1e-15 may
+    count too little. Raises RuntimeError where a gradient is sparse.
     """
     params = [p for group in groups for p in group["params"]]
     live = [place for place, p in enumerate(params) if p.grad is not None]
@@ -37,8 +37,8 @@ def squared_norms(groups: Groups, exact: bool = True) -> Tensor | None:
 
 
 def of_layers(squared: Tensor, groups: Groups, layers: int) -> tuple[Tensor, Tensor]:
-    """From `squared_norms` of the same groups to layers ``[L]``: ``||p||^2``, and how many entries have a gradient."""
-    # The groups of the layers come first, and tell each parameter's layer; those of the fallback name none.
+    """Sum `squared_norms` of the same groups up to layers ``[L]``; also, how many entries have a gradient."""
+    # Groups of preconditioned layers come first and name each parameter's layer; the fallback's groups name none.
     owners = [layer for group in groups for layer in group["layers"]]
     params = [p for group in groups for p in group["params"]][: len(owners)]
     sizes = squared.new_tensor([0 if p.grad is None else p.numel() for p in params])
@@ -59,7 +59,7 @@ def _norms(grads: list[Tensor], exact: bool) -> Tensor:
     if device.type == "mps":
         return found
     found = found.double()
-    # Below this, squares in float32 lose digits; float64 from the start is many times slower on a CPU.
+    # Below this, squares in float32 lose digits. Float64 from the start would be many times slower on a CPU.
     for place, norm in enumerate(found.tolist() if exact else ()):
         if norm < 1e-15:
             found[place] = torch.linalg.vector_norm(grads[place], dtype=torch.float64)

@@ -1,4 +1,4 @@
-"""Parameter groups: who is updated by which rule, and who is decayed."""
+"""Parameter groups: which rule updates a parameter, and whether it is decayed."""
 
 import dataclasses
 import logging
@@ -27,7 +27,7 @@ _LOADED = ("lr", "weight_decay", "momentum", "beta2", "eps")  # what a loaded st
 
 
 def decays(model: nn.Module) -> set[str]:
-    """The names of the parameters that weight decay applies to: no biases and no norms."""
+    """The names of the parameters that weight decay applies to: all but biases and norms."""
     return {
         name
         for prefix, module in model.named_modules()
@@ -39,16 +39,18 @@ def decays(model: nn.Module) -> set[str]:
 def parameter_groups(
     model: nn.Module, layers: Sequence[Selected], unweighed: Mapping[str, Matrices], settings: Any, fallback: str
 ) -> list[dict[str, Any]]:
-    """Split the parameters, those of the preconditioned layers first; ``params`` holds names as well.
+    """Split the parameters into groups. Those of the preconditioned layers come first.
 
-    Frozen ones that may be unfrozen are among them: torch's schedulers take no group that comes later.
+    Frozen parameters that may be unfrozen are included, since torch's schedulers accept no group that comes later. The
+    user's groups come behind the automatic ones, and are split in the same way.
 
-    ``rule`` is a key of `hf_fngd.updates.RULES`, and ``layers`` holds the number of each parameter's layer, none in the
-    groups of other parameters. Biases are vectors: where the rule is for matrices alone they get "adam". Such a rule
-    also steps the matrices that are ``unweighed``. Its groups have ``matrices``, which tells of which each parameter
-    consists. Each of the user's groups is split in the same way, behind the automatic ones. Where the rule is for
-    matrices, depthwise filters get the fallback rule. So do output heads, unless the user names them in
-    ``target_modules`` or in a group with a rule.
+    In a group ``params`` holds pairs of name and parameter, and ``rule`` is a key of `hf_fngd.updates.RULES`.
+    ``layers`` holds the number of each parameter's layer; it is empty for parameters outside the preconditioned layers.
+    In the groups of a rule for matrices ``matrices`` says which matrices each parameter consists of.
+
+    A rule for matrices also steps the ``unweighed`` matrices, and leaves to others what is none: biases get "adam",
+    depthwise filters the fallback rule. So do output heads, unless the user names them in ``target_modules`` or in a
+    group with a rule.
 
     Raises:
         ValueError: as `hf_fngd.updates.chosen.assigned`, or a user's group has a rule and no matrix.
@@ -60,7 +62,7 @@ def parameter_groups(
     decayed = decays(model)
     heads = output_heads(model) if settings.target_modules == ALL_LINEAR else set()
     depthwise = depthwise_filters(model)
-    # A bias that is trained beside a frozen weight is none of a preconditioned layer's.
+    # A bias that is trained beside a frozen weight does not count as a preconditioned layer's.
     owners = {
         id(p): number
         for number, layer in enumerate(layers)
@@ -103,7 +105,7 @@ def parameter_groups(
 def _split(
     settings: Any, fallback: str, own: Mapping[str, Any] = MappingProxyType({}), suffix: str = ""
 ) -> list[dict[str, Any]]:
-    """Empty groups for matrices, vectors, unweighed matrices, and what else is decayed or not, as a user's says."""
+    """Empty groups for matrices, vectors, unweighed matrices, and all else with and without decay."""
     lr, rule = own.get("lr", settings.lr), own.get("update", settings.update)
     rest_lr = own.get("lr", settings.lr if settings.fallback_lr is None else settings.fallback_lr)
     decay, no_decay = own.get("weight_decay", settings.weight_decay), own.get("weight_decay", 0.0)
@@ -130,9 +132,9 @@ def _group(name: str, rule: str, lr: float, weight_decay: float) -> dict[str, An
 
 
 def resized(moments: Mapping[str, Tensor], parameter: Tensor, name: str) -> dict[str, Tensor]:
-    """The moments of a parameter that has got or lost rows since: those that stay keep theirs, new ones begin at 0.
+    """The moments of a parameter that gained or lost rows, as by ``resize_token_embeddings``; new rows start at 0.
 
-    As after ``resize_token_embeddings``. Raises RuntimeError where the parameter was changed in another way.
+    Raises RuntimeError where the parameter changed in another way.
     """
     shape = next(iter(moments.values())).shape
     if shape[1:] != parameter.shape[1:] or is_sharded(parameter):
@@ -154,7 +156,7 @@ def resized(moments: Mapping[str, Tensor], parameter: Tensor, name: str) -> dict
 
 
 def trainable(model: nn.Module) -> list[int]:
-    """The ``id`` of every trainable parameter: what `check_parameters` looks at, in a quarter of a millisecond."""
+    """The ``id`` of every trainable parameter; `check_parameters` is needed only where they changed."""
     stack, found = [model], []
     while stack:
         module = stack.pop()
@@ -164,9 +166,9 @@ def trainable(model: nn.Module) -> list[int]:
 
 
 def check_parameters(model: nn.Module, groups: Sequence[Mapping[str, Any]]) -> None:
-    """Raise RuntimeError where the groups do not hold the model's trainable parameters, after a backward pass.
+    """After a backward pass: raise RuntimeError if a trainable parameter of the model is in no group.
 
-    Also where no gradient reached any of them.
+    Also if no parameter has a gradient.
     """
     held = {id(p) for group in groups for p in group["params"]}
     if missing := [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in held]:
@@ -198,7 +200,7 @@ def in_force(settings: Any, own: Sequence[Mapping[str, Any]], loaded: Sequence[M
         for name in _LOADED:
             if not (name in mine and name in theirs):
                 continue
-            # A scheduler moves lr; what was set is beside it.
+            # A scheduler moves lr, and keeps what was set beside it.
             first = "initial_lr" if name == "lr" else name
             given, value = (float(group.get(first, group[name])) for group in (mine, theirs))
             if given != value:

@@ -12,7 +12,7 @@ from hf_fngd.weights.solve import natural_step
 
 @register_rule("momentum", "momentum_buffer", over_adamw=0.1)
 def momentum_update(update: Update) -> None:
-    """As in torch's SGD: ``m <- momentum m + g``, ``p <- p - lr m``. lr multiplies the gradient as it comes."""
+    """As torch's SGD: ``m <- momentum m + g``, ``p <- p - lr m``. The gradient's scale is left as it is."""
     (buffers,) = update.state
     torch._foreach_mul_(buffers, update.group["momentum"])
     torch._foreach_add_(buffers, update.grads)
@@ -21,11 +21,11 @@ def momentum_update(update: Update) -> None:
 
 
 def natural_scales(squared: Tensor, sizes: Tensor, rho: Tensor, spread: Tensor, damping: float) -> Tensor:
-    """`natural_step` of layers ``[L]``, whose numbers of entries are ``sizes``; 0 for layers without a gradient.
+    """`natural_step` of layers ``[L]`` with ``sizes`` entries each, 0 for layers without a gradient.
 
-    It stays within a trust region: before momentum, no update has a root mean square above lr.
+    A trust region bounds it: before momentum, no update has a root mean square above lr.
     """
-    # A layer that never measured rho has a plain gradient, of which rho = 1 makes the step.
+    # A layer that never measured rho has a plain gradient; it steps as with rho = 1.
     rho = rho.to(squared).nan_to_num(nan=1.0)
     scales = natural_step(rho, spread.to(squared), squared, damping)
     scales = torch.minimum(scales, sizes.sqrt() / squared.sqrt())
@@ -34,7 +34,7 @@ def natural_scales(squared: Tensor, sizes: Tensor, rho: Tensor, spread: Tensor, 
 
 
 def scaled_gradients(grads: Sequence[Tensor], layers: Sequence[int], scales: Tensor) -> list[Tensor]:
-    """Gradients times the factor ``scales[layer]`` of their layer, which half precision may not hold."""
+    """Gradients times the factor ``scales[layer]`` of their layer; half precision may not hold the factor itself."""
     factors = scales.unbind()
     wide = [g.to(accumulation_dtype(g.dtype)) for g in grads]
     return [(x * factors[layer].to(x)).to(g.dtype) for x, g, layer in zip(wide, grads, layers, strict=True)]

@@ -10,9 +10,9 @@ from hf_fngd.distributed.sharded import holds_blocks, is_sharded, is_split_by_fi
 from hf_fngd.updates.base import Update, register_rule
 from hf_fngd.updates.orthogonal import STEPS, orthogonalize_blocks, working_dtype
 
-# Root mean square of an orthogonalized update, that of a typical AdamW step (Liu et al. 2025, Sec. 2.2).
+# The root mean square of an orthogonalized update equals that of a typical AdamW step (Liu et al. 2025, Sec. 2.2).
 _MUON_RMS = 0.2
-# The most memory of the matrices that are orthogonalized together: beyond, larger products are no faster.
+# In bytes, of the matrices that are orthogonalized together: beyond it, larger products are no faster.
 _MUON_BYTES = 2**28
 
 
@@ -29,19 +29,23 @@ def muon_update(update: Update) -> None:
 def orthogonalized_momentum(
     update: Update, height: Callable[[int, int], int], cheap: Callable[[int, int], int]
 ) -> None:
-    """The step of `muon_update` on blocks of rows: ``height`` tells of a matrix's rows and columns how many to take.
+    """The step of `muon_update` on blocks of rows.
 
-    Matrices with blocks of more rows than ``cheap`` tells are shared out among the processes that do the same update.
+    Args:
+        update: the update.
+        height: from a matrix's rows and columns to the rows of a block.
+        cheap: from a matrix's rows and columns to the most rows of a block that each process orthogonalizes for itself.
+            Matrices with larger blocks are shared out among the processes that do the same update.
 
-    Under FSDP2 a process takes its part of a matrix for a matrix of its own where it holds whole blocks. Where a
-    parameter's first dimension counts matrices, a part consists of some of them.
+    Under FSDP2 a process that holds whole blocks treats its part of a matrix as a matrix of its own. If a parameter's
+    first dimension counts matrices, a part consists of some of these.
     """
     (buffers,), grads, momentum = update.state, update.grads, update.group["momentum"]
     torch._foreach_lerp_(buffers, grads, 1 - momentum)
     update.decay()
     tensors, kinds = [], {}  # what parts belong to
     for place, (p, like, d) in enumerate(zip(update.params, update.sharded, grads, strict=True)):
-        if not like.numel():  # a layer without features
+        if not like.numel():  # the layer has no features
             tensors.append(like)
             continue
         count, columns = update.matrices[place]
@@ -52,7 +56,7 @@ def orthogonalized_momentum(
             elif holds_blocks(like, block, count):
                 like, count = p, 1
         tensors.append(like)
-        if like.numel():  # nor of a process that holds no expert
+        if like.numel():  # a process may hold no expert at all
             kinds[place] = Kind(like.shape, count, columns, block, d.dtype, d.device, working_dtype(d.dtype, d.device))
 
     replicas = {
@@ -60,9 +64,9 @@ def orthogonalized_momentum(
         for place, kind in kinds.items()
         if update.replicas is not None and kind.height > cheap(kind.rows, kind.columns)
     }
-    # A state of before it was an argument does not have them.
+    # States from before ns_steps was an argument lack it.
     steps = int(update.group.get("ns_steps", STEPS))
-    # Orthogonalizing takes operations in proportion.
+    # The cost of a tensor: orthogonalizing takes operations in proportion.
     for exchange in exchanges(
         tensors, kinds, lambda kind: kind.shape.numel() * min(kind.height, kind.columns), _MUON_BYTES, replicas
     ):

@@ -1,4 +1,4 @@
-"""Orthogonalizing matrices by Newton-Schulz iterations (Jordan et al. 2024): whole ones, or blocks of their rows."""
+"""Orthogonalize matrices, whole or in blocks of rows, by Newton-Schulz iterations (Jordan et al. 2024)."""
 
 import math
 
@@ -6,29 +6,29 @@ import torch
 from torch import Tensor
 
 STEPS = 5
-# The quintic polynomial of Jordan et al.: brings singular values in (0, 1] to about 1.
+# The quintic polynomial of Jordan et al. brings singular values in (0, 1] to about 1.
 _A, _B, _C = 3.4445, -4.7750, 2.0315
 
 
 def orthogonalize(matrices: Tensor, steps: int = STEPS) -> Tensor:
     """Bring the singular values of each matrix ``[B, rows, columns]`` near 1, whatever its scale.
 
-    With X wide, ``X <- (A + B G + C G^2) X`` where ``G = X X^T``, so many times. The result has `working_dtype`.
+    For a wide X it repeats ``X <- (A + B G + C G^2) X`` with ``G = X X^T``. The result has `working_dtype`.
     """
     x = matrices.to(working_dtype(matrices.dtype, matrices.device))
     tall = x.shape[-2] > x.shape[-1]
     x = x.mT if tall else x
-    # First by the largest entry: squares of very small or large gradients leave the range.
+    # Divide by the largest entry first: squares of very small or large gradients leave the dtype's range.
     x = x / _largest(x).clamp(min=torch.finfo(x.dtype).tiny)
     x = (_on_gram_matrices if prefers_gram(x.shape[-2], x.shape[-1], x.dtype) else _on_matrices)(x, steps)
     return x.mT if tall else x
 
 
 def orthogonalize_blocks(matrices: Tensor, size: int, steps: int = STEPS) -> Tensor:
-    """`orthogonalize` blocks of rows of each matrix ``[B, rows, columns]``, every one by itself; in `working_dtype`.
+    """`orthogonalize` each block of rows of each matrix ``[B, rows, columns]`` by itself; in `working_dtype`.
 
-    They are as few equal blocks as have at most ``size`` rows each. Where they do not come out even the last one is
-    filled up with zeros, which change nothing; it is scaled so that its entries are as large as the others'.
+    The blocks are equal, and as few as ``size`` rows at most allow. If the rows do not divide evenly, zeros fill the
+    last block up, which change nothing; the block is scaled so that its entries are as large as the others'.
     """
     rows, columns = matrices.shape[-2:]
     count, height = block_shape(rows, size)
@@ -41,7 +41,7 @@ def orthogonalize_blocks(matrices: Tensor, size: int, steps: int = STEPS) -> Ten
 
 
 def block_shape(rows: int, size: int) -> tuple[int, int]:
-    """How many blocks `orthogonalize_blocks` makes of so many rows, and how many rows each has."""
+    """How many blocks `orthogonalize_blocks` makes of a matrix's rows, and how many rows each has."""
     count = math.ceil(rows / size)
     return count, math.ceil(rows / count)
 
@@ -55,7 +55,7 @@ def count_operations(rows: int, columns: int, steps: int, dtype: torch.dtype) ->
 
 
 def prefers_gram(rows: int, columns: int, dtype: torch.dtype) -> bool:
-    """Whether iterating on Gram matrices is the faster way, for a wide matrix with r rows and c columns.
+    """Whether iterating on Gram matrices is faster, for a wide matrix with r rows and c columns.
 
     With five steps it takes fewer operations (`count_operations`) from c = 1.5 r on, and half the time at 4 r (on a
     CPU). Half precision does not hold what the iteration makes of a Gram matrix's rounding; float32 has errors of 1e-3
@@ -65,14 +65,14 @@ def prefers_gram(rows: int, columns: int, dtype: torch.dtype) -> bool:
 
 
 def working_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
-    """Bfloat16 where a CUDA device has units for it, which is enough and fastest; elsewhere float32 or float64."""
+    """Bfloat16 on CUDA devices with units for it, where it is accurate enough and fastest; else float32 or float64."""
     if dtype != torch.float64 and device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0):
         return torch.bfloat16
     return torch.promote_types(dtype, torch.float32)
 
 
 def _largest(x: Tensor) -> Tensor:
-    """The largest absolute value of each matrix, ``[B, 1, 1]``, in a tenth of an infinity norm's time on a CPU."""
+    """The largest absolute value of each matrix, ``[B, 1, 1]``; on a CPU ten times as fast as an infinity norm."""
     return torch.maximum(x.amax((-2, -1), keepdim=True), x.amin((-2, -1), keepdim=True).neg())
 
 
@@ -86,9 +86,9 @@ def _on_matrices(x: Tensor, steps: int) -> Tensor:
 
 
 def _on_gram_matrices(x: Tensor, steps: int) -> Tensor:
-    """The product of the polynomials first, and with X in the end: G becomes ``P G P``, as X becomes ``P X``.
+    """Multiply the polynomials P up, and apply the product to X at the end: where X becomes ``P X``, G is ``P G P``.
 
-    Every `STEPS` steps G is formed anew: of a matrix whose rank is deficient its rounding grows twelvefold a step.
+    Every `STEPS` steps G is formed anew, because its rounding grows twelvefold a step if X is rank deficient.
     """
     gram = x @ x.mT
     # The squared norm of X is in it.
