@@ -32,7 +32,7 @@ import step_cost
 from common.command_line import words
 from common.timer import hardware
 from compare import assignments, run, write_page
-from comparison.plan import RECIPES, Arm, Comparison, Run, Stage, describe, load
+from comparison.plan import RECIPES, Arm, Comparison, Run, Stage, in_words, load
 from comparison.results import Results, best_points, value
 from comparison.runner import Runner, code_version
 from step_costs.report import progress
@@ -158,7 +158,7 @@ class Paper:
     def _first(self, deadline: float) -> int:
         Runner(self.first, self.first_results, self.folder / "runs", self.jobs, deadline).execute(self._first_runs())
         for arm, mode in best_points(self.first, self.first_results).items():
-            print(f"   {arm} goes on with {describe(mode)}", flush=True)
+            print(f"   {arm} goes on with {in_words(mode)}", flush=True)
         return 0  # what cannot be compiled goes on as it is
 
     def _compiled(self, comparison: Comparison) -> Comparison:

@@ -46,7 +46,7 @@ from common.arguments import (
     parse,
 )
 from common.data import shown
-from common.optimizers import describe
+from common.optimizers import what_trained
 from common.run import prepare
 from common.trainer import RecipeTrainer
 from text.bert import BertArguments
@@ -200,7 +200,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         start = shown(model_args.model_name_or_path)
         report |= {"model_name_or_path": start, "trained": "all weights were trained"}
     trainer = EmbeddingTrainer(
-        render_card=lambda: render_card(report | describe(trainer.optimizer), args),
+        render_card=lambda: render_card(report | what_trained(trainer.optimizer), args),
         model=model,
         args=args,
         train_dataset=pairs["train"],

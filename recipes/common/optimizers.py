@@ -67,7 +67,7 @@ def optimizer_cls_and_kwargs(
     return None
 
 
-def describe(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+def what_trained(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     """Return the name and the arguments of the optimizer that trained, not of the one that was asked for.
 
     Args:

@@ -13,7 +13,7 @@ from transformers import TrainerCallback, TrainingArguments, enable_full_determi
 
 from common.arguments import DatasetArguments, OptimizerArguments
 from common.data import shown
-from common.optimizers import describe, fngd_config, optimizer_cls_and_kwargs
+from common.optimizers import fngd_config, optimizer_cls_and_kwargs, what_trained
 from common.trainer import RecipeTrainer
 from hf_fngd import FNGDCallback, FNGDConfig, last_complete_checkpoint
 from hf_fngd.config import PRESETS
@@ -67,7 +67,7 @@ class Run:
         report = trainer.train(resume_from_checkpoint=self.checkpoint).metrics
         if self.checkpoint is not None:
             report = {}  # Trainer divides the loss and the time of the rest by the steps of the whole run
-        report |= describe(trainer.optimizer) | trainer.timer.report()
+        report |= what_trained(trainer.optimizer) | trainer.timer.report()
         trainer.save_model()
         trainer.save_state()
         return report

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from comparison.markdown import as_number, number, table
-from comparison.plan import Arm, Comparison, describe
+from comparison.plan import Arm, Comparison, in_words
 from comparison.results import Results, screened
 
 
@@ -40,8 +40,8 @@ def _pivot(comparison: Comparison, results: Results, option: str, arms: list[str
     for arm in arms:
         points = comparison.arms[arm].points()
         spans[arm] = _span(comparison.arms[arm].grid[option])
-        for rest in dict.fromkeys(describe(_without(point, option)) for point in points):
-            row = {_same(p[option]): p for p in points if describe(_without(p, option)) == rest}
+        for rest in dict.fromkeys(in_words(_without(point, option)) for point in points):
+            row = {_same(p[option]): p for p in points if in_words(_without(p, option)) == rest}
             cells = [cell(comparison, results, arm, row[column]) if column in row else "" for column in columns]
             scores = [screened(comparison, results, arm, point) for point in row.values()]
             rows.append([arm, rest, *cells, *_losses(comparison, scores)])

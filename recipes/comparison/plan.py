@@ -43,7 +43,7 @@ class Run:
         return "-".join([*re.findall(r"[\w.]+", self.arm), self.key])
 
     def __str__(self) -> str:
-        return " ".join([self.stage, self.arm, *([describe(self.point)] if self.point else []), f"seed {self.seed}"])
+        return " ".join([self.stage, self.arm, *([in_words(self.point)] if self.point else []), f"seed {self.seed}"])
 
 
 @dataclass(frozen=True)
@@ -82,8 +82,6 @@ class Comparison:
         final: Stage of the best grid points.
         arms: The optimizers.
         reference: The arm that others are measured against: its time of a step is 1, its final metric a target.
-        targets: Values of the metric; the report tells after how long each arm reached them. Where there are none,
-            it takes the final metric of the reference and of the weakest arm.
     """
 
     name: str
@@ -97,7 +95,6 @@ class Comparison:
     final: Stage
     arms: dict[str, Arm]
     reference: str
-    targets: tuple[float, ...] = ()
 
     def screen_runs(self) -> list[Run]:
         """Return the runs of the first stage: none of an arm whose grid has one point."""
@@ -165,7 +162,6 @@ def load(path: Path, overrides: Mapping[str, Any] | None = None, arms: Sequence[
         final=_stage("final", values["final"], overrides or {}),
         arms=kept,
         reference=reference if reference in kept else next(iter(kept)),
-        targets=_targets(values.get("targets")),
     )
     for name, arm in comparison.arms.items():
         stages = (comparison.screen, comparison.final) if len(arm.points()) > 1 else (comparison.final,)
@@ -199,7 +195,7 @@ def run_key(recipe: str, arm: str, options: Mapping[str, Any]) -> str:
     return hashlib.sha256(identity.encode()).hexdigest()[:12]
 
 
-def describe(point: Mapping[str, Any]) -> str:
+def in_words(point: Mapping[str, Any]) -> str:
     """Return a grid point as text."""
     return ", ".join(f"{key} {value}" for key, value in point.items()) or "-"
 
@@ -222,14 +218,6 @@ def _arm(name: str, value: Any) -> Arm:
         if not isinstance(tried, list) or not tried:
             raise ValueError(f"arm {name}: the grid of {key} must be a list of values.")
     return Arm(_checked(name, values.get("options")), grid)
-
-
-def _targets(values: Any) -> tuple[float, ...]:
-    if values is None:
-        return ()
-    if not isinstance(values, list) or any(isinstance(v, bool) or not isinstance(v, int | float) for v in values):
-        raise ValueError(f"targets is {values!r}; it must be a list of numbers, such as [20, 25.5].")
-    return tuple(map(float, values))
 
 
 def _checked(where: str, value: Any) -> dict[str, Any]:

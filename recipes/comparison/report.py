@@ -13,7 +13,7 @@ import yaml
 from comparison import speed
 from comparison.grids import grid_sections
 from comparison.markdown import as_number, number, spread, table
-from comparison.plan import Comparison, describe, recorded
+from comparison.plan import Comparison, in_words, recorded
 from comparison.results import (
     Record,
     Results,
@@ -124,12 +124,12 @@ def _introduction(comparison: Comparison, results: Results) -> str:
     if comparison.screen_runs():
         seeds = ", ".join(map(str, comparison.screen.seeds))
         lines.append(
-            f"Each grid point ran with seed {seeds} ({describe(recorded(comparison.screen.options))}); the one of the "
+            f"Each grid point ran with seed {seeds} ({in_words(recorded(comparison.screen.options))}); the one of the "
             f"{sense} validation metric `{comparison.metric}` went on."
         )
     seeds = ", ".join(map(str, comparison.final.seeds))
     lines.append(
-        f"Best points: seeds {seeds} ({describe(recorded(comparison.final.options))}), mean ± standard deviation over "
+        f"Best points: seeds {seeds} ({in_words(recorded(comparison.final.options))}), mean ± standard deviation over "
         "the seeds (smallest to largest). Seconds are those of the optimizer steps."
     )
     return "\n".join(lines)
@@ -142,7 +142,7 @@ def _best_table(comparison: Comparison, finals: dict[str, list[Record]]) -> str:
     measures += [partial(value, metric=metric) for metric in comparison.test_metrics]
     rows = []
     for arm, records in finals.items():
-        point = describe(records[0]["point"]) if records else "-"
+        point = in_words(records[0]["point"]) if records else "-"
         cells = [arm, point, str(len(comparison.arms[arm].points())), str(len(records))]
         cells += [spread(map(measure, records)) for measure in measures]
         cells += [number(mean(map(measure, records))) for measure in (training_seconds, step_seconds)]
@@ -155,7 +155,7 @@ def _unfinished_section(comparison: Comparison, results: Results) -> list[str]:
     head = ["optimizer", "point", "seed", "step", "of", comparison.metric, "best so far", "seconds a step"]
     runs = comparison.final_runs(best_points(comparison, results))
     rows = [
-        [run.arm, describe(run.point), str(run.seed), str(record["step"]), str(record["max_steps"] or "-")]
+        [run.arm, in_words(run.point), str(run.seed), str(record["step"]), str(record["max_steps"] or "-")]
         + [number(x) for x in (value(record, comparison.metric), best_epoch(comparison, record), step_seconds(record))]
         for run in runs
         if (record := results.unfinished(run))

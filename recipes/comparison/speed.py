@@ -35,11 +35,8 @@ def remarks(finals: Finals) -> list[str]:
 def targets(comparison: Comparison, finals: Finals) -> dict[float, str]:
     """Return the values of the metric to reach, each with where it comes from.
 
-    They are the declared ones, or else the final values, in the mean over the seeds, of the reference and of the
-    weakest arm.
+    They are the final values, in the mean over the seeds, of the reference and of the weakest arm.
     """
-    if comparison.targets:
-        return dict.fromkeys(comparison.targets, "declared")
     scores = {
         arm: score for arm, records in finals.items() if (score := _mean_of(records, comparison.metric)) is not None
     }

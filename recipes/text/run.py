@@ -10,7 +10,7 @@ from datasets import DatasetDict
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
-from common.optimizers import describe
+from common.optimizers import what_trained
 from common.run import Run
 from common.trainer import RecipeTrainer
 from text.card import SCORES, render_card
@@ -63,7 +63,7 @@ def train_and_score(
     }
     trainer = trainer_cls(
         optimizer_cls_and_kwargs=run.optimizer,
-        render_card=lambda: render_card(report | describe(trainer.optimizer), args),
+        render_card=lambda: render_card(report | what_trained(trainer.optimizer), args),
         model=model,
         args=args,
         train_dataset=splits["train"],

@@ -8,7 +8,7 @@ from torch import nn
 
 from baselines import BaselineFactory
 from common.arguments import OptimizerArguments, TextTrainingArguments, parse
-from common.optimizers import describe, fngd_config, optimizer_cls_and_kwargs
+from common.optimizers import fngd_config, optimizer_cls_and_kwargs, what_trained
 from hf_fngd import FNGD, FNGDConfig, FNGDFactory
 from translation.arguments import TranslationTrainingArguments
 
@@ -64,7 +64,7 @@ def test_description_is_of_the_arguments_that_fngd_trained_with(tmp_path):
     args = TranslationTrainingArguments(output_dir=str(tmp_path), adam_beta1=0.8, adam_beta2=0.95, learning_rate=0.02)
     options = OptimizerArguments(update="adam")
     cls, kwargs = optimizer_cls_and_kwargs(options, fngd_config(options, args), args)
-    described = describe(SimpleNamespace(optimizer=cls()(nn.Linear(2, 2), **kwargs)))
+    described = what_trained(SimpleNamespace(optimizer=cls()(nn.Linear(2, 2), **kwargs)))
     assert described["optimizer"] == "FNGD"
     found = described["optimizer_arguments"]
     assert (found["momentum"], found["beta2"], found["lr"]) == (0.8, 0.95, 0.02)
@@ -82,7 +82,7 @@ def test_learning_rate_and_weight_decay_of_a_file_of_settings_count_unless_other
 def test_description_is_of_the_optimizer_that_trained():
     optimizer = torch.optim.Adam([nn.Parameter(torch.zeros(1))], lr=0.5, betas=(0.8, 0.9))
     torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.0)
-    described = describe(SimpleNamespace(optimizer=optimizer))
+    described = what_trained(SimpleNamespace(optimizer=optimizer))
     assert described["optimizer"] == "Adam"
     assert described["optimizer_arguments"]["lr"] == 0.5  # the peak, not the scheduler's last value
     assert described["optimizer_arguments"]["betas"] == (0.8, 0.9)
