@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import logging
 import random
 import sys
 from collections import Counter, OrderedDict, UserDict, defaultdict, deque
@@ -11,6 +12,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+logger = logging.getLogger(__name__)
 
 # Hooks of these libraries are a part of a model's forward pass. Other hooks watch it, and must not see a probe.
 _LIBRARIES = ("torch", "transformers", "peft", "accelerate")
@@ -30,17 +33,29 @@ class Snapshot:
     def __init__(self) -> None:
         self._undo: list[Callable[[], object]] = []
         self._seen: dict[int, Any] = {}  # kept alive, so that no other object gets the same id
+        self._left: dict[int, tuple[Tensor, int]] = {}  # parameters that are not kept, and their versions
 
     def put_back(self) -> None:
-        """Bring everything back to what it was."""
+        """Bring everything back to what it was; a warning names what cannot be."""
         for undo in self._undo:
             undo()
+        changed = [p for p, version in self._left.values() if p._version != version]
+        if changed:
+            logger.warning(
+                "the model's forward pass changes %d parameters itself, such as one of shape %s: FNGD's probe, a pass "
+                "without a step, has changed them once more. Let the model change them in training mode only, or "
+                "keep them in buffers",
+                len(changed),
+                tuple(changed[0].shape),
+            )
 
     def take(self, value: Any, depth: int = 0) -> None:
         """Remember what a value holds."""
         if depth > _DEPTH or id(value) in self._seen or isinstance(value, str | bytes | int | float):
             return
         if isinstance(value, nn.Parameter) and (value.requires_grad or value.nbytes > _LARGEST):
+            if not value.is_inference():
+                self._left[id(value)] = value, value._version
             return
         self._seen[id(value)] = value
         kind = type(value)

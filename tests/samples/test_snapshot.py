@@ -161,3 +161,34 @@ def test_a_frozen_parameter_in_which_a_model_counts_is_put_back() -> None:
     model(torch.randn(4, 5)).sum().backward()
     preconditioner.step()
     assert model.seen == 4
+
+
+class Averaging(nn.Module):
+    """Keeps a running average of a size of its own in a frozen parameter, in evaluation mode as well."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.average = nn.Parameter(torch.zeros(size), requires_grad=False)
+        self.fc = nn.Linear(5, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            self.average.lerp_(x.mean(), 0.5)
+        return self.fc(x)
+
+
+@pytest.mark.parametrize("size", [7, 2**18 + 1])
+def test_parameters_that_the_probe_changes_are_put_back_or_told(size: int, caplog: pytest.LogCaptureFixture) -> None:
+    torch.manual_seed(0)
+    model, x = Averaging(size), torch.rand(4, 5)
+    preconditioner = FNGDPreconditioner(model)
+    model(x).sum().backward()
+    preconditioner.step()
+    told = [record.getMessage() for record in caplog.records if "changes 1 parameters itself" in record.getMessage()]
+    if size == 7:
+        assert not told
+        torch.testing.assert_close(model.average.data, torch.full((7,), float(x.mean()) / 2))
+    else:
+        assert len(told) == 1
+        assert f"shape ({size},)" in told[0]
+        assert float(model.average[0].detach()) > 0.6 * float(x.mean())  # the probe's passes are in it
