@@ -4,9 +4,9 @@ from hf_fngd.clipping import clip_samples
 from hf_fngd.config import FNGDConfig
 from hf_fngd.engine.attach import detach
 from hf_fngd.engine.coverage import CoverageReport
-from hf_fngd.optimizer import FNGD, unwrap
+from hf_fngd.optimizer import FNGD
 from hf_fngd.preconditioner import FNGDPreconditioner
-from hf_fngd.trainer import FNGDCallback, FNGDFactory, last_complete_checkpoint
+from hf_fngd.trainer import FNGDCallback, FNGDFactory, last_complete_checkpoint, unwrap
 from hf_fngd.updates.base import learning_rate_from_adamw
 from hf_fngd.weights.base import policy_names
 

@@ -197,3 +197,11 @@ def set_in(args: Any, config: FNGDConfig, overrides: Mapping[str, Any]) -> dict[
                 "default, or give them the same value"
             )
     return chosen
+
+
+def ignored_in(args: Any, config: FNGDConfig, overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """What was set in TrainingArguments, by its names there, and is not the config's value nor overridden."""
+    defaults = {f.name: f.default for f in dataclasses.fields(args)} if dataclasses.is_dataclass(args) else {}
+    names = {theirs: own for own, theirs in _TRAINING_ARGS.items() if own not in overrides and theirs in defaults}
+    values = {theirs: getattr(args, theirs) for theirs in names}
+    return {name: v for name, v in values.items() if v not in (defaults[name], config.effective(names[name]))}

@@ -63,7 +63,11 @@ class FNGD(torch.optim.Optimizer, Joins):
         fallback = FALLBACK_RULES[self.settings.fallback]
         inner = self.preconditioner.model
         layers, unweighed = self.preconditioner.matrices, self.preconditioner.unweighed
-        groups = parameter_groups(inner, layers, unweighed, self.settings, fallback)
+        try:
+            groups = parameter_groups(inner, layers, unweighed, self.settings, fallback)
+        except Exception:
+            self.preconditioner.detach()  # the model is plain again, which the error says enough about
+            raise
         grouped = [(name, group) for group in groups for name, _ in group["params"]]
         self.preconditioner.stepped_by(
             unweighed=(name for name, group in grouped if "matrices" in group and not group["layers"]),
@@ -283,18 +287,3 @@ FNGD.param_groups = Misplaced(  # type: ignore[assignment]
     "this is the class FNGD, and no optimizer: pass optimizers=(FNGD(model), None) to Trainer, or "
     "optimizer_cls_and_kwargs=(FNGDFactory, {...})"
 )
-
-
-def unwrap(optimizer: torch.optim.Optimizer) -> FNGD:
-    """The FNGD inside a wrapper, as Accelerate's, which ``trainer.optimizer`` is. Raises TypeError for another one."""
-    inside: Any = optimizer
-    while not isinstance(inside, FNGD):
-        if not hasattr(inside, "optimizer"):
-            outer, inner = (
-                f"class {a.__name__}" if isinstance(a, type) else type(a).__name__ for a in (optimizer, inside)
-            )
-            raise TypeError(
-                f"there is no FNGD in this {outer}, but {inner}: pass optimizers=(FNGD(model), None) to Trainer"
-            )
-        inside = inside.optimizer
-    return inside

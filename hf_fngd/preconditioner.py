@@ -4,7 +4,7 @@ import functools
 import logging
 import weakref
 from collections.abc import Iterable, Mapping
-from typing import Any, Self
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -74,17 +74,16 @@ class FNGDPreconditioner(Joins):
         self._model = weakref.ref(model)
         self._edge = EpochEdge()
         self.joining = JoinState()
-        self._told_of_loaders = False
         self._closing = -1  # the backward pass at whose end a step is closed
         self._window = Window()
-        self.epoch_ended = False
+        self.epoch_ended = self._told_of_loaders = False
         self._fsdp: bool | None = None  # not known before the first forward pass
         # How many a layer sees in a step, in all processes; update rules read it. 0: not known yet; None: nobody asks.
         self.positions: int | None = None
         self._hooks: list[RemovableHandle] = []
         self._coverage = Coverage(selection, self._attached, own.strict)
         self._forwards = Forwards(model, self._attached, self._window, weakref.WeakMethod(self._begin), own.batch_dim)
-        self._coverage.note = self._forwards.probing.told
+        self._coverage.note, self._trained = self._forwards.probing.told, len(self._forwards.live)
         # The model keeps none of this alive: without the optimizer it is plain again.
         weakref.finalize(self, self._forwards.drop).atexit = False
 
@@ -199,8 +198,9 @@ class FNGDPreconditioner(Joins):
 
     def _find_positions(self, multiplications: int) -> None:
         if self.positions == 0:
-            weights = (weight_of(layer.module) for layer in self.layers)
-            self.positions = positions(multiplications, weights, self.device)
+            matrices = [layer for layer in self._attached if layer.selected.matrix]
+            found = [(weight_of(layer.selected.module), layer.shared.reached) for layer in matrices]
+            self.positions = positions(multiplications, found, self.device)
 
     @property
     def replicas(self) -> ProcessGroup | None:
@@ -212,9 +212,7 @@ class FNGDPreconditioner(Joins):
         """The device of the sample weights."""
         return self._like().device
 
-    @property
-    def _follower(self) -> Self:
-        return self
+    _follower = property(lambda self: self)
 
     def detach(self) -> None:
         """Restore the model: afterwards it is the model that it was before attaching."""
@@ -234,6 +232,8 @@ class FNGDPreconditioner(Joins):
         if self._edge.missed():  # the last step of the epoch was skipped
             self._window.close()
             self.end_epoch()
+        if self._trained != (now := len(self._forwards.live)):  # layers were unfrozen
+            self._trained, self.positions = now, self.positions and 0
         self._window.make_room(self._has_gradients())
         begin = functools.partial(self.policy.begin, size, self._window.next_offset)
         calls, asked = [0] * len(self._attached), 0 if self.positions == 0 else None

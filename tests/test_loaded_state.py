@@ -16,8 +16,8 @@ def test_what_a_loaded_state_overrides_is_told_and_is_in_the_config(caplog: pyte
     again.load_state_dict(state)
     assert not caplog.text
     other.load_state_dict(state)
-    assert "has lr=0.001 for 0.3 in preconditioned, preconditioned_no_decay, plain_no_decay; " in caplog.text
-    assert "weight_decay=0 for 0.5 in preconditioned; momentum=0.9 for 0.5 in preconditioned, " in caplog.text
+    assert "sets lr=0.001 (it was 0.3) in preconditioned, preconditioned_no_decay, plain_no_decay; " in caplog.text
+    assert "weight_decay=0 (it was 0.5) in preconditioned; momentum=0.9 (it was 0.5) in preconditioned, " in caplog.text
     assert (other.config.lr, other.config.weight_decay, other.config.momentum) == (0.001, 0.0, 0.9)
 
 

@@ -64,6 +64,7 @@ class Coverage:
     def report(self) -> CoverageReport:
         """What happens to every trainable parameter; before the first step, what is expected to."""
         preconditioned: list[str] = []
+        heads: list[str] = []
         weighed: dict[str, None] = {}
         missed: dict[str, str] = {}
         plain = dict(self._selection.plain)
@@ -77,6 +78,7 @@ class Coverage:
             if reasons:
                 (missed if matrix else plain).update(dict.fromkeys(names, "; ".join(reasons)))
             else:
+                heads += [name for name in names if matrix and name in self.fallback]
                 preconditioned += [name for name in names if matrix and name not in self.fallback]
                 weighed.update(dict.fromkeys(name for name in names if not matrix or name in self.fallback))
         plain = {
@@ -84,7 +86,9 @@ class Coverage:
             for name, reason in plain.items()
             if name not in weighed
         }
-        return CoverageReport(tuple(preconditioned), plain, missed, tuple(weighed), self.note())
+        told = f"The fallback rule steps {listed(heads)}, as an output head or a depthwise filter" if heads else ""
+        note = "\n  ".join(filter(None, (self.note(), told)))
+        return CoverageReport(tuple(preconditioned), plain, missed, tuple(weighed), note)
 
     def tell(self, samples: int, live: Sequence[Layer]) -> None:
         """After a step: log the report if it says more than before.

@@ -17,7 +17,7 @@ from hf_fngd.distributed.environment import refuse_replica, refuse_split_weight,
 from hf_fngd.engine.attach import Attachment, unsupported
 from hf_fngd.engine.backward import Engine, LayerCall, begin, numbered
 from hf_fngd.engine.graph import uses_in_graph
-from hf_fngd.engine.layer import ON_TOP_OF_ANOTHER, USED_ELSEWHERE, Layer
+from hf_fngd.engine.layer import ON_TOP_OF_ANOTHER, OTHER_INPUT, USED_ELSEWHERE, Layer
 from hf_fngd.engine.probing import Probing, obstacle, shown
 from hf_fngd.engine.rehearsal import Rehearsal, packed, rehearsing
 from hf_fngd.engine.window import MicroBatch, Window, in_backward
@@ -75,8 +75,8 @@ class Forwards:
         """`detach`, as nobody holds the preconditioner any more."""
         if self._attachment.active and not self._window.stepped:
             logger.warning(
-                "an FNGDPreconditioner was dropped before its first step, and the model is plain again: keep it in a "
-                "variable as long as it is to act, or call its method follow(optimizer)"
+                "an FNGD or FNGDPreconditioner was dropped before its first step, and the model is plain again: keep "
+                "it in a variable as long as it is to act; a preconditioner can also follow(optimizer)"
             )
         self.detach()
 
@@ -205,19 +205,20 @@ class Forwards:
             self.probing.see(layer, (*args, *kwargs.values()))
             return own(*args, **kwargs)
         weight, x = weight_of(module), (*args, *kwargs.values())
-        training = module.training or self._rehearsing
-        trains = training and torch.is_grad_enabled() and weight is not None and weight.requires_grad
         compiling = torch.compiler.is_compiling()
+        recomputes = not compiling and in_backward()
+        # A layer in evaluation mode, as of a body without dropout, belongs to the model's training pass all the same.
+        training = module.training or self._inside or recomputes
+        trains = training and torch.is_grad_enabled() and weight is not None and weight.requires_grad
         # A call that is not weighed reports whether a gradient came through it.
         follow = layer.follow if _is_followed() else _as_it_is
         if not trains or not x or not layer.kernel.takes(*x):
-            return follow(own(*args, **kwargs))
-        recomputes = not compiling and in_backward()
+            return follow(own(*args, **kwargs), OTHER_INPUT if self._inside and not layer.kernel.fault else None)
         batch = self._number if compiling else self.batch
         if not compiling and not (layer.selected.matrix or self._inside or recomputes):
             layer.shared.reasons.add(USED_ELSEWHERE)  # nothing tells which batch the call belongs to
         if batch is None:
-            return follow(own(*args, **kwargs))
+            return follow(own(*args, **kwargs), None)
         # A matrix keeps its kernel although its samples are not weighed: checkpointing expects the call that it saved.
         if not compiling and not layer.selected.matrix and USED_ELSEWHERE in layer.shared.reasons:
             return own(*args, **kwargs)
@@ -276,7 +277,7 @@ def _is_followed() -> bool:
     return torch.is_grad_enabled() and not torch.compiler.is_compiling() and not transformed
 
 
-def _as_it_is(y: Any) -> Any:
+def _as_it_is(y: Any, _: str | None) -> Any:
     return y
 
 

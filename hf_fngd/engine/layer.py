@@ -18,8 +18,9 @@ from hf_fngd.layers.table import TableKernel
 from hf_fngd.samples.rows import NO_EQUAL_SHARES, NOT_THE_BATCH, Rows, Shares, View
 
 CALLED_AGAIN = "it is called more than once in a forward pass"
-NEVER_CALLED = "it was never called in a forward pass of the model in training mode"
-PASSED_BY = "some of its gradient came from no forward pass of the model in training mode"
+NEVER_CALLED = "it was never called in a forward pass of the model in training mode: call the model itself"
+PASSED_BY = "some of its gradient came from no forward pass of the model in training mode: call the model itself"
+OTHER_INPUT = "it was called with an input that has no batch dimension or is nested, or with further arguments"
 NOT_ITS_ROWS = "its input has neither the batch's rows nor its tokens, for which ids tell the samples"
 USED_ELSEWHERE = "its weight is used outside of its forward as well"
 ON_TOP_OF_ANOTHER = "reentrant activation checkpointing ran several forward passes before a backward pass"
@@ -87,8 +88,8 @@ class Layer:
         elif not table or (verdict is not None and not isinstance(verdict, View)):
             self.unfit = verdict if isinstance(verdict, str) else NOT_THE_BATCH
 
-    def follow(self, y: Any) -> Any:
-        """Watch the output of a call that is not weighed: does the weight get a gradient through it?"""
+    def follow(self, y: Any, reason: str | None) -> Any:
+        """Watch the output of a call that is not weighed (None: nor in a training pass): does it bring a gradient?"""
         weight = weight_of(self.selected.module)
         if not (isinstance(y, Tensor) and y.requires_grad and weight is not None and weight.requires_grad):
             return y
@@ -99,6 +100,8 @@ class Layer:
                 asked = torch._C._will_engine_execute_node(node)
             except RuntimeError:  # torch.autograd.grad asks for a leaf
                 asked = True
+            if asked and reason is not None:
+                shared.reasons.add(reason)
             shared.passed_by = shared.passed_by or asked
 
         y.register_hook(reached)  # type: ignore[no-untyped-call]

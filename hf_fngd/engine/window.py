@@ -2,7 +2,7 @@
 
 import logging
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -96,14 +96,17 @@ class MicroBatch:
         self.complete = True
 
 
-def positions(multiplications: int, weights: Iterable[Tensor | None], device: torch.device) -> int:
-    """How many positions a layer sees in a step, in all processes together and on average over the weights.
+def positions(multiplications: int, weights: Sequence[tuple[Tensor | None, bool]], device: torch.device) -> int:
+    """How many positions a layer sees in a step, in all processes together and on average over the weights' entries.
 
-    ``multiplications`` are those of this process. 0 where no process had a gradient. A collective.
+    ``multiplications`` are those of this process, and ``weights`` the layers' weights, each with whether backward
+    reached its layer. Only those count that it reached in any process. 0 where it reached none. A collective.
     """
-    own = torch.tensor([multiplications], dtype=torch.float64, device="cpu" if rank_and_world()[1] == 1 else device)
-    total = float(sum_over_processes(own))
-    return max(1, round(total / sum(weight.numel() for weight in weights if weight is not None))) if total else 0
+    device = torch.device("cpu") if rank_and_world()[1] == 1 else device
+    own = torch.tensor([multiplications, *(reached for _, reached in weights)], dtype=torch.float64, device=device)
+    total, *counts = sum_over_processes(own).tolist()
+    entries = sum(w.numel() for (w, _), count in zip(weights, counts, strict=True) if w is not None and count)
+    return max(1, round(total / entries)) if total and entries else 0
 
 
 class Window:

@@ -9,7 +9,7 @@ import regex
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from hf_fngd.checks import shown
+from hf_fngd.checks import guess, shown
 from hf_fngd.layers.base import (
     GramKernel,
     LayerKernel,
@@ -249,7 +249,8 @@ def _check_listed(model: nn.Module, **arguments: Modules) -> None:
     for argument, modules in arguments.items():
         for module in () if modules is None or isinstance(modules, str) else modules:
             if not any(matches(name, [module]) for name in names):
+                ends = sorted({name.rpartition(".")[2] for name in names} - {""})
                 raise ValueError(
-                    f"{argument} lists {module!r}, which is no module of the model; its modules are named like "
-                    f"{', '.join(map(repr, names[1:6]))}"
+                    f"{argument} lists {module!r}, which is no module of the model{guess(module, [*ends, *names])}; "
+                    f"its modules are named like {', '.join(map(repr, names[1:6]))}"
                 )

@@ -3,5 +3,6 @@
 from hf_fngd.trainer.callbacks import FNGDCallback
 from hf_fngd.trainer.checkpoints import last_complete_checkpoint
 from hf_fngd.trainer.factory import FNGDFactory
+from hf_fngd.trainer.unwrapped import unwrap
 
-__all__ = ["FNGDCallback", "FNGDFactory", "last_complete_checkpoint"]
+__all__ = ["FNGDCallback", "FNGDFactory", "last_complete_checkpoint", "unwrap"]

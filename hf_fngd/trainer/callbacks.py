@@ -8,9 +8,9 @@ from tqdm.auto import tqdm
 from transformers import TrainerCallback
 from transformers.trainer_callback import CallbackHandler
 
-from hf_fngd.optimizer import unwrap
 from hf_fngd.trainer.card import keep_true, save_settings
 from hf_fngd.trainer.loss import check_loss
+from hf_fngd.trainer.unwrapped import unwrap
 
 
 class FNGDCallback(TrainerCallback):  # type: ignore[misc]

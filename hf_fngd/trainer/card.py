@@ -9,8 +9,9 @@ from typing import Any
 
 from hf_fngd.checks import shown
 from hf_fngd.hub import CONFIG_NAME
-from hf_fngd.optimizer import FNGD, unwrap
+from hf_fngd.optimizer import FNGD
 from hf_fngd.settings import Settings
+from hf_fngd.trainer.unwrapped import unwrap
 
 _OPTIMIZER = re.compile(r"^- optimizer: Use .*?\n(?=- )", flags=re.MULTILINE | re.DOTALL)
 _RATE = re.compile(r"^- learning_rate: .*$", flags=re.MULTILINE)

@@ -1,12 +1,14 @@
 """FNGDFactory: for ``Trainer(optimizer_cls_and_kwargs=...)``, where no optimizer object can be passed."""
 
+import warnings
 from typing import Any
 
 from torch import nn
 
 from hf_fngd.checks import Misplaced
+from hf_fngd.config import ignored_in
 from hf_fngd.optimizer import FNGD
-from hf_fngd.trainer.loss import check_loss
+from hf_fngd.trainer.loss import calling_trainer, check_loss
 
 _CURE = (
     "FNGDFactory is no optimizer: pass optimizer_cls_and_kwargs=(FNGDFactory, {...}) to Trainer, or "
@@ -28,9 +30,19 @@ class FNGDFactory:
     def __call__(self, model: nn.Module, *, args: Any = None, config: Any = None, **overrides: Any) -> FNGD:
         """Build it as `FNGD.from_training_args` does, or without ``args`` as `FNGD.from_config`.
 
+        Warns where it is given no ``args``, and the trainer's set a learning rate or the like that nothing then reads.
         Raises ValueError where the trainer's loss has parameters that the model has not.
         """
-        check_loss(model)
+        trainer = calling_trainer()
+        check_loss(model, trainer)
         if args is not None:
             return FNGD.from_training_args(model, args, config, **overrides)
-        return FNGD.from_config(model, "default" if config is None else config, **overrides)
+        optimizer = FNGD.from_config(model, "default" if config is None else config, **overrides)
+        ignored = {} if trainer is None else ignored_in(trainer.args, optimizer.config, overrides)
+        if ignored:
+            warnings.warn(
+                f"FNGDFactory was given no args, so that {', '.join(f'{k}={v!r}' for k, v in ignored.items())} of "
+                'TrainingArguments has no effect: pass (FNGDFactory, {"args": args, ...})',
+                stacklevel=2,
+            )
+        return optimizer

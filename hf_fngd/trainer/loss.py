@@ -2,21 +2,25 @@
 
 import sys
 from collections.abc import Mapping
+from types import FrameType
 from typing import Any
 
 from torch import nn
 
 
-def check_loss(model: nn.Module, trainer: Any = None) -> None:
-    """Raise ValueError if a trainer's loss has trained parameters that are not the model's.
-
-    Without the argument the trainer is the one that is calling; if there is none, nothing is checked.
-    """
-    frame = sys._getframe(1)
-    while trainer is None and frame is not None:
+def calling_trainer() -> Any:
+    """The trainer that is calling; None without one."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
         found = frame.f_locals.get("self")
-        trainer = found if hasattr(found, "callback_handler") else None
-        frame = frame.f_back  # type: ignore[assignment]
+        if hasattr(found, "callback_handler"):
+            return found
+        frame = frame.f_back
+    return None
+
+
+def check_loss(model: nn.Module, trainer: Any) -> None:
+    """Raise ValueError if the loss of a trainer, if there is one, has trained parameters that are not the model's."""
     loss = getattr(trainer, "loss", None)
     own = {id(p) for p in model.parameters()}
     for module in loss.values() if isinstance(loss, Mapping) else (loss,):

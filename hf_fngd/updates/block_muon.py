@@ -69,8 +69,11 @@ def known_positions(groups: Groups) -> int | None:
 
 
 def keep_positions(groups: Groups, positions: int | None) -> None:
-    """Write the positions that the first step has shown into the groups that need them, and log what follows."""
-    if positions and known_positions(groups) == 0:
+    """Write the positions that a step has shown into the groups that need them, and log what follows.
+
+    The first step does, and the first one after layers were unfrozen.
+    """
+    if positions and known_positions(groups) not in (None, positions):
         for group in groups:
             if "positions" in group:
                 group["positions"] = positions
@@ -85,10 +88,13 @@ def describe_blocks(groups: Groups) -> str:
     whole = matrices = 0
     for group in (group for group in groups if "positions" in group):
         for p, (count, columns) in zip(group["params"], group["matrices"], strict=True):
+            if not p.requires_grad:
+                continue
             rows = p.numel() // max(1, count * columns)
             matrices += count
             whole += count * (rows == 0 or block_rows(rows, columns, None, positions) == rows)
+    others = "" if whole == matrices else ", and the others in blocks of rows"
     return (
-        f"At {positions} positions a step update='block_muon' orthogonalizes {whole} of {matrices} matrices whole, and "
-        "the others in blocks of rows. Checkpoints keep this number; block_size sets the rows."
+        f"At {positions} positions a step update='block_muon' orthogonalizes {whole} of {matrices} matrices whole"
+        f"{others}. Checkpoints keep this number; block_size sets the rows."
     )

@@ -174,9 +174,10 @@ def check_parameters(model: nn.Module, groups: Sequence[Mapping[str, Any]]) -> N
     if missing := [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in held]:
         raise RuntimeError(
             f"{len(missing)} trainable parameters of the model are in no group of this optimizer "
-            f"({', '.join(missing[:3])}, ...): build FNGD after the model is complete (after PEFT wrapped it), or "
-            "through FNGDFactory. Where a trainer wraps the model itself, as TRL's with peft_config, leave optimizers= "
-            "out and set trainer.optimizer_cls_and_kwargs = (FNGDFactory, {...}) before train()"
+            f"({', '.join(missing[:3])}{', ...' if len(missing) > 3 else ''}): they were added or replaced after FNGD "
+            "was built (by PEFT, a new head, load_state_dict(assign=True)). Build FNGD on the complete model, or use "
+            "FNGDFactory. Where a trainer wraps the model itself, as TRL's with peft_config, leave optimizers= out and "
+            "set trainer.optimizer_cls_and_kwargs = (FNGDFactory, {...}) before train()"
         )
     if foreign := held - {id(p) for p in model.parameters()}:
         raise RuntimeError(
@@ -215,9 +216,9 @@ def in_force(settings: Any, own: Sequence[Mapping[str, Any]], loaded: Sequence[M
     if not told:
         return settings
     logger.warning(
-        "the state that was loaded has %s: as in torch, its values count and not those that the optimizer was built "
-        "with; set others in its param_groups after loading",
-        "; ".join(f"{name}={new:g} for {old:g} in {', '.join(names)}" for (name, new, old), names in told.items()),
+        "the loaded state sets %s: as in torch, its values count and not those that the optimizer had; set others in "
+        "its param_groups after loading",
+        "; ".join(f"{name}={new:g} (it was {old:g}) in {', '.join(n)}" for (name, new, old), n in told.items()),
     )
     if settings.fallback_lr is None and found.get("fallback_lr") == found.setdefault("lr", found.get("fallback_lr")):
         found.pop("fallback_lr", None)  # it follows lr

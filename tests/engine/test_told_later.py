@@ -1,15 +1,17 @@
 """What the report tells later, of layers that were weighed before, and of a gradient that is weighed in part."""
 
+import gc
 from collections.abc import Callable
 
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
-from hf_fngd.engine.layer import CALLED_AGAIN, NEVER_CALLED, PASSED_BY
+from hf_fngd import FNGD, FNGDPreconditioner
+from hf_fngd.engine.layer import CALLED_AGAIN, NEVER_CALLED, OTHER_INPUT, PASSED_BY
 from tests.nets import CLASSES, LAYER_NAMES, Net, data, loss, net
-from tests.steps import one_step, with_engine
+from tests.steps import gradient, one_step, with_engine
 
 # What goes wrong later -------------------------------------------------------------------------------------
 
@@ -165,3 +167,41 @@ def test_what_gives_a_weight_no_gradient_is_not_told() -> None:
         in_evaluation(model, x.requires_grad_()).sum().backward(inputs=[x])
         one_step(model, preconditioner, x.detach(), y)
     assert preconditioner.coverage().missed == {}
+
+
+# Why a layer is not weighed --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("sharing", ["clipped", "never"])
+def test_a_layer_in_evaluation_mode_is_weighed_in_the_models_training_pass(sharing: str) -> None:
+    found = []
+    for evaluates in (False, True):
+        (model, preconditioner), (x, y) = with_engine(net(), sharing=sharing, strict=True), data(7, 3)
+        model.fc1.train(not evaluates)
+        one_step(model, preconditioner, x, y)
+        assert "fc1.weight" in preconditioner.coverage().preconditioned
+        found.append(gradient(model))
+    assert torch.equal(*found)
+
+
+def test_an_input_without_a_batch_is_told() -> None:
+    model = nn.Sequential(nn.Linear(5, 3), nn.Linear(3, 1))
+    preconditioner = FNGDPreconditioner(model)
+    model(torch.ones(5)).sum().backward()
+    preconditioner.step()
+    assert set(preconditioner.coverage().missed.values()) == {OTHER_INPUT}
+
+
+def test_the_report_names_what_is_taken_for_an_output_head() -> None:
+    model = nn.ModuleDict({"fc": nn.Linear(5, 3), "out": nn.Linear(3, 1)})
+    vars(model)["forward"] = lambda x: model["out"](model["fc"](x))
+    assert "The fallback rule steps fc.weight, fc.bias, as an output head" in str(FNGD(model).coverage())
+
+
+def test_an_optimizer_that_is_refused_says_so_once(caplog: pytest.LogCaptureFixture) -> None:
+    model = nn.Sequential(nn.Linear(5, 3), nn.Linear(3, 1))
+    with pytest.raises(ValueError, match="means no parameter of the model"):
+        FNGD(model, param_groups=[{"params": ["nothing"]}])
+    gc.collect()
+    assert not caplog.records
+    assert type(model[0]) is nn.Linear

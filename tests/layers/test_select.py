@@ -154,7 +154,8 @@ def test_a_shared_module_counts_once() -> None:
 
 
 NOTHING = [
-    (Model(), ["fc1", "fc9"], None, "target_modules lists 'fc9', which is no module of the model; .*'layers.0.fc1'"),
+    (Model(), ["fc1", "fc9"], None, "target_modules lists 'fc9', which is no module of the model; did you mean 'fc"),
+    (Model(), ["fc1", "head9"], None, "lists 'head9', which is no module of the model; .*'layers.0.fc1'"),
     (Model(), ["c1"], None, "target_modules lists 'c1'"),
     (Model(), "all-linear", ["fc9"], "exclude_modules lists 'fc9'"),
     (Model(), "fc1", None, "target_modules='fc1', exclude_modules=None and layer_types=None select"),

@@ -120,33 +120,6 @@ def test_callback_refuses_another_optimizer(tmp_path: Path) -> None:
         run.train()
 
 
-def test_factory_honours_arguments_and_config(tmp_path: Path) -> None:
-    changes = {"weight_decay": 0.25, "learning_rate": 0.002, "num_train_epochs": 1}
-    config = FNGDConfig.preset("paper", update="adam")
-    made = {"args": arguments(tmp_path, **changes), "config": config}
-    run = trainer(tmp_path, made={"optimizer_cls_and_kwargs": (FNGDFactory, made)}, **changes)
-    run.train()
-    optimizer = unwrap(run.optimizer)
-    first, *_, last = optimizer.param_groups
-    assert (first["initial_lr"], first["weight_decay"], first["rule"]) == (0.002, 0.25, "adam")
-    assert last["weight_decay"] == 0.0
-    assert optimizer.preconditioner.policy.damping == config.damping
-
-
-def test_factory_makes_one_optimizer_a_model_init(tmp_path: Path) -> None:
-    run = Trainer(
-        model_init=lambda: bert(),  # which may not take arguments
-        args=arguments(tmp_path, num_train_epochs=1),
-        train_dataset=LINEAR.data(SAMPLES),
-        optimizer_cls_and_kwargs=(FNGDFactory, {"lr": 1e-3}),
-    )
-    run.train()
-    first = run.optimizer.optimizer
-    run.train()
-    assert run.optimizer.optimizer is not first
-    assert run.optimizer.optimizer.preconditioner.model is run.model
-
-
 def test_class_in_place_of_the_factory_names_the_factory(tmp_path: Path) -> None:
     run = trainer(tmp_path, callbacks=(), made={"optimizer_cls_and_kwargs": (FNGD, {"lr": 1e-3})})
     with pytest.raises(TypeError, match="FNGDFactory"):

@@ -203,3 +203,28 @@ def test_the_coverage_report_says_it_as_soon_as_it_is_known() -> None:
     assert "positions" not in str(optimizer.coverage())
     train(model, optimizer, x)
     assert str(optimizer.coverage()).splitlines()[-1].startswith(f"  At {expected} positions a step")
+
+
+def test_layers_that_are_unfrozen_are_counted_in() -> None:
+    """A head first, which sees a position a sample, then its body, which sees ten."""
+    torch.manual_seed(0)
+    body = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)).requires_grad_(False)
+    model = nn.Sequential(body, nn.Flatten(), nn.Linear(80, 2))
+    optimizer, x = FNGD(model, update="block_muon"), torch.randn(7, 10, 8)
+    assert train(model, optimizer, x) == 7
+    body.requires_grad_(True)
+    assert train(model, optimizer, x) == round((7 * 160 + 70 * 128) / (160 + 128))
+    assert train(model, optimizer, x[:3]) == 35  # it stays
+
+
+def test_layers_without_a_gradient_do_not_count() -> None:
+    class Unused(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.used, self.unused = nn.Linear(8, 8), nn.Linear(100, 100)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.used(x)
+
+    model = Unused()
+    assert train(model, FNGD(model, update="block_muon"), torch.randn(7, 10, 8)) == 70
