@@ -100,7 +100,7 @@ class Layer:
                 asked = torch._C._will_engine_execute_node(node)
             except RuntimeError:  # torch.autograd.grad asks for a leaf
                 asked = True
-            if asked and reason is not None:
+            if asked and reason is not None and not shared.reasons:
                 shared.reasons.add(reason)
             shared.passed_by = shared.passed_by or asked
 
