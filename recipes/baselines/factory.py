@@ -81,6 +81,7 @@ class BaselineFactory:
         weight_decay: float = 0.0,
         rest_betas: tuple[float, float] = (0.9, 0.999),
         rest_eps: float = 1e-8,
+        fallback_lr: float | None = None,
         **options: Any,
     ) -> Composite:
         """Build the optimizer.
@@ -88,10 +89,11 @@ class BaselineFactory:
         Args:
             model: The model to train.
             name: A key of `BASELINES`.
-            lr: Learning rate of all parameters.
+            lr: Learning rate, of all parameters unless fallback_lr is given.
             weight_decay: Decoupled decay; by the Trainer's own rule not of biases and norms.
             rest_betas: AdamW's, on the parameters that the rule leaves out.
             rest_eps: AdamW's, there.
+            fallback_lr: AdamW's learning rate, there: KFAC's and Eva's own is in another unit.
             **options: Of the baseline, by the names of its `options`.
 
         Raises:
@@ -115,7 +117,8 @@ class BaselineFactory:
         matrices, rest = split(model, layers, weight_decay)
         optimizers = [baseline.build(matrices, layers, lr=lr, **options)]
         if rest:
-            optimizers.append(AdamW(rest, lr=lr, betas=rest_betas, eps=rest_eps, fused=True))
+            rate = lr if fallback_lr is None else fallback_lr
+            optimizers.append(AdamW(rest, lr=rate, betas=rest_betas, eps=rest_eps, fused=True))
         return Composite(baseline.title, optimizers)
 
 

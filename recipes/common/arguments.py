@@ -20,7 +20,8 @@ from baselines import BASELINES
 from common.command_line import words
 from hf_fngd.config import PRESETS, FNGDConfig
 
-_OPTIONS = {"adamw": [], "sgd": ["momentum"]} | {name: [*BASELINES[name].options] for name in BASELINES}
+_OPTIONS = {"adamw": [], "sgd": ["momentum"]}
+_OPTIONS |= {name: [*BASELINES[name].options, "fallback_lr"] for name in BASELINES}
 """The options of the optimizers beside FNGD; learning rate and weight decay are TrainingArguments'."""
 # Groups of parameters are no words: they belong into a configuration's file.
 _KEYS = {f.name: f for f in dataclasses.fields(FNGDConfig) if f.name not in ("lr", "weight_decay", "param_groups")}

@@ -10,6 +10,7 @@ from baselines import BaselineFactory
 from common.arguments import OptimizerArguments, TextTrainingArguments, parse
 from common.optimizers import fngd_config, optimizer_cls_and_kwargs, what_trained
 from hf_fngd import FNGD, FNGDConfig, FNGDFactory
+from tests.nets import net
 from translation.arguments import TranslationTrainingArguments
 
 
@@ -31,10 +32,18 @@ def test_baselines_are_torchs(tmp_path, options, expected):
 
 def test_baselines_of_the_recipe_get_their_options(tmp_path):
     training_args = TranslationTrainingArguments(output_dir=str(tmp_path), learning_rate=0.01, adam_beta2=0.9)
-    arguments = OptimizerArguments(optimizer="eva", damping=0.5)
+    arguments = OptimizerArguments(optimizer="eva", damping=0.5, fallback_lr=0.03)
     expected = {"name": "eva", "lr": 0.01, "weight_decay": 0.0, "rest_betas": (0.9, 0.9), "rest_eps": 1e-8}
+    expected |= {"damping": 0.5, "fallback_lr": 0.03}
     assert fngd_config(arguments, training_args) is None
-    assert optimizer_cls_and_kwargs(arguments, None, training_args) == (BaselineFactory, {**expected, "damping": 0.5})
+    assert optimizer_cls_and_kwargs(arguments, None, training_args) == (BaselineFactory, expected)
+
+
+@pytest.mark.parametrize("rates", [{}, {"fallback_lr": 0.03}])
+def test_a_baselines_rest_may_have_a_rate_of_its_own(rates):
+    optimizer = BaselineFactory()(net(), name="kfac", lr=0.01, **rates)
+    found = {type(part).__name__: {group["lr"] for group in part.param_groups} for part in optimizer.optimizers}
+    assert found == {"KFAC": {0.01}, "AdamW": {rates.get("fallback_lr", 0.01)}}
 
 
 def test_ngd_is_fngd_without_sharing(tmp_path):
