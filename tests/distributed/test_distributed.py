@@ -137,8 +137,9 @@ def exchanged_ddp(found: dict[str, Any], sent: int, orthogonalized: list[int]) -
     others = processes - 1
     assert found.pop("muon") == [["broadcast_"] * 2, [sent], orthogonalized]
     assert found.pop("block_muon") == [[], [], [8] * processes]
-    # The first exchange is that of the positions; all orthogonalize the smaller matrix.
-    sizes = [8 * others, 8 * 40 * 5 * others]
+    # The first exchange is that of the positions, and of which of the two layers have a gradient; all orthogonalize the
+    # smaller matrix.
+    sizes = [8 * 3 * others, 8 * 40 * 5 * others]
     assert found.pop("many positions") == [["allgather_", "broadcast_"], sizes, [2] + [1] * others]
     assert set(found) == {"no_sync", "hook", "ignored"}
     assert all(outcome == [[], [], [2] * processes] for outcome in found.values())
