@@ -35,7 +35,7 @@ from classification import subjects
 from classification.bad_samples import BadSampleArguments, spoiled
 from classification.calibration import accuracy_and_calibration
 from classification.callbacks import EarlyStopping, SkipSpikes
-from classification.fine_tuning import FineTuningArguments, with_layer_decay
+from classification.fine_tuning import FineTuningArguments, with_own_rates
 from classification.forgetting import EMBEDDED, Forgetting, ForgettingArguments
 from common.arguments import OptimizerArguments, TextTrainingArguments, at_least_one, option, parse
 from common.data import shown
@@ -262,8 +262,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     }
     if model_args.model_name_or_path is not None:
         facts["model_name_or_path"] = shown(model_args.model_name_or_path)
-    if model_args.layer_decay is not None:
-        run = with_layer_decay(run, model, optimizer_args.optimizer, model_args.layer_decay)
+    if model_args.has_own_rates:
+        run = with_own_rates(run, model, optimizer_args.optimizer, model_args)
     forgetting = None
     if others is not None:
         facts["forgetting_dataset"] = shown(forgetting_args.forgetting_dataset)

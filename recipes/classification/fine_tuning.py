@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,6 +41,9 @@ class FineTuningArguments:
     layer_decay: float | None = option(
         None, "adamw, fngd: factor of the learning rate from each layer to the one below, in (0, 1). Default: none."
     )
+    head_factor: float | None = option(
+        None, "adamw, fngd: factor > 0 of the learning rate for the output layers, which are new. Default: none."
+    )
 
     def __post_init__(self) -> None:
         """Reject what contradicts itself or would be ignored."""
@@ -47,13 +52,22 @@ class FineTuningArguments:
             raise ValueError(f"{', '.join(given)}: options of fine-tuning, which need --model_name_or_path.")
         if self.lora_r is None and (lora := [name for name in given if name.startswith("lora_")]):
             raise ValueError(f"{', '.join(lora)}: options of LoRA, which need --lora_r.")
-        if self.freeze_encoder and (self.lora_r is not None or self.layer_decay is not None):
-            raise ValueError("--freeze_encoder trains the output layers alone: leave out --lora_r and --layer_decay.")
+        if self.freeze_encoder and (self.lora_r is not None or self.has_own_rates):
+            raise ValueError(
+                "--freeze_encoder trains the output layers alone: leave out --lora_r, --layer_decay and --head_factor."
+            )
         at_least_one(self, "lora_r", "lora_alpha")
         if not 0 <= (self.lora_dropout or 0) < 1:
             raise ValueError(f"lora_dropout is {self.lora_dropout}; it must lie in [0, 1).")
         if self.layer_decay is not None and not 0 < self.layer_decay < 1:
             raise ValueError(f"layer_decay is {self.layer_decay}; it must lie in (0, 1); leave it out for none.")
+        if self.head_factor is not None and not 0 < self.head_factor < math.inf:
+            raise ValueError(f"head_factor is {self.head_factor}; it must be above 0; leave it out for none.")
+
+    @property
+    def has_own_rates(self) -> bool:
+        """Whether parts of the model have learning rates of their own."""
+        return self.layer_decay is not None or self.head_factor is not None
 
     def adapt(self, model: PreTrainedModel, new: set[str]) -> tuple[PreTrainedModel | PeftModel, str]:
         """Freeze what is not trained, or wrap the model in LoRA adapters.
@@ -73,7 +87,7 @@ class FineTuningArguments:
                 parameter.requires_grad_(any(name.startswith(f"{module}.") for module in trained))
             return model, f"trained: {', '.join(trained)}; all else was frozen"
         if self.lora_r is None:
-            return model, "all weights were trained" + self._decay()
+            return model, "all weights were trained" + self._rates()
         targets: Any = self.lora_target_modules or [ALL_LINEAR]
         config = LoraConfig(
             task_type="SEQ_CLS",
@@ -85,52 +99,64 @@ class FineTuningArguments:
         )
         return get_peft_model(model, config), (
             f"trained: LoRA adapters of rank {config.r} (alpha {config.lora_alpha}, dropout {config.lora_dropout:g}) "
-            f"on {', '.join(targets)}, and all weights of {', '.join(trained)}{self._decay()}"
+            f"on {', '.join(targets)}, and all weights of {', '.join(trained)}{self._rates()}"
         )
 
-    def _decay(self) -> str:
-        return "" if self.layer_decay is None else f"; each layer at {self.layer_decay:g} of the rate of the one above"
+    def _rates(self) -> str:
+        decay = f"; each layer at {self.layer_decay:g} of the rate of the one above" if self.layer_decay else ""
+        return decay + (f"; the output layers at {self.head_factor:g} times the rate" if self.head_factor else "")
 
 
 def _has_any(module: nn.Module) -> bool:
     return any(True for _ in module.parameters())
 
 
-def layer_rates(model: nn.Module, decay: float) -> dict[float, list[str]]:
+def layer_rates(model: nn.Module, decay: float | None = None, head: float | None = None) -> dict[float, list[str]]:
     """Return factors of the learning rate, the largest first, each with the names of the trained parameters it is for.
 
-    It is 1 for what lies outside the encoder or behind its layers, `decay` for the last layer, and so on down to the
-    embeddings below the first one: ELECTRA's rule (Clark et al. 2020, arXiv 2003.10555).
+    It is `head` for what lies outside the encoder and 1 for what lies behind its layers. With a `decay` it is that for
+    the last layer, and so on down to the embeddings below the first one: ELECTRA's rule (Clark et al. 2020,
+    arXiv 2003.10555).
 
     Raises:
-        ValueError: The encoder has no numbered layers, or two stacks of them.
+        ValueError: With a decay: the encoder has no numbered layers, or two stacks of them.
     """
     whole = model.get_base_model() if isinstance(model, PeftModel) else model
     inside = {id(parameter) for parameter in whole.base_model.parameters()}
     names = [name for name, parameter in model.named_parameters() if id(parameter) in inside]
-    number = {name: int(found[1]) for name in names if (found := _NUMBERED.search(name))}
-    if not number or whole.config.is_encoder_decoder:
+    factors = {} if decay is None else _decayed(names, decay)
+    if decay is not None and (not factors or whole.config.is_encoder_decoder):
         raise ValueError(f"--layer_decay needs one stack of numbered layers, which {type(whole).__name__} has not.")
-    top, first = max(number.values()) + 2, names.index(next(iter(number)))
-    # DeBERTa registers the embeddings of relative positions behind its layers.
-    below = {name for place, name in enumerate(names) if name not in number and (place < first or "embed" in name)}
     rates: defaultdict[float, list[str]] = defaultdict(list)
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            depth = 0 if name in below else number[name] + 1 if name in number else top
-            rates[decay ** (top - depth)].append(name)
+            outside = 1.0 if head is None or id(parameter) in inside else head
+            rates[factors.get(name, outside)].append(name)
     return dict(sorted(rates.items(), reverse=True))
 
 
-class LayerDecayAdamW:
+def _decayed(names: Sequence[str], decay: float) -> dict[str, float]:
+    """Return the factors of numbered layers and of what lies below them, or none where no layer has a number."""
+    number = {name: int(found[1]) for name in names if (found := _NUMBERED.search(name))}
+    if not number:
+        return {}
+    top, first = max(number.values()) + 2, names.index(next(iter(number)))
+    # DeBERTa registers the embeddings of relative positions behind its layers.
+    below = {name for place, name in enumerate(names) if name not in number and (place < first or "embed" in name)}
+    return {name: decay ** (top - depth - 1) for name, depth in number.items()} | dict.fromkeys(below, decay**top)
+
+
+class OwnRatesAdamW:
     """Builds Trainer's AdamW with `layer_rates`, as a factory: Trainer takes "params" out of what it is handed."""
 
-    def __call__(self, model: nn.Module, *, args: TrainingArguments, decay: float) -> torch.optim.Optimizer:
+    def __call__(
+        self, model: nn.Module, *, args: TrainingArguments, rates: dict[float, list[str]]
+    ) -> torch.optim.Optimizer:
         """Build it on the model that Trainer hands over."""
         optimizer_cls, options = Trainer.get_optimizer_cls_and_kwargs(args)
         parameters, decayed = dict(model.named_parameters()), decays(model)
         groups = []
-        for factor, names in layer_rates(model, decay).items():
+        for factor, names in rates.items():
             for weight_decay, kept in ((args.weight_decay, True), (0.0, False)):
                 params = [parameters[name] for name in names if (name in decayed) == kept]
                 if params:
@@ -139,23 +165,23 @@ class LayerDecayAdamW:
         return optimizer
 
 
-def with_layer_decay(run: Run, model: nn.Module, optimizer: str, decay: float) -> Run:
+def with_own_rates(run: Run, model: nn.Module, optimizer: str, chosen: FineTuningArguments) -> Run:
     """Return the run with an optimizer that has `layer_rates`; raise a ValueError unless it is AdamW or FNGD."""
+    name = "--layer_decay" if chosen.layer_decay else "--head_factor"
+    rates = layer_rates(model, chosen.layer_decay, chosen.head_factor)
     if run.config is not None:
-        if run.config.fallback_lr is not None:
+        if run.config.fallback_lr is not None and chosen.layer_decay is not None:
             raise ValueError("--layer_decay sets the rates of all parameters of a layer: leave out --fallback_lr.")
         if run.config.param_groups is not None:
-            raise ValueError("--layer_decay makes parameter groups of its own: take a --fngd_config without any.")
+            raise ValueError(f"{name} makes parameter groups of its own: take a --fngd_config without any.")
         groups = [
-            {"params": _pattern(names), "lr": factor * run.config.lr}
-            for factor, names in layer_rates(model, decay).items()
-            if factor < 1
+            {"params": _pattern(names), "lr": factor * run.config.lr} for factor, names in rates.items() if factor != 1
         ]
         config = dataclasses.replace(run.config, param_groups=groups)
         return dataclasses.replace(run, config=config, optimizer=(FNGDFactory, {"args": run.args, "config": config}))
     if optimizer != "adamw":
-        raise ValueError(f"--optimizer {optimizer} has no use for --layer_decay; adamw and fngd have.")
-    return dataclasses.replace(run, optimizer=(LayerDecayAdamW, {"args": run.args, "decay": decay}))
+        raise ValueError(f"--optimizer {optimizer} has no use for {name}; adamw and fngd have.")
+    return dataclasses.replace(run, optimizer=(OwnRatesAdamW, {"args": run.args, "rates": rates}))
 
 
 def _pattern(names: list[str]) -> str:

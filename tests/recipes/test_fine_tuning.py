@@ -22,7 +22,7 @@ from transformers import (
 
 import text_classification
 from classification.calibration import calibration_error
-from classification.fine_tuning import layer_rates, with_layer_decay
+from classification.fine_tuning import FineTuningArguments, layer_rates, with_own_rates
 from classification.forgetting import Forgetting, ForgettingArguments, embed, probe_accuracy
 from common.arguments import OptimizerArguments, TextTrainingArguments
 from common.run import prepare
@@ -142,7 +142,9 @@ def test_validation_rows_are_apart_and_the_same_for_all_seeds():
 
 
 def rate(name):
-    """Return the factor of a parameter of a BERT of two layers, with a decay of 0.5."""
+    """Return the factor of a parameter of a BERT of two layers, with a decay of 0.5 and a head factor of 3."""
+    if "classifier" in name:
+        return 3.0
     if ".embeddings." in name:
         return 0.125
     layer = re.search(r"\.layer\.(\d)\.", name)
@@ -152,9 +154,10 @@ def rate(name):
 @pytest.mark.parametrize("options", [{}, {"lora_r": 2}], ids=["full", "lora"])
 @pytest.mark.parametrize("optimizer", ["adamw", "fngd"])
 def test_rates_fall_from_layer_to_layer(pretrained, tmp_path, optimizer, options):
-    model, _ = built(pretrained, layer_decay=0.5, **options)
+    model, _ = built(pretrained, **options)
     args = TextTrainingArguments(output_dir=str(tmp_path), learning_rate=0.4, weight_decay=0.1)
-    run = with_layer_decay(prepare((OptimizerArguments(optimizer=optimizer), args)), model, optimizer, 0.5)
+    chosen = FineTuningArguments(model_name_or_path="tiny", layer_decay=0.5, head_factor=3)
+    run = with_own_rates(prepare((OptimizerArguments(optimizer=optimizer), args)), model, optimizer, chosen)
     factory, kwargs = run.optimizer
     groups = factory()(model, **kwargs).param_groups
     found = {id(p): (group["lr"], group["weight_decay"]) for group in groups for p in group["params"]}
@@ -163,6 +166,19 @@ def test_rates_fall_from_layer_to_layer(pretrained, tmp_path, optimizer, options
             decay = 0.0 if "bias" in name or "LayerNorm" in name else 0.1
             assert found[id(parameter)] == (pytest.approx(0.4 * rate(name)), decay), name
     assert sum(map(len, layer_rates(model, 0.5).values())) == sum(p.requires_grad for p in model.parameters())
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "fngd"])
+def test_the_head_alone_has_another_rate(argv, tmp_path, optimizer):
+    more = ["--head_factor=5", f"--optimizer={optimizer}", "--max_steps=1", "--lr_scheduler_type=constant"]
+    plain = text_classification.main([*argv, *more[1:], "--save_strategy=no"])
+    report = text_classification.main([*argv, *more, "--overwrite_output_dir=true"])
+    assert report["train_loss"] == plain["train_loss"]  # of the first step
+    assert report["eval_loss"] != plain["eval_loss"]
+    assert (
+        "all weights were trained; the output layers at 5 times the rate"
+        in (tmp_path / "out" / "README.md").read_text()
+    )
 
 
 def test_rates_of_other_stacks():
@@ -294,7 +310,9 @@ def test_a_resumed_configuration_has_the_layers_rates(argv, tmp_path):
         (["--lora_alpha=8"], "lora_alpha: options of LoRA, which need --lora_r"),
         (["--lora_r=0"], "lora_r is 0"),
         (["--lora_r=2", "--lora_dropout=1"], r"lora_dropout is 1.0; it must lie in \[0, 1\)"),
-        (["--lora_r=2", "--freeze_encoder=true"], "leave out --lora_r and --layer_decay"),
+        (["--lora_r=2", "--freeze_encoder=true"], "leave out --lora_r, --layer_decay and --head_factor"),
+        (["--head_factor=0"], "head_factor is 0.0; it must be above 0"),
+        (["--head_factor=2", "--optimizer=sgd"], "sgd has no use for --head_factor"),
         (["--layer_decay=1"], "layer_decay is 1.0"),
         (["--layer_decay=0.5", "--optimizer=sgd"], "sgd has no use for --layer_decay"),
         (["--layer_decay=0.5", "--fallback_lr=1"], "leave out --fallback_lr"),
