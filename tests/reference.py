@@ -130,7 +130,9 @@ def norm_of(module: nn.Module, a: Tensor, g: Tensor, gradients: Sequence[Tensor]
     if isinstance(module, _ConvNd):
         if module.padding_mode != "zeros":
             a = F.pad(a, module._reversed_padding_repeated_twice, mode=module.padding_mode)
-        return float((a.flatten(1).norm(dim=1) * g.flatten(1).norm(dim=1)).sum())
+        bias = ones * g[0, 0].numel() * math.prod(module.stride) / math.prod(module.kernel_size)
+        of_a = (a.flatten(1).square().sum(dim=1) + bias).sqrt()
+        return float(of_a @ g.flatten(1).norm(dim=1))
     return float(gradients[0].norm())  # a norm that multiplies by one vector
 
 

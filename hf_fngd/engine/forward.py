@@ -24,7 +24,7 @@ from hf_fngd.engine.window import MicroBatch, Window, in_backward
 from hf_fngd.layers.base import is_frozen, plain_class, weight_of
 from hf_fngd.layers.embedding import EmbeddingKernel
 from hf_fngd.samples.ids import COLUMN, Ids, find_ids, is_one_row, of_tokens, read_ids
-from hf_fngd.samples.rows import TOKENS, View
+from hf_fngd.samples.rows import TOKENS, Rows, View
 from hf_fngd.samples.snapshot import copied
 from hf_fngd.weights.base import StoredWeights
 
@@ -225,11 +225,10 @@ class Forwards:
         own = partial(own, *args, **kwargs)
         if isinstance(batch, Tensor):
             # What a later probe finds is left to `sample_weights`: here it would cause a recompilation.
-            over = None
-            if layer.by_rows and self._tokens and x[0].dim() + isinstance(layer.kernel, EmbeddingKernel) > 2:
+            over: Rows | None = View(layer.dim, "last") if layer.by_rows and layer.dim else None
+            tokens = self._tokens and x[0].dim() + isinstance(layer.kernel, EmbeddingKernel) > 2
+            if layer.by_rows and tokens and layer.kernel.folds(1):
                 over = TOKENS
-            elif layer.by_rows and layer.dim:
-                over = View(layer.dim, "last")
             call = LayerCall(layer.kernel, layer.place, batch, self._engine.number, over, self._whole)
             return layer.kernel.run(module, own, x[0], call)
         rows, unfit = layer.locate(x[0], batch)

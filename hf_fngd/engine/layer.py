@@ -83,8 +83,9 @@ class Layer:
         table = isinstance(self.kernel, EmbeddingKernel | TableKernel)  # these find their samples themselves
         if isinstance(verdict, View) and not isinstance(self.kernel, TableKernel):
             # The report keeps the reasons of earlier batches.
-            self.view = verdict if verdict.plain or self.kernel.folds else None
+            self.view = verdict if verdict.plain or self.kernel.folds(verdict.dim) else None
             self.unfit, self.dim = (None, self.view.dim) if self.view else (NOT_THE_BATCH, 0)
+            self.by_sizes = False
         elif not table or (verdict is not None and not isinstance(verdict, View)):
             self.unfit = verdict if isinstance(verdict, str) else NOT_THE_BATCH
 
@@ -135,7 +136,7 @@ class Layer:
             if x.dim() <= dim or (dim and x.shape[dim] != batch.size):
                 return view, NOT_THE_BATCH
             return view, self._misfit(view, x.shape[: dim + 1].numel(), batch)
-        shape = x.shape[:-1]
+        shape = x.shape[:-1] if self.kernel.folds(1) else x.shape[:1]
         if isinstance(self.kernel, EmbeddingKernel):
             shape = x.shape
             if len(x) == 1 < batch.rows:
@@ -145,7 +146,7 @@ class Layer:
         if self.view is None and batch.ids.of.dim() == 1 and batch.rows in shape[1:] and batch.rows > 1:
             return None, AMBIGUOUS
         found = batch.ids.locate(shape, self.view)
-        if found is None or not (self.kernel.folds or (found.dim == 0 and len(found.ids) == batch.rows)):
+        if found is None or not (self.kernel.folds(found.dim) or (found.dim == 0 and len(found.ids) == batch.rows)):
             return None, NOT_ITS_ROWS
         return found, None
 

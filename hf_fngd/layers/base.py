@@ -76,16 +76,21 @@ class LayerKernel(ABC):
 
     Attributes:
         fault: why no call's samples can be weighed, once a call has shown that; else None.
-        folds: whether the arithmetic holds for `Rows` of any kind.
         adds: whether a sample's norm is the sum of its rows' norms; else it is the root of the sum of their squares.
     """
 
     fault: str | None = None
-    folds: ClassVar[bool] = False
 
     @property
     def adds(self) -> bool:
         """See above."""
+        return False
+
+    def folds(self, dim: int) -> bool:
+        """Whether the arithmetic holds where dimension ``dim`` of x has several rows a sample (default: it does not).
+
+        The dimensions before it are then flattened with it.
+        """
         return False
 
     def takes(self, x: Any, *others: Any) -> bool:
@@ -113,7 +118,10 @@ class LayerKernel(ABC):
         return known, None if known else NOT_THE_BATCH
 
     def norms(self, x: Tensor | None, g: Tensor, has_bias: bool) -> Tensor:
-        """A cheap bound ``[N]`` of the norms of the rows' gradients, with or without a bias (default: those of g)."""
+        """A cheap measure ``[N]`` of the norms of the rows' gradients, with or without a bias (default: those of g).
+
+        It need not bound them, and may have any factor that is the same for all samples.
+        """
         return tensor_norms(g)
 
 

@@ -4,6 +4,7 @@ The weighted gradient extracts no patches: the sample weights go on the input or
 smaller, and the convolution's own weight gradient does the rest (Sec. IV-C). Only the Gram matrix extracts patches.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,15 +39,24 @@ class ConvolutionKernel(GramKernel):
     arguments: tuple[Any, ...]  # torch.convolution's after the bias: stride, padding, dilation and so on
     pad: tuple[int, ...]  # for F.pad, if torch.convolution cannot do the padding itself
     mode: str  # for F.pad
-    folds = True
     adds = True
 
-    def takes(self, x: Any, *others: Any) -> bool:  # an input without a batch dimension is not taken
-        return isinstance(x, Tensor) and x.dim() == len(self.size) + 2 and not others
+    def folds(self, dim: int) -> bool:
+        return dim == 0
+
+    def takes(self, x: Any, *others: Any) -> bool:
+        """See `LayerKernel.takes`: an input with a batch dimension; a transposed one's output_size beside it."""
+        transposed = self.arguments[3]
+        return isinstance(x, Tensor) and x.dim() == len(self.size) + 2 and len(others) <= transposed
 
     def run(self, module: nn.Module, own: Forward, x: Tensor, call: Call) -> Tensor:
         assert isinstance(module, _ConvNd)
-        if (now := _settings(module)) != (self.arguments, self.pad, self.mode):  # somebody changed the layer
+        others = [one for one in (*own.args, *own.keywords.values()) if one is not module and one is not x]
+        if (now := _settings(module, x, *others)) != (
+            self.arguments,
+            self.pad,
+            self.mode,
+        ):  # somebody changed the layer
             self.arguments, self.pad, self.mode = now
         # Padded first, as torch does: autocast pads in float32.
         return call.apply(*operands(module, F.pad(x, self.pad, mode=self.mode) if any(self.pad) else x))
@@ -68,15 +78,28 @@ class ConvolutionKernel(GramKernel):
 
     def _backward(self, x: Tensor, g: Tensor, weight: Tensor, wanted: tuple[bool, bool, bool]) -> Any:
         bias_sizes = [g.shape[1]] if wanted[2] else None
-        return torch.ops.aten.convolution_backward(g, x, weight, bias_sizes, *self.arguments, wanted)
+        stride, padding, dilation, transposed, output_padding, groups = self.arguments
+        if transposed:  # a later call may have had another output_size
+            of = zip(g.shape[2:], x.shape[2:], self.size, stride, padding, dilation, strict=True)
+            output_padding = [out - (n - 1) * s + 2 * p - d * (k - 1) - 1 for out, n, k, s, p, d in of]
+        arguments = stride, padding, dilation, transposed, output_padding, groups
+        return torch.ops.aten.convolution_backward(g, x, weight, bias_sizes, *arguments, wanted)
 
     def layout(self, known: bool | None, x: Tensor | None, g: Tensor, samples: int) -> Layout:
         return super().layout(True, x, g, samples)  # `takes` made sure that dimension 0 is the batch
 
     def norms(self, x: Tensor | None, g: Tensor, has_bias: bool) -> Tensor:
-        """``||x_n|| ||g_n||``."""
+        """``||x_n|| ||g_n||``; with a trained bias the root of ``||x_n||^2 + c`` in place of ``||x_n||``.
+
+        An entry of x meets K / S entries of g, with K positions of the filter and S those of a stride. The bias meets
+        each of g's Y positions once, as an input of ones would with a filter of one entry: ``c = Y S / K``.
+        """
         assert x is not None
-        return tensor_norms(g) * tensor_norms(x)
+        of_x = tensor_norms(x)
+        if has_bias:
+            positions = g.shape[2:].numel() * math.prod(self.arguments[0]) / math.prod(self.size)
+            of_x = torch.hypot(of_x, of_x.new_full((), positions**0.5))
+        return tensor_norms(g) * of_x
 
     def gram(self, x: Tensor, g: Tensor, has_bias: bool, memory_budget: int) -> Tensor:
         """By patches of the input; for a transposed convolution by patches of the output gradient.
@@ -121,12 +144,18 @@ def convolution_kernel(module: nn.Module) -> ConvolutionKernel | None:
     return ConvolutionKernel(module.kernel_size, *_settings(module))
 
 
-def _settings(module: _ConvNd) -> tuple[tuple[Any, ...], tuple[int, ...], str]:
+def _settings(
+    module: _ConvNd, x: Tensor | None = None, output_size: Any = None
+) -> tuple[tuple[Any, ...], tuple[int, ...], str]:
     """The arguments of torch's convolution after the bias; F.pad's padding and mode."""
     dims = len(module.kernel_size)
     pad, padding, mode = (0,) * 2 * dims, module.padding, module.padding_mode
     if isinstance(padding, str) or mode != "zeros":
         # As torch does it: `_reversed_padding_repeated_twice` is F.pad's argument, also for "same" and "valid".
         pad, padding = tuple(module._reversed_padding_repeated_twice), (0,) * dims
-    arguments = (module.stride, padding, module.dilation, module.transposed, module.output_padding, module.groups)
+    output_padding = module.output_padding
+    if output_size is not None:
+        sizes = [*output_size], module.stride, padding, module.kernel_size, dims, module.dilation
+        output_padding = tuple(module._output_padding(x, *sizes))  # type: ignore[operator]
+    arguments = (module.stride, padding, module.dilation, module.transposed, output_padding, module.groups)
     return arguments, pad, "constant" if mode == "zeros" else mode

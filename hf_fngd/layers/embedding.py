@@ -19,7 +19,8 @@ A_TABLE = "the whole batch shares its output, as that of a table of positions, a
 class EmbeddingKernel(LayerKernel):
     """``y = W[x]``."""
 
-    folds = True
+    def folds(self, dim: int) -> bool:
+        return True
 
     def __init__(self) -> None:
         self.expands = False  # whether the output is expanded to the batch

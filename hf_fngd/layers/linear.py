@@ -34,7 +34,9 @@ class LinearKernel(GramKernel):
     """
 
     tied: bool = False
-    folds = True
+
+    def folds(self, dim: int) -> bool:
+        return True
 
     @property
     def adds(self) -> bool:

@@ -36,7 +36,9 @@ class LayerNormKernel(ExplicitKernel):
 
     shape: tuple[int, ...]
     eps: float
-    folds = True
+
+    def folds(self, dim: int) -> bool:
+        return True
 
     def takes(self, x: Any, *others: Any) -> bool:
         return isinstance(x, Tensor) and x.dim() > len(self.shape) and not others
@@ -67,7 +69,8 @@ class LayerNormKernel(ExplicitKernel):
 class VectorKernel(LayerKernel):
     """A norm that multiplies by a vector ``W`` of the size of the last dimension, by its own forward."""
 
-    folds = True
+    def folds(self, dim: int) -> bool:
+        return True
 
     def run(self, module: nn.Module, own: Forward, x: Tensor, call: Call) -> Any:
         return plain_class(module).forward(With(module, weight=_expanded(module, x, call)), x)
@@ -76,7 +79,8 @@ class VectorKernel(LayerKernel):
 class RMSNormKernel(LayerKernel):
     """torch's RMSNorm. Its function accepts no expanded vector, so it runs without one and we multiply."""
 
-    folds = True
+    def folds(self, dim: int) -> bool:
+        return True
 
     def run(self, module: nn.Module, own: Forward, x: Tensor, call: Call) -> Tensor:
         assert isinstance(module, nn.RMSNorm)

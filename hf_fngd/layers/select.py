@@ -166,6 +166,7 @@ def select_layers(
             for name, module in model.named_modules()
             if (why := refusal(module, *MATRICES, *CONVOLUTIONS))
         ]
+        refused += [f"{name}: {one.reason}" for name, one in plain.items() if one.reason in (TIED, COMPUTED)]
         raise ValueError(
             "nothing to precondition: the model has no trainable torch.nn.Linear, transformers Conv1D or convolution, "
             f"nor a subclass that computes the same, that target_modules={shown(target_modules)}, "

@@ -18,7 +18,7 @@ class Samples(Protocol):
     """What a policy may ask about the samples in one call of one layer. Each answer is computed on demand."""
 
     def norms(self) -> Tensor:
-        """The norms of the per-sample gradients ``[N]``, by the layer type's cheap bound."""
+        """The norms of the per-sample gradients ``[N]``, by the layer type's cheap measure."""
 
     def gram(self, memory_budget: int) -> Tensor:
         """Their Gram matrix K ``[N, N]``, up to one factor, within a temporary memory in bytes."""
