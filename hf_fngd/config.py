@@ -34,7 +34,7 @@ PRESETS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
 
 
 # What TrainingArguments calls arguments of FNGD.
-_TRAINING_ARGS = {
+TRAINING_ARGS = {
     "lr": "learning_rate",
     "weight_decay": "weight_decay",
     "momentum": "adam_beta1",
@@ -176,7 +176,7 @@ def set_in(args: Any, config: FNGDConfig, overrides: Mapping[str, Any]) -> dict[
     """FNGD's arguments that were set in TrainingArguments. Raises ValueError if the config sets another value."""
     defaults = {f.name: f.default for f in dataclasses.fields(args)} if dataclasses.is_dataclass(args) else {}
     chosen = {}
-    for name, theirs in _TRAINING_ARGS.items():
+    for name, theirs in TRAINING_ARGS.items():
         if not hasattr(args, theirs):
             continue
         value, own = getattr(args, theirs), getattr(config, name)
@@ -202,6 +202,6 @@ def set_in(args: Any, config: FNGDConfig, overrides: Mapping[str, Any]) -> dict[
 def ignored_in(args: Any, config: FNGDConfig, overrides: Mapping[str, Any]) -> dict[str, Any]:
     """What was set in TrainingArguments, by its names there, and is not the config's value nor overridden."""
     defaults = {f.name: f.default for f in dataclasses.fields(args)} if dataclasses.is_dataclass(args) else {}
-    names = {theirs: own for own, theirs in _TRAINING_ARGS.items() if own not in overrides and theirs in defaults}
+    names = {theirs: own for own, theirs in TRAINING_ARGS.items() if own not in overrides and theirs in defaults}
     values = {theirs: getattr(args, theirs) for theirs in names}
     return {name: v for name, v in values.items() if v not in (defaults[name], config.effective(names[name]))}

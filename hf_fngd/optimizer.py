@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_fngd.checks import Misplaced
-from hf_fngd.config import FNGDConfig, set_in
+from hf_fngd.config import TRAINING_ARGS, FNGDConfig, set_in
 from hf_fngd.distributed.join import Joins
 from hf_fngd.distributed.sharded import local
 from hf_fngd.engine.coverage import CoverageReport
@@ -59,6 +59,7 @@ class FNGD(torch.optim.Optimizer, Joins):
         self.settings = Settings.of("FNGD", {"lr": lr, **settings})
         self.preconditioner = FNGDPreconditioner(model, **self.settings.values(engine=True))
         self.skipped = 0
+        self.built_from_args = False
         self._checked: list[int] = []  # the trainable parameters in the last step
         fallback = FALLBACK_RULES[self.settings.fallback]
         inner = self.preconditioner.model
@@ -103,7 +104,14 @@ class FNGD(torch.optim.Optimizer, Joins):
             config = FNGDConfig.load(config)
         config = FNGDConfig() if config is None else config
         chosen = set_in(args, config, overrides)
-        optimizer = cls.from_config(model, config, **(chosen | overrides))
+        try:
+            optimizer = cls.from_config(model, config, **(chosen | overrides))
+        except ValueError as error:
+            for name in chosen:
+                if str(error).startswith(f"{name}="):
+                    error.add_note(f"It comes from {TRAINING_ARGS[name]} of TrainingArguments.")
+            raise
+        optimizer.built_from_args = True
         if "momentum" in optimizer.settings.updates and (args.max_grad_norm or 0) > 0:
             warnings.warn(
                 "update='momentum' takes its step from the size of the gradient, which "

@@ -18,7 +18,10 @@ from hf_fngd.layers.table import TableKernel
 from hf_fngd.samples.rows import NO_EQUAL_SHARES, NOT_THE_BATCH, Rows, Shares, View
 
 CALLED_AGAIN = "it is called more than once in a forward pass"
-NEVER_CALLED = "it was never called in a forward pass of the model in training mode: call the model itself"
+NEVER_CALLED = (
+    "it was never called in a forward pass of the model in training mode: call the model itself (or other code reads "
+    "its weight in its place, as TRL's trainers do)"
+)
 PASSED_BY = "some of its gradient came from no forward pass of the model in training mode: call the model itself"
 OTHER_INPUT = "it was called with an input that has no batch dimension or is nested, or with further arguments"
 NOT_ITS_ROWS = "its input has neither the batch's rows nor its tokens, for which ids tell the samples"

@@ -34,6 +34,7 @@ class Probing:
         self._settled = False  # whether a probe, or the argument in its place, has told the layers
         self.seen: Calls | None = None  # what the layers see, while a probe is under way
         self._layers, self._batch_dim = layers, batch_dim
+        self._taken = ""  # the input that counts the samples, in words
 
     def sizes(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], samples: int) -> dict[str, frozenset[int]]:
         """The sizes of the model's inputs, if the shares of a layer depend on them; else nothing."""
@@ -68,6 +69,8 @@ class Probing:
             return
         self.left -= 1
         reason = obstacle(model)
+        key = next((repr(key) for key, value in kwargs.items() if value is sample), "the first tensor")
+        self._taken = f"{key} {[*sample.shape]}"
         if reason is None:
             try:
                 inputs = (args, dict(kwargs))
@@ -99,8 +102,10 @@ class Probing:
         if self._found is not None:
             return
         self.note = f"{TOLD_BY_SIZES}, as {reason}"
+        if self._taken:
+            self.note += f"; {self._taken} was taken for the batch"
         if self._batch_dim is None:
-            self.note += "; batch_dim=0 or 1 says it for sure"
+            self.note += "; batch_dim=0 or 1 says which of its dimensions counts the samples"
         self.settle()
 
     def settle(self) -> None:

@@ -19,12 +19,12 @@ A_TABLE = "the whole batch shares its output, as that of a table of positions, a
 class EmbeddingKernel(LayerKernel):
     """``y = W[x]``."""
 
-    def folds(self, dim: int) -> bool:
-        return True
-
     def __init__(self) -> None:
         self.expands = False  # whether the output is expanded to the batch
         self.output: Any = None  # the first output that the whole batch shares, as a node of the graph; for `inspect`
+
+    def folds(self, dim: int) -> bool:
+        return True
 
     def takes(self, x: Any, *others: Any) -> bool:
         return isinstance(x, Tensor) and not others

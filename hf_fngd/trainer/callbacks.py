@@ -1,5 +1,6 @@
 """FNGDCallback: tells the optimizer about epochs, and logs, checkpoints and the model card about the optimizer."""
 
+import logging
 import sys
 from pathlib import Path
 from typing import Any
@@ -8,9 +9,12 @@ from tqdm.auto import tqdm
 from transformers import TrainerCallback
 from transformers.trainer_callback import CallbackHandler
 
+from hf_fngd.config import ignored_in
 from hf_fngd.trainer.card import keep_true, save_settings
-from hf_fngd.trainer.loss import check_loss
+from hf_fngd.trainer.loss import check_column, check_loss
 from hf_fngd.trainer.unwrapped import unwrap
+
+logger = logging.getLogger(__name__)
 
 
 class FNGDCallback(TrainerCallback):  # type: ignore[misc]
@@ -22,17 +26,28 @@ class FNGDCallback(TrainerCallback):  # type: ignore[misc]
 
     FNGD trains correctly without it. With it FNGD learns of the end of an epoch even where Accelerate does not show it
     (iterable datasets under gradient accumulation). At the start of training it raises TypeError if the optimizer is
-    not FNGD, and ValueError if the loss has parameters that FNGD does not train.
+    not FNGD, and ValueError if the loss has parameters that FNGD does not train, or the trainer drops the dataset's
+    column ``sample_ids``. It warns of settings in TrainingArguments that FNGD was built without.
     """
 
     def __init__(self) -> None:
+        self._begin()
+
+    def _begin(self) -> None:
         self._values: dict[str, float] = {}
         self._step = 0  # the step in which the values were measured
         self._always = False  # measure in every step, since a log came in a step that could not be foreseen
         self._told = False
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        unwrap(kwargs["optimizer"])
+        optimizer = unwrap(kwargs["optimizer"])
+        self._begin()
+        if not optimizer.built_from_args and (ignored := ignored_in(args, optimizer.config, {})):
+            logger.warning(
+                "%s of TrainingArguments has no effect, since FNGD(model, ...) did not see them: give them to FNGD, or "
+                "build it by FNGD.from_training_args(model, args)",
+                ", ".join(f"{name}={value!r}" for name, value in ignored.items()),
+            )
         # Trainer puts callbacks of users behind those that report to TensorBoard and others, which then do not see what
         # this one adds to the logs. The handler is not handed on. A new list: a loop over the old one is under way.
         handler = sys._getframe(1).f_locals.get("self")
@@ -43,7 +58,8 @@ class FNGDCallback(TrainerCallback):  # type: ignore[misc]
             trainer = frame.f_locals.get("self")
             if handler is not None and getattr(trainer, "callback_handler", None) is handler:
                 keep_true(trainer)
-                check_loss(unwrap(kwargs["optimizer"]).preconditioner.model, trainer)
+                check_loss(optimizer.preconditioner.model, trainer)
+                check_column(trainer)
                 break
             frame = frame.f_back
 

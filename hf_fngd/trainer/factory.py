@@ -8,7 +8,7 @@ from torch import nn
 from hf_fngd.checks import Misplaced
 from hf_fngd.config import ignored_in
 from hf_fngd.optimizer import FNGD
-from hf_fngd.trainer.loss import calling_trainer, check_loss
+from hf_fngd.trainer.loss import calling_trainer, check_column, check_loss
 
 _CURE = (
     "FNGDFactory is no optimizer: pass optimizer_cls_and_kwargs=(FNGDFactory, {...}) to Trainer, or "
@@ -31,10 +31,12 @@ class FNGDFactory:
         """Build it as `FNGD.from_training_args` does, or without ``args`` as `FNGD.from_config`.
 
         Warns where it is given no ``args``, and the trainer's set a learning rate or the like that nothing then reads.
-        Raises ValueError where the trainer's loss has parameters that the model has not.
+        Raises ValueError where the trainer's loss has parameters that the model has not, or where the trainer drops the
+        dataset's column ``sample_ids``.
         """
         trainer = calling_trainer()
         check_loss(model, trainer)
+        check_column(trainer)
         if args is not None:
             return FNGD.from_training_args(model, args, config, **overrides)
         optimizer = FNGD.from_config(model, "default" if config is None else config, **overrides)

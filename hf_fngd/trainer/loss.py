@@ -1,4 +1,4 @@
-"""Losses that are modules with parameters of their own, as some of sentence-transformers are."""
+"""What of a trainer would go past FNGD: parameters of its loss, and a column that it drops."""
 
 import sys
 from collections.abc import Mapping
@@ -6,6 +6,8 @@ from types import FrameType
 from typing import Any
 
 from torch import nn
+
+from hf_fngd.samples.ids import COLUMN
 
 
 def calling_trainer() -> Any:
@@ -32,3 +34,14 @@ def check_loss(model: nn.Module, trainer: Any) -> None:
                     "the model does not train: build it on the loss, which holds the model, "
                     "optimizers=(FNGD(loss), None)"
                 )
+
+
+def check_column(trainer: Any) -> None:
+    """Raise ValueError if a trainer drops the column of sample ids from its dataset, as the model does not take it."""
+    kept = getattr(trainer, "_signature_columns", None)  # None where it keeps all of them
+    names = getattr(getattr(trainer, "train_dataset", None), "column_names", None)
+    if kept is not None and COLUMN not in kept and isinstance(names, list) and COLUMN in names:
+        raise ValueError(
+            f"the dataset has the column {COLUMN}, and Trainer drops it before FNGD sees it: set "
+            "remove_unused_columns=False in TrainingArguments"
+        )

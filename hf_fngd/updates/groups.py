@@ -217,7 +217,7 @@ def in_force(settings: Any, own: Sequence[Mapping[str, Any]], loaded: Sequence[M
         return settings
     logger.warning(
         "the loaded state sets %s: as in torch, its values count and not those that the optimizer had; set others in "
-        "its param_groups after loading",
+        "its param_groups after loading, and for lr in the scheduler's base_lrs, from which it sets lr in every step",
         "; ".join(f"{name}={new:g} (it was {old:g}) in {', '.join(n)}" for (name, new, old), n in told.items()),
     )
     if settings.fallback_lr is None and found.get("fallback_lr") == found.setdefault("lr", found.get("fallback_lr")):
