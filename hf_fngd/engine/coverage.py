@@ -20,7 +20,7 @@ class CoverageReport:
             rule steps them.
         weighed: all other parameters whose samples are weighed; the fallback rule steps them.
         plain: parameters with a plain gradient, and why; the fallback rule steps them unless the reason says otherwise.
-        missed: parameters that should be preconditioned and had a plain gradient in some or all steps, and why.
+        missed: parameters of such layers that had a plain gradient in some or all steps, and why.
         note: where the sizes of tensors alone told the samples apart, and remarks of the optimizer; often empty.
     """
 
@@ -34,7 +34,7 @@ class CoverageReport:
         lines = [f"FNGD preconditions {len(self.preconditioned)} parameters."]
         if self.weighed:
             lines[0] = f"{lines[0][:-1]}, and weighs the samples in {listed(self.weighed)}."
-        for title, group in (("plain gradient", self.plain), ("could not be preconditioned", self.missed)):
+        for title, group in (("plain gradient", self.plain), ("could not be weighed", self.missed)):
             reasons: dict[str, list[str]] = {}
             for name, reason in group.items():
                 reasons.setdefault(reason, []).append(name)

@@ -31,7 +31,7 @@ def test_reasons_are_grouped_and_long_lists_cut() -> None:
         "FNGD preconditions 1 parameters.",
         "  2 plain gradient: a norm (norm.weight, norm.bias)",
         "  1 plain gradient: tied (head.weight)",
-        "  6 could not be preconditioned: called twice (layers.0.weight, layers.1.weight, layers.2.weight, "
+        "  6 could not be weighed: called twice (layers.0.weight, layers.1.weight, layers.2.weight, "
         "layers.3.weight, and 2 more)",
     ]
 
