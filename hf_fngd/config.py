@@ -199,7 +199,7 @@ def set_in(args: Any, config: FNGDConfig, overrides: Mapping[str, Any]) -> dict[
     return chosen
 
 
-def ignored_in(args: Any, config: FNGDConfig, overrides: Mapping[str, Any]) -> dict[str, Any]:
+def ignored_in(args: Any, config: Settings, overrides: Mapping[str, Any]) -> dict[str, Any]:
     """What was set in TrainingArguments, by its names there, and is not the config's value nor overridden."""
     defaults = {f.name: f.default for f in dataclasses.fields(args)} if dataclasses.is_dataclass(args) else {}
     names = {theirs: own for own, theirs in TRAINING_ARGS.items() if own not in overrides and theirs in defaults}

@@ -42,7 +42,7 @@ class FNGDCallback(TrainerCallback):  # type: ignore[misc]
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         optimizer = unwrap(kwargs["optimizer"])
         self._begin()
-        if not optimizer.built_from_args and (ignored := ignored_in(args, optimizer.config, {})):
+        if not optimizer.built_from_args and (ignored := ignored_in(args, optimizer.settings, {})):
             logger.warning(
                 "%s of TrainingArguments has no effect, since FNGD(model, ...) did not see them: give them to FNGD, or "
                 "build it by FNGD.from_training_args(model, args)",
