@@ -81,7 +81,7 @@ class FNGDPreconditioner(Joins):
         # How many a layer sees in a step, in all processes; update rules read it. 0: not known yet; None: nobody asks.
         self.positions: int | None = None
         self._hooks: list[RemovableHandle] = []
-        self._coverage = Coverage(selection, self._attached, own.strict)
+        self._coverage = Coverage(selection, self._attached, own.strict, self.policy.compares)
         self._forwards = Forwards(model, self._attached, self._window, weakref.WeakMethod(self._begin), own.batch_dim)
         self._coverage.note, self._trained = self._forwards.probing.told, len(self._forwards.live)
         # The model keeps none of this alive: without the optimizer it is plain again.

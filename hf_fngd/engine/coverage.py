@@ -20,7 +20,8 @@ class CoverageReport:
             rule steps them.
         weighed: all other parameters whose samples are weighed; the fallback rule steps them.
         plain: parameters with a plain gradient, and why; the fallback rule steps them unless the reason says otherwise.
-        missed: parameters of such layers that had a plain gradient in some or all steps, and why.
+        missed: parameters of Linear, Conv1D and convolution layers that had a plain gradient in some or all steps
+            though they should not, and why.
         note: where the sizes of tensors alone told the samples apart, and remarks of the optimizer; often empty.
     """
 
@@ -50,11 +51,12 @@ def listed(names: Sequence[str]) -> str:
 class Coverage:
     """Makes the coverage report, and logs it after the first step and whenever more layers are missed.
 
-    With ``strict`` an attached layer that is not weighed is an error.
+    With ``strict`` an attached layer that is not weighed is an error. ``compares`` says whether sample weights
+    depend on other samples, so that a batch of one is too small.
     """
 
-    def __init__(self, selection: Selection, layers: Sequence[Layer], strict: bool) -> None:
-        self._selection, self._layers, self._strict = selection, layers, strict
+    def __init__(self, selection: Selection, layers: Sequence[Layer], strict: bool, compares: bool) -> None:
+        self._selection, self._layers, self._strict, self._compares = selection, layers, strict, compares
         self._told = False
         self._told_reasons = 0
         self.note: Callable[[], str] = str
@@ -107,7 +109,7 @@ class Coverage:
         reasons = sum(len(layer.reasons) for layer in live)
         if not (self._told or reasons or samples):
             return  # a step without gradients
-        if samples == 1 and not self._told:
+        if samples == 1 and self._compares and not self._told:
             logger.warning(
                 "the first micro-batch holds one sample, whose sample weight is 1: with such batches FNGD is its "
                 "update rule alone. A packed row is one sample unless position_ids that restart, cu_seq_lens or "

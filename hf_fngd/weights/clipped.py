@@ -47,7 +47,7 @@ class ClippedSharing(SharingPolicy):
 
     If a sample's gradient is X times as long as those of the B - 1 others, it is ``1 + (X - 1) / B`` times as long
     afterwards. A bound that leaves no such lead (the median, say) would silence the few samples that a well fitted
-    model has yet to learn: their gradients are outsized too. The norms are the layer type's cheap ones. Norms of 0
+    model has yet to learn: their gradients are outsized too. The norms are `LayerKernel.norms`. Norms of 0
     have no part in the mean.
 
     The batch is that of the optimizer step. If it comes in M micro-batches, of one process or of many, a micro-batch

@@ -119,7 +119,8 @@ def layer_rates(model: nn.Module, decay: float | None = None, head: float | None
     arXiv 2003.10555).
 
     Raises:
-        ValueError: With a decay: the encoder has no numbered layers, or two stacks of them.
+        ValueError: With a decay: the encoder has no numbered layers, or two stacks of them. With a factor for the head:
+            nothing trained lies outside the encoder.
     """
     whole = model.get_base_model() if isinstance(model, PeftModel) else model
     inside = {id(parameter) for parameter in whole.base_model.parameters()}
@@ -127,6 +128,10 @@ def layer_rates(model: nn.Module, decay: float | None = None, head: float | None
     factors = {} if decay is None else _decayed(names, decay)
     if decay is not None and (not factors or whole.config.is_encoder_decoder):
         raise ValueError(f"--layer_decay needs one stack of numbered layers, which {type(whole).__name__} has not.")
+    if head is not None and not any(p.requires_grad and id(p) not in inside for p in model.parameters()):
+        raise ValueError(
+            f"--head_factor is for output layers outside the encoder, which {type(whole).__name__} has not."
+        )
     rates: defaultdict[float, list[str]] = defaultdict(list)
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
@@ -177,7 +182,7 @@ def with_own_rates(run: Run, model: nn.Module, optimizer: str, chosen: FineTunin
         groups = [
             {"params": _pattern(names), "lr": factor * run.config.lr} for factor, names in rates.items() if factor != 1
         ]
-        config = dataclasses.replace(run.config, param_groups=groups)
+        config = dataclasses.replace(run.config, param_groups=groups or None)
         return dataclasses.replace(run, config=config, optimizer=(FNGDFactory, {"args": run.args, "config": config}))
     if optimizer != "adamw":
         raise ValueError(f"--optimizer {optimizer} has no use for {name}; adamw and fngd have.")

@@ -190,6 +190,8 @@ def test_rates_of_other_stacks():
     bart = BartForSequenceClassification(BartConfig(vocab_size=30, d_model=4, **sizes, max_position_embeddings=8))
     with pytest.raises(ValueError, match="one stack of numbered layers, which BartFor"):
         layer_rates(bart, 0.5)
+    with pytest.raises(ValueError, match="output layers outside the encoder, which BertModel has not"):
+        layer_rates(BertModel(BertConfig(hidden_size=4, num_attention_heads=1, num_hidden_layers=1)), head=2.0)
 
 
 def test_what_the_checkpoint_lacks_is_trained(pretrained, tmp_path):
