@@ -11,7 +11,7 @@ from transformers.trainer_callback import CallbackHandler
 
 from hf_fngd.config import ignored_in
 from hf_fngd.trainer.card import keep_true, save_settings
-from hf_fngd.trainer.loss import check_column, check_loss
+from hf_fngd.trainer.refusals import check_column, check_loss
 from hf_fngd.trainer.unwrapped import unwrap
 
 logger = logging.getLogger(__name__)

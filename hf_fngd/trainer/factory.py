@@ -8,7 +8,7 @@ from torch import nn
 from hf_fngd.checks import Misplaced
 from hf_fngd.config import ignored_in
 from hf_fngd.optimizer import FNGD
-from hf_fngd.trainer.loss import calling_trainer, check_column, check_loss
+from hf_fngd.trainer.refusals import calling_trainer, check_column, check_loss
 
 _CURE = (
     "FNGDFactory is no optimizer: pass optimizer_cls_and_kwargs=(FNGDFactory, {...}) to Trainer, or "
