@@ -135,11 +135,13 @@ def select_layers(
     _check_listed(model, target_modules=target_modules, exclude_modules=exclude_modules)
     for name, module in model.named_modules():
         layer_type, kernel = find_kernel(module)
-        if layer_type not in wanted:
-            kernel = None
         excluded = matches(name, exclude_modules)
         named = target_modules == ALL_LINEAR or matches(name, target_modules)
+        unwanted = layer_type not in wanted and (isinstance(kernel, GramKernel) or (kernel is not None and not solves))
+        kernel = kernel if layer_type in wanted else None
         reason = _reason(module, kernel, uses, named, excluded)
+        if unwanted and not excluded:
+            reason = f"{type(module).__name__}: {layer_type!r} is not among layer_types"
         names = {leaf: known[id(parameter)] for leaf, parameter in to_train(module).items()}
         if reason is None and kernel is not None:
             matrices.append(Selected(name, module, kernel, True, names))

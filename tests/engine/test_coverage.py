@@ -46,8 +46,8 @@ def test_the_report_tells_what_became_of_every_parameter() -> None:
     assert report.plain == {
         "fc1.weight": "among exclude_modules",
         "fc1.bias": "among exclude_modules",
-        "norm.weight": "LayerNorm is not a preconditioned layer type",
-        "norm.bias": "LayerNorm is not a preconditioned layer type",
+        "norm.weight": "LayerNorm: 'norm' is not among layer_types",
+        "norm.bias": "LayerNorm: 'norm' is not among layer_types",
     }
     assert report.missed == {}
     assert report.weighed == ()

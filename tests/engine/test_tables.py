@@ -169,6 +169,7 @@ class Double(nn.Embedding):
 
 
 EXCLUDED, NO_TYPE = "among exclude_modules", "Embedding is not a preconditioned layer type"
+NOT_AMONG = "Embedding: 'embedding' is not among layer_types"
 EVERYTHING = ("fc", "norm", "tokens", "positions", "head")
 NOT_TABLE, NOT_POSITIONS = ("fc", "norm", "positions"), ("fc", "norm", "tokens", "head")
 Case = tuple[type[LanguageModel], dict[str, Any], tuple[str, ...], dict[str, str]]
@@ -191,7 +192,12 @@ CASES: dict[str, Case] = {
     "an embedding of one's own": (Other, {"table": Keyword}, EVERYTHING, {}),
     "an embedding that does more": (Other, {"table": Normed}, ("fc", "norm", "positions", "head"), {}),
     "an embedding that returns more": (Other, {"table": Double}, ("fc", "norm", "positions", "head"), {}),
-    "without a layer type": (LanguageModel, {"layer_types": ["linear"]}, ("fc",), {TABLE: NO_TYPE, POSITIONS: NO_TYPE}),
+    "without a layer type": (
+        LanguageModel,
+        {"layer_types": ["linear"]},
+        ("fc",),
+        {TABLE: NOT_AMONG, POSITIONS: NOT_AMONG},
+    ),
     "with a Gram matrix": (LanguageModel, {"sharing": "never"}, (), {TABLE: NO_TYPE, POSITIONS: NO_TYPE}),
 }
 

@@ -99,7 +99,7 @@ def test_every_trainable_parameter_is_accounted_for() -> None:
     ("name", "reason"),
     [
         ("embedding.weight", "Embedding is not a preconditioned layer type"),
-        ("norm.bias", "LayerNorm is not a preconditioned layer type"),
+        ("norm.bias", "LayerNorm: 'norm' is not among layer_types"),
         ("scale", "Model is not a preconditioned layer type"),
         ("myfc1.weight", "not among target_modules"),
         ("layers.0.fc1.bias", "among exclude_modules"),
