@@ -27,7 +27,7 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import Trainer
 
 from hf_fngd import FNGD, FNGDCallback
-from tests.distributed import matrices
+from tests.distributed import matrices, variants
 from tests.distributed.harness import (
     SETTINGS,
     STEPS,
@@ -353,7 +353,7 @@ def trainer() -> dict[str, Any]:
 def main() -> None:
     *names, result = sys.argv[1:]
     dist.init_process_group("gloo")
-    checks = vars(matrices) | globals()
+    checks = vars(matrices) | vars(variants) | globals()
     found = {name: checks[name]() for name in names}
     if dist.get_rank() == 0:
         Path(result).write_text(json.dumps(found))

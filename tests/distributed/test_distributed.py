@@ -32,6 +32,9 @@ def test_two_processes(subtests: pytest.Subtests, tmp_path: Path) -> None:
         "fsdp2_accumulation",
         "unfreezing",
         "tensor_parallel",
+        "ddp_options",
+        "loss_scaler",
+        "join_between",
         "trainer",
     ]
     found = launch(CHECKS, 2, tmp_path, *names)
@@ -81,6 +84,10 @@ def test_two_processes(subtests: pytest.Subtests, tmp_path: Path) -> None:
         assert outcome.pop("ddp, agree") is outcome.pop("fsdp2, agree") is True
         assert outcome.pop("ddp, missed") == outcome.pop("fsdp2, missed") == []
         assert max(outcome.values()) < 1e-12
+    with subtests.test("options of DistributedDataParallel, and a loss scaler"):
+        assert set(found["ddp_options"].values()) == set(found["loss_scaler"].values()) == {0.0}
+    with subtests.test("uneven batches between steps that are shared"):
+        assert found["join_between"] == {"muon": True, "block_muon": True}
     with subtests.test("tensor parallelism is refused"):
         assert set(found["tensor_parallel"]) == {"before", "after"}
         assert all("tensor parallelism" in message for message in found["tensor_parallel"].values())
