@@ -120,7 +120,7 @@ class FNGDPreconditioner(Joins):
         self._forwards.batch, self.epoch_ended = None, self._edge.passed()
         compared = self.policy.close(batches, begun, self._like()) if batches or world > 1 else 0
         self._find_positions(multiplications)
-        self._coverage.tell(compared, self._forwards.live)
+        self._coverage.tell(compared, begun, self._forwards.live)
         self._heed_epoch()
 
     def skip(self) -> None:
@@ -160,8 +160,8 @@ class FNGDPreconditioner(Joins):
     def follow(self, optimizer: torch.optim.Optimizer) -> None:
         """Call `step` after every step of an optimizer, or `skip` after one that a loss scaler skips, until `detach`.
 
-        Where optimizers step inside backward, each from a hook on its parameter, follow all of them, or one that steps
-        in every pass: `step` is called once, when the pass is over.
+        Where several optimizers share the model, follow all of them, or one that steps in every step. If they step
+        inside backward, each from a hook on its parameter, `step` is called once, when the pass is over.
 
         Raises ValueError where the optimizer has none of the model's parameters.
         """

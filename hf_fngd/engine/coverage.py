@@ -1,11 +1,14 @@
 """The coverage report: which parameters are preconditioned or weighed, which are plain, and why."""
 
 import logging
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+from torch import Tensor
+
 from hf_fngd.engine.layer import NEVER_CALLED, Layer
-from hf_fngd.layers.base import is_frozen
+from hf_fngd.layers.base import is_frozen, weight_of
 from hf_fngd.layers.select import Selection
 
 logger = logging.getLogger(__name__)
@@ -59,6 +62,7 @@ class Coverage:
         self._selection, self._layers, self._strict, self._compares = selection, layers, strict, compares
         self._told = False
         self._told_reasons = 0
+        self._grad: tuple[weakref.ref[Tensor], int] | None = None  # a gradient of the last step, and its version
         self.note: Callable[[], str] = str
         self.stepped: frozenset[str] = frozenset()  # plain parameters that the update rule steps all the same
         self.fallback: frozenset[str] = frozenset()  # parameters that the fallback rule steps, output heads included
@@ -92,16 +96,19 @@ class Coverage:
         note = "\n  ".join(filter(None, (self.note(), told)))
         return CoverageReport(tuple(preconditioned), plain, missed, tuple(weighed), note)
 
-    def tell(self, samples: int, live: Sequence[Layer]) -> None:
+    def tell(self, samples: int, begun: int, live: Sequence[Layer]) -> None:
         """After a step: log the report if it says more than before.
 
         Args:
             samples: how many samples the step's sample weights compared with each other.
+            begun: how many micro-batches have begun since the last step.
             live: the layers that are trained, or once were.
 
         Raises:
             RuntimeError: with ``strict`` a layer is not weighed.
         """
+        if self._same_gradients(live) and not begun:
+            return  # another optimizer steps by them: its parameters are a part of the model
         for layer in live:
             layer.close()
         for layer in live:
@@ -126,3 +133,10 @@ class Coverage:
         # An output head that no batch has used is reported, but is no reason for a warning.
         missed = any(layer.selected.matrix and layer.reasons for layer in self._layers)
         logger.log(logging.WARNING if missed or worse else logging.INFO, "%s", report)
+
+    def _same_gradients(self, live: Sequence[Layer]) -> bool:
+        """Whether the gradients are those of the last step: the first one there is tells for all."""
+        weights = (weight_of(layer.selected.module) for layer in live)
+        grad = next((w.grad for w in weights if w is not None and w.is_leaf and w.grad is not None), None)
+        before, self._grad = self._grad, None if grad is None else (weakref.ref(grad), grad._version)
+        return grad is not None and before is not None and before[0]() is grad and before[1] == grad._version

@@ -4,8 +4,7 @@ import inspect
 import logging
 import weakref
 from collections import Counter
-from collections.abc import Callable, Mapping
-from dataclasses import is_dataclass
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -19,19 +18,18 @@ from hf_fngd.engine.backward import Engine, LayerCall, begin, numbered
 from hf_fngd.engine.graph import uses_in_graph
 from hf_fngd.engine.layer import ON_TOP_OF_ANOTHER, OTHER_INPUT, USED_ELSEWHERE, Layer
 from hf_fngd.engine.probing import Probing, obstacle, shown
+from hf_fngd.engine.recomputed import Regions
 from hf_fngd.engine.rehearsal import Rehearsal, packed, rehearsing
 from hf_fngd.engine.window import MicroBatch, Window, in_backward
 from hf_fngd.layers.base import is_frozen, plain_class, weight_of
 from hf_fngd.layers.embedding import EmbeddingKernel
+from hf_fngd.samples.batch import find_sample
 from hf_fngd.samples.ids import COLUMN, Ids, find_ids, is_one_row, of_tokens, read_ids
 from hf_fngd.samples.rows import TOKENS, Rows, View
 from hf_fngd.samples.snapshot import copied
 from hf_fngd.weights.base import StoredWeights
 
 logger = logging.getLogger(__name__)
-
-# Where the batch is to be looked for among a model's inputs, before any other tensor.
-_BATCH_KEYS = ("input_ids", "inputs_embeds", "pixel_values", "input_features", "input_values")
 
 
 class Forwards:
@@ -59,6 +57,8 @@ class Forwards:
         own = model.__dict__.get("forward") or plain_class(model).forward
         self._own_ids = COLUMN in inspect.signature(own).parameters
         self._inspected = self._inside = self._rehearsing = False
+        self._of_one = False  # whether the batch that was inspected had one row, which shows no table of positions
+        self._regions = Regions()
         self._model = weakref.ref(model)
         self.probing = Probing(layers, batch_dim)
         self._frozen = [layer for layer in layers if is_frozen(layer.selected.module)]  # from the beginning
@@ -145,7 +145,7 @@ class Forwards:
         if self._inside:  # somebody (Accelerate, say) wrapped the model's forward, and the wrapper calls it here
             return own(*args, **kwargs)
         refuse_replica(module)
-        sample = _find_sample(args, kwargs)
+        sample = find_sample(args, kwargs)
         self._whole = compiling = torch.compiler.is_compiling()
         if not compiling and self._frozen:
             self._look_for_unfrozen()
@@ -184,7 +184,7 @@ class Forwards:
             self._inside = False
         if batch is not None:
             self._window.passed()
-        if batch is not None and not self._inspected:
+        if batch is not None and (not self._inspected or (self._of_one and batch.rows > 1)):
             self._inspect(output, batch)
         return output
 
@@ -214,7 +214,7 @@ class Forwards:
         follow = layer.follow if _is_followed() else _as_it_is
         if not trains or not x or not layer.kernel.takes(*x):
             return follow(own(*args, **kwargs), OTHER_INPUT if self._inside and not layer.kernel.fault else None)
-        batch = self._number if compiling else self.batch
+        batch = self._number if compiling else self._batch_of_call(recomputes)
         if not compiling and not (layer.selected.matrix or self._inside or recomputes):
             layer.shared.reasons.add(USED_ELSEWHERE)  # nothing tells which batch the call belongs to
         if batch is None:
@@ -249,9 +249,17 @@ class Forwards:
         batch.calls[layer.place] += self._inside or not recomputes
         return layer.kernel.run(module, own, x[0], LayerCall(layer, layer.place, batch, self._engine.number, rows))
 
+    def _batch_of_call(self, recomputes: bool) -> MicroBatch | None:
+        """The micro-batch that a layer's call belongs to; None for a call that is in no forward pass of the model."""
+        batch = self.batch if self._inside or recomputes else None
+        if recomputes and not self._inside:
+            batch = self._regions.find(batch)
+        self._regions.note(batch)
+        return batch
+
     def _inspect(self, output: Any, batch: MicroBatch) -> None:
         """Read the first autograd graph: which weights are used outside their layers, and where tables are expanded."""
-        self._inspected = True
+        self._inspected, self._of_one = True, batch.rows == 1
         kernels = [layer.kernel for layer in self._layers]
         tables = [kernel for kernel in kernels if isinstance(kernel, EmbeddingKernel) and kernel.output is not None]
         leaves, consumers = uses_in_graph(output, {table.output for table in tables})
@@ -278,22 +286,3 @@ def _is_followed() -> bool:
 
 def _as_it_is(y: Any, _: str | None) -> Any:
     return y
-
-
-def _find_sample(args: tuple[Any, ...], kwargs: Mapping[str, Any], depth: int = 4) -> Tensor | None:
-    """The input whose first dimension counts the samples; None where no input is a tensor with a dimension.
-
-    The search goes through mappings, lists, tuples and dataclasses, nested ones included.
-    """
-    for key in _BATCH_KEYS:
-        if isinstance(value := kwargs.get(key), Tensor) and not value.is_nested and value.dim() > 0:
-            return value
-    for value in (*args, *kwargs.values()) if depth else ():
-        inside: Mapping[str, Any] = value if isinstance(value, Mapping) else {}
-        inside = vars(value) if is_dataclass(value) and not isinstance(value, type) else inside
-        items = tuple(value) if isinstance(value, list | tuple) else ()
-        if (items or inside) and (found := _find_sample(items, inside, depth - 1)) is not None:
-            return found
-        if isinstance(value, Tensor) and not value.is_nested and value.dim() > 0:
-            return value
-    return None
