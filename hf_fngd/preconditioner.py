@@ -71,8 +71,7 @@ class FNGDPreconditioner(Joins):
         self._first = self.layers[0].module
         self._attached = attached_layers(selection.layers, solves)
         self.policy.prepare(len(self._attached), **{name: own.effective(name) for name in READ_BY_POLICIES})
-        self._model = weakref.ref(model)
-        self._edge = EpochEdge()
+        self._model, self._edge = weakref.ref(model), EpochEdge()
         self.joining = JoinState()
         self._closing = -1  # the backward pass at whose end a step is closed
         self._window = Window()
@@ -232,7 +231,7 @@ class FNGDPreconditioner(Joins):
         if self._edge.missed():  # the last step of the epoch was skipped
             self._window.close()
             self.end_epoch()
-        if self._trained != (now := len(self._forwards.live)):  # layers were unfrozen
+        if self._trained < (now := len(self._forwards.live)):  # layers were unfrozen
             self._trained, self.positions = now, self.positions and 0
         self._window.make_room(self._has_gradients())
         begin = functools.partial(self.policy.begin, size, self._window.next_offset)
@@ -280,6 +279,7 @@ class FNGDPreconditioner(Joins):
             "layers": {layer.selected.name: layer.state() for layer in self._attached},
             "sharing": self.policy.name,
             "policy": self.policy.state_dict(),
+            "trained": self._trained,
         }
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
@@ -295,6 +295,6 @@ class FNGDPreconditioner(Joins):
         }
         self.policy.load_state_dict({**state["policy"], **moved})
         self._window.close()
-        self._forwards.batch = None
+        self._forwards.batch, self._trained = None, state.get("trained", self._trained)
         for layer in self._attached:
             layer.load_state(state["layers"][layer.selected.name])

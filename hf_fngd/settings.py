@@ -72,7 +72,8 @@ class Settings:
     weight_decay: float = _setting(
         0.0,
         _NOT_NEGATIVE,
-        "Decoupled weight decay, >= 0; as Trainer's, none on biases, LayerNorms and what is called a norm.",
+        "Decoupled weight decay, >= 0; as Trainer's, none on biases, LayerNorms and what is called a norm, but on "
+        "every preconditioned matrix.",
     )
     sharing: str = _setting(  # or a SharingPolicy, for FNGD and FNGDPreconditioner
         "clipped",

@@ -19,16 +19,16 @@ def output_heads(model: nn.Module) -> set[int]:
     """The ``id`` of each parameter of an output head.
 
     In models of transformers, wrapped ones and parts of others included, a head is what ``get_output_embeddings`` says,
-    and each layer outside the base model that has as many outputs as the config has labels or tokens. In other models
-    it is a Linear or a convolution, or the last one of a Sequential, that is a child of the model itself and called
-    "lm_head", "classifier", "score", "head" or "fc".
+    and each layer outside the base model that has as many outputs as the config has labels or tokens. In other models,
+    which may have one of transformers within, it is a Linear or a convolution, or the last one of a Sequential, that is
+    a child of the model itself and called "lm_head", "classifier", "score", "head" or "fc".
     """
     pretrained = [module for module in model.modules() if _is_pretrained(module)]
     heads = [head for module in pretrained for head in _of_pretrained(module)]
-    if not pretrained:
+    if not _is_pretrained(model):
         children = [child for name, child in model.named_children() if name in _NAMES]
         last = [module for child in children for module in list(child.modules())[-1:]]
-        heads = [module for module in last if isinstance(module, (nn.Linear, *CONVOLUTIONS))]
+        heads += [module for module in last if isinstance(module, (nn.Linear, *CONVOLUTIONS))]
     return _parameters(heads)
 
 

@@ -120,6 +120,27 @@ def test_a_resumed_run_goes_on_as_it_would_have(sharing: str, update: str, stop:
     assert resumed.diagnostics() == optimizer.diagnostics()
 
 
+def test_a_resumed_run_keeps_its_blocks_where_layers_had_joined_before() -> None:
+    """Texts are long when the positions are counted, and short later."""
+
+    def run(model: nn.Module, optimizer: FNGD, first: int, last: int) -> None:
+        for step in range(first, last):
+            freeze(model, frozen=step < 1)
+            model(data(4, 200 if step < 3 else 2, seed=step)[0]).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+    model, optimizer = made(sharing="clipped")
+    run(model, optimizer, 0, 3)
+    other, resumed = made(seed=1, sharing="clipped")
+    other.load_state_dict(model.state_dict())
+    resumed.load_state_dict(through_file(optimizer.state_dict()))
+    for each, of in ((model, optimizer), (other, resumed)):
+        run(each, of, 3, 5)
+    assert resumed.preconditioner.positions == optimizer.preconditioner.positions == 800
+    assert_equal(model, other)
+
+
 def test_a_schedule_reaches_groups_that_are_frozen_at_first() -> None:
     model, optimizer = made(sharing="clipped")
     scheduler = LambdaLR(optimizer, lambda step: 1 / (1 + step))

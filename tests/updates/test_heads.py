@@ -84,6 +84,10 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], list[str]]] = {
         lambda: Plain("classifier", lambda: nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 3))),
         ["classifier.2.weight", "classifier.2.bias"],
     ),
+    "beside a model of transformers": (
+        lambda: nn.ModuleDict({"encoder": hf.BertModel(hf.BertConfig(**SIZES)), "classifier": nn.Linear(8, 5)}),
+        ["classifier.weight", "classifier.bias"],
+    ),
     "no Linear": (lambda: Plain("head", lambda: nn.Sequential(nn.Linear(4, 4), nn.ReLU())), []),
     "another name": (lambda: Plain("last", lambda: nn.Linear(4, 3)), []),
 }
