@@ -33,7 +33,10 @@ NOT_VERIFIED = (
     "leaving out a sample of the first batch changed what the layer saw of the others, so its rows cannot be told apart"
 )
 EQUAL_ROWS = "samples and positions are folded, in an order that the first batches did not tell, as all rows were equal"
-UNSURE = "no dimension of the batch holds samples that leave each other alone; batch_dim=0 or 1 says which one it is"
+UNSURE = (
+    "no dimension of the batch holds samples that leave each other alone, as where the forward pass draws random "
+    "numbers; batch_dim=0 or 1 says which one it is"
+)
 
 Digest = tuple[tuple[int, ...], Tensor]
 Calls = dict[int, list[Digest]]  # by the layer's place, in the order of its calls
