@@ -107,7 +107,8 @@ class Coverage:
         Raises:
             RuntimeError: with ``strict`` a layer is not weighed.
         """
-        if self._same_gradients(live) and not begun:
+        again = self._same_gradients(live)  # asked in every step, since the next one is compared with this
+        if again and not begun:
             return  # another optimizer steps by them: its parameters are a part of the model
         for layer in live:
             layer.close()
