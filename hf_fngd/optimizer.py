@@ -77,7 +77,7 @@ class FNGD(torch.optim.Optimizer, Joins):
         if self.settings.param_groups:
             named = by_name(inner, self.settings.param_groups)
             self.settings = dataclasses.replace(self.settings, param_groups=named)
-        self.preconditioner.positions = known_positions(groups)
+        self.preconditioner.positions.count = known_positions(groups)
         defaults = {name: self.settings.effective(name) for name in ("lr", "momentum", "beta2", "eps")}
         super().__init__(groups, defaults)
 
@@ -171,7 +171,7 @@ class FNGD(torch.optim.Optimizer, Joins):
             return loss
         replicas = self.preconditioner.replicas
         self.preconditioner.step()
-        keep_positions(self.param_groups, self.preconditioner.positions)
+        keep_positions(self.param_groups, self.preconditioner.positions.count)
         scales = None
         if squared is not None and natural:
             policy = self.preconditioner.policy
@@ -287,7 +287,7 @@ class FNGD(torch.optim.Optimizer, Joins):
         self.settings = in_force(self.settings, kept, groups)
         self.param_groups = kept
         super().load_state_dict({**state_dict, "param_groups": groups})
-        self.preconditioner.positions = known_positions(self.param_groups)
+        self.preconditioner.positions.count = known_positions(self.param_groups)
         self.skipped = own["skipped"]
 
 

@@ -20,8 +20,9 @@ from hf_fngd.engine.coverage import Coverage, CoverageReport
 from hf_fngd.engine.epochs import EpochEdge
 from hf_fngd.engine.forward import Forwards
 from hf_fngd.engine.layer import any_gradients, attached_layers
+from hf_fngd.engine.positions import Positions
 from hf_fngd.engine.state import check_state
-from hf_fngd.engine.window import MicroBatch, Window, after_backward, in_backward, positions
+from hf_fngd.engine.window import MicroBatch, Window, after_backward, in_backward
 from hf_fngd.layers.base import is_frozen, weight_of
 from hf_fngd.layers.select import Selected, refuse_complex, refuse_unfit, select_layers
 from hf_fngd.samples.ids import Ids
@@ -77,12 +78,11 @@ class FNGDPreconditioner(Joins):
         self._window = Window()
         self.epoch_ended = self._told_of_loaders = False
         self._fsdp: bool | None = None  # not known before the first forward pass
-        # How many a layer sees in a step, in all processes; update rules read it. 0: not known yet; None: nobody asks.
-        self.positions: int | None = None
         self._hooks: list[RemovableHandle] = []
         self._coverage = Coverage(selection, self._attached, own.strict, self.policy.compares)
         self._forwards = Forwards(model, self._attached, self._window, weakref.WeakMethod(self._begin), own.batch_dim)
-        self._coverage.note, self._trained = self._forwards.probing.told, len(self._forwards.live)
+        self._coverage.note = self._forwards.probing.told
+        self.positions = Positions(self._attached, len(self._forwards.live))
         # The model keeps none of this alive: without the optimizer it is plain again.
         weakref.finalize(self, self._forwards.drop).atexit = False
 
@@ -118,7 +118,7 @@ class FNGDPreconditioner(Joins):
         batches = self._window.close()
         self._forwards.batch, self.epoch_ended = None, self._edge.passed()
         compared = self.policy.close(batches, begun, self._like()) if batches or world > 1 else 0
-        self._find_positions(multiplications)
+        self.positions.find(multiplications, self.device)
         self._coverage.tell(compared, begun, self._forwards.live)
         self._heed_epoch()
 
@@ -193,13 +193,7 @@ class FNGDPreconditioner(Joins):
     def follow_step(self, begun: int) -> None:
         """In a Join context a process without further batches calls this for each step of the others."""
         self.policy.close([], begun, self._like())
-        self._find_positions(0)
-
-    def _find_positions(self, multiplications: int) -> None:
-        if self.positions == 0:
-            matrices = [layer for layer in self._attached if layer.selected.matrix]
-            found = [(weight_of(layer.selected.module), layer.shared.reached) for layer in matrices]
-            self.positions = positions(multiplications, found, self.device)
+        self.positions.find(0, self.device)
 
     @property
     def replicas(self) -> ProcessGroup | None:
@@ -231,11 +225,10 @@ class FNGDPreconditioner(Joins):
         if self._edge.missed():  # the last step of the epoch was skipped
             self._window.close()
             self.end_epoch()
-        if self._trained < (now := len(self._forwards.live)):  # layers were unfrozen
-            self._trained, self.positions = now, self.positions and 0
+        self.positions.trains(len(self._forwards.live))
         self._window.make_room(self._has_gradients())
         begin = functools.partial(self.policy.begin, size, self._window.next_offset)
-        calls, asked = [0] * len(self._attached), 0 if self.positions == 0 else None
+        calls, asked = [0] * len(self._attached), 0 if self.positions.unknown else None
         again = weakref.WeakMethod(self._look_again)  # a model holds its last micro-batch
         batch = MicroBatch(size, begin, calls, again, ids, recomputed=in_backward(), multiplications=asked)
         self._window.add(batch, weight_of(self._first))
@@ -279,7 +272,7 @@ class FNGDPreconditioner(Joins):
             "layers": {layer.selected.name: layer.state() for layer in self._attached},
             "sharing": self.policy.name,
             "policy": self.policy.state_dict(),
-            "trained": self._trained,
+            "trained": self.positions.trained,
         }
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
@@ -295,6 +288,6 @@ class FNGDPreconditioner(Joins):
         }
         self.policy.load_state_dict({**state["policy"], **moved})
         self._window.close()
-        self._forwards.batch, self._trained = None, state.get("trained", self._trained)
+        self._forwards.batch, self.positions.trained = None, state.get("trained", self.positions.trained)
         for layer in self._attached:
             layer.load_state(state["layers"][layer.selected.name])

@@ -2,7 +2,7 @@
 
 import logging
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -12,7 +12,6 @@ from torch.distributed import ProcessGroup
 from torch.utils.checkpoint import CheckpointFunction
 
 from hf_fngd.distributed.environment import rank_and_world
-from hf_fngd.distributed.exchange import sum_over_processes
 from hf_fngd.distributed.replicas import Wrapped, wrapped
 from hf_fngd.samples.ids import Ids
 from hf_fngd.samples.rows import Rows, View
@@ -94,19 +93,6 @@ class MicroBatch:
 
     def _finish(self) -> None:
         self.complete = True
-
-
-def positions(multiplications: int, weights: Sequence[tuple[Tensor | None, bool]], device: torch.device) -> int:
-    """How many positions a layer sees in a step, in all processes together and on average over the weights' entries.
-
-    ``multiplications`` are those of this process, and ``weights`` the layers' weights, each with whether backward
-    reached its layer. Only those count that it reached in any process. 0 where it reached none. A collective.
-    """
-    device = torch.device("cpu") if rank_and_world()[1] == 1 else device
-    own = torch.tensor([multiplications, *(reached for _, reached in weights)], dtype=torch.float64, device=device)
-    total, *counts = sum_over_processes(own).tolist()
-    entries = sum(w.numel() for (w, _), count in zip(weights, counts, strict=True) if w is not None and count)
-    return max(1, round(total / entries)) if total and entries else 0
 
 
 class Window:

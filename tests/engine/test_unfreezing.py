@@ -137,7 +137,7 @@ def test_a_resumed_run_keeps_its_blocks_where_layers_had_joined_before() -> None
     resumed.load_state_dict(through_file(optimizer.state_dict()))
     for each, of in ((model, optimizer), (other, resumed)):
         run(each, of, 3, 5)
-    assert resumed.preconditioner.positions == optimizer.preconditioner.positions == 800
+    assert resumed.preconditioner.positions.count == optimizer.preconditioner.positions.count == 800
     assert_equal(model, other)
 
 
