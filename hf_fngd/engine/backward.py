@@ -190,6 +190,8 @@ class WeighedLayer(torch.autograd.Function):
         if number is not None or any(torch._C._will_engine_execute_node(edge) for edge, _ in edges):
             w = _weights(ctx, x, g, number, has_bias)
             of_weight = ctx.kernel.weighted_gradient(saved, g, w, has_bias)
+        if number is None and torch.is_grad_enabled() and ctx.needs_input_grad[0] and weight.requires_grad:
+            ctx.layer.differentiated = True
         # Last, so that the norms are taken while g is in the cache.
         return ctx.kernel.input_gradient(saved, g) if ctx.needs_input_grad[0] else None, *of_weight, None, None
 

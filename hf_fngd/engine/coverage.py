@@ -61,7 +61,7 @@ class Coverage:
     def __init__(self, selection: Selection, layers: Sequence[Layer], strict: bool, compares: bool) -> None:
         self._selection, self._layers, self._strict, self._compares = selection, layers, strict, compares
         self._told = False
-        self._told_reasons = 0
+        self._said = 0  # how much the last report said
         self._grad: tuple[weakref.ref[Tensor], int] | None = None  # a gradient of the last step, and its version
         self.note: Callable[[], str] = str
         self.stepped: frozenset[str] = frozenset()  # plain parameters that the update rule steps all the same
@@ -93,8 +93,17 @@ class Coverage:
             if name not in weighed
         }
         told = f"The fallback rule steps {listed(heads)}, as an output head or a depthwise filter" if heads else ""
-        note = "\n  ".join(filter(None, (self.note(), told)))
+        note = "\n  ".join(filter(None, (self.note(), told, self._differentiated())))
         return CoverageReport(tuple(preconditioned), plain, missed, tuple(weighed), note)
+
+    def _differentiated(self) -> str:
+        names = [layer.selected.parameters[0] for layer in self._layers if layer.differentiated and layer.weighed]
+        if not names:
+            return ""
+        return (
+            "What the weights get from differentiating a gradient of the model's inputs (create_graph=True, as for a "
+            f"gradient penalty) is plain ({listed(names)})"
+        )
 
     def tell(self, samples: int, begun: int, live: Sequence[Layer]) -> None:
         """After a step: log the report if it says more than before.
@@ -124,10 +133,11 @@ class Coverage:
                 "sample_ids tell its samples apart; otherwise raise per_device_train_batch_size or, with "
                 'sharing="clipped", gradient_accumulation_steps'
             )
-        if self._told and reasons == self._told_reasons:
+        said = reasons + sum(layer.differentiated for layer in live)
+        if self._told and said == self._said:
             return
-        worse = self._told and reasons > self._told_reasons
-        self._told, self._told_reasons = True, reasons
+        worse = self._told and said > self._said
+        self._told, self._said = True, said
         report = self.report()
         if reasons and self._strict:
             raise RuntimeError(f"strict=True: {report}\nExclude these layers with exclude_modules.")

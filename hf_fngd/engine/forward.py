@@ -25,8 +25,8 @@ from hf_fngd.layers.base import is_frozen, plain_class, weight_of
 from hf_fngd.layers.embedding import EmbeddingKernel
 from hf_fngd.samples.batch import find_sample
 from hf_fngd.samples.ids import COLUMN, Ids, find_ids, is_one_row, of_tokens, read_ids
+from hf_fngd.samples.inputs import copied
 from hf_fngd.samples.rows import TOKENS, Rows, View
-from hf_fngd.samples.snapshot import copied
 from hf_fngd.weights.base import StoredWeights
 
 logger = logging.getLogger(__name__)

@@ -2,10 +2,11 @@
 
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import fields, is_dataclass
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
+
+_DEPTH = 8  # how deep containers and objects are followed
 
 Consumers = dict[Any, list[tuple[str, int]]]
 
@@ -14,7 +15,7 @@ def uses_in_graph(output: Any, nodes: Collection[Any] = ()) -> tuple[Counter[int
     """Which operations of an autograd graph read what.
 
     Args:
-        output: tensors, in mappings, sequences and dataclasses; the graph is the one behind them.
+        output: tensors, in mappings, sequences and objects; the graph is the one behind them.
         nodes: nodes of the graph whose readers are wanted.
 
     Returns:
@@ -40,16 +41,19 @@ def uses_in_graph(output: Any, nodes: Collection[Any] = ()) -> tuple[Counter[int
 
 
 def _tensors(output: Any) -> Iterator[Tensor]:
-    stack, seen = [output], set[int]()
+    stack, seen = [(output, 0)], set[int]()
     while stack:
-        value = stack.pop()
+        value, depth = stack.pop()
         if isinstance(value, Tensor):
             yield value
-        elif id(value) not in seen:  # dataclasses may refer to each other
-            seen.add(id(value))
+        elif id(value) not in seen and depth <= _DEPTH and not isinstance(value, nn.Module | type | str | bytes):
+            seen.add(id(value))  # objects may refer to each other
             if isinstance(value, Mapping):
-                stack += value.values()
+                inside = [*value.values()]
             elif isinstance(value, list | tuple):
-                stack += value
-            elif is_dataclass(value):
-                stack += [getattr(value, field.name, None) for field in fields(value)]
+                inside = [*value]
+            else:
+                slots = [kind.__dict__.get("__slots__", ()) for kind in type(value).__mro__]
+                names = [name for own in slots for name in ([own] if isinstance(own, str) else own)]
+                inside = [*getattr(value, "__dict__", {}).values(), *(getattr(value, name, None) for name in names)]
+            stack += [(one, depth + 1) for one in inside]

@@ -54,6 +54,7 @@ class Layer:
     batch_first: bool | None = None  # whether dimension 0 of its input is the batch; None: not known yet
     weighed: bool = False  # whether its samples were ever weighed
     by_sizes: bool = False  # whether in any call the sizes of tensors alone told the samples
+    differentiated: bool = False  # whether the gradient of its input can be differentiated, by its weight as well
     repeated: bool = False  # whether backward found a call that forward did not count
     seen: MicroBatch | None = None  # the last micro-batch whose backward reached it
     view: View | None = None  # where the samples are, by the probe; None: by the sizes of tensors
@@ -174,9 +175,8 @@ class Layer:
         if batch.multiplications is not None and self.selected.matrix:
             batch.multiplications += self._multiplications(x, g)
         count = (g if x is None else x).shape[0]
-        if batch.size == 0 or self._is_plain(x, g, batch, again, rows):
-            return None
-        if rows is None and (count != batch.size or batch.ids is not None):
+        told = rows is not None or (count == batch.size and batch.ids is None)
+        if batch.size == 0 or self._is_plain(x, g, batch, again, rows) or not told:
             return None
         self.weighed = True
         own = isinstance(self.kernel, EmbeddingKernel | TableKernel)  # these find their samples themselves

@@ -11,7 +11,8 @@ from hf_fngd.engine.coverage import listed
 from hf_fngd.engine.layer import Layer
 from hf_fngd.engine.window import in_backward
 from hf_fngd.layers.embedding import EmbeddingKernel
-from hf_fngd.samples.probe import Calls, digest, probe, sizes_of
+from hf_fngd.samples.inputs import sizes_of
+from hf_fngd.samples.probe import Calls, digest, probe
 from hf_fngd.samples.rows import Shares, View
 
 TOLD_BY_SIZES = "which rows are whose sample was told by sizes alone"

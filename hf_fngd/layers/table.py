@@ -23,8 +23,9 @@ from hf_fngd.layers.base import (
     with_methods,
 )
 from hf_fngd.layers.linear import LinearKernel
+from hf_fngd.samples.inputs import copied
 from hf_fngd.samples.rows import NOT_THE_BATCH
-from hf_fngd.samples.snapshot import copied, untouched
+from hf_fngd.samples.snapshot import untouched
 
 NOT_ON_ROWS = "its forward does not compute the same on one row a sample of its parameters"
 

@@ -11,35 +11,37 @@ may by chance stay in place when a sample is missing, but they are reversed only
 
 Dimension 1 is tried too where dimension 0 does not act like samples: its entries change each other's values (as
 positions do in attention), or are mixed in an input that does not grow with them (as positions are in the last state of
-a recurrent layer). The dimension that explains more calls is taken. Nothing of a pass remains
+a recurrent layer). The dimension that explains more calls is taken.
+
+Where calls are left unexplained, the passes are made once more with the same random numbers for every sample
+(`hf_fngd.samples.draws`), since a model may draw some in evaluation mode too. Nothing of a pass remains
 (`hf_fngd.samples.snapshot`).
 """
 
-import copy
-from collections import UserDict
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import fields, is_dataclass
-from itertools import accumulate
-from operator import mul
+import contextlib
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from hf_fngd.samples.draws import same_draws
+from hf_fngd.samples.inputs import CannotProbeError, copied, resized
 from hf_fngd.samples.rows import NOT_THE_BATCH, View
-from hf_fngd.samples.snapshot import copied, untouched
+from hf_fngd.samples.snapshot import untouched
 
 NOT_VERIFIED = (
     "leaving out a sample of the first batch changed what the layer saw of the others, so its rows cannot be told apart"
 )
 EQUAL_ROWS = "samples and positions are folded, in an order that the first batches did not tell, as all rows were equal"
 UNSURE = (
-    "no dimension of the batch holds samples that leave each other alone, as where the forward pass draws random "
-    "numbers; batch_dim=0 or 1 says which one it is"
+    "no dimension of the batch holds samples that leave each other alone, as where they attend to each other or are "
+    "put in a random order; batch_dim=0 or 1 says which one it is"
 )
 
 Digest = tuple[tuple[int, ...], Tensor]
 Calls = dict[int, list[Digest]]  # by the layer's place, in the order of its calls
+Run = Callable[[Any, Any], Calls]  # runs the model on positional and named arguments, and returns what its layers saw
 Verdict = View | str | None  # a view, or the reason why there is none; None: the batch shares it
 
 
@@ -57,13 +59,23 @@ class Found(NamedTuple):
     shares: dict[int, frozenset[int]]
 
 
-class CannotProbeError(Exception):
-    """The inputs have a structure that the probe does not know, or are not finite."""
+class Outcome(NamedTuple):
+    """What probing one dimension found; how many calls kept their values, grow with it, or change without growing."""
+
+    found: Found
+    passed: int
+    grown: int
+    mixed: int
+
+    @property
+    def told_all(self) -> bool:
+        """Whether no call hides its samples."""
+        return self.passed == self.grown and not self.mixed
 
 
 def probe(
     model: nn.Module,
-    run: Callable[[Any, Any], Calls],
+    run: Run,
     inputs: tuple[Any, Any],
     sample: Tensor,
     batch_dim: int | None,
@@ -73,7 +85,7 @@ def probe(
 
     Args:
         model: the model.
-        run: runs it on positional and named arguments, and returns what its layers saw.
+        run: see `Run`.
         inputs: the positional and named arguments of the current forward pass.
         sample: the input that counts the samples.
         batch_dim: the dimension in which it does, if the user said so.
@@ -91,10 +103,11 @@ def probe(
     with untouched(model):
         for dim in dims:
             try:
-                found, passed, grown, mixed = _try(run, inputs, sample.shape[dim], dim, trusted=batch_dim is not None)
+                outcome = _try(run, inputs, sample.shape[dim], dim, trusted=batch_dim is not None)
             except Exception as error:  # whatever a model does with inputs of other sizes
                 failure = error if dim == dims[0] else failure
                 continue
+            found, passed, grown, _ = outcome
             enough = passed == grown if dim or sample.dim() < 2 else 2 * passed > grown
             if len(sample) == 1:  # all rows are that sample's, whatever the copies showed
                 for place in [place for place, one in found.verdicts.items() if isinstance(one, str)]:
@@ -104,32 +117,43 @@ def probe(
                 passed = 0
             if passed > most:
                 best, most = found, passed
-            if passed == grown and not mixed:
+            if passed == grown and not outcome.mixed:
                 break
     if failure is not None and not most > 0:
         raise failure
     return best
 
 
-def _try(
-    run: Callable[[Any, Any], Calls], inputs: tuple[Any, Any], samples: int, dim: int, trusted: bool
-) -> tuple[Found, int, int, int]:
-    """Probe one dimension.
+def _try(run: Run, inputs: tuple[Any, Any], samples: int, dim: int, trusted: bool) -> Outcome:
+    """Probe one dimension; where random numbers may hide the samples, once more with the same ones for all of them."""
+    found = _compared(run, inputs, samples, dim, trusted)
+    if found.told_all:
+        return found
+    try:
+        again = _compared(run, inputs, samples, dim, trusted, alike=True)
+    except Exception:  # whatever a model does beside torch's operators
+        return found
+    return again if again.passed > found.passed else found
 
-    Returns what it found; how many calls kept their values; how many grow with the dimension; and how many are mixed,
-    that is change their values without growing.
-    """
+
+def _compared(run: Run, inputs: tuple[Any, Any], samples: int, dim: int, trusted: bool, alike: bool = False) -> Outcome:
+    """Run the model twice, and compare what its layers saw."""
+
+    def run_on(given: Any, count: int) -> Calls:
+        with same_draws(count, dim) if alike else contextlib.nullcontext():
+            return run(*given)
+
     own: tuple[Any, Any] = copied(inputs)  # the current forward pass has yet to run on the originals
     reverse = samples > 1
     if reverse:
-        seen = run(*own)
+        seen = run_on(own, samples)
         try:
-            seen_fewer = run(*resized(copied(inputs), samples, dim, reverse=True))
+            seen_fewer = run_on(resized(copied(inputs), samples, dim, reverse=True), samples - 1)
         except Exception:  # packed sequences, say, have to be sorted by length
             reverse = False
-            seen_fewer = run(*resized(copied(inputs), samples, dim))
+            seen_fewer = run_on(resized(copied(inputs), samples, dim), samples - 1)
     else:
-        seen, seen_fewer = run(*resized(copied(inputs), samples, dim)), run(*own)
+        seen, seen_fewer = run_on(resized(copied(inputs), samples, dim), 2), run_on(own, 1)
     samples = max(samples, 2)
     found: dict[int, Verdict] = {}
     shares: dict[int, frozenset[int]] = {}
@@ -150,7 +174,7 @@ def _try(
             found[place] = verdicts[0]
             if isinstance(verdicts[0], View) and not verdicts[0].dim and verdicts[0].order != "one":
                 shares[place] = frozenset(shape[0] // samples for shape, _ in calls)
-    return Found(dim, found, shares), passed, grown, mixed
+    return Outcome(Found(dim, found, shares), passed, grown, mixed)
 
 
 def _compare(full: Digest, fewer: Digest, samples: int, trusted: int | None, reverse: bool) -> Verdict:
@@ -207,67 +231,3 @@ def digest(x: Tensor) -> Digest:
         with torch.autocast(x.device.type, enabled=False):
             values = values @ torch.cos(1.7 * torch.arange(x.shape[-1], device=x.device, dtype=values.dtype) + 1)
     return tuple(x.shape), values.to(x.dtype) if x.is_floating_point() else values
-
-
-def sizes_of(value: Any, samples: int, dim: int, key: str = "") -> dict[str, frozenset[int]]:
-    """How many entries each input has for a sample, over its first dimensions: ``{T, T i}`` for ``[N, T, i]``.
-
-    Counts the tensors that `resized` would change.
-    """
-    if isinstance(value, Tensor):
-        for own in dict.fromkeys((dim, 0)):
-            if value.dim() > own and value.shape[own] == samples:
-                others = [*value.shape[:own], *value.shape[own + 1 :]]
-                return {key: frozenset(accumulate(others, mul))}
-        return {}
-    items: Iterable[tuple[Any, Any]] = ()
-    if isinstance(value, Mapping):
-        items = value.items()
-    elif isinstance(value, list | tuple):
-        items = enumerate(value)
-    elif is_dataclass(value) and not isinstance(value, type):
-        items = vars(value).items() if hasattr(value, "__dict__") else ()
-    return {path: size for name, one in items for path, size in sizes_of(one, samples, dim, f"{key}.{name}").items()}
-
-
-def resized(value: Any, samples: int, dim: int, reverse: bool = False) -> Any:
-    """The inputs without their first sample, the others in order or in reverse; a single sample is doubled.
-
-    A tensor holds samples if dimension ``dim`` has ``samples`` entries, or else if dimension 0 has; a list, if it has
-    ``samples`` items that hold none themselves. All else stays as it is.
-
-    Raises CannotProbeError at an object of another kind, which may hold samples unseen.
-    """
-    if isinstance(value, Tensor):
-        for own in dict.fromkeys((dim, 0)):
-            if value.dim() > own and value.shape[own] == samples:
-                others = torch.cat([value, value], own) if samples == 1 else value.narrow(own, 1, samples - 1)
-                return others.flip(own) if reverse else others
-        return value
-    if value is None or isinstance(value, int | float | complex | str | bytes | torch.dtype | torch.device):
-        return value
-    if isinstance(value, list | tuple):
-        return _resized_sequence(value, samples, dim, reverse)
-    if isinstance(value, Mapping):
-        items = {key: resized(one, samples, dim, reverse) for key, one in value.items()}
-        if isinstance(value, UserDict):  # BatchEncoding
-            encoding = copy.copy(value)
-            encoding.data = items
-            return encoding
-        return items if type(value) is dict else type(value)(**items)
-    if is_dataclass(value) and not isinstance(value, type):
-        made = copy.copy(value)
-        for field in fields(value):
-            if hasattr(value, field.name):
-                object.__setattr__(made, field.name, resized(getattr(value, field.name), samples, dim, reverse))
-        return made
-    raise CannotProbeError(f"an input is of type {type(value).__name__}")
-
-
-def _resized_sequence(value: Sequence[Any], samples: int, dim: int, reverse: bool) -> Any:
-    items = [resized(one, samples, dim, reverse) for one in value]
-    if all(a is b for a, b in zip(items, value, strict=True)) and len(value) == samples > 1:
-        items = items[:0:-1] if reverse else items[1:]
-    if isinstance(value, list):
-        return items
-    return type(value)(*items) if hasattr(value, "_fields") else tuple(items)

@@ -1,13 +1,11 @@
 """Undo what a forward pass may change beside its output: inputs, modules, random states."""
 
 import contextlib
-import copy
 import logging
 import random
 import sys
-from collections import Counter, OrderedDict, UserDict, defaultdict, deque
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import fields, is_dataclass
+from collections import Counter, OrderedDict, defaultdict, deque
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -162,28 +160,3 @@ def untouched(model: nn.Module, training: bool = False) -> Iterator[None]:
 def _belongs(hook: Any) -> bool:
     module = getattr(hook, "__module__", None) or type(hook).__module__
     return module.split(".")[0] in _LIBRARIES
-
-
-def copied(value: Any) -> Any:
-    """Copy a model's inputs, which a forward pass may change: tensors and containers are new, all else is shared."""
-    if isinstance(value, Tensor):
-        return value.detach().clone().requires_grad_(value.requires_grad)
-    if isinstance(value, list):
-        return [copied(one) for one in value]
-    if isinstance(value, tuple):
-        items = [copied(one) for one in value]
-        return type(value)(*items) if hasattr(value, "_fields") else tuple(items)
-    if isinstance(value, UserDict):  # BatchEncoding
-        encoding = copy.copy(value)
-        encoding.data = copied(value.data)
-        return encoding
-    if isinstance(value, Mapping):
-        entries = {key: copied(one) for key, one in value.items()}
-        return entries if type(value) is dict else type(value)(**entries)
-    if is_dataclass(value) and not isinstance(value, type):
-        made = copy.copy(value)
-        for field in fields(value):
-            if hasattr(value, field.name):
-                object.__setattr__(made, field.name, copied(getattr(value, field.name)))
-        return made
-    return value

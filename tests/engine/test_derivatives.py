@@ -86,6 +86,22 @@ def test_each_pass_weighs_and_sample_weights_are_constants() -> None:
     torch.testing.assert_close(second.flatten(), (clipped(each) * each).sum()[None])
 
 
+@pytest.mark.parametrize("case", [gradient_penalty, r1, None])
+def test_the_report_names_what_a_penalty_leaves_plain(case: Callable[[nn.Module, Tensor], list[Tensor]] | None) -> None:
+    model = Critic()
+    preconditioner = FNGDPreconditioner(model, strict=True)
+    for step in range(3):
+        x = torch.randn(5, 1, 4, 4)
+        model(x).mean().backward()
+        if case is not None and step:
+            case(model, x)
+        preconditioner.step()
+        model.zero_grad()
+        note = preconditioner.coverage().note
+        assert ("(create_graph=True, as for a gradient penalty) is plain (" in note) == (case is not None and step > 0)
+    assert ("linear.weight" in note) == (case is not None)
+
+
 def clipped(each: Tensor) -> Tensor:
     return (each.abs().mean() / each.abs()).clamp(max=1)
 

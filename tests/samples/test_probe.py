@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from hf_fngd import FNGDPreconditioner
-from hf_fngd.samples.probe import CannotProbeError, probe, resized
+from hf_fngd.samples.inputs import CannotProbeError, resized, sizes_of
+from hf_fngd.samples.probe import probe
 from hf_fngd.samples.rows import View
 from tests.nets import settings_of
 from tests.samples.orders import CLASSES, DAMPING, WIDTH, Attention, batch, build, expected
@@ -225,23 +226,33 @@ class Inputs:
 
 
 def test_what_holds_a_batch_is_made_smaller_or_larger() -> None:
-    x = torch.arange(6).view(3, 2)
+    x, images = torch.arange(6).view(3, 2), [object() for _ in range(3)]
     holds = {
         "a": [x, "text"],
         "b": (x, None, 1.5),
         "c": Inputs(x, {"ids": x}),
         "d": UserDict(x=x),
         "e": ["p", "q", "r"],
+        "f": [{"boxes": x[:n]} for n in (2, 3, 1)],
+        "g": images,
+        "h": [x, {"x": x}],
     }
     found = resized(holds, 3, 0)
     for one in (found["a"][0], found["b"][0], found["c"].x, found["c"].more["ids"], found["d"]["x"]):
         assert torch.equal(one, x[1:])
     assert found["e"] == ["q", "r"]
+    assert [sorted(one) for one in found["f"]] == [["boxes"], ["boxes"]]
+    assert torch.equal(found["f"][0]["boxes"], x)  # as many boxes as the batch has samples, by chance
+    assert found["g"] == images[1:]
+    assert torch.equal(found["h"][1]["x"], x[1:])  # two items are not three samples
+    assert sizes_of(holds, 3, 0) == sizes_of({key: holds[key] for key in "abcdh"}, 3, 0)
     assert holds["d"]["x"] is x
     assert torch.equal(resized(x[:1], 1, 0), torch.cat([x[:1], x[:1]]))
     assert torch.equal(resized(x, 2, 1), x[:, 1:])
     backwards = resized(holds, 3, 0, reverse=True)
     assert torch.equal(backwards["a"][0], x[[2, 1]])
     assert backwards["e"] == ["r", "q"]
+    assert backwards["g"] == images[:0:-1]
+    assert resized([{"boxes": x}], 1, 0) == [{"boxes": x}] * 2
     with pytest.raises(CannotProbeError, match="generator"):
         resized([iter(x) for _ in [0]] and (n for n in x), 3, 0)

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hf_fngd import FNGDPreconditioner
-from hf_fngd.samples.probe import sizes_of
+from hf_fngd.samples.inputs import sizes_of
 from hf_fngd.samples.rows import Shares
 from tests.nets import settings_of
 from tests.samples.orders import WIDTH, batch, build, expected

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_fngd import FNGDPreconditioner
-from hf_fngd.samples.snapshot import copied
+from hf_fngd.samples.inputs import copied
 from tests.steps import gradient
 
 
