@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import Variable
 from torch.distributed import ProcessGroup
 from torch.distributed.fsdp import FSDPModule
 from torch.utils.hooks import RemovableHandle
@@ -19,7 +20,8 @@ from hf_fngd.engine.attach import refuse_attached, unsupported
 from hf_fngd.engine.coverage import Coverage, CoverageReport
 from hf_fngd.engine.epochs import EpochEdge
 from hf_fngd.engine.forward import Forwards
-from hf_fngd.engine.layer import any_gradients, attached_layers
+from hf_fngd.engine.gradients import Gradients
+from hf_fngd.engine.layer import attached_layers
 from hf_fngd.engine.positions import Positions
 from hf_fngd.engine.state import check_state
 from hf_fngd.engine.window import MicroBatch, Window, after_backward, in_backward
@@ -75,7 +77,7 @@ class FNGDPreconditioner(Joins):
         self._model, self._edge = weakref.ref(model), EpochEdge()
         self.joining = JoinState()
         self._closing = -1  # the backward pass at whose end a step is closed
-        self._window = Window()
+        self._window, self._gradients = Window(), Gradients()  # these as the last backward pass left them
         self.epoch_ended = self._told_of_loaders = False
         self._fsdp: bool | None = None  # not known before the first forward pass
         self._hooks: list[RemovableHandle] = []
@@ -238,10 +240,11 @@ class FNGDPreconditioner(Joins):
         """A backward pass begins: gradients may have been cleared since its forward pass began."""
         if not self._has_gradients() and self._window.forget_before(batch):
             batch.restart(functools.partial(self.policy.begin, batch.size, self._window.offset_of(batch)))
+        Variable._execution_engine.queue_callback(lambda: self._gradients.note(self._forwards.live))
 
     def _has_gradients(self) -> bool:
         # FSDP2 puts an accumulated gradient on the parameter only when it is reduced.
-        return self._fsdp or any_gradients(self._forwards.live)
+        return self._fsdp or self._gradients.are_there(self._forwards.live)
 
     def _like(self) -> Tensor:
         """An empty tensor of the dtype and device of the sample weights."""

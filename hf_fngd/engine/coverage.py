@@ -1,14 +1,12 @@
 """The coverage report: which parameters are preconditioned or weighed, which are plain, and why."""
 
 import logging
-import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from torch import Tensor
-
+from hf_fngd.engine.gradients import Gradients
 from hf_fngd.engine.layer import NEVER_CALLED, Layer
-from hf_fngd.layers.base import is_frozen, weight_of
+from hf_fngd.layers.base import is_frozen
 from hf_fngd.layers.select import Selection
 
 logger = logging.getLogger(__name__)
@@ -62,7 +60,7 @@ class Coverage:
         self._selection, self._layers, self._strict, self._compares = selection, layers, strict, compares
         self._told = False
         self._said = 0  # how much the last report said
-        self._grad: tuple[weakref.ref[Tensor], int] | None = None  # a gradient of the last step, and its version
+        self._gradients = Gradients()  # of the last step
         self.note: Callable[[], str] = str
         self.stepped: frozenset[str] = frozenset()  # plain parameters that the update rule steps all the same
         self.fallback: frozenset[str] = frozenset()  # parameters that the fallback rule steps, output heads included
@@ -116,7 +114,8 @@ class Coverage:
         Raises:
             RuntimeError: with ``strict`` a layer is not weighed.
         """
-        again = self._same_gradients(live)  # asked in every step, since the next one is compared with this
+        again = self._gradients.unchanged(live)
+        self._gradients.note(live)
         if again and not begun:
             return  # another optimizer steps by them: its parameters are a part of the model
         for layer in live:
@@ -144,10 +143,3 @@ class Coverage:
         # An output head that no batch has used is reported, but is no reason for a warning.
         missed = any(layer.selected.matrix and layer.reasons for layer in self._layers)
         logger.log(logging.WARNING if missed or worse else logging.INFO, "%s", report)
-
-    def _same_gradients(self, live: Sequence[Layer]) -> bool:
-        """Whether the gradients are those of the last step: the first one there is tells for all."""
-        weights = (weight_of(layer.selected.module) for layer in live)
-        grad = next((w.grad for w in weights if w is not None and w.is_leaf and w.grad is not None), None)
-        before, self._grad = self._grad, None if grad is None else (weakref.ref(grad), grad._version)
-        return grad is not None and before is not None and before[0]() is grad and before[1] == grad._version

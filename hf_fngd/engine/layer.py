@@ -1,6 +1,6 @@
 """One attached layer: whether its samples can be weighed, and its sample weights in a backward pass."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 
-from hf_fngd.distributed.sharded import is_sharded, local
+from hf_fngd.distributed.sharded import local
 from hf_fngd.engine.attach import unsupported
 from hf_fngd.engine.window import MicroBatch
 from hf_fngd.layers.base import AMBIGUOUS, ExplicitKernel, GramKernel, LayerKernel, is_frozen, weight_of
@@ -263,12 +263,6 @@ def attached_layers(selected: Sequence[Selected], solves: bool) -> list[Layer]:
         of_weight.layers += 1
         layers.append(Layer(place, one, of_weight, solves))
     return layers
-
-
-def any_gradients(layers: Iterable[Layer]) -> bool:
-    """Whether any layer's weight has a gradient. One that is sharded, or computed from others, counts as having one."""
-    weights = (weight_of(layer.selected.module) for layer in layers)
-    return any(isinstance(w, Tensor) and (is_sharded(w) or not w.is_leaf or w.grad is not None) for w in weights)
 
 
 @dataclass(slots=True)

@@ -159,9 +159,8 @@ class Window:
         """Before a forward pass: forget abandoned micro-batches.
 
         A micro-batch is abandoned if its backward broke off (out of memory), or if its gradients were cleared without a
-        step (by a loss scaler that skips the step). The latter shows in a model without gradients, and not where
-        gradients are zeroed in place. Where they are kept outside ``p.grad``, as torch.autograd.grad does, all
-        micro-batches of a step but the last count as abandoned.
+        step (by a loss scaler that skips the step). The latter shows in a model without gradients. Where they are kept
+        outside ``p.grad``, as torch.autograd.grad does, all micro-batches of a step but the last count as abandoned.
 
         Raises RuntimeError where more micro-batches are left than an optimizer step can accumulate.
         """

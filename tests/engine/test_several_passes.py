@@ -102,6 +102,46 @@ def test_two_optimizers_may_step_by_the_same_gradients() -> None:
     assert not preconditioner.coverage().missed
 
 
+@pytest.mark.parametrize("early", [False, True])
+@pytest.mark.parametrize("to_none", [False, True])
+def test_a_pass_whose_gradients_are_cleared_is_no_micro_batch(to_none: bool, early: bool) -> None:
+    """As a generator's through its discriminator is none of the discriminator's, whenever its gradients are cleared."""
+    torch.manual_seed(0)
+    model = Head().double()
+    alone, scale = copy.deepcopy(model), torch.tensor([1, 1, 1, 1, 9.0], dtype=torch.float64)[:, None]
+    preconditioners = [FNGDPreconditioner(model), FNGDPreconditioner(alone)]
+    for _ in range(3):
+        thrown, x, more = torch.randn(3, 5, WIDTH, dtype=torch.float64) * scale
+        (100 * model(thrown)).square().sum().backward()
+        if early:
+            model.zero_grad(to_none)
+        output = model(x)
+        if not early:
+            model.zero_grad(to_none)
+        output.square().sum().backward()
+        model(more).square().sum().backward()  # a second micro-batch, which is one
+        for one in (x, more):
+            alone(one).square().sum().backward()
+        for p, q in zip(model.parameters(), alone.parameters(), strict=True):
+            torch.testing.assert_close(p.grad, q.grad)
+        for preconditioner in preconditioners:
+            preconditioner.step()
+        model.zero_grad(to_none)
+        alone.zero_grad(to_none)
+
+
+def test_gradients_that_somebody_changes_between_micro_batches_are_theirs() -> None:
+    model = Head()
+    preconditioner = FNGDPreconditioner(model)
+    for _ in range(3):
+        for _ in range(2):
+            model(torch.randn(5, WIDTH)).square().sum().backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 0.1)
+        preconditioner.step()
+        assert preconditioner.policy.state_dict()["parts"] == 2
+        model.zero_grad(set_to_none=False)
+
+
 def test_gradients_that_come_anew_without_a_pass_of_the_model_are_told() -> None:
     model = Head()
     preconditioner = FNGDPreconditioner(model)
