@@ -78,9 +78,9 @@ class Settings:
     sharing: str = _setting(  # or a SharingPolicy, for FNGD and FNGDPreconditioner
         "clipped",
         _sharing,
-        "Which sample weights a step has. 'clipped': each sample's gradient is brought down to the mean norm of its "
-        "batch, layer by layer. 'uniform': all are 1. 'never': those of natural gradient descent (Eq. 9 of arXiv "
-        "2403.03473), solved anew in every step. 'replay': those of the first epoch, as in the paper.",
+        "Which sample weights a step has. 'clipped': each sample's gradient is brought down to the mean norm of the "
+        "optimizer step's samples, layer by layer. 'uniform': all are 1. 'never': those of natural gradient descent "
+        "(Eq. 9 of arXiv 2403.03473), solved anew in every step. 'replay': those of the first epoch, as in the paper.",
     )
     damping: float | None = _setting(
         None,

@@ -1,4 +1,4 @@
-"""``clipped``, the default: each sample's gradient is brought down to the mean norm of its batch, layer by layer."""
+"""``clipped``, the default: each sample's gradient is brought down to the step's mean norm, layer by layer."""
 
 from collections.abc import Sequence
 
@@ -92,13 +92,19 @@ class ClippedSharing(SharingPolicy):
         return samples * micro_batches
 
     def diagnostics(self) -> dict[str, float]:
-        """``weight_spread``, root mean square over the layers, of this process's samples in the last step."""
+        """Of this process's samples in the last step.
+
+        ``weight_spread``, root mean square over the layers, and ``largest_norm``: the largest norm of a sample, in
+        units of the bound, median over the layers; 1 where no sample was clipped.
+        """
         layers = {layer for weights in self._last for layer in weights}
         every = [torch.cat([weights[layer] for weights in self._last if layer in weights]) for layer in layers]
         if not every:
-            return {"weight_spread": 0.0}
+            return {"weight_spread": 0.0, "largest_norm": 1.0}
         ratios = [(w.square().mean() / w.mean().square()).to(every[0]) for w in every]
-        return {"weight_spread": float((torch.stack(ratios).mean() - 1).clamp(min=0).sqrt())}
+        largest = torch.stack([1 / w.min().to(every[0]) for w in every]).median()
+        spread = (torch.stack(ratios).mean() - 1).clamp(min=0).sqrt()
+        return {"weight_spread": float(spread), "largest_norm": float(largest)}
 
     def state_dict(self) -> State:
         return {"parts": self.parts, "shorter": self.shorter, "means": self.means, "world": rank_and_world()[1]}

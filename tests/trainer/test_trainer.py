@@ -55,7 +55,7 @@ def test_trains_without_a_callback(kind: Kind, sharing: str, tmp_path: Path) -> 
 
 
 NAMES = {
-    "clipped": {"weight_spread", "skipped"},
+    "clipped": {"weight_spread", "largest_norm", "skipped"},
     "uniform": {"skipped"},
     "never": {"rho", "lambda", "weight_spread", "skipped"},
     "replay": {"phase", "rho", "lambda", "weight_spread", "skipped"},

@@ -65,14 +65,14 @@ def test_no_step_forms_a_gram_matrix(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("hf_fngd.layers.linear.gram", refuse)
     model, optimizer = with_fngd()
     train(model, optimizer, steps=9)
-    assert set(optimizer.diagnostics()) == {"weight_spread", "skipped"}
+    assert set(optimizer.diagnostics()) == {"weight_spread", "largest_norm", "skipped"}
     with pytest.raises(AssertionError):
         train(model := net(), FNGD(model, sharing="never"), steps=1)
 
 
-def test_the_spread_in_the_log_is_that_of_the_last_batch() -> None:
+def test_spread_and_largest_norm_in_the_log_are_those_of_the_last_batch() -> None:
     model, optimizer = with_fngd(lr=0)
-    assert optimizer.diagnostics()["weight_spread"] == 0
+    assert optimizer.diagnostics() == {"weight_spread": 0, "largest_norm": 1, "skipped": 0}
     for scale in (1.0, 1e4):
         x, y = data(7)
         x[3] *= scale
@@ -81,6 +81,9 @@ def test_the_spread_in_the_log_is_that_of_the_last_batch() -> None:
         w = torch.stack([clipped(exact[name].u.norm(dim=0).tolist()) for name in LAYER_NAMES])
         expected = (w.var(dim=1, correction=0) / w.mean(dim=1).square()).mean().sqrt()
         assert optimizer.diagnostics()["weight_spread"] == pytest.approx(float(expected))
+        norms = torch.stack([exact[name].u.norm(dim=0) for name in LAYER_NAMES])
+        largest = (norms.amax(dim=1) / norms.mean(dim=1)).median()
+        assert optimizer.diagnostics()["largest_norm"] == pytest.approx(float(largest))
 
 
 def test_a_sample_without_inputs_is_clipped_at_its_bias() -> None:
