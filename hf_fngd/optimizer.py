@@ -123,7 +123,7 @@ class FNGD(torch.optim.Optimizer, Joins):
 
     @property
     def config(self) -> FNGDConfig:
-        """The arguments, to be saved and shared."""
+        """The arguments, to be saved and shared. Raises TypeError where ``sharing`` is an object."""
         return FNGDConfig(**self.settings.values())
 
     def __getstate__(self) -> dict[str, Any]:

@@ -265,8 +265,9 @@ class FNGDPreconditioner(Joins):
 
         ``weight_spread`` is the standard deviation of the sample weights over their mean, root mean square over the
         layers (not with sharing "uniform"). With "clipped" there is also ``largest_norm``: the largest norm of a
-        sample, in units of the bound, median over the layers; 1 where no sample was clipped. With "never" and "replay" there is also ``rho``, the layers' gradient noise
-        ratio (geometric mean), and with "replay" ``phase`` (0: the first epoch, 1: sharing).
+        sample, in units of the bound, median over the layers; 1 where no sample was clipped. With "never" and "replay"
+        there is also ``rho``, the layers' gradient noise ratio (geometric mean), and with "replay" ``phase`` (0: the
+        first epoch, 1: sharing).
         """
         return self.policy.diagnostics()
 

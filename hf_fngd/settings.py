@@ -38,7 +38,7 @@ _NONE_OR_POSITIVE = real("None or a finite number > 0", lambda x: x > 0)
 _NAMES = "a regular expression or a list of module names"
 # What only some policies, or some update rules, read: where nothing does, a value is an error.
 READ_BY_POLICIES = ("damping", "coefficient_steps", "memory_budget")
-READ_BY_RULES = ("beta2", "eps")
+READ_BY_RULES = ("beta2", "eps", "block_size", "ns_steps")
 _OF_ENGINE = ("sharing", *READ_BY_POLICIES, "target_modules", "exclude_modules", "layer_types", "strict", "batch_dim")
 # What other optimizers call some of them.
 _ELSEWHERE = {"learning_rate": "lr", "betas": "momentum and beta2", "beta1": "momentum", "params": "the model"}
@@ -177,20 +177,7 @@ class Settings:
             if value is not None or setting.default is not None:
                 object.__setattr__(self, name, setting.metadata["check"](name, value))
         policy = policy_class(self.sharing)
-        sharing = f"sharing={policy.name!r}"
-        unread = {}
-        for name in READ_BY_POLICIES:
-            if name not in policy.reads:
-                readers = [repr(other) for other in policy_names() if name in policy_class(other).reads]
-                unread[name] = (sharing, f"sharing={' or '.join(readers)}")
-        if self.updates == {"momentum"} and self.fallback == "sgd":
-            rules = ("update='momentum' and fallback='sgd'", "update='adam' or fallback='adamw'")
-            unread |= dict.fromkeys(READ_BY_RULES, rules)
-        if "block_muon" not in self.updates:
-            unread["block_size"] = (f"update={self.update!r}", "update='block_muon'")
-        if not any(RULES[rule].matrices for rule in self.updates):
-            unread["ns_steps"] = (f"update={self.update!r}", "update='muon' or 'block_muon'")
-        for name, (chosen, others) in unread.items():
+        for name, (chosen, others) in self._unread(policy).items():
             if getattr(self, name) is not None:
                 raise ValueError(
                     f"{name}={getattr(self, name)!r} has no effect with {chosen}: leave it out, or use {others}"
@@ -198,9 +185,29 @@ class Settings:
         if "momentum" in self.updates and not policy.solves:
             solvers = policy_names(lambda other: other.solves)
             raise ValueError(
-                f"update='momentum' steps by the paper's 1/lambda', which {sharing} does not measure: use "
-                f"update='block_muon' or 'adam', or sharing={' or '.join(map(repr, solvers))}"
+                f"update='momentum' steps by the paper's 1/lambda', which sharing={policy.name!r} does not measure: "
+                f"use update='block_muon' or 'adam', or sharing={' or '.join(map(repr, solvers))}"
             )
+
+    def _unread(self, policy: type[SharingPolicy]) -> dict[str, tuple[str, str]]:
+        """The arguments that nothing reads, each with the settings that do not, and with others that would."""
+        found = {}
+        for name in READ_BY_POLICIES:
+            if name not in policy.reads:
+                readers = " or ".join(repr(other) for other in policy_names() if name in policy_class(other).reads)
+                found[name] = (f"sharing={policy.name!r}", f"sharing={readers}")
+        rules = {*self.updates, FALLBACK_RULES[self.fallback]}
+        if any(RULES[rule].matrices for rule in rules):
+            rules.add("adam")  # for the biases
+        for name in READ_BY_RULES:
+            if not any(name in RULES[rule].reads for rule in rules):
+                updates = " or ".join(repr(rule) for rule in sorted(RULES) if name in RULES[rule].reads)
+                fallbacks = " or ".join(repr(key) for key, rule in FALLBACK_RULES.items() if name in RULES[rule].reads)
+                found[name] = (f"update={self.update!r}", f"update={updates}")
+                if fallbacks:
+                    chosen, others = found[name]
+                    found[name] = f"{chosen} and fallback={self.fallback!r}", f"{others} or fallback={fallbacks}"
+        return found
 
     @property
     def updates(self) -> set[str]:

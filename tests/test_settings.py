@@ -17,7 +17,8 @@ from hf_fngd import FNGD, FNGDConfig, FNGDPreconditioner, policy_names
 from hf_fngd.checks import MAX_CHARACTERS, MAX_INTEGER, MAX_NAMES
 from hf_fngd.layers.base import layer_type_names
 from hf_fngd.settings import Settings, setting_names
-from hf_fngd.updates import FALLBACK_RULES
+from hf_fngd.updates import FALLBACK_RULES, RULES
+from hf_fngd.updates.base import UpdateRule
 from hf_fngd.weights.base import _POLICIES, SharingPolicy, policy_class, register_policy
 from tests.nets import UPDATES, Net, net
 from tests.refusals import refusal
@@ -235,6 +236,14 @@ def test_what_neither_rule_reads_is_refused(key: str) -> None:
         Settings(**rules | change | {key: 0.5})
 
 
+def test_what_a_rule_of_ones_own_does_not_read_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(RULES, "sign", UpdateRule(lambda update: None, (), (), matrices=False, over_adamw=1.0))
+    for key in ("beta2", "eps"):
+        refused(ValueError, rf"^{key}=0\.5 has no effect .*'sgd'", update="sign", fallback="sgd", **{key: 0.5})
+        Settings(update="sign", **{key: 0.5})
+    refused(ValueError, "^ns_steps=3 has no effect with update='sign'", update="sign", ns_steps=3)
+
+
 def test_the_size_of_blocks_is_refused_where_none_are_made() -> None:
     message = "^block_size=8 has no effect with update='muon': .*use update='block_muon'"
     refused(ValueError, message, update="muon", block_size=8)
@@ -246,7 +255,7 @@ def test_the_size_of_blocks_is_refused_where_none_are_made() -> None:
 def test_newton_schulz_steps_are_refused_where_none_are_taken() -> None:
     refused(
         ValueError,
-        "^ns_steps=3 has no effect with update='adam': .*use update='muon' or 'block_muon'",
+        "^ns_steps=3 has no effect with update='adam': .*use update='block_muon' or 'muon'",
         update="adam",
         ns_steps=3,
     )

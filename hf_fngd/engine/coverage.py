@@ -59,7 +59,7 @@ class Coverage:
     def __init__(self, selection: Selection, layers: Sequence[Layer], strict: bool, compares: bool) -> None:
         self._selection, self._layers, self._strict, self._compares = selection, layers, strict, compares
         self._told = False
-        self._said = 0  # how much the last report said
+        self._said = set[tuple[int, str]]()  # what the reports in the log said of layers, by their places
         self._gradients = Gradients()  # of the last step
         self.note: Callable[[], str] = str
         self.stepped: frozenset[str] = frozenset()  # plain parameters that the update rule steps all the same
@@ -122,7 +122,7 @@ class Coverage:
             layer.close()
         for layer in live:
             layer.shared.reached = False
-        reasons = sum(len(layer.reasons) for layer in live)
+        reasons = {(layer.place, reason) for layer in live for reason in layer.reasons}
         if not (self._told or reasons or samples):
             return  # a step without gradients
         if samples == 1 and self._compares and not self._told:
@@ -132,11 +132,11 @@ class Coverage:
                 "sample_ids tell its samples apart; otherwise raise per_device_train_batch_size or, with "
                 'sharing="clipped", gradient_accumulation_steps'
             )
-        said = reasons + sum(layer.differentiated for layer in live)
-        if self._told and said == self._said:
+        said = reasons | {(layer.place, "differentiated") for layer in live if layer.differentiated}
+        if self._told and said <= self._said:
             return
-        worse = self._told and said > self._said
-        self._told, self._said = True, said
+        worse, self._told = self._told, True
+        self._said |= said
         report = self.report()
         if reasons and self._strict:
             raise RuntimeError(f"strict=True: {report}\nExclude these layers with exclude_modules.")

@@ -59,6 +59,7 @@ class Forwards:
         self._inspected = self._inside = self._rehearsing = False
         self._of_one = False  # whether the batch that was inspected had one row, which shows no table of positions
         self._regions = Regions()
+        self._tables = [layer.kernel for layer in layers if isinstance(layer.kernel, EmbeddingKernel)]
         self._model = weakref.ref(model)
         self.probing = Probing(layers, batch_dim)
         self._frozen = [layer for layer in layers if is_frozen(layer.selected.module)]  # from the beginning
@@ -177,6 +178,9 @@ class Forwards:
             batch.tokens, batch.sizes = self._tokens, self.probing.sizes(args, kwargs, len(sample))
         # Layers that are compiled one by one find the micro-batch by its number.
         self._number = None if batch is None else numbered(batch)
+        inspects = batch is not None and (not self._inspected or (self._of_one and batch.rows > 1))
+        for table in self._tables if inspects else ():
+            table.outputs = []
         self._inside = True
         try:
             output = own(*args, **kwargs)
@@ -184,8 +188,8 @@ class Forwards:
             self._inside = False
         if batch is not None:
             self._window.passed()
-        if batch is not None and (not self._inspected or (self._of_one and batch.rows > 1)):
-            self._inspect(output, batch)
+            if inspects:
+                self._inspect(output, batch)
         return output
 
     def _of_no_batch(self, own: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -260,14 +264,13 @@ class Forwards:
     def _inspect(self, output: Any, batch: MicroBatch) -> None:
         """Read the first autograd graph: which weights are used outside their layers, and where tables are expanded."""
         self._inspected, self._of_one = True, batch.rows == 1
-        kernels = [layer.kernel for layer in self._layers]
-        tables = [kernel for kernel in kernels if isinstance(kernel, EmbeddingKernel) and kernel.output is not None]
-        leaves, consumers = uses_in_graph(output, {table.output for table in tables})
-        for table in tables:
-            if self._rehearsing:
-                table.output = None  # no graph expands it
-            else:
-                table.inspect(consumers[table.output], batch.rows)
+        found = {table: table.outputs for table in self._tables if table.outputs}
+        leaves, consumers = uses_in_graph(output, {node for nodes in found.values() for node in nodes})
+        for table in self._tables:
+            table.outputs = None
+        for table, nodes in found.items():
+            if not self._rehearsing:  # no compiled graph expands them
+                table.inspect([consumers[node] for node in nodes], batch.rows)
         keys = [[id(parameter) for parameter in layer.selected.module.parameters(False)] for layer in self._layers]
         calls = Counter[int]()
         for layer, own in zip(self._layers, keys, strict=True):

@@ -133,10 +133,13 @@ class Window:
         return rank + world * sum(one.reached or not one.recomputed for one in before)
 
     def forget_before(self, batch: MicroBatch) -> bool:
-        """Forget the complete micro-batches, but for one whose backward pass begins; returns whether there were any."""
+        """Forget the complete micro-batches, but for one whose backward pass begins.
+
+        Returns whether there were any, and that one is of this step.
+        """
         complete = [one for one in self._batches if one.complete and one is not batch]
         self._batches = [one for one in self._batches if one not in complete]
-        return bool(complete)
+        return bool(complete) and batch in self._batches
 
     def mixed_up(self, layer: int) -> bool:
         """Whether a recomputed forward pass of a layer may belong to another micro-batch than the last."""

@@ -21,7 +21,8 @@ class EmbeddingKernel(LayerKernel):
 
     def __init__(self) -> None:
         self.expands = False  # whether the output is expanded to the batch
-        self.output: Any = None  # the first output that the whole batch shares, as a node of the graph; for `inspect`
+        # The outputs of a forward pass that the whole batch shares, as nodes of the graph; None where nobody asks.
+        self.outputs: list[Any] | None = None
 
     def folds(self, dim: int) -> bool:
         return True
@@ -37,16 +38,17 @@ class EmbeddingKernel(LayerKernel):
         if shared and self.expands:
             return call.weigh(y.expand(call.batch_rows or 0, -1, -1))
         y = call.weigh(y)
-        self.output = y.grad_fn if shared else self.output
+        if shared and self.outputs is not None:
+            self.outputs.append(y.grad_fn)
         return y
 
-    def inspect(self, consumers: Sequence[tuple[str, int]], rows: int) -> None:
-        """Decide whether the output is expanded, from the operations of the first graph that read `output`.
+    def inspect(self, consumers: Sequence[Sequence[tuple[str, int]]], rows: int) -> None:
+        """Decide whether outputs are expanded, from the operations of the first graph that read each of `outputs`.
 
-        It is if only sums with a tensor of the batch's rows read it. A tensor with more rows (choices folded into the
-        batch) does not count.
+        They are if only sums with a tensor of the batch's rows read them. A tensor with more rows (choices folded into
+        the batch) does not count.
         """
-        self.output, self.expands = None, bool(consumers) and set(consumers) == {("AddBackward0", rows)}
+        self.expands = all(set(of_one) == {("AddBackward0", rows)} for of_one in consumers)
 
     def layout(self, known: bool | None, x: Tensor | None, g: Tensor, samples: int) -> Layout:
         if g.dim() == 2 or (len(g) == 1 and samples > 1):

@@ -151,7 +151,7 @@ def select_layers(
             others.append(Selected(name, module, kernel, False, names))
         left_out = any(
             isinstance(module, bases) and of not in wanted
-            for of, bases in (("linear", nn.Linear), ("convolution", CONVOLUTIONS))
+            for of, bases in (("linear", nn.Linear), ("conv1d", MATRICES[1]), ("convolution", CONVOLUTIONS))
         )
         if layer_type is None and named and not excluded and not left_out:
             alone = {

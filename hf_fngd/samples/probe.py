@@ -29,6 +29,7 @@ from hf_fngd.samples.draws import same_draws
 from hf_fngd.samples.inputs import CannotProbeError, copied, resized
 from hf_fngd.samples.rows import NOT_THE_BATCH, View
 from hf_fngd.samples.snapshot import untouched
+from hf_fngd.weights.algebra import widest_dtype
 
 NOT_VERIFIED = (
     "leaving out a sample of the first batch changed what the layer saw of the others, so its rows cannot be told apart"
@@ -226,7 +227,8 @@ def _close(a: Tensor, b: Tensor) -> bool:
 def digest(x: Tensor) -> Digest:
     """The shape of a layer's input, and one number for each of its rows."""
     values = x.detach()
-    values = values.to(torch.float64 if x.dtype == torch.float64 or not x.is_floating_point() else torch.float32)
+    exact = x.dtype == torch.float64 or not x.is_floating_point()
+    values = values.to(widest_dtype(x.device) if exact else torch.float32)
     if x.is_floating_point() and x.dim() > 1:
         with torch.autocast(x.device.type, enabled=False):
             values = values @ torch.cos(1.7 * torch.arange(x.shape[-1], device=x.device, dtype=values.dtype) + 1)

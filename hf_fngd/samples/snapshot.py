@@ -137,6 +137,7 @@ def untouched(model: nn.Module, training: bool = False) -> Iterator[None]:
     numpy = sys.modules.get("numpy")
     states = random.getstate(), numpy.random.get_state() if numpy else None
     devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []  # type: ignore[no-untyped-call]
+    mps = torch.mps.get_rng_state() if torch.backends.mps.is_available() else None
     fast, cached = torch.backends.mha.get_fastpath_enabled(), torch.is_autocast_cache_enabled()
     try:
         torch.set_autocast_cache_enabled(False)  # or else the training pass would reuse casts that have no graph
@@ -154,6 +155,8 @@ def untouched(model: nn.Module, training: bool = False) -> Iterator[None]:
         random.setstate(states[0])
         if numpy:
             numpy.random.set_state(states[1])
+        if mps is not None:
+            torch.mps.set_rng_state(mps)
         snapshot.put_back()
 
 

@@ -40,7 +40,7 @@ class FNGDFactory:
         if args is not None:
             return FNGD.from_training_args(model, args, config, **overrides)
         optimizer = FNGD.from_config(model, "default" if config is None else config, **overrides)
-        ignored = {} if trainer is None else ignored_in(trainer.args, optimizer.config, overrides)
+        ignored = {} if trainer is None else ignored_in(trainer.args, optimizer.settings, overrides)
         if ignored:
             warnings.warn(
                 f"FNGDFactory was given no args, so that {', '.join(f'{k}={v!r}' for k, v in ignored.items())} of "

@@ -9,7 +9,7 @@ from torch.optim.adamw import adamw
 from hf_fngd.updates.base import Update, register_rule
 
 
-@register_rule("adam", "exp_avg", "exp_avg_sq")
+@register_rule("adam", "exp_avg", "exp_avg_sq", reads=("beta2", "eps"))
 def adam_update(update: Update) -> None:
     """``m <- b1 m + (1 - b1) g``, ``v <- b2 v + (1 - b2) g^2``, ``p <- p - lr m' / (sqrt(v') + eps)``.
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,7 +22,9 @@ class Update:
     steps: Sequence[int]  # counts each parameter's updates, this one included
     sharded: Sequence[Tensor]  # the parameters themselves
     matrices: Sequence[Matrices]  # what each parameter consists of, for rules for matrices
-    group: dict[str, float]  # a rule reads ``lr``, ``momentum``, ``beta2``, ``eps`` and ``weight_decay`` in it
+    group: dict[
+        str, Any
+    ]  # a rule reads ``lr``, ``momentum`` and ``weight_decay`` in it, and what it is registered with
     replicas: ProcessGroup | None = None  # the processes that do the same update, and can share its work
 
     def decay(self) -> None:
@@ -35,10 +37,11 @@ Rule = Callable[[Update], None]
 
 
 class UpdateRule(NamedTuple):
-    """A rule, the names of its state tensors, whether it is for matrices alone, and its learning rate over AdamW's."""
+    """One entry of the registry; see `register_rule`."""
 
     update: Rule
     state: tuple[str, ...]
+    reads: tuple[str, ...]
     matrices: bool
     over_adamw: float
 
@@ -46,17 +49,20 @@ class UpdateRule(NamedTuple):
 RULES: dict[str, UpdateRule] = {}
 
 
-def register_rule(name: str, *state: str, matrices: bool = False, over_adamw: float = 1.0) -> Callable[[Rule], Rule]:
+def register_rule(
+    name: str, *state: str, reads: Sequence[str] = (), matrices: bool = False, over_adamw: float = 1.0
+) -> Callable[[Rule], Rule]:
     """Function decorator: make an update rule available by its name, with the names of its state tensors.
 
-    If it is for ``matrices`` alone, the biases beside them get "adam". ``over_adamw`` is its best learning rate divided
-    by AdamW's (`learning_rate_from_adamw`). Raises ValueError where the name is taken.
+    ``reads`` are those of the arguments beta2, eps, block_size and ns_steps that it finds in `Update.group`. If it is
+    for ``matrices`` alone, the biases beside them get "adam". ``over_adamw`` is its best learning rate divided by
+    AdamW's (`learning_rate_from_adamw`). Raises ValueError where the name is taken.
     """
 
     def register(rule: Rule) -> Rule:
         if name in RULES:
             raise ValueError(f"there is already an update rule named {name!r}")
-        RULES[name] = UpdateRule(rule, state, matrices, over_adamw)
+        RULES[name] = UpdateRule(rule, state, tuple(reads), matrices, over_adamw)
         return rule
 
     return register

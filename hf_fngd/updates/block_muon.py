@@ -25,7 +25,7 @@ Groups = Sequence[dict[str, Any]]
 SHARE, FEWEST, PRICE = 4, 32, 4
 
 
-@register_rule("block_muon", "momentum_buffer", matrices=True, over_adamw=2.0)
+@register_rule("block_muon", "momentum_buffer", reads=("block_size", "ns_steps"), matrices=True, over_adamw=2.0)
 def block_muon_update(update: Update) -> None:
     """``m <- lerp(g, m)``, ``p <- p - 0.2 lr sqrt(max(r, columns)) orthogonalize_blocks(lerp(g, m))``.
 

@@ -109,14 +109,14 @@ def _split(
     lr, rule = own.get("lr", settings.lr), own.get("update", settings.update)
     rest_lr = own.get("lr", settings.lr if settings.fallback_lr is None else settings.fallback_lr)
     decay, no_decay = own.get("weight_decay", settings.weight_decay), own.get("weight_decay", 0.0)
-    reads = {"ns_steps": settings.effective("ns_steps")} if RULES[rule].matrices else {}
-    reads |= {"block_size": settings.block_size} if rule == "block_muon" else {}
+    # The others are the optimizer's defaults.
+    reads = {name: settings.effective(name) for name in ("ns_steps", "block_size") if name in RULES[rule].reads}
     for_matrices = RULES[rule].matrices
     preconditioned, unweighed = (
         _group(f"{name}{suffix}", rule, lr, decay) | reads | ({"matrices": []} if for_matrices else {})
         for name in ("preconditioned", "unweighed")
     )
-    if rule == "block_muon" and settings.block_size is None:
+    if reads.get("block_size", 0) is None:
         preconditioned["positions"] = 0  # found in the first step, where layers are weighed
     return [
         preconditioned,

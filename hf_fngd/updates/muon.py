@@ -16,7 +16,7 @@ _MUON_RMS = 0.2
 _MUON_BYTES = 2**28
 
 
-@register_rule("muon", "momentum_buffer", matrices=True, over_adamw=2.0)
+@register_rule("muon", "momentum_buffer", reads=("ns_steps",), matrices=True, over_adamw=2.0)
 def muon_update(update: Update) -> None:
     """``m <- lerp(g, m)``, ``p <- p - 0.2 lr sqrt(max(rows, columns)) orthogonalize(lerp(g, m))``; m has ``momentum``.
 

@@ -30,6 +30,11 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def widest_dtype(device: torch.device) -> torch.dtype:
+    """float64, and float32 on a device that has none."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
 def weighted_factors(a: Tensor, g: Tensor, w: Tensor | None) -> tuple[Tensor, Tensor]:
     """Return a ``[N T, i]`` and g ``[N T, o]``, of one dtype, the narrower with its rows times the sample weights.
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from hf_fngd.distributed.environment import rank_and_world
 from hf_fngd.distributed.exchange import sum_over_processes
-from hf_fngd.weights.algebra import clip, mean_norm
+from hf_fngd.weights.algebra import clip, mean_norm, widest_dtype
 from hf_fngd.weights.base import MicroBatchWeights, Samples, SharingPolicy, State, register_policy
 
 
@@ -77,7 +77,7 @@ class ClippedSharing(SharingPolicy):
         if rank_and_world()[1] == 1 and max(len(own), self.parts) == 1:
             return samples
         like = like.new_empty(self.layers)
-        rows = like.new_zeros(len(own), 2 * self.layers + 1, dtype=torch.float64)
+        rows = like.new_zeros(len(own), 2 * self.layers + 1, dtype=widest_dtype(like.device))
         for row, batch in zip(rows, own, strict=True):
             row.copy_(batch.sums(like))
         total = sum_over_processes(rows.sum(dim=0))
@@ -113,6 +113,10 @@ class ClippedSharing(SharingPolicy):
         """See `SharingPolicy.load_state_dict`. A new policy's state is empty, and so are those of older versions."""
         world = rank_and_world()[1]
         state = state or {"parts": 1, "shorter": False, "means": torch.zeros(self.layers), "world": world}
+        if len(state["means"]) != self.layers:
+            raise ValueError(
+                f"the state is for {len(state['means'])} layers, this model has {self.layers} attached ones"
+            )
         self.parts, self.shorter, self.means = state["parts"], state["shorter"], state["means"]
         self._last = []
         if world != state["world"]:  # gradients of a process's mean loss are R times those of the mean over R processes

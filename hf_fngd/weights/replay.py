@@ -62,7 +62,8 @@ class ReplaySharing(SolvedPolicy):
         rows = self.rows[: self.recorded]
         if w.shape[1] > self.rows.shape[2]:  # the first batch was a short one
             self.rows = self._allocate(cycle_to(rows, w.shape[1]), len(self.rows))
-        elif place >= len(self.rows) and not self._full:
+            rows = self.rows[: self.recorded]
+        if place >= len(self.rows) and not self._full:
             self.rows = self._allocate(rows, max(2 * len(self.rows), place + 1))
             self._full = place >= len(self.rows)
             if self._full:
@@ -106,7 +107,7 @@ class ReplaySharing(SolvedPolicy):
             raise ValueError(f"the state is for {rows.shape[1]} layers, this model has {self.layers} attached ones")
         super().load_state_dict(state)
         self.steps, self.shared_since = state["steps"], state["shared_since"]
-        self.rows, self.recorded = None, 0
+        self.rows, self.recorded, self._full = None, 0, False
         if rows is not None:
             self.rows = self._allocate(rows, max(len(rows), min(self.coefficient_steps or 0, _FIRST_CAPACITY)))
 

@@ -9,6 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from hf_fngd.weights.algebra import widest_dtype
+
 
 class Coefficients(NamedTuple):
     """Sample weights ``[N]`` of mean 1 (Eq. 9 up to one scalar), and the gradient noise ratio ``||K||_F / ||p||^2``.
@@ -27,7 +29,7 @@ def coefficients(k: Tensor, damping: float) -> Coefficients:
     ``lambda' = N / (1^T (K + lambda I)^-1 1)``. K ``[N, N]`` is positive semidefinite up to rounding. Its Cholesky
     factorization, scaled to unit norm, is in float64 where the device has it; the host does not wait for the device.
     """
-    matrix = k if k.device.type == "mps" else k.double()
+    matrix = k.to(widest_dtype(k.device))
     norm = torch.linalg.matrix_norm(matrix)
     usable = torch.isfinite(norm) & (norm > 0)
     matrix = torch.where(usable, matrix / torch.where(usable, norm, 1), 0)

@@ -20,22 +20,24 @@ class TrainingLoss:
     Args:
         arguments: What is done to the losses of a training batch's samples.
         smoothing: Label smoothing of the cross entropy.
-
-    Attributes:
-        batches: The plain cross entropy of each training batch, before outliers are multiplied.
     """
 
     def __init__(self, arguments: OutlierArguments, smoothing: float) -> None:
         self.training, self.plain = make_loss(smoothing, arguments), make_loss(0.0)
-        self.batches: list[float] = []
+        self._batches: list[Tensor] = []
 
     def __call__(self, outputs: Any, labels: Tensor, num_items_in_batch: Tensor | int | None = None) -> Tensor:
         """Return the sum over the samples, divided by their number in the whole batch, over all micro-batches."""
         if not torch.is_grad_enabled():  # evaluation
             return self.plain(outputs, labels, num_items_in_batch)
         with torch.no_grad():
-            self.batches.append(self.plain(outputs, labels).item())
+            self._batches.append(self.plain(outputs, labels))
         return self.training(outputs, labels, num_items_in_batch)
+
+    @property
+    def batches(self) -> list[float]:
+        """The plain cross entropy of each training batch, before outliers are multiplied."""
+        return torch.stack(self._batches).tolist() if self._batches else []
 
 
 def largest_rise(batches: Sequence[float], window: int = WINDOW) -> float | None:

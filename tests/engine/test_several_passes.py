@@ -142,6 +142,18 @@ def test_gradients_that_somebody_changes_between_micro_batches_are_theirs() -> N
         model.zero_grad(set_to_none=False)
 
 
+def test_a_backward_pass_of_a_closed_step_may_follow_that_of_a_cleared_one() -> None:
+    model = Head()
+    preconditioner = FNGDPreconditioner(model)
+    late = model(torch.randn(5, WIDTH)).square().sum()
+    preconditioner.skip()
+    model(torch.randn(5, WIDTH)).square().sum().backward()
+    model.zero_grad()
+    late.backward()
+    assert all(p.grad is not None for p in model.parameters())
+    preconditioner.step()
+
+
 def test_gradients_that_come_anew_without_a_pass_of_the_model_are_told() -> None:
     model = Head()
     preconditioner = FNGDPreconditioner(model)

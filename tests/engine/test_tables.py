@@ -108,6 +108,22 @@ class Both(LanguageModel):
         return self.tokens(x) + positions + torch.tanh(positions)
 
 
+class TwicePositions(LanguageModel):
+    """One that is called twice, and one of its outputs is not added to the batch; ``last`` says which."""
+
+    last = True
+
+    def embed(self, x: Tensor) -> Tensor:
+        numbers = torch.arange(LENGTH)[None]
+        if self.last:
+            return self.tokens(x) * torch.tanh(self.positions(numbers).squeeze(0)) + self.positions(numbers)
+        return (self.tokens(x) + self.positions(numbers)) * torch.tanh(self.positions(numbers).squeeze(0))
+
+
+class TwicePositionsFirst(TwicePositions):
+    last = False
+
+
 class UsesTheTable(LanguageModel):
     def logits(self, y: Tensor) -> Tensor:
         return F.linear(y, self.tokens.weight)
@@ -182,6 +198,8 @@ CASES: dict[str, Case] = {
     "positions without a batch dimension": (Flat, {}, NOT_POSITIONS, {POSITIONS: A_TABLE}),
     "positions that are not added": (Scaling, {}, NOT_POSITIONS, {POSITIONS: A_TABLE}),
     "positions that something else reads, too": (Both, {}, NOT_POSITIONS, {POSITIONS: A_TABLE}),
+    "positions that are called twice": (TwicePositions, {}, NOT_POSITIONS, {POSITIONS: A_TABLE}),
+    "the same in another order": (TwicePositionsFirst, {}, NOT_POSITIONS, {POSITIONS: A_TABLE}),
     "a table of pairs": (Relative, {}, EVERYTHING, {"pairs.weight": NOT_THE_BATCH}),
     # A weight is plain in all of its uses or in none.
     "a table that is used": (UsesTheTable, {}, NOT_TABLE, {TABLE: USED_ELSEWHERE}),

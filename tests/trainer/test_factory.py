@@ -8,6 +8,7 @@ import pytest
 from transformers import Trainer
 
 from hf_fngd import FNGDConfig, FNGDFactory, unwrap
+from hf_fngd.weights.uniform import UniformSharing
 from tests.modes.harness import arguments
 from tests.modes.nets import LINEAR, bert
 
@@ -33,6 +34,12 @@ def test_factory_honours_arguments_and_config(tmp_path: Path) -> None:
     assert (first["initial_lr"], first["weight_decay"], first["rule"]) == (0.002, 0.25, "adam")
     assert last["weight_decay"] == 0.0
     assert optimizer.preconditioner.policy.damping == config.damping
+
+
+def test_factory_takes_a_policy_of_ones_own(tmp_path: Path) -> None:
+    run = trainer(tmp_path, {"sharing": UniformSharing(), "lr": 1e-3})
+    run.train()
+    assert isinstance(unwrap(run.optimizer).preconditioner.policy, UniformSharing)
 
 
 def test_factory_makes_one_optimizer_a_model_init(tmp_path: Path) -> None:

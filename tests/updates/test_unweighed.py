@@ -8,6 +8,7 @@ import torch
 import transformers as hf
 from torch import Tensor, nn
 
+import hf_fngd
 from hf_fngd import FNGD
 from hf_fngd.config import PRESETS
 from hf_fngd.updates.orthogonal import orthogonalize
@@ -127,6 +128,27 @@ def test_a_linear_whose_type_is_left_out_has_the_fallback_rule() -> None:
         "1.weight": "block_muon",
         **dict.fromkeys(["1.bias", "0.weight", "0.bias"], "adam"),
     }
+
+
+class Doubling(hf.pytorch_utils.Conv1D):
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * super().forward(x)
+
+
+class DoublingLinear(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * super().forward(x)
+
+
+@pytest.mark.parametrize(("kept", "other"), [("linear", Doubling), ("conv1d", DoublingLinear)])
+def test_a_subclass_whose_type_is_left_out_has_the_fallback_rule(kept: str, other: type[nn.Module]) -> None:
+    own = nn.Linear(WIDTH, WIDTH) if kept == "linear" else hf.pytorch_utils.Conv1D(WIDTH, WIDTH)
+    model = nn.Sequential(own, other(WIDTH, WIDTH))
+    for types, rule in (([kept], "adam"), (None, "block_muon")):
+        groups = FNGD(model, layer_types=types).param_groups
+        rules = {name: group["rule"] for group in groups for name in group["param_names"]}
+        assert (rules["0.weight"], rules["1.weight"]) == ("block_muon", rule)
+        hf_fngd.detach(model)
 
 
 def test_a_users_group_may_give_them_another_rule() -> None:

@@ -52,6 +52,15 @@ def test_a_norm_that_is_no_number_is_not_hidden(bad: tuple[float, float]) -> Non
     assert not weighed(1.0, *bad).isfinite().all()
 
 
+def test_a_state_for_other_layers_is_refused() -> None:
+    _, optimizer = with_fngd()
+    policy = optimizer.preconditioner.policy
+    state = policy.state_dict()
+    with pytest.raises(ValueError, match=r"the state is for 1 layers, this model has \d+ attached ones"):
+        policy.load_state_dict({**state, "means": torch.zeros(1)})
+    assert policy.state_dict()["means"] is state["means"]
+
+
 def test_of_steps_in_one_micro_batch_nothing_is_kept() -> None:
     model, optimizer = with_fngd()
     train(model, optimizer, steps=4)

@@ -63,6 +63,15 @@ def test_a_longer_batch_widens_the_store_and_a_short_one_gets_its_own_weights_ba
     check(epoch(policy, 5, 8, 13, 8), first)
 
 
+@pytest.mark.parametrize("parts", [1, 2, 3])
+def test_a_longer_batch_beyond_the_capacity_takes_no_row_of_another(parts: int) -> None:
+    policy = prepared("replay", coefficient_steps=1)
+    sizes = [8, 13, 16][:parts]
+    first = epoch(policy, *sizes, parts=parts)
+    check(first, [solved(place, size) for place, size in enumerate(sizes)])
+    check(epoch(policy, *sizes, parts=parts), first)
+
+
 def test_layers_without_usable_coefficients_average() -> None:
     policy = prepared("replay")
     spoilt = samples(0)
