@@ -83,6 +83,9 @@ def real(accepted: str, holds: Callable[[float], bool]) -> Check:
     return _number(numbers.Real, float, accepted, holds)
 
 
+NOT_NEGATIVE = real("a finite number >= 0", lambda x: x >= 0)
+
+
 def integer(lowest: int, highest: int = MAX_INTEGER) -> Check:
     """An integer, not below the lowest, not above the highest and within an int64."""
     accepted = f"an integer from {lowest} to {highest}"

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hf_fngd.samples.rows import Labeled
 from hf_fngd.weights.algebra import clip, mean_norm, scaled, tensor_norms
 
 
@@ -61,19 +62,12 @@ def clip_samples(x: Tensor, sample_ids: Tensor | None = None) -> Tensor:
 def _clipped(places: Tensor | None, g: Tensor) -> Tensor:
     with torch.no_grad():  # sample weights are constants of a second derivative
         rows = g if places is None else g.flatten(0, places.dim() - 1)
-        norms = tensor_norms(rows)
-        if places is None:
-            w = clip(norms, mean_norm(norms))
-        else:
-            of_samples = _summed(norms, places.flatten())
-            w = clip(of_samples, mean_norm(of_samples))[places.flatten()]
+        norms, labeled = tensor_norms(rows), None if places is None else Labeled(0, places.flatten())
+        if labeled is not None:  # as many as there are rows; behind the samples' there are zeros
+            norms = labeled.of_samples(norms, len(rows), adds=False)
+        w = clip(norms, mean_norm(norms))
+        w = w if labeled is None else labeled.of_rows(w, len(rows))
     return scaled(rows, w).view(g.shape)
-
-
-def _summed(norms: Tensor, places: Tensor) -> Tensor:
-    """From the norms of rows ``[R]`` to those of their samples ``[R]``, behind which there are zeros."""
-    largest = norms.max().clamp(min=torch.finfo(norms.dtype).tiny) if len(norms) else 1  # squares may overflow
-    return torch.zeros_like(norms).index_add(0, places, (norms / largest).square()).sqrt() * largest
 
 
 class _Clipping(torch.autograd.Function):

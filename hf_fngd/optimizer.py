@@ -16,7 +16,7 @@ from hf_fngd.config import TRAINING_ARGS, FNGDConfig, set_in
 from hf_fngd.distributed.join import Joins
 from hf_fngd.distributed.sharded import local
 from hf_fngd.engine.coverage import CoverageReport
-from hf_fngd.engine.state import GONE, check_groups, check_keys, gone, with_frozen
+from hf_fngd.engine.state import GONE, check_keys, gone
 from hf_fngd.preconditioner import FNGDPreconditioner
 from hf_fngd.settings import Settings, with_settings
 from hf_fngd.updates import FALLBACK_RULES, RULES, Update
@@ -24,6 +24,7 @@ from hf_fngd.updates.block_muon import describe_blocks, keep_positions, known_po
 from hf_fngd.updates.chosen import by_name
 from hf_fngd.updates.gradients import of_layers, real, squared_norms
 from hf_fngd.updates.groups import check_parameters, in_force, parameter_groups, resized, trainable
+from hf_fngd.updates.loaded import check_groups, with_frozen
 from hf_fngd.updates.momentum import natural_scales, scaled_gradients
 from hf_fngd.weights.solve import damping_from_gradient
 from hf_fngd.weights.solved import SolvedPolicy
@@ -63,7 +64,7 @@ class FNGD(torch.optim.Optimizer, Joins):
         self._checked: list[int] = []  # the trainable parameters in the last step
         fallback = FALLBACK_RULES[self.settings.fallback]
         inner = self.preconditioner.model
-        layers, unweighed = self.preconditioner.matrices, self.preconditioner.unweighed
+        layers, unweighed = self.preconditioner.preconditioned, self.preconditioner.unweighed
         try:
             groups = parameter_groups(inner, layers, unweighed, self.settings, fallback)
         except Exception:
@@ -176,7 +177,7 @@ class FNGD(torch.optim.Optimizer, Joins):
         if squared is not None and natural:
             policy = self.preconditioner.policy
             assert isinstance(policy, SolvedPolicy)
-            norms, sizes = of_layers(squared, self.param_groups, len(self.preconditioner.matrices))
+            norms, sizes = of_layers(squared, self.param_groups, len(self.preconditioner.preconditioned))
             scales = natural_scales(norms, sizes, policy.rho, policy.spread, policy.damping)
         for group in self.param_groups:
             self._update_group(group, scales, replicas)
@@ -245,7 +246,7 @@ class FNGD(torch.optim.Optimizer, Joins):
             values["lambda"] = math.nan
             norms = squared_norms(self.param_groups)
             if norms is not None:
-                squared, _ = of_layers(norms, self.param_groups, len(self.preconditioner.matrices))
+                squared, _ = of_layers(norms, self.param_groups, len(self.preconditioner.preconditioned))
                 damping = damping_from_gradient(policy.rho.to(squared), squared, policy.damping)
                 values["lambda"] = float(damping[damping > 0].log().mean().exp())  # NaN where there is none
         return values

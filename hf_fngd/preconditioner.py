@@ -13,7 +13,8 @@ from torch.distributed import ProcessGroup
 from torch.distributed.fsdp import FSDPModule
 from torch.utils.hooks import RemovableHandle
 
-from hf_fngd.distributed.environment import rank_and_world, refuse_environment
+from hf_fngd.distributed.environment import refuse_environment
+from hf_fngd.distributed.exchange import rank_and_world
 from hf_fngd.distributed.join import Joins, JoinState
 from hf_fngd.distributed.sharded import is_sharded
 from hf_fngd.engine.attach import refuse_attached, unsupported
@@ -70,9 +71,9 @@ class FNGDPreconditioner(Joins):
         refuse_complex(selection)
         if own.strict:
             refuse_unfit(selection)
-        self.matrices, self.unweighed = selection.matrices, selection.unweighed
+        self.preconditioned, self.unweighed = selection.preconditioned, selection.unweighed
         self._first = self.layers[0].module
-        self._attached = attached_layers(selection.layers, solves)
+        self._attached = attached_layers(selection.attached, solves)
         self.policy.prepare(len(self._attached), **{name: own.effective(name) for name in READ_BY_POLICIES})
         self._model, self._edge = weakref.ref(model), EpochEdge()
         self.joining = JoinState()
@@ -96,8 +97,8 @@ class FNGDPreconditioner(Joins):
 
     @property
     def layers(self) -> list[Selected]:
-        """The preconditioned layers that are trained now; the attribute ``matrices`` has the frozen ones as well."""
-        return [layer for layer in self.matrices if not is_frozen(layer.module)]
+        """The preconditioned layers that are trained now; ``preconditioned`` has those that are frozen as well."""
+        return [layer for layer in self.preconditioned if not is_frozen(layer.module)]
 
     @property
     def model(self) -> nn.Module:

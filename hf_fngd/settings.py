@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Self, TypeVar
 
-from hf_fngd.checks import Check, choice, flag, guess, integer, modules, real, shown, wrong_type
+from hf_fngd.checks import NOT_NEGATIVE, Check, choice, flag, guess, integer, modules, real, shown, wrong_type
 from hf_fngd.layers.base import layer_type_names
 from hf_fngd.layers.select import ALL_LINEAR
 from hf_fngd.updates import FALLBACK_RULES, RULES
@@ -33,7 +33,6 @@ def _setting(default: Any, check: Check, text: str) -> Any:
     return field(default=default, metadata={"help": text, "check": check})
 
 
-_NOT_NEGATIVE = real("a finite number >= 0", lambda x: x >= 0)
 _NONE_OR_POSITIVE = real("None or a finite number > 0", lambda x: x > 0)
 _NAMES = "a regular expression or a list of module names"
 # What only some policies, or some update rules, read: where nothing does, a value is an error.
@@ -62,7 +61,7 @@ class Settings:
 
     lr: float = _setting(
         1e-3,
-        _NOT_NEGATIVE,
+        NOT_NEGATIVE,
         "Learning rate, >= 0. The root mean square of an update is 0.14 to 0.22 lr with update 'block_muon' or 'muon', "
         "about lr with 'adam', and at most lr with 'momentum', before momentum.",
     )
@@ -71,7 +70,7 @@ class Settings:
     )
     weight_decay: float = _setting(
         0.0,
-        _NOT_NEGATIVE,
+        NOT_NEGATIVE,
         "Decoupled weight decay, >= 0; as Trainer's, none on biases, LayerNorms and what is called a norm, but on "
         "every preconditioned matrix.",
     )

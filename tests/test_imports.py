@@ -11,6 +11,7 @@ ROOT = Path(hf_fngd.__file__).parent
 
 # From the bottom to the top. A module imports from lower layers, and from its own room.
 ORDER = [
+    {"stack"},
     {"distributed", "checks"},
     {"weights"},
     {"samples"},

@@ -1,14 +1,13 @@
 """Environments in which FNGD would train wrongly: it refuses them early, and names what to use instead."""
 
 import sys
-from types import FrameType
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from hf_fngd.distributed.sharded import is_sharded
+from hf_fngd.stack import callers
 
 _DATA_PARALLEL = "use accelerate launch with DistributedDataParallel (multi_gpu) or FSDP2 instead"
 _FSDP1 = (
@@ -66,8 +65,7 @@ def refuse_split_weight(weight: Tensor) -> None:
 
 def refuse_unfrozen() -> None:
     """Raise RuntimeError if DistributedDataParallel wrapped the running model before layers were unfrozen."""
-    frame: FrameType | None = sys._getframe(1)
-    while frame is not None:
+    for frame in callers():
         wrapper = frame.f_locals.get("self")
         if isinstance(wrapper, DistributedDataParallel):
             named = wrapper.module.named_parameters()
@@ -80,7 +78,6 @@ def refuse_unfrozen() -> None:
                     "again after unfreezing, or train them from the start, at first with a learning rate of 0"
                 )
             return
-        frame = frame.f_back
 
 
 def _split(title: str, what: str) -> RuntimeError:
@@ -88,10 +85,3 @@ def _split(title: str, what: str) -> RuntimeError:
         f"FNGD does not run under {title}, where no process sees {what} whole: the per-sample gradients would be "
         f"partial; {_DATA_PARALLEL}"
     )
-
-
-def rank_and_world() -> tuple[int, int]:
-    """This process's rank and the number of data-parallel processes, 0 and 1 without torch.distributed."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        return torch.distributed.get_rank(), torch.distributed.get_world_size()
-    return 0, 1

@@ -12,8 +12,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from hf_fngd.distributed.environment import rank_and_world
-
 
 @dataclass(frozen=True)
 class Measurement:
@@ -27,6 +25,13 @@ class Measurement:
     def spread(self) -> Tensor:
         """``mean(w^2)`` of the layers, ``[L]``, NaN where unusable."""
         return torch.where(self.rho.isnan(), torch.nan, self.w.square().mean(dim=1))
+
+
+def rank_and_world() -> tuple[int, int]:
+    """This process's rank and the number of data-parallel processes, 0 and 1 without torch.distributed."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        return torch.distributed.get_rank(), torch.distributed.get_world_size()
+    return 0, 1
 
 
 def gather(own: Sequence[Measurement], device: torch.device) -> list[Measurement]:

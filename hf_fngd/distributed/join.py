@@ -14,7 +14,7 @@ from torch.distributed.algorithms.join import Joinable, JoinHook
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils import _pytree
 
-from hf_fngd.distributed.environment import rank_and_world
+from hf_fngd.distributed.exchange import rank_and_world
 
 _CURE = "with torch.distributed.algorithms.join.Join([model, optimizer]), the DistributedDataParallel model first"
 

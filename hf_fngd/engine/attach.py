@@ -14,7 +14,6 @@ does so after the optimizer was built; its forward computes the output in its ow
 import copyreg
 import functools
 import inspect
-import sys
 import weakref
 from collections.abc import Callable, Sequence
 from types import FunctionType, MethodType
@@ -22,8 +21,9 @@ from typing import Any
 
 from torch import nn
 
-from hf_fngd.layers.base import is_frozen
+from hf_fngd.layers.base import PLAIN_CLASS, is_frozen
 from hf_fngd.samples.ids import COLUMN
+from hf_fngd.stack import callers
 
 Handler = Callable[..., Any]
 _LAYER = "_fngd_layer"
@@ -186,7 +186,7 @@ def _with_column(signature: inspect.Signature) -> inspect.Signature:
 
 @functools.cache
 def _subclass(base: Any, attribute: str) -> Any:
-    plain = getattr(base, "_fngd_plain_class", base)
+    plain = getattr(base, PLAIN_CLASS, base)
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         if not isinstance(args, tuple):  # torch.fx passes one proxy for all arguments
@@ -219,7 +219,7 @@ def _subclass(base: Any, attribute: str) -> Any:
         raise unsupported("torch.jit.script")
 
     names = {name: getattr(base, name) for name in ("__module__", "__qualname__", "__doc__")}
-    own = {"__reduce_ex__": reduce, "_fngd_plain_class": plain, "_fngd_attribute": attribute, "forward": forward}
+    own = {"__reduce_ex__": reduce, PLAIN_CLASS: plain, "_fngd_attribute": attribute, "forward": forward}
     own["__prepare_scriptable__"] = script  # torch.jit.script asks for it
     if attribute == _MODEL:
         own["__setattr__"] = set_attribute
@@ -236,11 +236,12 @@ def _get_qconfig(module: nn.Module) -> Any:
 
 
 def _set_qconfig(module: nn.Module, value: Any) -> None:
-    frame = sys._getframe(1)
-    while frame.f_back is not None and frame.f_globals.get("__name__") == nn.Module.__module__:
-        frame = frame.f_back
-    if str(frame.f_globals.get("__name__")).startswith(("torch.ao.", "torchao.")):
-        raise unsupported("Quantization in place")
+    for frame in callers():
+        name = str(frame.f_globals.get("__name__"))
+        if name != nn.Module.__module__:
+            if name.startswith(("torch.ao.", "torchao.")):
+                raise unsupported("Quantization in place")
+            break
     module.__dict__["qconfig"] = value
 
 

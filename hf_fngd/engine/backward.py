@@ -31,12 +31,12 @@ from hf_fngd.weights.algebra import scaled
 # without the tag captures no operator that takes a CPU tensor, and the micro-batch's number is one.
 _TAGS: Any = {"tags": (torch.Tag.cudagraph_unsafe,)} if hasattr(torch.Tag, "cudagraph_unsafe") else {}
 _numbers = itertools.count()
-_engines: "weakref.WeakValueDictionary[int, Engine]" = weakref.WeakValueDictionary()
+_engines: "weakref.WeakValueDictionary[int, GraphHandle]" = weakref.WeakValueDictionary()
 # A window keeps them alive until the optimizer step.
 _batches: weakref.WeakValueDictionary[int, MicroBatch] = weakref.WeakValueDictionary()
 
 
-class Engine:
+class GraphHandle:
     """A preconditioner as a compiled graph knows it: a number, by which the operators find its layers."""
 
     def __init__(self, layers: list[Layer], begin: Callable[[int, Ids | None, Rehearsal], MicroBatch]) -> None:
@@ -92,7 +92,7 @@ def sample_weights(
         again = found.complete and place in found.of_graphs
         layer, rows = _engines[engine].layers[place], found.traced((g if x is None else x).shape[0])
         told = None if found.ids is not None or rows is not None else layer.view
-        if told is None or told.plain or (layer.by_rows and told.dim == dim):
+        if told is None or told.row_is_sample or (layer.by_rows and told.dim == dim):
             w = layer.weights(x, g, has_bias, found, again, rows or told)
         else:
             layer.reach(found)

@@ -75,7 +75,7 @@ class Coverage:
         for layer in self._layers:
             if is_frozen(layer.selected.module):
                 continue
-            names, matrix, reasons = layer.selected.parameters, layer.selected.matrix, layer.reasons
+            names, matrix, reasons = layer.selected.parameters, layer.selected.preconditioned, layer.reasons
             unreached = layer.shared.unreached and not layer.shared.ever
             if not reasons and not layer.weighed and unreached:
                 reasons = [NEVER_CALLED]
@@ -141,5 +141,5 @@ class Coverage:
         if reasons and self._strict:
             raise RuntimeError(f"strict=True: {report}\nExclude these layers with exclude_modules.")
         # An output head that no batch has used is reported, but is no reason for a warning.
-        missed = any(layer.selected.matrix and layer.reasons for layer in self._layers)
+        missed = any(layer.selected.preconditioned and layer.reasons for layer in self._layers)
         logger.log(logging.WARNING if missed or worse else logging.INFO, "%s", report)

@@ -14,7 +14,7 @@ from torch.autograd import forward_ad
 
 from hf_fngd.distributed.environment import refuse_replica, refuse_split_weight, refuse_unfrozen
 from hf_fngd.engine.attach import Attachment, unsupported
-from hf_fngd.engine.backward import Engine, LayerCall, begin, numbered
+from hf_fngd.engine.backward import GraphHandle, LayerCall, begin, numbered
 from hf_fngd.engine.graph import uses_in_graph
 from hf_fngd.engine.layer import ON_TOP_OF_ANOTHER, OTHER_INPUT, USED_ELSEWHERE, Layer
 from hf_fngd.engine.probing import Probing, obstacle, shown
@@ -50,7 +50,7 @@ class Forwards:
     ) -> None:
         self.batch: MicroBatch | None = None
         self._layers, self._window, self._opened = layers, window, opened
-        self._engine = Engine(layers, self._begin_in_graph)
+        self._handle = GraphHandle(layers, self._begin_in_graph)
         self._number: Tensor | None = None
         self._tokens = False  # whether a traced graph has the batch's tokens for rows
         self._whole = False  # whether it is that of the whole model, of which a batch is rehearsed
@@ -164,7 +164,7 @@ class Forwards:
                 cast = torch.is_autocast_enabled(sample.device.type)
                 autocast = torch.get_autocast_dtype(sample.device.type) if cast else None
                 by = told or ("", [])
-                self._number = begin(sample, self._engine.number, *by, *packed(args, given), autocast)
+                self._number = begin(sample, self._handle.number, *by, *packed(args, given), autocast)
             self._inside = True
             try:
                 return own(*args, **kwargs)
@@ -219,12 +219,12 @@ class Forwards:
         if not trains or not x or not layer.kernel.takes(*x):
             return follow(own(*args, **kwargs), OTHER_INPUT if self._inside and not layer.kernel.fault else None)
         batch = self._number if compiling else self._batch_of_call(recomputes)
-        if not compiling and not (layer.selected.matrix or self._inside or recomputes):
+        if not compiling and not (layer.selected.preconditioned or self._inside or recomputes):
             layer.shared.reasons.add(USED_ELSEWHERE)  # nothing tells which batch the call belongs to
         if batch is None:
             return follow(own(*args, **kwargs), None)
         # A matrix keeps its kernel although its samples are not weighed: checkpointing expects the call that it saved.
-        if not compiling and not layer.selected.matrix and USED_ELSEWHERE in layer.shared.reasons:
+        if not compiling and not layer.selected.preconditioned and USED_ELSEWHERE in layer.shared.reasons:
             return own(*args, **kwargs)
         own = partial(own, *args, **kwargs)
         if isinstance(batch, Tensor):
@@ -233,7 +233,7 @@ class Forwards:
             tokens = self._tokens and x[0].dim() + isinstance(layer.kernel, EmbeddingKernel) > 2
             if layer.by_rows and tokens and layer.kernel.folds(1):
                 over = TOKENS
-            call = LayerCall(layer.kernel, layer.place, batch, self._engine.number, over, self._whole)
+            call = LayerCall(layer.kernel, layer.place, batch, self._handle.number, over, self._whole)
             return layer.kernel.run(module, own, x[0], call)
         rows, unfit = layer.locate(x[0], batch)
         if unfit is not None:
@@ -251,7 +251,7 @@ class Forwards:
             return own()
         # A recomputed call is not a second call, unless checkpointing recomputes the whole model's forward pass.
         batch.calls[layer.place] += self._inside or not recomputes
-        return layer.kernel.run(module, own, x[0], LayerCall(layer, layer.place, batch, self._engine.number, rows))
+        return layer.kernel.run(module, own, x[0], LayerCall(layer, layer.place, batch, self._handle.number, rows))
 
     def _batch_of_call(self, recomputes: bool) -> MicroBatch | None:
         """The micro-batch that a layer's call belongs to; None for a call that is in no forward pass of the model."""
@@ -277,7 +277,7 @@ class Forwards:
             calls.update(dict.fromkeys(own, batch.calls[layer.place]))
         for layer, own in zip(self._layers, keys, strict=True):
             # A layer that is compiled by itself has no counted calls.
-            if any(leaves[key] > max(calls[key], int(layer.selected.matrix)) for key in own):
+            if any(leaves[key] > max(calls[key], int(layer.selected.preconditioned)) for key in own):
                 layer.shared.reasons.add(USED_ELSEWHERE)
 
 

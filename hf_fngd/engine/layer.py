@@ -11,7 +11,7 @@ from torch.autograd.graph import get_gradient_edge
 from hf_fngd.distributed.sharded import local
 from hf_fngd.engine.attach import unsupported
 from hf_fngd.engine.window import MicroBatch
-from hf_fngd.layers.base import AMBIGUOUS, ExplicitKernel, GramKernel, LayerKernel, is_frozen, weight_of
+from hf_fngd.layers.base import AMBIGUOUS, ExplicitKernel, LayerKernel, MatrixKernel, is_frozen, weight_of
 from hf_fngd.layers.embedding import EmbeddingKernel
 from hf_fngd.layers.select import Selected
 from hf_fngd.layers.table import TableKernel
@@ -87,7 +87,7 @@ class Layer:
         table = isinstance(self.kernel, EmbeddingKernel | TableKernel)  # these find their samples themselves
         if isinstance(verdict, View) and not isinstance(self.kernel, TableKernel):
             # The report keeps the reasons of earlier batches.
-            self.view = verdict if verdict.plain or self.kernel.folds(verdict.dim) else None
+            self.view = verdict if verdict.row_is_sample or self.kernel.folds(verdict.dim) else None
             self.unfit, self.dim = (None, self.view.dim) if self.view else (NOT_THE_BATCH, 0)
             self.by_sizes = False
         elif not table or (verdict is not None and not isinstance(verdict, View)):
@@ -134,7 +134,7 @@ class Layer:
         if self.unfit is not None:
             return None, self.unfit
         if batch.ids is None:
-            if self.view is None or self.view.plain or batch.size == 0:
+            if self.view is None or self.view.row_is_sample or batch.size == 0:
                 return self.view, None
             view, dim = self.view, self.view.dim
             if x.dim() <= dim or (dim and x.shape[dim] != batch.size):
@@ -172,7 +172,7 @@ class Layer:
             One weight for each sample ``[N]``; where ``rows`` are given, one for each row ``[R]``.
         """
         self.reach(batch)
-        if batch.multiplications is not None and self.selected.matrix:
+        if batch.multiplications is not None and self.selected.preconditioned:
             batch.multiplications += self._multiplications(x, g)
         count = (g if x is None else x).shape[0]
         told = rows is not None or (count == batch.size and batch.ids is None)
@@ -181,7 +181,7 @@ class Layer:
         self.weighed = True
         own = isinstance(self.kernel, EmbeddingKernel | TableKernel)  # these find their samples themselves
         self.by_sizes = self.by_sizes or (rows is None and batch.size > 1 and not own)
-        weights = batch.begin() if again or batch.weights is None else batch.weights
+        weights = batch.make_weights() if again or batch.weights is None else batch.weights
         w = weights.weigh(self.place, _Samples(self.kernel, x, g, has_bias, rows, batch.size))
         return w if w is None or rows is None else rows.of_rows(w, count)
 
@@ -192,7 +192,7 @@ class Layer:
 
     def _multiplications(self, x: Tensor | None, g: Tensor) -> int:
         weight = weight_of(self.selected.module)
-        assert isinstance(self.kernel, GramKernel)
+        assert isinstance(self.kernel, MatrixKernel)
         assert x is not None
         return 0 if weight is None else self.kernel.multiplications(x, g, weight)
 
@@ -207,7 +207,7 @@ class Layer:
                 reason = NOT_ITS_ROWS
         else:
             reason = self._misfit(rows, (g if x is None else x).shape[0], batch)
-            if reason is None and rows.plain and batch.size > 1:
+            if reason is None and rows.row_is_sample and batch.size > 1:
                 self.batch_first = True  # compiled graphs and checkpoints go by it
             self.shared.ambiguous.discard(self.place)
         if self.solves and self._called_again(batch, again):
@@ -223,7 +223,10 @@ class Layer:
         return reason is not None or USED_ELSEWHERE in self.shared.reasons
 
     def _misfit(self, rows: Rows, count: int, batch: MicroBatch) -> str | None:
-        """Why a call with ``count`` rows contradicts ``rows``; None where it does not."""
+        """Why a call with ``count`` rows contradicts ``rows``; None where it does not.
+
+        Where it shows that only the probe's batch had equal shares, the layer is unfit from now on.
+        """
         fits = rows.fits(count, batch.size)
         if rows is not self.view or self.shares is None:
             return None if fits else NOT_THE_BATCH
@@ -286,7 +289,7 @@ class _Samples:
         return norms if self.rows is None else self.rows.of_samples(norms, self.size, self.kernel.adds)
 
     def gram(self, memory_budget: int) -> Tensor:
-        assert isinstance(self.kernel, GramKernel)
+        assert isinstance(self.kernel, MatrixKernel)
         assert self.x is not None
         x, g, count = self.x, self.g, len(self.x)
         if self.rows is not None:

@@ -4,8 +4,7 @@ from collections.abc import Sequence
 
 import torch
 
-from hf_fngd.distributed.environment import rank_and_world
-from hf_fngd.distributed.exchange import sum_over_processes
+from hf_fngd.distributed.exchange import rank_and_world, sum_over_processes
 from hf_fngd.engine.layer import Layer
 from hf_fngd.layers.base import weight_of
 
@@ -21,7 +20,7 @@ class Positions:
     def __init__(self, layers: Sequence[Layer], trained: int) -> None:
         self.count: int | None = None
         self.trained = trained
-        self._layers = [layer for layer in layers if layer.selected.matrix]
+        self._layers = [layer for layer in layers if layer.selected.preconditioned]
 
     @property
     def unknown(self) -> bool:

@@ -4,7 +4,6 @@ torch keeps an object of its own for each region that it checkpoints (without ``
 saved tensors hold it in its forward pass, and the call that recomputes the region has it as a local variable.
 """
 
-import sys
 import weakref
 from typing import Any
 
@@ -12,6 +11,7 @@ import torch
 from torch.utils.checkpoint import _CheckpointFrame
 
 from hf_fngd.engine.window import MicroBatch
+from hf_fngd.stack import callers
 
 # Torch has it from version 2.8 on; without it a recomputed layer is taken for one of the last forward pass.
 _top_hooks: Any = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", lambda ignore_tracing: None)
@@ -32,9 +32,7 @@ class Regions:
 
     def find(self, otherwise: MicroBatch | None) -> MicroBatch | None:
         """The micro-batch of the innermost region that is being recomputed, if torch shows it."""
-        frame = sys._getframe(1)
-        while frame.f_back is not None:
-            frame = frame.f_back
+        for frame in callers():
             if frame.f_code.co_name == "unpack_hook":
                 region = frame.f_locals.get("frame")
                 if isinstance(region, _CheckpointFrame):

@@ -1,7 +1,6 @@
 """The micro-batches of the current optimizer step."""
 
 import logging
-import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
@@ -11,10 +10,11 @@ from torch.autograd import Variable
 from torch.distributed import ProcessGroup
 from torch.utils.checkpoint import CheckpointFunction
 
-from hf_fngd.distributed.environment import rank_and_world
+from hf_fngd.distributed.exchange import rank_and_world
 from hf_fngd.distributed.replicas import Wrapped, wrapped
 from hf_fngd.samples.ids import Ids
 from hf_fngd.samples.rows import Rows, View
+from hf_fngd.stack import callers
 from hf_fngd.weights.base import MicroBatchWeights
 
 logger = logging.getLogger(__name__)
@@ -33,9 +33,7 @@ def after_backward(call: Callable[[], None]) -> None:
 
     Raises RuntimeError within reentrant checkpointing, whose inner backward pass ends before the outer one.
     """
-    frame = sys._getframe(1)
-    while frame.f_back is not None:
-        frame = frame.f_back
+    for frame in callers():
         if frame.f_code is CheckpointFunction.backward.__code__:
             raise RuntimeError(
                 "an optimizer that FNGD follows stepped inside backward, within layers that reentrant checkpointing "
@@ -51,9 +49,9 @@ class MicroBatch:
     """One forward and backward pass of the model, as its layers see it."""
 
     size: int  # the number of samples N
-    begin: Callable[[], MicroBatchWeights]  # makes its sample weights
+    make_weights: Callable[[], MicroBatchWeights]
     calls: list[int]  # how often each layer was called in the forward pass
-    begins: Callable[[], Callable[["MicroBatch"], None] | None]  # refers to what is called when its backward begins
+    on_backward: Callable[[], Callable[["MicroBatch"], None] | None]  # refers to what is called when that begins
     ids: Ids | None = None  # which sample each row or token belongs to, if the batch says so
     sizes: Mapping[str, frozenset[int]] = field(default_factory=dict)  # of the model's inputs, if a layer has `Shares`
     tokens: bool = False  # whether the rows in a compiled graph are tokens
@@ -65,17 +63,17 @@ class MicroBatch:
     of_graphs: set[int] = field(default_factory=set)  # places of layers that a compiled backward pass has reached
 
     def __post_init__(self) -> None:
-        self.weights: MicroBatchWeights | None = self.begin()  # until the optimizer step
+        self.weights: MicroBatchWeights | None = self.make_weights()  # until the optimizer step
 
-    def restart(self, begin: Callable[[], MicroBatchWeights]) -> None:
+    def restart(self, make_weights: Callable[[], MicroBatchWeights]) -> None:
         """Begin anew with other sample weights; no layer has been weighed yet."""
-        self.begin = begin
-        self.weights = begin()
+        self.make_weights = make_weights
+        self.weights = make_weights()
 
     @property
     def rows(self) -> int:
         """The number of rows of the batch B: N, unless ids say otherwise."""
-        return self.size if self.ids is None else self.ids.batch
+        return self.size if self.ids is None else self.ids.rows
 
     def traced(self, rows: int) -> Rows | None:
         """Which sample each of so many rows of a call in a compiled graph belongs to; None where nothing says so."""
@@ -87,8 +85,8 @@ class MicroBatch:
         """A layer's backward begins. A backward pass that breaks off (out of memory) never completes the batch."""
         if not self.reached:
             self.reached = True
-            if (begins := self.begins()) is not None:
-                begins(self)
+            if (call := self.on_backward()) is not None:
+                call(self)
             Variable._execution_engine.queue_callback(self._finish)
 
     def _finish(self) -> None:

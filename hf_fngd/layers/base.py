@@ -154,7 +154,7 @@ class ExplicitKernel(LayerKernel):
         """``sum_n w_n h_n`` in the layout of the layer's weight, and its bias column. ``w = None`` means ones."""
 
 
-class GramKernel(ExplicitKernel):
+class MatrixKernel(ExplicitKernel):
     """A kernel that can also form the Gram matrix of its per-sample gradients."""
 
     @abstractmethod
@@ -208,13 +208,16 @@ def find_kernel(module: nn.Module) -> tuple[str | None, LayerKernel | None]:
     return None, None
 
 
+PLAIN_CLASS = "_fngd_plain_class"  # the attribute of a generated subclass that holds the class it replaces
+
+
 def plain_class(module: nn.Module) -> type[nn.Module]:
     """A module's class without the subclasses that FSDP2 and this package generate."""
     cls = type(module)
     if issubclass(cls, FSDPModule):
         cls = cls.__mro__[cls.__mro__.index(FSDPModule) + 1]
     # FSDP2's subclass may be one of a subclass of ours, whose preconditioner is gone.
-    return getattr(cls, "_fngd_plain_class", cls)
+    return getattr(cls, PLAIN_CLASS, cls)
 
 
 class With:

@@ -16,9 +16,9 @@ from torch.nn.modules.conv import _ConvNd
 from hf_fngd.layers.base import (
     Call,
     Forward,
-    GramKernel,
     Layout,
     Matrices,
+    MatrixKernel,
     Saved,
     operands,
     register_layer_type,
@@ -32,7 +32,7 @@ CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTran
 
 
 @dataclass(eq=False)
-class ConvolutionKernel(GramKernel):
+class ConvolutionKernel(MatrixKernel):
     """``y = W * x + b``, channels first, over images of as many dimensions as the filter has."""
 
     size: tuple[int, ...]  # of the filter

@@ -11,7 +11,7 @@ from transformers.pytorch_utils import Conv1D
 from hf_fngd.layers.base import (
     Call,
     Forward,
-    GramKernel,
+    MatrixKernel,
     Saved,
     operands,
     parameters,
@@ -26,7 +26,7 @@ MATRICES: tuple[type[nn.Module], ...] = (nn.Linear, Conv1D)
 
 
 @dataclass(frozen=True)
-class LinearKernel(GramKernel):
+class LinearKernel(MatrixKernel):
     """``y = x W^T + b``.
 
     Attributes:

@@ -23,7 +23,7 @@ from hf_fngd.layers.base import (
     plain_class,
     register_layer_type,
 )
-from hf_fngd.samples.rows import PLAIN
+from hf_fngd.samples.rows import ROW_IS_SAMPLE
 from hf_fngd.weights.algebra import accumulation_dtype, scaled
 
 
@@ -93,8 +93,8 @@ class RMSNormKernel(LayerKernel):
 def _expanded(module: nn.Module, x: Tensor, call: Call) -> Tensor:
     """The vector expanded to one row a sample, ``[N, 1, ..., d]``, with a weighed gradient."""
     weight, _ = parameters(module)
-    if call.rows is not None and not call.rows.plain:  # a sample has several rows: expanded to samples first
-        of_samples = replace(call, rows=PLAIN).weigh(weight.expand(call.samples or 0, -1))
+    if call.rows is not None and not call.rows.row_is_sample:  # a sample has several rows: expanded to samples first
+        of_samples = replace(call, rows=ROW_IS_SAMPLE).weigh(weight.expand(call.samples or 0, -1))
         own = x.shape[: call.rows.dim + 1]
         rows = call.rows.of_rows(of_samples, own.numel())
         return rows.view(*own, *[1] * (x.dim() - len(own) - 1), -1)

@@ -11,9 +11,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from hf_fngd.checks import guess, shown
 from hf_fngd.layers.base import (
-    GramKernel,
     LayerKernel,
     Matrices,
+    MatrixKernel,
     find_kernel,
     is_frozen,
     layer_type_names,
@@ -47,7 +47,7 @@ class Selected:
     name: str
     module: nn.Module
     kernel: LayerKernel
-    matrix: bool  # whether it is preconditioned: the update rule steps it, the fallback rule steps the others
+    preconditioned: bool  # whether the update rule steps it, the fallback rule steps the others
     names: Mapping[str, Sequence[str]]  # for each of its own parameters, all names that it has in the model
 
     @property
@@ -72,14 +72,14 @@ class Selection:
     """Which layers are preconditioned and attached. Frozen layers are included, since they may be unfrozen.
 
     Attributes:
-        matrices: the preconditioned layers.
-        layers: all layers to attach, the preconditioned ones first.
+        preconditioned: the layers that the update rule steps.
+        attached: all layers whose samples are weighed, the preconditioned ones first.
         others: the parameters outside the preconditioned layers, by name.
         unweighed: those of the others that consist of matrices all the same, by name (`unweighed_matrices`).
     """
 
-    matrices: list[Selected]
-    layers: list[Selected]
+    preconditioned: list[Selected]
+    attached: list[Selected]
     others: dict[str, Plain]
     unweighed: dict[str, Matrices]
 
@@ -92,7 +92,7 @@ class Selection:
     def plain(self) -> dict[str, str]:
         """The trained parameters that belong to no preconditioned layer, and why; by name."""
         found = {name: one.reason for name, one in self.others.items() if _is_live(one.module, one.leaf)}
-        for layer in self.matrices:
+        for layer in self.preconditioned:
             if is_frozen(layer.module):
                 found |= dict.fromkeys(layer.parameters, FROZEN)
         return found
@@ -128,7 +128,7 @@ def select_layers(
         known[id(parameter)].append(name)
     uses = Counter(id(parameter) for module in model.modules() for parameter in to_train(module).values())
     wanted = set(layer_type_names(default=True) if layer_types is None else layer_types)
-    matrices: list[Selected] = []
+    preconditioned: list[Selected] = []
     others: list[Selected] = []
     plain: dict[str, Plain] = {}
     unweighed: dict[str, Matrices] = {}
@@ -137,14 +137,16 @@ def select_layers(
         layer_type, kernel = find_kernel(module)
         excluded = matches(name, exclude_modules)
         named = target_modules == ALL_LINEAR or matches(name, target_modules)
-        unwanted = layer_type not in wanted and (isinstance(kernel, GramKernel) or (kernel is not None and not solves))
+        unwanted = layer_type not in wanted and (
+            isinstance(kernel, MatrixKernel) or (kernel is not None and not solves)
+        )
         kernel = kernel if layer_type in wanted else None
         reason = _reason(module, kernel, uses, named, excluded)
         if unwanted and not excluded:
             reason = f"{type(module).__name__}: {layer_type!r} is not among layer_types"
         names = {leaf: known[id(parameter)] for leaf, parameter in to_train(module).items()}
         if reason is None and kernel is not None:
-            matrices.append(Selected(name, module, kernel, True, names))
+            preconditioned.append(Selected(name, module, kernel, True, names))
             continue
         if kernel is not None and not excluded and (_trains_alone(module, kernel) or reason == TIED):
             kernel = replace(kernel, tied=True) if isinstance(kernel, LinearKernel) else kernel
@@ -162,7 +164,7 @@ def select_layers(
         for leaf in names:
             unfit = none and module.get_parameter(leaf).dim() > 1
             plain.setdefault(f"{name}.{leaf}" if name else leaf, Plain(module, leaf, reason or "", unfit))
-    if all(is_frozen(layer.module) for layer in matrices):
+    if all(is_frozen(layer.module) for layer in preconditioned):
         refused = [
             f"{name or 'the model'} ({type(module).__name__}: {why})"
             for name, module in model.named_modules()
@@ -174,11 +176,15 @@ def select_layers(
             f"nor a subclass that computes the same, that target_modules={shown(target_modules)}, "
             f"exclude_modules={shown(exclude_modules)} and layer_types={layer_types!r} select"
             + (f"; not taken: {', '.join(refused[:3])}" if refused else "")
-            + (f"; {len(matrices)} are frozen, and one has to be trained when FNGD is built" if matrices else "")
+            + (
+                f"; {len(preconditioned)} are frozen, and one has to be trained when FNGD is built"
+                if preconditioned
+                else ""
+            )
         )
     among = Counter(id(weight_of(layer.module)) for layer in others)
     others = [layer for layer in others if among[id(weight_of(layer.module))] == uses[id(weight_of(layer.module))]]
-    return Selection(matrices, matrices if solves else matrices + others, plain, unweighed)
+    return Selection(preconditioned, preconditioned if solves else preconditioned + others, plain, unweighed)
 
 
 def refuse_unfit(selection: Selection) -> None:
@@ -193,7 +199,7 @@ def refuse_unfit(selection: Selection) -> None:
 
 def refuse_complex(selection: Selection) -> None:
     """Raise ValueError where a layer to attach has a complex weight, since no kernel handles these."""
-    weights = {layer.name: weight_of(layer.module) for layer in selection.layers}
+    weights = {layer.name: weight_of(layer.module) for layer in selection.attached}
     if found := [name for name, weight in weights.items() if weight is not None and weight.is_complex()]:
         raise ValueError(
             f"the weights of {len(found)} layers are complex, and FNGD weighs samples in real ones alone: leave them "
@@ -203,7 +209,7 @@ def refuse_complex(selection: Selection) -> None:
 
 def _trains_alone(module: nn.Module, kernel: LayerKernel) -> bool:
     """Whether a layer that is no matrix trains a weight, and beside it nothing but a bias."""
-    if isinstance(kernel, GramKernel) or "forward" in module.__dict__:
+    if isinstance(kernel, MatrixKernel) or "forward" in module.__dict__:
         return False
     if isinstance(kernel, TableKernel):
         return True
@@ -218,7 +224,7 @@ def _reason(
     """Why a module is not preconditioned; None where it is."""
     if excluded:
         return "among exclude_modules"
-    if not isinstance(kernel, GramKernel):
+    if not isinstance(kernel, MatrixKernel):
         why = COUPLES if isinstance(module, _BatchNorm) else refusal(module, *MATRICES, *CONVOLUTIONS)
         return f"{type(module).__name__} is not a preconditioned layer type" + (f": {why}" if why else "")
     weight = module.weight

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_fngd.samples.rows import PLAIN, Labeled, View
+from hf_fngd.samples.rows import ROW_IS_SAMPLE, Labeled, View
 
 COLUMN = "sample_ids"
 
@@ -28,8 +28,8 @@ class Ids:
         self._known: dict[tuple[int, str], Labeled] = {}
 
     @property
-    def batch(self) -> int:
-        """The number of rows B."""
+    def rows(self) -> int:
+        """The number of rows of the batch, B."""
         return len(self.of)
 
     def locate(self, shape: tuple[int, ...], view: View | None) -> Labeled | None:
@@ -37,7 +37,7 @@ class Ids:
 
         ``shape`` is the input's without the features, and ``view`` says where the batch is in it.
         """
-        dim, order = view or PLAIN
+        dim, order = view or ROW_IS_SAMPLE
         if self.of.dim() > 1:
             turned = order == "last"
             sizes = tuple(self.of.t().shape if turned else self.of.shape)
@@ -53,7 +53,7 @@ class Ids:
             return self._known[key]
         view = View(dim, order)
         rows = torch.Size(shape[: dim + 1]).numel() if len(shape) > dim else -1
-        return Labeled(dim, view.of_rows(self.of, rows)) if view.fits(rows, self.batch) else None
+        return Labeled(dim, view.of_rows(self.of, rows)) if view.fits(rows, self.rows) else None
 
 
 def find_ids(kwargs: Mapping[str, Any], sample: Tensor, dim: int = 0) -> tuple[str, list[Tensor]] | None:

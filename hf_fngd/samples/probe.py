@@ -118,7 +118,7 @@ def probe(
                 passed = 0
             if passed > most:
                 best, most = found, passed
-            if passed == grown and not outcome.mixed:
+            if outcome.told_all:
                 break
     if failure is not None and not most > 0:
         raise failure

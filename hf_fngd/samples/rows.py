@@ -31,13 +31,13 @@ class View(NamedTuple):
     order: str
 
     @property
-    def plain(self) -> bool:
+    def row_is_sample(self) -> bool:
         """Whether it is the layout that every kernel can handle: one entry a sample, in dimension 0."""
         return self.dim == 0 and self.order == "one"
 
     def fits(self, rows: int, samples: int) -> bool:
         """Whether so many rows can be those of so many samples."""
-        return rows == samples if self.order == "one" else samples > 0 <= rows and rows % samples == 0
+        return rows == samples if self.order == "one" else samples > 0 and rows >= 0 and rows % samples == 0
 
     def of_rows(self, w: Tensor, rows: int) -> Tensor:
         """Spread one value for each sample ``[N]`` over the rows ``[R]``."""
@@ -75,8 +75,8 @@ class Labeled(NamedTuple):
     ids: Tensor
 
     @property
-    def plain(self) -> bool:
-        """See `View.plain`."""
+    def row_is_sample(self) -> bool:
+        """See `View.row_is_sample`."""
         return False
 
     def fits(self, rows: int, samples: int) -> bool:
@@ -115,7 +115,7 @@ class Shares(NamedTuple):
     """
 
     rows: frozenset[int]  # a sample's, in each of the layer's calls
-    sizes: Mapping[str, frozenset[int]]  # the model's inputs', see `hf_fngd.samples.probe.sizes_of`
+    sizes: Mapping[str, frozenset[int]]  # the model's inputs', see `hf_fngd.samples.inputs.sizes_of`
 
     def allow(self, rows: int, sizes: Mapping[str, frozenset[int]]) -> bool:
         """Whether a sample can have so many rows in a batch whose inputs have these sizes."""
@@ -130,5 +130,5 @@ class Shares(NamedTuple):
 
 
 Rows = View | Labeled
-PLAIN = View(0, "one")
+ROW_IS_SAMPLE = View(0, "one")
 TOKENS = View(1, "first")  # in a compiled graph whose rows are tokens

@@ -1,7 +1,6 @@
 """FNGDCallback: tells the optimizer about epochs, and logs, checkpoints and the model card about the optimizer."""
 
 import logging
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +9,9 @@ from transformers import TrainerCallback
 from transformers.trainer_callback import CallbackHandler
 
 from hf_fngd.config import ignored_in
+from hf_fngd.stack import callers
 from hf_fngd.trainer.card import keep_true, save_settings
-from hf_fngd.trainer.refusals import check_column, check_loss
+from hf_fngd.trainer.refusals import calling_trainer, check_column, check_loss
 from hf_fngd.trainer.unwrapped import unwrap
 
 logger = logging.getLogger(__name__)
@@ -50,18 +50,14 @@ class FNGDCallback(TrainerCallback):  # type: ignore[misc]
             )
         # Trainer puts callbacks of users behind those that report to TensorBoard and others, which then do not see what
         # this one adds to the logs. The handler is not handed on. A new list: a loop over the old one is under way.
-        handler = sys._getframe(1).f_locals.get("self")
+        handler = next(callers()).f_locals.get("self")
         if isinstance(handler, CallbackHandler):
             handler.callbacks = [self, *(other for other in handler.callbacks if other is not self)]
-        frame = sys._getframe(1).f_back  # which the trainer is in, that is not handed on either
-        while frame is not None:
-            trainer = frame.f_locals.get("self")
-            if handler is not None and getattr(trainer, "callback_handler", None) is handler:
-                keep_true(trainer)
-                check_loss(optimizer.preconditioner.model, trainer)
-                check_column(trainer)
-                break
-            frame = frame.f_back
+        trainer = calling_trainer()
+        if handler is not None and getattr(trainer, "callback_handler", None) is handler:
+            keep_true(trainer)
+            check_loss(optimizer.preconditioner.model, trainer)
+            check_column(trainer)
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         unwrap(kwargs["optimizer"]).end_epoch()

@@ -1,24 +1,18 @@
 """What of a trainer would go past FNGD: parameters of its loss, and a column that it drops."""
 
-import sys
 from collections.abc import Mapping
-from types import FrameType
 from typing import Any
 
 from torch import nn
 
 from hf_fngd.samples.ids import COLUMN
+from hf_fngd.stack import callers
 
 
 def calling_trainer() -> Any:
     """The trainer that is calling; None without one."""
-    frame: FrameType | None = sys._getframe(1)
-    while frame is not None:
-        found = frame.f_locals.get("self")
-        if hasattr(found, "callback_handler"):
-            return found
-        frame = frame.f_back
-    return None
+    selves = (frame.f_locals.get("self") for frame in callers())
+    return next((found for found in selves if hasattr(found, "callback_handler")), None)
 
 
 def check_loss(model: nn.Module, trainer: Any) -> None:

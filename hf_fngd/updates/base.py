@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from hf_fngd.checks import choice, real
+from hf_fngd.checks import NOT_NEGATIVE, choice
 from hf_fngd.layers.base import Matrices
 
 
@@ -79,5 +79,5 @@ def learning_rate_from_adamw(lr: float, update: str = "block_muon") -> float:
         TypeError: ``lr`` is no number, or ``update`` no name.
         ValueError: ``lr`` is negative or not finite, or there is no such update rule.
     """
-    lr = real("a finite number >= 0", lambda x: x >= 0)("lr", lr)
+    lr = NOT_NEGATIVE("lr", lr)
     return lr * RULES[choice(RULES)("update", update)].over_adamw

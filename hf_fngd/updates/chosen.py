@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from hf_fngd.checks import MAX_NAMES, choice, guess, modules, real, shown, text, wrong_type
+from hf_fngd.checks import MAX_NAMES, NOT_NEGATIVE, choice, guess, modules, shown, text, wrong_type
 from hf_fngd.layers.base import may_train
 from hf_fngd.layers.select import matches
 from hf_fngd.updates.base import RULES
@@ -16,8 +16,7 @@ from hf_fngd.updates.base import RULES
 Chosen = Sequence[Mapping[str, Any]]
 
 _NAMES = "a regular expression, or a list of names, Parameters or (name, Parameter) pairs"
-_NOT_NEGATIVE = real("a finite number >= 0", lambda x: x >= 0)
-_OPTIONAL = {"lr": _NOT_NEGATIVE, "weight_decay": _NOT_NEGATIVE, "update": choice(RULES)}
+_OPTIONAL = {"lr": NOT_NEGATIVE, "weight_decay": NOT_NEGATIVE, "update": choice(RULES)}
 
 
 def chosen_groups(key: str, value: Any) -> list[dict[str, Any]]:

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from hf_fngd.distributed.sharded import is_sharded
-from hf_fngd.layers.base import GramKernel, Matrices, is_frozen, may_train
-from hf_fngd.layers.fallback import depthwise_filters, output_heads
+from hf_fngd.layers.base import Matrices, MatrixKernel, is_frozen, may_train
 from hf_fngd.layers.select import ALL_LINEAR, Selected
 from hf_fngd.updates.base import RULES
 from hf_fngd.updates.chosen import assigned
+from hf_fngd.updates.heads import depthwise_filters, output_heads
 
 logger = logging.getLogger(__name__)
 
@@ -84,7 +84,7 @@ def parameter_groups(
             group["layers"].append(owner := owners[id(parameter)])
             if "matrices" in group:
                 kernel = layers[owner].kernel
-                assert isinstance(kernel, GramKernel)
+                assert isinstance(kernel, MatrixKernel)
                 group["matrices"].append([*kernel.matrices(parameter)])
         elif name in unweighed and for_matrices:
             group = others

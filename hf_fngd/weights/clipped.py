@@ -5,8 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from hf_fngd.distributed.environment import rank_and_world
-from hf_fngd.distributed.exchange import sum_over_processes
+from hf_fngd.distributed.exchange import rank_and_world, sum_over_processes
 from hf_fngd.weights.algebra import clip, mean_norm, widest_dtype
 from hf_fngd.weights.base import MicroBatchWeights, Samples, SharingPolicy, State, register_policy
 

@@ -6,8 +6,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from hf_fngd.distributed.environment import rank_and_world
-from hf_fngd.distributed.exchange import Measurement, gather
+from hf_fngd.distributed.exchange import Measurement, gather, rank_and_world
 from hf_fngd.weights.base import MicroBatchWeights, Samples, SharingPolicy, State, register_policy
 from hf_fngd.weights.solve import coefficients
 

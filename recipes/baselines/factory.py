@@ -18,8 +18,8 @@ from baselines.eva import Eva
 from baselines.kfac import KFAC, EigenKFAC
 from baselines.muon import Muon
 from baselines.shampoo import Shampoo
-from hf_fngd.layers.fallback import output_heads
 from hf_fngd.updates.groups import decays
+from hf_fngd.updates.heads import output_heads
 
 
 @dataclass(frozen=True)

@@ -34,7 +34,7 @@ class Model(nn.Module):
 
 def names(model: nn.Module, targets: Modules = "all-linear", excluded: Modules = None) -> list[str]:
     """Those of the preconditioned layers."""
-    return [layer.name for layer in select_layers(model, targets, excluded).matrices]
+    return [layer.name for layer in select_layers(model, targets, excluded).preconditioned]
 
 
 ALL = ["layers.0.fc1", "layers.0.fc2", "layers.1.fc1", "layers.1.fc2", "myfc1", "head"]
@@ -74,15 +74,15 @@ def test_names_choose_as_in_peft(targets: Modules, excluded: Modules, expected: 
 )
 def test_layers_of_other_types_come_after_the_matrices(settings: dict[str, Any], expected: list[str]) -> None:
     selection = select_layers(Model(), **({"target_modules": "all-linear", "exclude_modules": None} | settings))
-    count = len(selection.matrices)
-    assert [layer.name for layer in selection.layers[count:]] == expected
-    assert [layer.matrix for layer in selection.layers] == [True] * count + [False] * len(expected)
+    count = len(selection.preconditioned)
+    assert [layer.name for layer in selection.attached[count:]] == expected
+    assert [layer.preconditioned for layer in selection.attached] == [True] * count + [False] * len(expected)
     assert "embedding.weight" in selection.plain
 
 
 def test_layers_come_with_their_module_and_kernel_in_the_models_order() -> None:
     model = Model()
-    for layer in select_layers(model, "all-linear", None).matrices:
+    for layer in select_layers(model, "all-linear", None).preconditioned:
         assert layer.module is model.get_submodule(layer.name)
         assert type(layer.kernel) is type(find_kernel(layer.module)[1])
 
@@ -90,7 +90,9 @@ def test_layers_come_with_their_module_and_kernel_in_the_models_order() -> None:
 def test_every_trainable_parameter_is_accounted_for() -> None:
     model = Model()
     selection = select_layers(model, "all-linear", "head")
-    taken = {f"{layer.name}.{leaf}" for layer in selection.matrices for leaf, _ in layer.module.named_parameters()}
+    taken = {
+        f"{layer.name}.{leaf}" for layer in selection.preconditioned for leaf, _ in layer.module.named_parameters()
+    }
     assert taken.isdisjoint(selection.plain)
     assert taken | set(selection.plain) == {name for name, _ in model.named_parameters()}
 
@@ -113,7 +115,7 @@ def test_a_tied_head_stays_plain() -> None:
     model = Model()
     model.head.weight = model.embedding.weight
     selection = select_layers(model, "all-linear", None)
-    assert [layer.name for layer in selection.layers] == [*ALL[:-1], "embedding", "head"]
+    assert [layer.name for layer in selection.attached] == [*ALL[:-1], "embedding", "head"]
     assert selection.plain["head.weight"] == "the weight is tied to another module"
 
 
@@ -129,7 +131,7 @@ def test_frozen_layers_are_selected_too_and_reported_once_they_are_trained() -> 
     model.layers[0].requires_grad_(False)
     model.norm.requires_grad_(False)
     selection = select_layers(model, "all-linear", None)
-    assert [layer.name for layer in selection.matrices] == names(Model())
+    assert [layer.name for layer in selection.preconditioned] == names(Model())
     assert selection.plain["myfc1.bias"] == "the layer's weight is frozen"
     assert not any(name.startswith(("layers.0", "norm")) for name in selection.plain)
     model.requires_grad_(True)

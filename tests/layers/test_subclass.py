@@ -185,7 +185,7 @@ OTHERS = {
 def test_any_other_subclass_keeps_its_plain_gradient(module: nn.Module) -> None:
     assert find_kernel(module) == (None, None)
     selection = select_layers(nn.ModuleList([module, nn.Linear(4, 4)]), "all-linear", None)
-    assert not any(layer.module is module for layer in selection.layers)
+    assert not any(layer.module is module for layer in selection.attached)
     for name, parameter in module.named_parameters(recurse=False):
         if parameter.requires_grad:
             assert "is not a preconditioned layer type" in selection.plain[f"0.{name}"]
