@@ -23,8 +23,11 @@ class Gradients:
 
     def unchanged(self, layers: Iterable[Layer]) -> bool:
         """Whether there are gradients, and those that were noted; False where none were."""
-        grad, first = next(_gradients(layers), None), self._first
-        return grad is not None and first is not None and first[0]() is grad and first[1] == grad._version
+        grad = next(_gradients(layers), None)
+        return grad is not None and self._is_first(grad)
+
+    def _is_first(self, grad: Tensor) -> bool:
+        return self._first is not None and self._first[0]() is grad and self._first[1] == grad._version
 
     def are_there(self, layers: Sequence[Layer]) -> bool:
         """Whether any weight has a gradient. One that is sharded, or computed from others, counts as having one.
@@ -32,11 +35,12 @@ class Gradients:
         Gradients that were noted, and have become zero since, were zeroed in place: then there are none. To see that,
         the host waits for the device where they were changed.
         """
+        grad = next(_gradients(layers), None)
+        if grad is not None and (self._first is None or self._is_first(grad)):
+            return True  # the common case, in no time
         weights = (weight_of(layer.selected.module) for layer in layers)
         if any(isinstance(w, Tensor) and (is_sharded(w) or not w.is_leaf) for w in weights):
             return True
-        if self._first is None or self.unchanged(layers):
-            return next(_gradients(layers), None) is not None
         return any(bool(local(grad).any()) for grad in _gradients(layers))
 
 
