@@ -229,7 +229,7 @@ class FNGDPreconditioner(Joins):
             self._window.close()
             self.end_epoch()
         self.positions.trains(len(self._forwards.live))
-        self._window.make_room(self._has_gradients())
+        self._window.make_room(self._has_gradients)
         begin = functools.partial(self.policy.begin, size, self._window.next_offset)
         calls, asked = [0] * len(self._attached), 0 if self.positions.unknown else None
         again = weakref.WeakMethod(self._look_again)  # a model holds its last micro-batch
@@ -239,7 +239,7 @@ class FNGDPreconditioner(Joins):
 
     def _look_again(self, batch: MicroBatch) -> None:
         """A backward pass begins: gradients may have been cleared since its forward pass began."""
-        if not self._has_gradients() and self._window.forget_before(batch):
+        if self._window.complete and not self._has_gradients() and self._window.forget_before(batch):
             batch.restart(functools.partial(self.policy.begin, batch.size, self._window.offset_of(batch)))
         Variable._execution_engine.queue_callback(lambda: self._gradients.note(self._forwards.live))
 

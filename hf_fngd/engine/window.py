@@ -110,6 +110,11 @@ class Window:
         return rank_and_world()[1] * sum(batch.reached or not batch.recomputed for batch in self._batches)
 
     @property
+    def complete(self) -> bool:
+        """Whether the backward pass of any micro-batch since the last step has ended."""
+        return any(batch.complete for batch in self._batches)
+
+    @property
     def multiplications(self) -> int:
         """How many the micro-batches since the last step have made."""
         return sum(batch.multiplications or 0 for batch in self._batches if batch.complete)
@@ -156,7 +161,7 @@ class Window:
         """A forward pass ends. It may have changed the weight itself, which is no step."""
         self._version = 0 if self._weight is None else self._weight._version
 
-    def make_room(self, has_gradients: bool) -> None:
+    def make_room(self, has_gradients: Callable[[], bool]) -> None:
         """Before a forward pass: forget abandoned micro-batches.
 
         A micro-batch is abandoned if its backward broke off (out of memory), or if its gradients were cleared without a
@@ -169,7 +174,7 @@ class Window:
             return
         version = self._version
         self.passed()
-        if version != self._version and any(batch.complete for batch in self._batches):
+        if version != self._version and self.complete:
             self._passed_by += 1
             if self._passed_by == _PATIENCE:
                 logger.warning(
@@ -181,8 +186,8 @@ class Window:
                     "micro-batch of a step counts for the bound of clipped samples",
                     _PATIENCE,
                 )
-            has_gradients = False
-        if not has_gradients:
+            self._batches = [batch for batch in self._batches if not batch.complete]
+        if self.complete and not has_gradients():
             self._batches = [batch for batch in self._batches if not batch.complete]
         self._batches = [batch for batch in self._batches if batch.complete or not batch.reached]
         if len(self._batches) >= _LIMIT:
