@@ -45,9 +45,10 @@ class _SameDraws(TorchDispatchMode):  # type: ignore[no-untyped-call]
         dim = next((dim for dim in self._dims if any(self._holds(value, dim) for value in values)), None)
         own = next((value for value in values if isinstance(value, Generator)), None)
         kept = None if own is None else own.get_state()
+        generator = _default_generator(values) if own is None else own
         results = []
         for n in range(1 if dim is None else self._samples):
-            (torch if own is None else own).manual_seed(self._seed)
+            generator.manual_seed(self._seed)
             of_one = [self._part(value, dim, n) for value in args]
             results.append(func(*of_one, **{key: self._part(value, dim, n) for key, value in kwargs.items()}))
         if own is not None and kept is not None:
@@ -69,3 +70,14 @@ class _SameDraws(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if dim is None or not self._holds(value, dim):
             return value
         return value.narrow(dim, n, 1) if isinstance(value, Tensor) else [*value[:dim], 1, *value[dim + 1 :]]
+
+
+def _default_generator(values: list[Any]) -> Any:
+    """What draws where these arguments name no generator. Not all of them: those of devices that are not used stay."""
+    devices = [value.device if isinstance(value, Tensor) else value for value in values]
+    device = next((one for one in devices if isinstance(one, torch.device)), torch.device("cpu"))
+    if device.type == "cpu":
+        return torch.default_generator
+    if device.type == "cuda":
+        return torch.cuda.default_generators[torch.cuda.current_device() if device.index is None else device.index]
+    return torch.get_device_module(device)

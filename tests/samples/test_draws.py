@@ -110,6 +110,16 @@ def test_the_probe_leaves_the_generators_as_they_were() -> None:
     assert states[0] == states[1]
 
 
+def test_generators_of_devices_that_are_not_used_are_not_seeded(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(seed: int) -> None:
+        raise AssertionError
+
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", refuse)  # which torch.manual_seed would call, now or later
+    with same_draws(4, 0):
+        torch.rand(4, 3)
+        torch.empty(4).normal_()
+
+
 def test_operators_draw_the_same_for_every_sample_and_in_every_pass() -> None:
     other = torch.Generator()
     probabilities = torch.rand(5, 7)
