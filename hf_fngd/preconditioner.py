@@ -26,7 +26,7 @@ from hf_fngd.engine.layer import attached_layers
 from hf_fngd.engine.positions import Positions
 from hf_fngd.engine.state import check_state
 from hf_fngd.engine.window import MicroBatch, Window, after_backward, in_backward
-from hf_fngd.layers.base import is_frozen, weight_of
+from hf_fngd.layers.modules import is_frozen, weight_of
 from hf_fngd.layers.select import Selected, refuse_complex, refuse_unfit, select_layers
 from hf_fngd.samples.ids import Ids
 from hf_fngd.settings import READ_BY_POLICIES, Settings, with_settings

@@ -21,7 +21,7 @@ from typing import Any
 
 from torch import nn
 
-from hf_fngd.layers.base import PLAIN_CLASS, is_frozen
+from hf_fngd.layers.modules import PLAIN_CLASS, is_frozen
 from hf_fngd.samples.ids import COLUMN
 from hf_fngd.stack import callers
 

@@ -92,11 +92,11 @@ def sample_weights(
         again = found.complete and place in found.of_graphs
         layer, rows = _engines[engine].layers[place], found.traced((g if x is None else x).shape[0])
         told = None if found.ids is not None or rows is not None else layer.view
-        if told is None or told.row_is_sample or (layer.by_rows and told.dim == dim):
+        if told is None or told.row_is_sample or (layer.kernel.by_rows and told.dim == dim):
             w = layer.weights(x, g, has_bias, found, again, rows or told)
         else:
             layer.reach(found)
-            if not layer.by_rows:
+            if not layer.kernel.by_rows:
                 layer.shared.reasons.add(NOT_THE_BATCH)
             # else the probe ran after this graph was compiled; the next batch recompiles it
         found.of_graphs.add(place)

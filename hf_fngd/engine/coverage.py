@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from hf_fngd.engine.gradients import Gradients
 from hf_fngd.engine.layer import NEVER_CALLED, Layer
-from hf_fngd.layers.base import is_frozen
+from hf_fngd.layers.modules import is_frozen
 from hf_fngd.layers.select import Selection
 
 logger = logging.getLogger(__name__)

@@ -21,8 +21,8 @@ from hf_fngd.engine.probing import Probing, obstacle, shown
 from hf_fngd.engine.recomputed import Regions
 from hf_fngd.engine.rehearsal import Rehearsal, packed, rehearsing
 from hf_fngd.engine.window import MicroBatch, Window, in_backward
-from hf_fngd.layers.base import is_frozen, plain_class, weight_of
 from hf_fngd.layers.embedding import EmbeddingKernel
+from hf_fngd.layers.modules import is_frozen, plain_class, weight_of
 from hf_fngd.samples.batch import find_sample
 from hf_fngd.samples.ids import COLUMN, Ids, find_ids, is_one_row, of_tokens, read_ids
 from hf_fngd.samples.inputs import copied
@@ -229,9 +229,9 @@ class Forwards:
         own = partial(own, *args, **kwargs)
         if isinstance(batch, Tensor):
             # What a later probe finds is left to `sample_weights`: here it would cause a recompilation.
-            over: Rows | None = View(layer.dim, "last") if layer.by_rows and layer.dim else None
-            tokens = self._tokens and x[0].dim() + isinstance(layer.kernel, EmbeddingKernel) > 2
-            if layer.by_rows and tokens and layer.kernel.folds(1):
+            over: Rows | None = View(layer.dim, "last") if layer.kernel.by_rows and layer.dim else None
+            tokens = self._tokens and x[0].dim() + layer.kernel.of_ids > 2
+            if layer.kernel.by_rows and tokens and layer.kernel.folds(1):
                 over = TOKENS
             call = LayerCall(layer.kernel, layer.place, batch, self._handle.number, over, self._whole)
             return layer.kernel.run(module, own, x[0], call)

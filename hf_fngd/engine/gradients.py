@@ -7,7 +7,7 @@ from torch import Tensor
 
 from hf_fngd.distributed.sharded import is_sharded, local
 from hf_fngd.engine.layer import Layer
-from hf_fngd.layers.base import weight_of
+from hf_fngd.layers.modules import weight_of
 
 
 class Gradients:

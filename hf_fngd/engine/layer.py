@@ -11,10 +11,9 @@ from torch.autograd.graph import get_gradient_edge
 from hf_fngd.distributed.sharded import local
 from hf_fngd.engine.attach import unsupported
 from hf_fngd.engine.window import MicroBatch
-from hf_fngd.layers.base import AMBIGUOUS, ExplicitKernel, LayerKernel, MatrixKernel, is_frozen, weight_of
-from hf_fngd.layers.embedding import EmbeddingKernel
+from hf_fngd.layers.base import AMBIGUOUS, LayerKernel, MatrixKernel
+from hf_fngd.layers.modules import is_frozen, weight_of
 from hf_fngd.layers.select import Selected
-from hf_fngd.layers.table import TableKernel
 from hf_fngd.samples.rows import NO_EQUAL_SHARES, NOT_THE_BATCH, Rows, Shares, View
 
 CALLED_AGAIN = "it is called more than once in a forward pass"
@@ -64,8 +63,6 @@ class Layer:
 
     def __post_init__(self) -> None:
         self.kernel: LayerKernel = self.selected.kernel
-        # Whether a compiled graph can weigh rows; the other kernels see a gradient that is summed up over them.
-        self.by_rows = isinstance(self.kernel, ExplicitKernel | EmbeddingKernel)
 
     @property
     def reasons(self) -> list[str]:
@@ -84,13 +81,13 @@ class Layer:
         """Take the probe's verdict on the layer; None means that the whole batch shares its input."""
         if self.view is not None or self.unfit == NO_EQUAL_SHARES:
             return
-        table = isinstance(self.kernel, EmbeddingKernel | TableKernel)  # these find their samples themselves
-        if isinstance(verdict, View) and not isinstance(self.kernel, TableKernel):
+        finds = self.kernel.finds_samples
+        if isinstance(verdict, View) and (self.kernel.by_rows or not finds):
             # The report keeps the reasons of earlier batches.
             self.view = verdict if verdict.row_is_sample or self.kernel.folds(verdict.dim) else None
             self.unfit, self.dim = (None, self.view.dim) if self.view else (NOT_THE_BATCH, 0)
             self.by_sizes = False
-        elif not table or (verdict is not None and not isinstance(verdict, View)):
+        elif not finds or (verdict is not None and not isinstance(verdict, View)):
             self.unfit = verdict if isinstance(verdict, str) else NOT_THE_BATCH
 
     def follow(self, y: Any, reason: str | None) -> Any:
@@ -141,7 +138,7 @@ class Layer:
                 return view, NOT_THE_BATCH
             return view, self._misfit(view, x.shape[: dim + 1].numel(), batch)
         shape = x.shape[:-1] if self.kernel.folds(1) else x.shape[:1]
-        if isinstance(self.kernel, EmbeddingKernel):
+        if self.kernel.of_ids:
             shape = x.shape
             if len(x) == 1 < batch.rows:
                 if not self.kernel.expands:
@@ -179,8 +176,7 @@ class Layer:
         if batch.size == 0 or self._is_plain(x, g, batch, again, rows) or not told:
             return None
         self.weighed = True
-        own = isinstance(self.kernel, EmbeddingKernel | TableKernel)  # these find their samples themselves
-        self.by_sizes = self.by_sizes or (rows is None and batch.size > 1 and not own)
+        self.by_sizes = self.by_sizes or (rows is None and batch.size > 1 and not self.kernel.finds_samples)
         weights = batch.make_weights() if again or batch.weights is None else batch.weights
         w = weights.weigh(self.place, _Samples(self.kernel, x, g, has_bias, rows, batch.size))
         return w if w is None or rows is None else rows.of_rows(w, count)
@@ -244,16 +240,15 @@ class Layer:
 
     def state(self) -> list[Any]:
         """What a checkpoint keeps of the layer."""
-        expands = isinstance(self.kernel, EmbeddingKernel) and self.kernel.expands
         own = [AMBIGUOUS] if self.place in self.shared.ambiguous else []
-        return [self.batch_first, sorted([*self.shared.reasons, *own]), self.repeated, expands]
+        return [self.batch_first, sorted([*self.shared.reasons, *own]), self.repeated, self.kernel.expands]
 
     def load_state(self, state: Sequence[Any]) -> None:
         """The inverse of `state`."""
         self.batch_first, reasons, self.repeated, expands = state
         self.shared.reasons.update(set(reasons) - {AMBIGUOUS})
         self.shared.ambiguous.update([self.place] if AMBIGUOUS in reasons else [])
-        if isinstance(self.kernel, EmbeddingKernel):
+        if self.kernel.expands != expands:
             self.kernel.expands = expands
 
 

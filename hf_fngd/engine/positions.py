@@ -6,7 +6,7 @@ import torch
 
 from hf_fngd.distributed.exchange import rank_and_world, sum_over_processes
 from hf_fngd.engine.layer import Layer
-from hf_fngd.layers.base import weight_of
+from hf_fngd.layers.modules import weight_of
 
 
 class Positions:

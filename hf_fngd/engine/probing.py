@@ -10,7 +10,6 @@ from torch.distributed.fsdp import FSDPModule
 from hf_fngd.engine.coverage import listed
 from hf_fngd.engine.layer import Layer
 from hf_fngd.engine.window import in_backward
-from hf_fngd.layers.embedding import EmbeddingKernel
 from hf_fngd.samples.inputs import sizes_of
 from hf_fngd.samples.probe import Calls, digest, probe
 from hf_fngd.samples.rows import Shares, View
@@ -115,7 +114,7 @@ class Probing:
             return
         self._settled = True
         for layer in self._layers:
-            if not isinstance(layer.kernel, EmbeddingKernel):
+            if not layer.kernel.finds_samples:
                 layer.told(View(self._batch_dim, "last" if self._batch_dim else "one"))
         self.left = 0
 

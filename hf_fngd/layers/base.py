@@ -12,13 +12,9 @@ module that it takes. A kernel forms the weighted gradient in one of two ways:
 import functools
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from types import FunctionType
 from typing import Any, ClassVar, NamedTuple, Protocol
 
-import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
-from torch.nn.utils.parametrize import is_parametrized
 
 from hf_fngd.samples.rows import NOT_THE_BATCH, Rows
 from hf_fngd.weights.algebra import tensor_norms
@@ -76,10 +72,18 @@ class LayerKernel(ABC):
 
     Attributes:
         fault: why no call's samples can be weighed, once a call has shown that; else None.
+        finds_samples: whether it finds the samples itself, where the probe does not tell.
+        by_rows: whether it can weigh the rows of a folded input one by one; else it sees a gradient that is summed up.
+        of_ids: whether x holds ids, without a dimension of features.
+        expands: whether it expands an output that the whole batch shares, ``[1, T, d]``, to the batch.
         adds: whether a sample's norm is the sum of its rows' norms; else it is the root of the sum of their squares.
     """
 
     fault: str | None = None
+    finds_samples: bool = False
+    by_rows: bool = False
+    of_ids: bool = False
+    expands: bool = False
 
     @property
     def adds(self) -> bool:
@@ -135,6 +139,8 @@ class Saved(NamedTuple):
 
 class ExplicitKernel(LayerKernel):
     """A kernel with a forward and a backward of its own."""
+
+    by_rows = True
 
     @abstractmethod
     def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, tuple[Tensor, ...]]:
@@ -206,92 +212,3 @@ def find_kernel(module: nn.Module) -> tuple[str | None, LayerKernel | None]:
         if (kernel := make(module)) is not None:
             return name, kernel
     return None, None
-
-
-PLAIN_CLASS = "_fngd_plain_class"  # the attribute of a generated subclass that holds the class it replaces
-
-
-def plain_class(module: nn.Module) -> type[nn.Module]:
-    """A module's class without the subclasses that FSDP2 and this package generate."""
-    cls = type(module)
-    if issubclass(cls, FSDPModule):
-        cls = cls.__mro__[cls.__mro__.index(FSDPModule) + 1]
-    # FSDP2's subclass may be one of a subclass of ours, whose preconditioner is gone.
-    return getattr(cls, PLAIN_CLASS, cls)
-
-
-class With:
-    """Stands in for a module in its own forward, with other parameters. What the forward sets is set in the module."""
-
-    def __init__(self, module: nn.Module, **parameters: Tensor) -> None:
-        self.__dict__.update(_module=module, **parameters)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._module, name)
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        setattr(self._module, name, value)
-
-
-def with_methods(module: nn.Module) -> type[With]:
-    """A subclass of `With` that has the methods of the module's class, so that these see the other parameters too."""
-    classes = [cls for cls in reversed(plain_class(module).__mro__) if not issubclass(nn.Module, cls)]
-    members = {name: value for cls in classes for name, value in vars(cls).items()}
-    methods = {
-        name: value
-        for name, value in members.items()
-        if isinstance(value, FunctionType) and not (name.startswith("__") and name.endswith("__"))
-    }
-    return type("With", (With,), methods)
-
-
-def trained(module: nn.Module) -> dict[str, nn.Parameter]:
-    """A module's own trained parameters by name."""
-    return {name: p for name, p in module.named_parameters(recurse=False) if p.requires_grad}
-
-
-def may_train(parameter: Tensor) -> bool:
-    """Whether a parameter is trained or could be unfrozen. A quantized one could not."""
-    return parameter.requires_grad or (parameter.is_floating_point() and parameter.element_size() > 1)
-
-
-def to_train(module: nn.Module) -> dict[str, nn.Parameter]:
-    """A module's own parameters that are trained or could be unfrozen, by name."""
-    return {name: p for name, p in module.named_parameters(recurse=False) if may_train(p)}
-
-
-def weight_of(module: nn.Module) -> Tensor | None:
-    """The parameter that stands for a layer: its ``weight``, what that is computed from, or the first trained one."""
-    weight: Any = module._parameters.get("weight")
-    if weight is not None:  # the common case, and quick
-        return weight  # type: ignore[no-any-return]
-    if is_parametrized(module, "weight"):  # asking for the weight would compute it anew, which may change a state
-        parametrizations: Any = module.parametrizations
-        return next(parametrizations["weight"].parameters(recurse=False), None)
-    weight = getattr(module, "weight", None)
-    return weight if isinstance(weight, Tensor) else next(iter((trained(module) or to_train(module)).values()), None)
-
-
-def is_frozen(module: nn.Module) -> bool:
-    """Whether a layer's weight is frozen. If it is computed from other parameters, whether these are."""
-    weight: Tensor | None = module._parameters.get("weight")
-    if weight is not None:  # the common case, and quick: an adapted model has hundreds of frozen layers
-        return not weight.requires_grad
-    weight = weight_of(module)
-    return weight is not None and not (weight.requires_grad or weight.grad_fn)
-
-
-def operands(module: nn.Module, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Input, weight and bias of a matrix product, cast as autocast would; autograd casts the gradients back."""
-    weight, bias = parameters(module)
-    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:  # autocast leaves float64 alone
-        dtype = torch.get_autocast_dtype(x.device.type)
-        x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
-    return x, weight, bias
-
-
-def parameters(module: nn.Module) -> tuple[Tensor, Tensor | None]:
-    """A layer's weight, and its bias if it has one."""
-    weight, bias = module.weight, getattr(module, "bias", None)
-    assert isinstance(weight, Tensor)
-    return weight, bias

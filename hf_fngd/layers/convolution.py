@@ -13,16 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
-from hf_fngd.layers.base import (
-    Call,
-    Forward,
-    Layout,
-    Matrices,
-    MatrixKernel,
-    Saved,
-    operands,
-    register_layer_type,
-)
+from hf_fngd.layers.base import Call, Forward, Layout, Matrices, MatrixKernel, Saved, register_layer_type
+from hf_fngd.layers.modules import operands
 from hf_fngd.layers.subclass import base_of
 from hf_fngd.weights.algebra import accumulation_dtype, scaled, tensor_norms
 from hf_fngd.weights.gram import normalize

@@ -19,8 +19,9 @@ A_TABLE = "the whole batch shares its output, as that of a table of positions, a
 class EmbeddingKernel(LayerKernel):
     """``y = W[x]``."""
 
+    finds_samples = by_rows = of_ids = True
+
     def __init__(self) -> None:
-        self.expands = False  # whether the output is expanded to the batch
         # The outputs of a forward pass that the whole batch shares, as nodes of the graph; None where nobody asks.
         self.outputs: list[Any] | None = None
 

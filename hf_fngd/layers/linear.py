@@ -8,16 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from hf_fngd.layers.base import (
-    Call,
-    Forward,
-    MatrixKernel,
-    Saved,
-    operands,
-    parameters,
-    plain_class,
-    register_layer_type,
-)
+from hf_fngd.layers.base import Call, Forward, MatrixKernel, Saved, register_layer_type
+from hf_fngd.layers.modules import operands, parameters, plain_class
 from hf_fngd.layers.subclass import base_of, inherits
 from hf_fngd.weights.algebra import ONE, tensor_norms, weighted_bias_sum, weighted_factors
 from hf_fngd.weights.gram import gram, normalize

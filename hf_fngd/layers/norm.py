@@ -12,17 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hf_fngd.layers.base import (
-    Call,
-    ExplicitKernel,
-    Forward,
-    LayerKernel,
-    Saved,
-    With,
-    parameters,
-    plain_class,
-    register_layer_type,
-)
+from hf_fngd.layers.base import Call, ExplicitKernel, Forward, LayerKernel, Saved, register_layer_type
+from hf_fngd.layers.modules import With, parameters, plain_class
 from hf_fngd.samples.rows import ROW_IS_SAMPLE
 from hf_fngd.weights.algebra import accumulation_dtype, scaled
 

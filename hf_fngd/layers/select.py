@@ -10,19 +10,10 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from hf_fngd.checks import guess, shown
-from hf_fngd.layers.base import (
-    LayerKernel,
-    Matrices,
-    MatrixKernel,
-    find_kernel,
-    is_frozen,
-    layer_type_names,
-    may_train,
-    to_train,
-    weight_of,
-)
+from hf_fngd.layers.base import LayerKernel, Matrices, MatrixKernel, find_kernel, layer_type_names
 from hf_fngd.layers.convolution import CONVOLUTIONS
 from hf_fngd.layers.linear import MATRICES, LinearKernel
+from hf_fngd.layers.modules import is_frozen, may_train, to_train, weight_of
 from hf_fngd.layers.subclass import refusal
 from hf_fngd.layers.table import TableKernel
 from hf_fngd.layers.unweighed import unweighed_matrices

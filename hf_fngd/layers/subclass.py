@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.utils.parametrize import is_parametrized
 
-from hf_fngd.layers.base import plain_class
+from hf_fngd.layers.modules import plain_class
 
 _METHODS = ("forward", "_conv_forward", "_output_padding")  # the forwards of all layers, and what they call
 

@@ -10,19 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_fngd.layers.base import (
-    Call,
-    Forward,
-    LayerKernel,
-    Layout,
-    find_kernel,
-    plain_class,
-    register_layer_type,
-    to_train,
-    trained,
-    with_methods,
-)
+from hf_fngd.layers.base import Call, Forward, LayerKernel, Layout, find_kernel, register_layer_type
 from hf_fngd.layers.linear import LinearKernel
+from hf_fngd.layers.modules import plain_class, to_train, trained, with_methods
 from hf_fngd.samples.inputs import copied
 from hf_fngd.samples.rows import NOT_THE_BATCH
 from hf_fngd.samples.snapshot import untouched
@@ -32,6 +22,8 @@ NOT_ON_ROWS = "its forward does not compute the same on one row a sample of its 
 
 class TableKernel(LayerKernel):
     """A module that adds or prepends its own parameters to a batch; the first call tests if expanded ones work."""
+
+    finds_samples = True
 
     def __init__(self, module: nn.Module) -> None:
         self._tried = False

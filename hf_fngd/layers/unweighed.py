@@ -7,9 +7,10 @@ attention, which calls no layer; and subclasses of Linear and convolutions that 
 import torch
 from torch import nn
 
-from hf_fngd.layers.base import Matrices, plain_class
+from hf_fngd.layers.base import Matrices
 from hf_fngd.layers.convolution import CONVOLUTIONS
 from hf_fngd.layers.linear import MATRICES
+from hf_fngd.layers.modules import plain_class
 
 
 def unweighed_matrices(module: nn.Module) -> dict[str, Matrices]:

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from hf_fngd.checks import MAX_NAMES, NOT_NEGATIVE, choice, guess, modules, shown, text, wrong_type
-from hf_fngd.layers.base import may_train
+from hf_fngd.layers.modules import may_train
 from hf_fngd.layers.select import matches
 from hf_fngd.updates.base import RULES
 

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from hf_fngd.distributed.sharded import is_sharded
-from hf_fngd.layers.base import Matrices, MatrixKernel, is_frozen, may_train
+from hf_fngd.layers.base import Matrices, MatrixKernel
+from hf_fngd.layers.modules import is_frozen, may_train
 from hf_fngd.layers.select import ALL_LINEAR, Selected
 from hf_fngd.updates.base import RULES
 from hf_fngd.updates.chosen import assigned
