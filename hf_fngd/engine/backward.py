@@ -129,6 +129,13 @@ class LayerCall:
         """See `Call`."""
         return None if isinstance(self.batch, Tensor) else self.batch.rows
 
+    def take(self, kernel: LayerKernel) -> None:
+        """See `Call`."""
+        if isinstance(self.layer, Layer):
+            self.layer.kernel = kernel
+        else:
+            self.layer = kernel
+
     def apply(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         number = self.batch if isinstance(self.batch, Tensor) else None
         dim = 0 if self.rows is None else self.rows.dim
@@ -150,7 +157,7 @@ class LayerCall:
         # Not as a saved tensor: checkpointing would replace the micro-batch's number by that of its last forward.
         ctx.batch = None if isinstance(self.batch, Tensor) else self.batch
         ctx.layer, ctx.engine, ctx.place, ctx.again = self.layer, self.engine, self.place, False
-        ctx.rows = self.rows
+        ctx.rows, ctx.kernel = self.rows, self.layer.kernel if isinstance(self.layer, Layer) else self.layer
 
 
 def _weights(ctx: Any, x: Tensor | None, g: Tensor, number: Tensor | None, has_bias: bool) -> Tensor | None:
@@ -164,7 +171,7 @@ def _weights(ctx: Any, x: Tensor | None, g: Tensor, number: Tensor | None, has_b
         return w
     again, ctx.again = ctx.again, True
     layer: Layer = ctx.layer
-    return layer.weights(x, g, has_bias, ctx.batch, again, ctx.rows) if g.numel() else None
+    return layer.weights(x, g, has_bias, ctx.batch, again, ctx.rows, ctx.kernel) if g.numel() else None
 
 
 class WeighedLayer(torch.autograd.Function):
@@ -173,11 +180,10 @@ class WeighedLayer(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, number: Tensor | None, call: Any) -> Tensor:
         """`ExplicitKernel.forward`; ``number`` is the micro-batch's in a compiled graph, None elsewhere."""
-        ctx.kernel = kernel = call.layer if number is not None else call.layer.kernel
-        y, others = kernel.forward(x, weight, bias)
+        call.remember(ctx)
+        y, others = ctx.kernel.forward(x, weight, bias)
         ctx.save_for_backward(x, weight, number, *others)
         ctx.has_bias = bias is not None and bias.requires_grad
-        call.remember(ctx)
         return y  # type: ignore[no-any-return]
 
     @staticmethod

@@ -16,7 +16,7 @@ from hf_fngd.distributed.environment import refuse_replica, refuse_split_weight,
 from hf_fngd.engine.attach import Attachment, unsupported
 from hf_fngd.engine.backward import GraphHandle, LayerCall, begin, numbered
 from hf_fngd.engine.graph import uses_in_graph
-from hf_fngd.engine.layer import ON_TOP_OF_ANOTHER, OTHER_INPUT, USED_ELSEWHERE, Layer
+from hf_fngd.engine.layer import NO_BATCH, ON_TOP_OF_ANOTHER, OTHER_INPUT, USED_ELSEWHERE, Layer
 from hf_fngd.engine.probing import Probing, obstacle, shown
 from hf_fngd.engine.recomputed import Regions
 from hf_fngd.engine.rehearsal import Rehearsal, packed, rehearsing
@@ -222,7 +222,7 @@ class Forwards:
         if not compiling and not (layer.selected.preconditioned or self._inside or recomputes):
             layer.shared.reasons.add(USED_ELSEWHERE)  # nothing tells which batch the call belongs to
         if batch is None:
-            return follow(own(*args, **kwargs), None)
+            return follow(own(*args, **kwargs), NO_BATCH if self._inside else None)
         # A matrix keeps its kernel although its samples are not weighed: checkpointing expects the call that it saved.
         if not compiling and not layer.selected.preconditioned and USED_ELSEWHERE in layer.shared.reasons:
             return own(*args, **kwargs)

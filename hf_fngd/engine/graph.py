@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 _DEPTH = 8  # how deep containers and objects are followed
 
-Consumers = dict[Any, list[tuple[str, int]]]
+Consumers = dict[Any, list[tuple[str, tuple[int, ...]]]]
 
 
 def uses_in_graph(output: Any, nodes: Collection[Any] = ()) -> tuple[Counter[int], Consumers]:
@@ -20,18 +20,18 @@ def uses_in_graph(output: Any, nodes: Collection[Any] = ()) -> tuple[Counter[int
 
     Returns:
         How many operations read each leaf, by the leaf's ``id``; and for each of the nodes the names of the operations
-        that read its output, with the first dimension of what each of them makes.
+        that read its output, with the shape of what each of them makes.
     """
     stack = [tensor.grad_fn for tensor in _tensors(output) if tensor.grad_fn is not None]
-    seen, leaves, consumers = set(stack), Counter[int](), defaultdict[Any, list[tuple[str, int]]](list)
+    seen, leaves, consumers = set(stack), Counter[int](), defaultdict[Any, list[tuple[str, tuple[int, ...]]]](list)
     while stack:
         current = stack.pop()
         for node, _ in current.next_functions:
             if node is None:
                 continue
             if node in nodes:
-                shape = current._input_metadata[0].shape  # of the gradient that it is given
-                consumers[node].append((current.name(), shape[0] if shape else 0))
+                # The shape is that of the gradient that it is given.
+                consumers[node].append((current.name(), tuple(current._input_metadata[0].shape)))
             if hasattr(node, "variable"):
                 leaves[id(node.variable)] += 1
             elif node not in seen:

@@ -22,6 +22,10 @@ NEVER_CALLED = (
     "its weight in its place, as TRL's trainers do)"
 )
 PASSED_BY = "some of its gradient came from no forward pass of the model in training mode: call the model itself"
+NO_BATCH = (
+    "no input of the model is a tensor, or a mapping, list, tuple or dataclass that holds one, so that nothing tells "
+    "how many samples there are"
+)
 OTHER_INPUT = "it was called with an input that has no batch dimension or is nested, or with further arguments"
 NOT_ITS_ROWS = "its input has neither the batch's rows nor its tokens, for which ids tell the samples"
 USED_ELSEWHERE = "its weight is used outside of its forward as well"
@@ -87,7 +91,7 @@ class Layer:
             self.view = verdict if verdict.row_is_sample or self.kernel.folds(verdict.dim) else None
             self.unfit, self.dim = (None, self.view.dim) if self.view else (NOT_THE_BATCH, 0)
             self.by_sizes = False
-        elif not finds or (verdict is not None and not isinstance(verdict, View)):
+        elif not finds or not (verdict is None or (isinstance(verdict, View) and verdict.row_is_sample)):
             self.unfit = verdict if isinstance(verdict, str) else NOT_THE_BATCH
 
     def follow(self, y: Any, reason: str | None) -> Any:
@@ -152,7 +156,14 @@ class Layer:
         return found, None
 
     def weights(
-        self, x: Tensor | None, g: Tensor, has_bias: bool, batch: MicroBatch, again: bool, rows: Rows | None
+        self,
+        x: Tensor | None,
+        g: Tensor,
+        has_bias: bool,
+        batch: MicroBatch,
+        again: bool,
+        rows: Rows | None,
+        kernel: LayerKernel | None = None,
     ) -> Tensor | None:
         """The sample weights of one call in a backward pass, None for ones.
 
@@ -164,6 +175,7 @@ class Layer:
             again: whether this is a further backward pass of a retained graph. It gets sample weights of its own, which
                 are not kept.
             rows: which sample each row belongs to.
+            kernel: that of the call; None for that of the last call.
 
         Returns:
             One weight for each sample ``[N]``; where ``rows`` are given, one for each row ``[R]``.
@@ -178,7 +190,7 @@ class Layer:
         self.weighed = True
         self.by_sizes = self.by_sizes or (rows is None and batch.size > 1 and not self.kernel.finds_samples)
         weights = batch.make_weights() if again or batch.weights is None else batch.weights
-        w = weights.weigh(self.place, _Samples(self.kernel, x, g, has_bias, rows, batch.size))
+        w = weights.weigh(self.place, _Samples(kernel or self.kernel, x, g, has_bias, rows, batch.size))
         return w if w is None or rows is None else rows.of_rows(w, count)
 
     def reach(self, batch: MicroBatch) -> None:
@@ -248,6 +260,8 @@ class Layer:
         self.batch_first, reasons, self.repeated, expands = state
         self.shared.reasons.update(set(reasons) - {AMBIGUOUS})
         self.shared.ambiguous.update([self.place] if AMBIGUOUS in reasons else [])
+        if NO_EQUAL_SHARES in reasons:
+            self.view, self.unfit = None, NO_EQUAL_SHARES
         if self.kernel.expands != expands:
             self.kernel.expands = expands
 

@@ -53,6 +53,9 @@ class Call(Protocol):
     def batch_rows(self) -> int | None:
         """B."""
 
+    def take(self, kernel: "LayerKernel") -> None:
+        """Let another kernel handle this call and later ones; the graphs of earlier calls keep theirs."""
+
     def apply(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """`ExplicitKernel.forward`, with the kernel's own backward behind it."""
 

@@ -44,14 +44,12 @@ class ConvolutionKernel(MatrixKernel):
     def run(self, module: nn.Module, own: Forward, x: Tensor, call: Call) -> Tensor:
         assert isinstance(module, _ConvNd)
         others = [one for one in (*own.args, *own.keywords.values()) if one is not module and one is not x]
-        if (now := _settings(module, x, *others)) != (
-            self.arguments,
-            self.pad,
-            self.mode,
-        ):  # somebody changed the layer
-            self.arguments, self.pad, self.mode = now
+        kernel, now = self, _settings(module, x, *others)
+        if now != (self.arguments, self.pad, self.mode):  # somebody changed the layer
+            kernel = ConvolutionKernel(self.size, *now)
+            call.take(kernel)  # another one: graphs of earlier calls have this one
         # Padded first, as torch does: autocast pads in float32.
-        return call.apply(*operands(module, F.pad(x, self.pad, mode=self.mode) if any(self.pad) else x))
+        return call.apply(*operands(module, F.pad(x, kernel.pad, mode=kernel.mode) if any(kernel.pad) else x))
 
     def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, tuple[Tensor, ...]]:
         return torch.convolution(x, weight, bias, *self.arguments), ()

@@ -43,13 +43,16 @@ class EmbeddingKernel(LayerKernel):
             self.outputs.append(y.grad_fn)
         return y
 
-    def inspect(self, consumers: Sequence[Sequence[tuple[str, int]]], rows: int) -> None:
+    def inspect(self, consumers: Sequence[Sequence[tuple[str, tuple[int, ...]]]], rows: int) -> None:
         """Decide whether outputs are expanded, from the operations of the first graph that read each of `outputs`.
 
-        They are if only sums with a tensor of the batch's rows read them. A tensor with more rows (choices folded into
-        the batch) does not count.
+        They are if only sums with a tensor ``[B, T, d]`` of the batch's rows read them. One with more rows (choices
+        folded into the batch), or with more dimensions, does not count.
         """
-        self.expands = all(set(of_one) == {("AddBackward0", rows)} for of_one in consumers)
+        self.expands = all(
+            bool(of_one) and all((name, shape[0], len(shape)) == ("AddBackward0", rows, 3) for name, shape in of_one)
+            for of_one in consumers
+        )
 
     def layout(self, known: bool | None, x: Tensor | None, g: Tensor, samples: int) -> Layout:
         if g.dim() == 2 or (len(g) == 1 and samples > 1):

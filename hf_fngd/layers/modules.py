@@ -34,13 +34,13 @@ class With:
 
 
 def with_methods(module: nn.Module) -> type[With]:
-    """A subclass of `With` that has the methods of the module's class, so that these see the other parameters too."""
+    """A subclass of `With` that has the module's methods and properties, so that these see the other parameters."""
     classes = [cls for cls in reversed(plain_class(module).__mro__) if not issubclass(nn.Module, cls)]
     members = {name: value for cls in classes for name, value in vars(cls).items()}
     methods = {
         name: value
         for name, value in members.items()
-        if isinstance(value, FunctionType) and not (name.startswith("__") and name.endswith("__"))
+        if isinstance(value, FunctionType | property) and not (name.startswith("__") and name.endswith("__"))
     }
     return type("With", (With,), methods)
 

@@ -21,27 +21,29 @@ NOT_ON_ROWS = "its forward does not compute the same on one row a sample of its 
 
 
 class TableKernel(LayerKernel):
-    """A module that adds or prepends its own parameters to a batch; the first call tests if expanded ones work."""
+    """A module that adds or prepends its own parameters to a batch.
+
+    The first call on each shape of a sample tests whether expanded parameters work: positions may be interpolated.
+    """
 
     finds_samples = True
 
     def __init__(self, module: nn.Module) -> None:
-        self._tried = False
+        self._tried: set[tuple[int, ...]] = set()  # shapes
         self._with = with_methods(module)
 
     def takes(self, x: Any, *others: Any) -> bool:
         return self.fault is None and isinstance(x, Tensor) and x.dim() > 1
 
     def run(self, module: nn.Module, own: Forward, x: Tensor, call: Call) -> Any:
-        if not self._tried:
-            if call.batch_rows is None:  # in a compiled graph
-                if not call.rehearsed:
-                    return own()
-            elif call.batch_rows > 1:  # on one row anything computes the same
-                right = self._same(module, own, x) and self._apart(module, own, x)
-                self._tried, self.fault = True, None if right else NOT_ON_ROWS
-                if self.fault is not None:
-                    return own()
+        if call.batch_rows is None:  # in a compiled graph
+            if not (self._tried or call.rehearsed):
+                return own()
+        elif call.batch_rows > 1 and (shape := tuple(x.shape[1:])) not in self._tried:  # one row shows nothing
+            self._tried.add(shape)
+            if not (self._same(module, own, x) and self._apart(module, own, x)):
+                self.fault = NOT_ON_ROWS
+                return own()
         return self._on_rows(module, own, {name: call.weigh(p) for name, p in _expanded(module, len(x)).items()})
 
     def layout(self, known: bool | None, x: Tensor | None, g: Tensor, samples: int) -> Layout:

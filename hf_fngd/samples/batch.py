@@ -1,9 +1,10 @@
 """Find the batch among a model's inputs."""
 
 from collections.abc import Mapping
-from dataclasses import is_dataclass
+from dataclasses import fields, is_dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 # Where the batch is to be looked for among a model's inputs, before any other tensor.
@@ -13,15 +14,19 @@ _BATCH_KEYS = ("input_ids", "inputs_embeds", "pixel_values", "input_features", "
 def find_sample(args: tuple[Any, ...], kwargs: Mapping[str, Any], depth: int = 4) -> Tensor | None:
     """The input whose first dimension counts the samples; None where no input is a tensor with a dimension.
 
-    The search goes through mappings, lists, tuples and dataclasses, nested ones included.
+    The search goes through mappings, lists, tuples and dataclasses, nested ones included. For a list of several
+    mappings or dataclasses, one for each sample, an empty tensor stands.
     """
     for key in _BATCH_KEYS:
         if isinstance(value := kwargs.get(key), Tensor) and not value.is_nested and value.dim() > 0:
             return value
     for value in (*args, *kwargs.values()) if depth else ():
         inside: Mapping[str, Any] = value if isinstance(value, Mapping) else {}
-        inside = vars(value) if is_dataclass(value) and not isinstance(value, type) else inside
+        if is_dataclass(value) and not isinstance(value, type):
+            inside = {field.name: getattr(value, field.name, None) for field in fields(value)}
         items = tuple(value) if isinstance(value, list | tuple) else ()
+        if len(items) > 1 and all(isinstance(one, Mapping) or is_dataclass(one) for one in items):
+            return torch.empty(len(items), device="cpu")
         if (items or inside) and (found := find_sample(items, inside, depth - 1)) is not None:
             return found
         if isinstance(value, Tensor) and not value.is_nested and value.dim() > 0:

@@ -3,7 +3,7 @@
 import contextlib
 import random
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -43,6 +43,9 @@ class _SameDraws(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._seed += 1
         values = [*args, *kwargs.values()]
         dim = next((dim for dim in self._dims if any(self._holds(value, dim) for value in values)), None)
+        out = kwargs.get("out")
+        if dim is not None and isinstance(out, Tensor) and not self._holds(out, dim):
+            dim = None  # it is yet to be resized, and drawn as a whole
         own = next((value for value in values if isinstance(value, Generator)), None)
         kept = None if own is None else own.get_state()
         generator = _default_generator(values) if own is None else own
@@ -54,15 +57,19 @@ class _SameDraws(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if own is not None and kept is not None:
             own.set_state(kept)
         given = dict(zip((argument.name for argument in func._schema.arguments), args, strict=False)) | kwargs
-        for argument in func._schema.arguments:
-            if argument.is_write:
-                return given[argument.name]
-        if dim is None or isinstance(results[0], Tensor):
-            return results[0] if dim is None else torch.cat(results, dim)
-        return tuple(torch.cat(some, dim) for some in zip(*results, strict=True))
+        if func._schema.returns and (alias := func._schema.returns[0].alias_info) is not None:
+            for argument in func._schema.arguments:
+                if argument.alias_info is not None and argument.alias_info.before_set & alias.before_set:
+                    return given[argument.name]
+        if dim is None:
+            return results[0]
+        if isinstance(results[0], tuple):
+            return tuple(_joined(some, dim) for some in zip(*results, strict=True))
+        return _joined(results, dim)
 
     def _holds(self, value: Any, dim: int) -> bool:
-        shape = value.shape if isinstance(value, Tensor) else value if isinstance(value, list) else ()
+        size = isinstance(value, list) and all(isinstance(one, int) for one in value)
+        shape = value.shape if isinstance(value, Tensor) else value if size else ()
         return len(shape) > dim and shape[dim] == self._samples
 
     def _part(self, value: Any, dim: int | None, n: int) -> Any:
@@ -70,6 +77,13 @@ class _SameDraws(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if dim is None or not self._holds(value, dim):
             return value
         return value.narrow(dim, n, 1) if isinstance(value, Tensor) else [*value[:dim], 1, *value[dim + 1 :]]
+
+
+def _joined(results: Sequence[Any], dim: int) -> Any:
+    """What an operator returned for each sample, in one; what is no tensor with this dimension is the first one's."""
+    if all(isinstance(one, Tensor) and one.dim() > dim for one in results):
+        return torch.cat(list(results), dim)
+    return results[0]
 
 
 def _default_generator(values: list[Any]) -> Any:

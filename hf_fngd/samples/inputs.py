@@ -60,7 +60,7 @@ def sizes_of(value: Any, samples: int, dim: int, key: str = "") -> dict[str, fro
     elif isinstance(value, list | tuple) and not _of_samples(value, samples):
         items = enumerate(value)
     elif is_dataclass(value) and not isinstance(value, type):
-        items = vars(value).items() if hasattr(value, "__dict__") else ()
+        items = ((field.name, getattr(value, field.name, None)) for field in fields(value))
     return {path: size for name, one in items for path, size in sizes_of(one, samples, dim, f"{key}.{name}").items()}
 
 

@@ -144,6 +144,7 @@ def test_operators_draw_the_same_for_every_sample_and_in_every_pass() -> None:
                 F.gumbel_softmax(like),
                 torch.native_dropout(torch.ones(samples, 30), 0.5, True)[1],
                 torch.distributions.Gamma(like + 1, like + 1).sample(),
+                F.rrelu(torch.full((samples, 30), -1.0), training=True),
             ]
             shared = torch.rand(3, 3)
             assert torch.equal(own.get_state(), torch.Generator().get_state())

@@ -95,3 +95,18 @@ def test_a_share_is_that_of_an_input_or_constant_or_grows() -> None:
     larger = {".0.0": frozenset({3, 48, 288}), ".1.batch.input_ids": frozenset([13])}
     assert [rows for rows in range(1, 40) if tokens.allow(rows, larger)] == [13]
     assert [rows for rows in range(1, 40) if windows.allow(rows, larger)] == [12, 24]
+
+
+def test_a_resumed_run_knows_that_the_shares_are_unequal() -> None:
+    torch.manual_seed(0)
+    model = PaddingFree().double()
+    preconditioner = FNGDPreconditioner(model)
+    step(model, preconditioner, [4, 4, 4], 4)
+    step(model, preconditioner, [2, 6, 4], 6)
+    other = copy.deepcopy(model)
+    resumed = FNGDPreconditioner(other)
+    resumed.load_state_dict(preconditioner.state_dict())
+    for lengths, longest in (([4, 4, 4], 4), ([3, 6, 6], 6)):
+        torch.testing.assert_close(
+            step(other, resumed, lengths, longest), step(model, preconditioner, lengths, longest)
+        )
