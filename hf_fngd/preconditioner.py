@@ -83,7 +83,8 @@ class FNGDPreconditioner(Joins):
         self._fsdp: bool | None = None  # not known before the first forward pass
         self._hooks: list[RemovableHandle] = []
         self._coverage = Coverage(selection, self._attached, own.strict, self.policy.compares)
-        self._forwards = Forwards(model, self._attached, self._window, weakref.WeakMethod(self._begin), own.batch_dim)
+        begin = weakref.WeakMethod(self._begin)
+        self._forwards = Forwards(model, self._attached, self._window, begin, own.batch_dim, self.policy.uncoupled)
         self._coverage.note = self._forwards.probing.told
         self.positions = Positions(self._attached, len(self._forwards.live))
         # The model keeps none of this alive: without the optimizer it is plain again.

@@ -15,15 +15,15 @@ from torch.autograd import forward_ad
 from hf_fngd.distributed.environment import refuse_replica, refuse_split_weight, refuse_unfrozen
 from hf_fngd.engine.attach import Attachment, unsupported
 from hf_fngd.engine.backward import GraphHandle, LayerCall, begin, numbered
-from hf_fngd.engine.graph import uses_in_graph
-from hf_fngd.engine.layer import NO_BATCH, ON_TOP_OF_ANOTHER, OTHER_INPUT, USED_ELSEWHERE, Layer
+from hf_fngd.engine.graph import COUPLED, before_batch_norms, uses_in_graph
+from hf_fngd.engine.layer import ON_TOP_OF_ANOTHER, OTHER_INPUT, USED_ELSEWHERE, Layer
 from hf_fngd.engine.probing import Probing, obstacle, shown
 from hf_fngd.engine.recomputed import Regions
 from hf_fngd.engine.rehearsal import Rehearsal, packed, rehearsing
 from hf_fngd.engine.window import MicroBatch, Window, in_backward
 from hf_fngd.layers.embedding import EmbeddingKernel
 from hf_fngd.layers.modules import is_frozen, plain_class, weight_of
-from hf_fngd.samples.batch import find_sample
+from hf_fngd.samples.batch import NO_BATCH, find_sample
 from hf_fngd.samples.ids import COLUMN, Ids, find_ids, is_one_row, of_tokens, read_ids
 from hf_fngd.samples.inputs import copied
 from hf_fngd.samples.rows import TOKENS, Rows, View
@@ -37,7 +37,7 @@ class Forwards:
 
     ``opened`` refers to the function that begins a training forward pass of N samples. ``batch`` is the micro-batch of
     the last such pass; None where that had no samples, or its step is done. ``live`` lists the layers that are
-    trained, or once were.
+    trained, or once were. With ``uncoupled`` layers are left plain whose output a BatchNorm reads.
     """
 
     def __init__(
@@ -47,6 +47,7 @@ class Forwards:
         window: Window,
         opened: Callable[[], Callable[[int, Ids | None], MicroBatch] | None],
         batch_dim: int | None = None,
+        uncoupled: bool = False,
     ) -> None:
         self.batch: MicroBatch | None = None
         self._layers, self._window, self._opened = layers, window, opened
@@ -58,7 +59,7 @@ class Forwards:
         self._own_ids = COLUMN in inspect.signature(own).parameters
         self._inspected = self._inside = self._rehearsing = False
         self._of_one = False  # whether the batch that was inspected had one row, which shows no table of positions
-        self._regions = Regions()
+        self._regions, self._uncoupled = Regions(), uncoupled
         self._tables = [layer.kernel for layer in layers if isinstance(layer.kernel, EmbeddingKernel)]
         self._model = weakref.ref(model)
         self.probing = Probing(layers, batch_dim)
@@ -271,6 +272,8 @@ class Forwards:
         for table, nodes in found.items():
             if not self._rehearsing:  # no compiled graph expands them
                 table.inspect([consumers[node] for node in nodes], batch.rows)
+        for place in before_batch_norms(output, self._rehearsing) if self._uncoupled else ():
+            self._layers[place].view, self._layers[place].unfit = None, COUPLED
         keys = [[id(parameter) for parameter in layer.selected.module.parameters(False)] for layer in self._layers]
         calls = Counter[int]()
         for layer, own in zip(self._layers, keys, strict=True):

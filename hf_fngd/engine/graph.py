@@ -6,7 +6,27 @@ from typing import Any
 
 from torch import Tensor, nn
 
+COUPLED = (
+    "a BatchNorm reads its output: its samples' gradients cancel each other in part, and clipped ones no longer would"
+)
 _DEPTH = 8  # how deep containers and objects are followed
+
+# Operations that change the shape or the dtype of a tensor alone.
+_SHAPES = {
+    f"{name}Backward"
+    for name in (
+        "View",
+        "Reshape",
+        "UnsafeView",
+        "Transpose",
+        "T",
+        "Permute",
+        "Squeeze",
+        "Unsqueeze",
+        "ToCopy",
+        "Clone",
+    )
+}
 
 Consumers = dict[Any, list[tuple[str, tuple[int, ...]]]]
 
@@ -38,6 +58,25 @@ def uses_in_graph(output: Any, nodes: Collection[Any] = ()) -> tuple[Counter[int
                 seen.add(node)
                 stack.append(node)
     return leaves, consumers
+
+
+def before_batch_norms(output: Any, any_mode: bool = False) -> set[int]:
+    """The places of weighed layers whose output a BatchNorm reads, in training mode or (``any_mode``) in any."""
+    stack = [tensor.grad_fn for tensor in _tensors(output) if tensor.grad_fn is not None]
+    seen, places = set(stack), set[int]()
+    while stack:
+        current = stack.pop()
+        if "BatchNorm" in current.name() and (any_mode or getattr(current, "_saved_training", True)):
+            node = current.next_functions[0][0]
+            while node is not None and node.name().rstrip("0123456789") in _SHAPES and len(node.next_functions) == 1:
+                node = node.next_functions[0][0]
+            if isinstance(place := getattr(node, "place", None), int):
+                places.add(place)
+        for node, _ in current.next_functions:
+            if node is not None and node not in seen:
+                seen.add(node)
+                stack.append(node)
+    return places
 
 
 def _tensors(output: Any) -> Iterator[Tensor]:

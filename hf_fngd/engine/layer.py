@@ -10,6 +10,7 @@ from torch.autograd.graph import get_gradient_edge
 
 from hf_fngd.distributed.sharded import local
 from hf_fngd.engine.attach import unsupported
+from hf_fngd.engine.graph import COUPLED
 from hf_fngd.engine.window import MicroBatch
 from hf_fngd.layers.base import AMBIGUOUS, LayerKernel, MatrixKernel
 from hf_fngd.layers.modules import is_frozen, weight_of
@@ -22,10 +23,6 @@ NEVER_CALLED = (
     "its weight in its place, as TRL's trainers do)"
 )
 PASSED_BY = "some of its gradient came from no forward pass of the model in training mode: call the model itself"
-NO_BATCH = (
-    "no input of the model is a tensor, or a mapping, list, tuple or dataclass that holds one, so that nothing tells "
-    "how many samples there are"
-)
 OTHER_INPUT = "it was called with an input that has no batch dimension or is nested, or with further arguments"
 NOT_ITS_ROWS = "its input has neither the batch's rows nor its tokens, for which ids tell the samples"
 USED_ELSEWHERE = "its weight is used outside of its forward as well"
@@ -83,7 +80,7 @@ class Layer:
 
     def told(self, verdict: View | str | None) -> None:
         """Take the probe's verdict on the layer; None means that the whole batch shares its input."""
-        if self.view is not None or self.unfit == NO_EQUAL_SHARES:
+        if self.view is not None or self.unfit in (NO_EQUAL_SHARES, COUPLED):
             return
         finds = self.kernel.finds_samples
         if isinstance(verdict, View) and (self.kernel.by_rows or not finds):
@@ -231,10 +228,7 @@ class Layer:
         return reason is not None or USED_ELSEWHERE in self.shared.reasons
 
     def _misfit(self, rows: Rows, count: int, batch: MicroBatch) -> str | None:
-        """Why a call with ``count`` rows contradicts ``rows``; None where it does not.
-
-        Where it shows that only the probe's batch had equal shares, the layer is unfit from now on.
-        """
+        """Why a call with ``count`` rows contradicts ``rows``, or None; unequal shares make the layer unfit."""
         fits = rows.fits(count, batch.size)
         if rows is not self.view or self.shares is None:
             return None if fits else NOT_THE_BATCH

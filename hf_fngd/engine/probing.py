@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
 from hf_fngd.engine.coverage import listed
+from hf_fngd.engine.graph import COUPLED
 from hf_fngd.engine.layer import Layer
 from hf_fngd.engine.window import in_backward
 from hf_fngd.samples.inputs import sizes_of
@@ -88,7 +89,7 @@ class Probing:
                         layer.told(found.verdicts[layer.place])
                     if layer.view is not None and layer.place in found.shares and layer.shares is None:
                         layer.shares = Shares(found.shares[layer.place], sizes)
-                if not any(layer.unfit for layer in self._layers):
+                if all(layer.unfit in (None, COUPLED) for layer in self._layers):
                     self.left = 0
                 return
             finally:

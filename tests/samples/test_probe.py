@@ -182,7 +182,7 @@ def test_nothing_of_a_probe_remains(fails: bool) -> None:
 
 def test_a_probe_leaves_no_casts_without_a_graph_behind() -> None:
     model = Trained()
-    preconditioner = FNGDPreconditioner(model, exclude_modules=["fc2"])
+    preconditioner = FNGDPreconditioner(model, exclude_modules=["fc2"], sharing="uniform")
     with torch.autocast("cpu", torch.bfloat16):
         model(torch.randn(5, WIDTH)).sum().backward()
     assert model.fc2.weight.grad is not None
