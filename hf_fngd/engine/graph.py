@@ -66,7 +66,8 @@ def before_batch_norms(output: Any, any_mode: bool = False) -> set[int]:
     seen, places = set(stack), set[int]()
     while stack:
         current = stack.pop()
-        if "BatchNorm" in current.name() and (any_mode or getattr(current, "_saved_training", True)):
+        couples = "BatchNorm" in current.name() and (any_mode or getattr(current, "_saved_training", True))
+        if couples and current._input_metadata[0].shape[0] != 1:  # an InstanceNorm is one on a batch of one
             node = current.next_functions[0][0]
             while node is not None and node.name().rstrip("0123456789") in _SHAPES and len(node.next_functions) == 1:
                 node = node.next_functions[0][0]

@@ -81,6 +81,13 @@ def test_before_one_in_evaluation_mode_it_is_weighed() -> None:
     assert not steps(model, model, preconditioner) & PLAIN
 
 
+def test_before_an_instance_norm_it_is_weighed() -> None:
+    model = network()
+    model[1], model[8] = nn.InstanceNorm2d(8).double(), nn.Identity()
+    preconditioner = FNGDPreconditioner(model, strict=True)
+    assert not steps(model, model, preconditioner) & PLAIN
+
+
 @pytest.mark.parametrize("sharing", ["never", "replay"])
 def test_the_papers_sample_weights_are_for_all_layers(sharing: str) -> None:
     model = network()
