@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hf_fngd import FNGDPreconditioner, policy_names
-from hf_fngd.engine.layer import NEVER_CALLED
+from hf_fngd.samples.batch import NO_BATCH
 from tests.nets import LAYER_NAMES, data, loss, net
 from tests.steps import Watched, dense, gradient, one_step, relative_error, with_engine, with_fngd
 
@@ -246,7 +246,7 @@ def test_a_model_without_tensor_inputs_gets_plain_gradients() -> None:
     model.forward = lambda: model.fc(model.embedding(TOKENS))
     model().sum().backward()
     preconditioner.step()
-    assert set(preconditioner.coverage().missed.values()) == {NEVER_CALLED}
+    assert set(preconditioner.coverage().missed.values()) == {NO_BATCH}
 
 
 # Construction ----------------------------------------------------------------------------------------------
