@@ -191,7 +191,7 @@ def test_empty_batches_pass_through(x: Tensor, sharing: str) -> None:
 # Other ways to run a model ---------------------------------------------------------------------------------
 
 
-# The last one is plain: see tests/engine/test_tables.py.
+# The last one is plain: see tests/engine/test_tables_in_modes.py.
 WAYS = [way for way in itertools.product([False, True], repeat=3) if way != (False, True, True)]
 
 

@@ -4,79 +4,35 @@ All in one language model with one outlier a batch; its gradients by the oracle.
 """
 
 import copy
-import gc
-import weakref
-from collections.abc import Callable, Mapping
-from typing import Any, ClassVar
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
-from hf_fngd import FNGD, FNGDPreconditioner, detach
-from hf_fngd.engine.layer import ON_TOP_OF_ANOTHER, USED_ELSEWHERE
+from hf_fngd import detach
+from hf_fngd.engine.layer import USED_ELSEWHERE
 from hf_fngd.layers.embedding import A_TABLE
 from hf_fngd.samples.rows import NOT_THE_BATCH
-from hf_fngd.weights.clipped import ClippedSharing, ClippedWeights
-from tests.engine.language import LENGTH, OUTLIER, POSITIONS, TABLE, WIDTH, LanguageModel, batch, losses, model
-from tests.nets import EVERY_TYPE
-from tests.reference import Clipping, uses_of
-from tests.steps import assert_equal
+from tests.engine.language import (
+    LENGTH,
+    POSITIONS,
+    TABLE,
+    WIDTH,
+    LanguageModel,
+    attach,
+    batch,
+    check,
+    clipped,
+    losses,
+    model,
+    plain,
+    reasons,
+    step,
+)
 
 pytestmark = pytest.mark.usefixtures("fresh_compiler")
-
-
-def gradients(net: nn.Module) -> dict[str, Tensor]:
-    return {name: p.grad.clone() for name, p in net.named_parameters() if p.grad is not None}
-
-
-def plain(net: nn.Module, x: Tensor) -> dict[str, Tensor]:
-    """By autograd alone."""
-    own = copy.deepcopy(net)
-    own.zero_grad()
-    losses(own, x).sum().backward()
-    return gradients(own)
-
-
-def clipped(net: nn.Module, x: Tensor, *modules: str) -> dict[str, Tensor]:
-    """With the samples clipped in these modules, by the oracle."""
-    own, labels = copy.deepcopy(net), x.roll(1, 0)
-    own.checkpointing = None
-
-    def alone(model: nn.Module, n: int) -> Tensor:
-        return losses(model, x[n : n + 1], labels[n : n + 1]).sum() / (OUTLIER if n else 1.0)
-
-    trained = {name for name, _ in own.named_parameters()}
-    found, norms = Clipping().gradients([uses_of(own, modules, alone, n, trained) for n in range(len(x))])
-    assert all(of.max() > 2 * of.mean() or not of.any() for of in norms.values())
-    return {name: g.view_as(own.get_parameter(name)) for name, g in found.items()}
-
-
-def check(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], *names: str) -> None:
-    for name in names or expected:
-        torch.testing.assert_close(found[name], expected[name], rtol=1e-10, atol=1e-12)
-
-
-def attach(net: nn.Module, **settings: Any) -> FNGDPreconditioner:
-    return FNGDPreconditioner(net, **({"exclude_modules": ["left_out"], "layer_types": EVERY_TYPE} | settings))
-
-
-def step(net: Callable[..., Tensor], preconditioner: FNGDPreconditioner, x: Tensor) -> dict[str, Tensor]:
-    """The gradients of one."""
-    for p in preconditioner.model.parameters():
-        p.grad = None
-    losses(net, x).sum().backward()
-    preconditioner.step()
-    return gradients(preconditioner.model)
-
-
-def reasons(preconditioner: FNGDPreconditioner, name: str = TABLE) -> str:
-    return preconditioner.coverage().plain[name]
-
-
-# What is weighed, and what stays plain ---------------------------------------------------------------------
 
 
 class Again(LanguageModel):
@@ -316,94 +272,3 @@ def test_where_nothing_is_weighed_every_gradient_is_plain(way: str) -> None:
         detach(net)
         assert (type(net.tokens), type(net.head), type(net.norm)) == (nn.Embedding, nn.Linear, nn.LayerNorm)
     check(step(net, preconditioner, x), plain(net, x))
-
-
-# In other modes --------------------------------------------------------------------------------------------
-
-
-class InPlace(LanguageModel):
-    """Changes the outputs of its tables in place."""
-
-    def embed(self, x: Tensor) -> Tensor:
-        y = self.tokens(x)
-        y *= 2
-        y += self.positions(torch.arange(LENGTH)[None])
-        return F.dropout(y, 0.0, inplace=True)
-
-
-@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # the compiler's own
-def test_outputs_may_be_changed_in_place_and_a_compiled_model_has_the_same_gradients() -> None:
-    """But for its table of positions, which stays plain in a graph."""
-    found = []
-    for cls, compiles in ((LanguageModel, False), (InPlace, False), (InPlace, True)):
-        net = model(cls)
-        if cls is LanguageModel:
-            net.embed = lambda x, net=net: 2 * net.tokens(x) + net.positions(torch.arange(LENGTH)[None])
-        preconditioner = attach(net)
-        called = torch.compile(net, backend="aot_eager", fullgraph=True) if compiles else net
-        found.append([step(called, preconditioner, batch(6, seed)) for seed in (1, 2, 3)][-1])
-        assert TABLE in preconditioner.coverage().weighed
-    assert reasons(preconditioner, POSITIONS) == A_TABLE
-    check(found[1], found[0])
-    check(found[2], plain(net, batch(6, 3)), POSITIONS)
-    check(found[2], found[0], *(name for name in found[0] if name != POSITIONS))
-
-
-def test_reentrant_checkpointing_of_several_batches_at_once_is_plain() -> None:
-    class Whole(LanguageModel):
-        def forward(self, x: Tensor) -> Tensor:
-            mark = torch.zeros((), requires_grad=True)  # reentrant checkpointing wants an input with a gradient
-            y = checkpoint(lambda mark: self.embed(x) + mark, mark, use_reentrant=True)
-            return self.logits(self.body(y))
-
-    net = model(Whole, tied=False)
-    preconditioner = attach(net)
-    step(net, preconditioner, batch(6))
-    parts = batch(12, seed=2).split(6)
-    first, second = (losses(net, part).sum() for part in parts)
-    first.backward()
-    second.backward()
-    assert ON_TOP_OF_ANOTHER in reasons(preconditioner)
-
-
-class Followed(ClippedSharing):
-    """Knows whether its last micro-batch but one still exists."""
-
-    batches: ClassVar[list[weakref.ref[Any]]] = []
-
-    def begin(self, size: int, offset: int) -> ClippedWeights:
-        made = super().begin(size, offset)
-        self.batches.append(weakref.ref(made))
-        return made
-
-
-def test_a_loss_that_is_kept_does_not_keep_the_batch() -> None:
-    net = model()
-    preconditioner = attach(net, sharing=Followed())
-    step(net, preconditioner, batch(6))
-    total = losses(net, batch(6, seed=2)).sum()
-    total.backward(retain_graph=True)
-    preconditioner.step()
-    step(net, preconditioner, batch(6, seed=3))
-    gc.collect()
-    assert [reference() for reference in Followed.batches] == [None, None, None]
-
-
-@pytest.mark.parametrize("stop", [0, 1, 3])
-def test_an_interrupted_run_goes_on_as_it_would_have(stop: int) -> None:
-    nets = [model(), model(), model()]
-    whole, first, resumed = (FNGD(net) for net in nets)
-
-    def train(net: nn.Module, optimizer: FNGD, *seeds: int) -> None:
-        for seed in seeds:
-            optimizer.zero_grad()
-            losses(net, batch(6, seed)).sum().backward()
-            optimizer.step()
-
-    train(nets[0], whole, *range(6))
-    train(nets[1], first, *range(stop))
-    nets[2].load_state_dict(nets[1].state_dict())
-    resumed.load_state_dict(copy.deepcopy(first.state_dict()))
-    assert resumed.coverage().weighed == first.coverage().weighed
-    train(nets[2], resumed, *range(stop, 6))
-    assert_equal(nets[0], nets[2])
