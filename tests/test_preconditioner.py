@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hf_fngd import FNGDPreconditioner, policy_names
-from hf_fngd.samples.batch import NO_BATCH
+from hf_fngd.engine.reasons import NO_BATCH
 from tests.nets import LAYER_NAMES, data, loss, net
 from tests.steps import Watched, dense, gradient, one_step, relative_error, with_engine, with_fngd
 

@@ -5,7 +5,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from hf_fngd.engine.gradients import Gradients
-from hf_fngd.engine.layer import NEVER_CALLED, Layer
+from hf_fngd.engine.layer import Layer
+from hf_fngd.engine.reasons import NEVER_CALLED
 from hf_fngd.layers.modules import is_frozen
 from hf_fngd.layers.select import Selection
 

@@ -15,15 +15,16 @@ from torch.autograd import forward_ad
 from hf_fngd.distributed.environment import refuse_replica, refuse_split_weight, refuse_unfrozen
 from hf_fngd.engine.attach import Attachment, unsupported
 from hf_fngd.engine.backward import GraphHandle, LayerCall, begin, numbered
-from hf_fngd.engine.graph import COUPLED, before_batch_norms, uses_in_graph
-from hf_fngd.engine.layer import ON_TOP_OF_ANOTHER, OTHER_INPUT, USED_ELSEWHERE, Layer
+from hf_fngd.engine.graph import before_batch_norms, uses_in_graph
+from hf_fngd.engine.layer import Layer
 from hf_fngd.engine.probing import Probing, obstacle, shown
+from hf_fngd.engine.reasons import COUPLED, NO_BATCH, ON_TOP_OF_ANOTHER, OTHER_INPUT, USED_ELSEWHERE
 from hf_fngd.engine.recomputed import Regions
 from hf_fngd.engine.rehearsal import Rehearsal, packed, rehearsing
 from hf_fngd.engine.window import MicroBatch, Window, in_backward
 from hf_fngd.layers.embedding import EmbeddingKernel
 from hf_fngd.layers.modules import is_frozen, plain_class, weight_of
-from hf_fngd.samples.batch import NO_BATCH, find_sample
+from hf_fngd.samples.batch import find_sample
 from hf_fngd.samples.ids import COLUMN, Ids, find_ids, is_one_row, of_tokens, read_ids
 from hf_fngd.samples.inputs import copied
 from hf_fngd.samples.rows import TOKENS, Rows, View
@@ -273,7 +274,7 @@ class Forwards:
             if not self._rehearsing:  # no compiled graph expands them
                 table.inspect([consumers[node] for node in nodes], batch.rows)
         for place in before_batch_norms(output, self._rehearsing) if self._uncoupled else ():
-            self._layers[place].view, self._layers[place].unfit = None, COUPLED
+            self._layers[place].leave_out(COUPLED)
         keys = [[id(parameter) for parameter in layer.selected.module.parameters(False)] for layer in self._layers]
         calls = Counter[int]()
         for layer, own in zip(self._layers, keys, strict=True):

@@ -6,26 +6,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
-COUPLED = (
-    "a BatchNorm reads its output: its samples' gradients cancel each other in part, and clipped ones no longer would"
-)
 _DEPTH = 8  # how deep containers and objects are followed
 
 # Operations that change the shape or the dtype of a tensor alone.
 _SHAPES = {
-    f"{name}Backward"
-    for name in (
-        "View",
-        "Reshape",
-        "UnsafeView",
-        "Transpose",
-        "T",
-        "Permute",
-        "Squeeze",
-        "Unsqueeze",
-        "ToCopy",
-        "Clone",
-    )
+    *("ViewBackward", "ReshapeBackward", "UnsafeViewBackward", "TBackward", "TransposeBackward", "PermuteBackward"),
+    *("SqueezeBackward", "UnsqueezeBackward", "ToCopyBackward"),
 }
 
 Consumers = dict[Any, list[tuple[str, tuple[int, ...]]]]
@@ -42,42 +28,41 @@ def uses_in_graph(output: Any, nodes: Collection[Any] = ()) -> tuple[Counter[int
         How many operations read each leaf, by the leaf's ``id``; and for each of the nodes the names of the operations
         that read its output, with the shape of what each of them makes.
     """
-    stack = [tensor.grad_fn for tensor in _tensors(output) if tensor.grad_fn is not None]
-    seen, leaves, consumers = set(stack), Counter[int](), defaultdict[Any, list[tuple[str, tuple[int, ...]]]](list)
-    while stack:
-        current = stack.pop()
+    leaves, consumers = Counter[int](), defaultdict[Any, list[tuple[str, tuple[int, ...]]]](list)
+    for current in _nodes(output):
         for node, _ in current.next_functions:
-            if node is None:
-                continue
             if node in nodes:
                 # The shape is that of the gradient that it is given.
                 consumers[node].append((current.name(), tuple(current._input_metadata[0].shape)))
             if hasattr(node, "variable"):
                 leaves[id(node.variable)] += 1
-            elif node not in seen:
-                seen.add(node)
-                stack.append(node)
     return leaves, consumers
 
 
 def before_batch_norms(output: Any, any_mode: bool = False) -> set[int]:
     """The places of weighed layers whose output a BatchNorm reads, in training mode or (``any_mode``) in any."""
-    stack = [tensor.grad_fn for tensor in _tensors(output) if tensor.grad_fn is not None]
-    seen, places = set(stack), set[int]()
-    while stack:
-        current = stack.pop()
+    places = set[int]()
+    for current in _nodes(output):
         couples = "BatchNorm" in current.name() and (any_mode or getattr(current, "_saved_training", True))
         if couples and current._input_metadata[0].shape[0] != 1:  # an InstanceNorm is one on a batch of one
             node = current.next_functions[0][0]
-            while node is not None and node.name().rstrip("0123456789") in _SHAPES and len(node.next_functions) == 1:
+            while node is not None and node.name().rstrip("0123456789") in _SHAPES:
                 node = node.next_functions[0][0]
             if isinstance(place := getattr(node, "place", None), int):
                 places.add(place)
-        for node, _ in current.next_functions:
-            if node is not None and node not in seen:
-                seen.add(node)
-                stack.append(node)
     return places
+
+
+def _nodes(output: Any) -> Iterator[Any]:
+    """Every operation of the graph, once."""
+    stack = [tensor.grad_fn for tensor in _tensors(output) if tensor.grad_fn is not None]
+    seen = set(stack)
+    while stack:
+        current = stack.pop()
+        yield current
+        found = {node for node, _ in current.next_functions if node is not None} - seen
+        seen |= found
+        stack += found
 
 
 def _tensors(output: Any) -> Iterator[Tensor]:

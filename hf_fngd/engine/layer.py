@@ -10,23 +10,12 @@ from torch.autograd.graph import get_gradient_edge
 
 from hf_fngd.distributed.sharded import local
 from hf_fngd.engine.attach import unsupported
-from hf_fngd.engine.graph import COUPLED
+from hf_fngd.engine.reasons import CALLED_AGAIN, COUPLED, NEVER_CALLED, NOT_ITS_ROWS, PASSED_BY, USED_ELSEWHERE
 from hf_fngd.engine.window import MicroBatch
 from hf_fngd.layers.base import AMBIGUOUS, LayerKernel, MatrixKernel
 from hf_fngd.layers.modules import is_frozen, weight_of
 from hf_fngd.layers.select import Selected
 from hf_fngd.samples.rows import NO_EQUAL_SHARES, NOT_THE_BATCH, Rows, Shares, View
-
-CALLED_AGAIN = "it is called more than once in a forward pass"
-NEVER_CALLED = (
-    "it was never called in a forward pass of the model in training mode: call the model itself (or other code reads "
-    "its weight in its place, as TRL's trainers do)"
-)
-PASSED_BY = "some of its gradient came from no forward pass of the model in training mode: call the model itself"
-OTHER_INPUT = "it was called with an input that has no batch dimension or is nested, or with further arguments"
-NOT_ITS_ROWS = "its input has neither the batch's rows nor its tokens, for which ids tell the samples"
-USED_ELSEWHERE = "its weight is used outside of its forward as well"
-ON_TOP_OF_ANOTHER = "reentrant activation checkpointing ran several forward passes before a backward pass"
 
 
 @dataclass(eq=False)
@@ -90,6 +79,11 @@ class Layer:
             self.by_sizes = False
         elif not finds or not (verdict is None or (isinstance(verdict, View) and verdict.row_is_sample)):
             self.unfit = verdict if isinstance(verdict, str) else NOT_THE_BATCH
+
+    def leave_out(self, reason: str) -> None:
+        """Keep the plain gradient from now on, whatever a probe says."""
+        self.view, self.unfit = None, reason
+        self.shared.reasons.add(reason)
 
     def follow(self, y: Any, reason: str | None) -> Any:
         """Watch the output of a call that is not weighed (None: nor in a training pass): does it bring a gradient?"""
@@ -233,7 +227,7 @@ class Layer:
         if rows is not self.view or self.shares is None:
             return None if fits else NOT_THE_BATCH
         if not (fits and self.shares.allow(count // batch.size, batch.sizes)):
-            self.view, self.unfit = None, NO_EQUAL_SHARES  # the samples had equal shares in the probe's batch only
+            self.leave_out(NO_EQUAL_SHARES)  # the samples had equal shares in the probe's batch only
         return self.unfit
 
     def _called_again(self, batch: MicroBatch, again: bool) -> bool:
@@ -255,7 +249,7 @@ class Layer:
         self.shared.reasons.update(set(reasons) - {AMBIGUOUS})
         self.shared.ambiguous.update([self.place] if AMBIGUOUS in reasons else [])
         if NO_EQUAL_SHARES in reasons:
-            self.view, self.unfit = None, NO_EQUAL_SHARES
+            self.leave_out(NO_EQUAL_SHARES)
         if self.kernel.expands != expands:
             self.kernel.expands = expands
 

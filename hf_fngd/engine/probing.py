@@ -8,8 +8,8 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
 from hf_fngd.engine.coverage import listed
-from hf_fngd.engine.graph import COUPLED
 from hf_fngd.engine.layer import Layer
+from hf_fngd.engine.reasons import COUPLED
 from hf_fngd.engine.window import in_backward
 from hf_fngd.samples.inputs import sizes_of
 from hf_fngd.samples.probe import Calls, digest, probe

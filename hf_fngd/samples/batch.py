@@ -7,10 +7,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-NO_BATCH = (
-    "no input of the model is a tensor, or a mapping, list, tuple or dataclass that holds one, so that nothing tells "
-    "how many samples there are"
-)
 # Where the batch is to be looked for among a model's inputs, before any other tensor.
 _BATCH_KEYS = ("input_ids", "inputs_embeds", "pixel_values", "input_features", "input_values")
 

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from hf_fngd.engine.layer import CALLED_AGAIN, NEVER_CALLED, USED_ELSEWHERE
+from hf_fngd.engine.reasons import CALLED_AGAIN, NEVER_CALLED, USED_ELSEWHERE
 from hf_fngd.layers.base import AMBIGUOUS
 from hf_fngd.layers.select import COUPLES
 from hf_fngd.samples.rows import NOT_THE_BATCH

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from hf_fngd import FNGD, FNGDPreconditioner
-from hf_fngd.engine.graph import COUPLED
+from hf_fngd.engine.reasons import COUPLED
 from hf_fngd.layers.base import find_kernel
 from hf_fngd.layers.embedding import A_TABLE
 from hf_fngd.samples.probe import EQUAL_ROWS

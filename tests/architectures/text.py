@@ -7,7 +7,7 @@ import torch
 import transformers as hf
 from torch import nn
 
-from hf_fngd.engine.layer import CALLED_AGAIN, NEVER_CALLED
+from hf_fngd.engine.reasons import CALLED_AGAIN, NEVER_CALLED
 from hf_fngd.samples.rows import NOT_THE_BATCH
 from tests.architectures.registry import (
     CLASSES,

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from hf_fngd import FNGDPreconditioner, policy_names
-from hf_fngd.engine.layer import USED_ELSEWHERE
+from hf_fngd.engine.reasons import USED_ELSEWHERE
 from tests.nets import FEATURES, LAYER_NAMES, LAYERS, Checkpointed, Net, data, layer, loss, net, settings_of, trained
 from tests.reference import Dense, per_sample_gradients
 from tests.steps import Watched, dense, gradient, one_step, relative_error, with_engine

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint_sequential
 
 from hf_fngd import FNGD, FNGDPreconditioner
-from hf_fngd.engine.graph import COUPLED
+from hf_fngd.engine.reasons import COUPLED
 from tests.nets import settings_of
 
 PLAIN = {"0.weight", "7.weight", "7.bias"}
@@ -86,6 +86,16 @@ def test_before_an_instance_norm_it_is_weighed() -> None:
     model[1], model[8] = nn.InstanceNorm2d(8).double(), nn.Identity()
     preconditioner = FNGDPreconditioner(model, strict=True)
     assert not steps(model, model, preconditioner) & PLAIN
+
+
+def test_layers_that_share_their_weight_are_plain_in_all_uses_from_the_first_step_on() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        *(nn.Conv2d(3, 3, 3, padding=1, bias=False), nn.BatchNorm2d(3), nn.ReLU()),
+        *(nn.Conv2d(3, 3, 3, padding=1, bias=False), nn.Flatten(), nn.Linear(3 * 64, 2)),
+    ).double()
+    model[3].weight = model[0].weight
+    assert "0.weight" in steps(model, model, FNGDPreconditioner(model))
 
 
 @pytest.mark.parametrize("sharing", ["never", "replay"])

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hf_fngd import CoverageReport, FNGDPreconditioner
-from hf_fngd.engine.layer import CALLED_AGAIN, NEVER_CALLED, USED_ELSEWHERE
+from hf_fngd.engine.reasons import CALLED_AGAIN, NEVER_CALLED, USED_ELSEWHERE
 from hf_fngd.layers.base import AMBIGUOUS
 from hf_fngd.samples.rows import NOT_THE_BATCH
 from tests.nets import CLASSES, EVERY_TYPE, LAYER_NAMES, Elsewhere, Net, Twice, data, loss, net, settings_of

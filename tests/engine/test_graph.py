@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_fngd import FNGDPreconditioner
-from hf_fngd.engine.layer import USED_ELSEWHERE
+from hf_fngd.engine.reasons import USED_ELSEWHERE
 from tests.nets import Elsewhere, data, loss, net, trained
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from hf_fngd import detach
-from hf_fngd.engine.layer import USED_ELSEWHERE
+from hf_fngd.engine.reasons import USED_ELSEWHERE
 from hf_fngd.layers.embedding import A_TABLE
 from hf_fngd.samples.rows import NOT_THE_BATCH
 from tests.engine.language import (

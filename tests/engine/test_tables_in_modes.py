@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from hf_fngd import FNGD
-from hf_fngd.engine.layer import ON_TOP_OF_ANOTHER
+from hf_fngd.engine.reasons import ON_TOP_OF_ANOTHER
 from hf_fngd.layers.embedding import A_TABLE
 from hf_fngd.weights.clipped import ClippedSharing, ClippedWeights
 from tests.engine.language import (

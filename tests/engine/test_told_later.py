@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hf_fngd import FNGD, FNGDPreconditioner
-from hf_fngd.engine.layer import CALLED_AGAIN, NEVER_CALLED, OTHER_INPUT, PASSED_BY
+from hf_fngd.engine.reasons import CALLED_AGAIN, NEVER_CALLED, OTHER_INPUT, PASSED_BY
 from tests.nets import CLASSES, LAYER_NAMES, Net, data, loss, net
 from tests.steps import gradient, one_step, with_engine
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from hf_fngd import FNGD, FNGDPreconditioner, policy_names
-from hf_fngd.engine.layer import USED_ELSEWHERE
+from hf_fngd.engine.reasons import USED_ELSEWHERE
 from tests.nets import UPDATES_OF, Elsewhere, Net, data, loss, net, settings_of
 from tests.reference import Clipping, Dense, per_sample_gradients, uses_of
 from tests.steps import assert_equal, one_step, relative_error, through_file, train

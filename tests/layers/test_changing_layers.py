@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from hf_fngd import FNGDPreconditioner
-from hf_fngd.engine.layer import NOT_THE_BATCH
 from hf_fngd.layers.embedding import A_TABLE
 from hf_fngd.layers.table import NOT_ON_ROWS
+from hf_fngd.samples.rows import NOT_THE_BATCH
 from tests.nets import settings_of
 from tests.reference import Clipping, Dense, per_sample_gradients, uses_of
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hf_fngd import FNGD, FNGDPreconditioner
-from hf_fngd.engine.layer import NOT_ITS_ROWS
+from hf_fngd.engine.reasons import NOT_ITS_ROWS
 from hf_fngd.samples.rows import NOT_THE_BATCH
 from tests.steps import relative_error
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from hf_fngd import FNGDPreconditioner
-from hf_fngd.engine.layer import NOT_ITS_ROWS
+from hf_fngd.engine.reasons import NOT_ITS_ROWS
 from hf_fngd.layers.base import AMBIGUOUS
 from hf_fngd.samples.rows import Labeled, View
 from tests.nets import settings_of

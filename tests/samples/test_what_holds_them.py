@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_fngd import FNGDPreconditioner
-from hf_fngd.samples.batch import NO_BATCH
+from hf_fngd.engine.reasons import NO_BATCH
 from tests.nets import settings_of
 from tests.reference import Clipping, uses_of
 

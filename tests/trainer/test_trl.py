@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 
 from hf_fngd import FNGD, FNGDCallback, FNGDConfig, FNGDFactory, unwrap
-from hf_fngd.engine.layer import USED_ELSEWHERE
+from hf_fngd.engine.reasons import USED_ELSEWHERE
 from tests.modes.harness import arguments
 from tests.modes.nets import SIZES, TOKENS, VOCABULARY, llama
 from tests.modes.wrapped import lora, tokenizer
