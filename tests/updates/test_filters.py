@@ -14,7 +14,7 @@ from hf_fngd import FNGD
 from hf_fngd.updates.orthogonal import block_shape
 from tests.reference import run
 from tests.steps import assert_equal, through_file
-from tests.updates.test_rules import polynomial
+from tests.updates.rules import polynomial
 
 LR, STEPS, SIZE = 0.05, 6, 2
 
