@@ -43,6 +43,7 @@ class Layer:
     batch_first: bool | None = None  # whether dimension 0 of its input is the batch; None: not known yet
     weighed: bool = False  # whether its samples were ever weighed
     by_sizes: bool = False  # whether in any call the sizes of tensors alone told the samples
+    probed: int | None = None  # how often a probe saw it called; None: no probe told
     differentiated: bool = False  # whether the gradient of its input can be differentiated, by its weight as well
     repeated: bool = False  # whether backward found a call that forward did not count
     seen: MicroBatch | None = None  # the last micro-batch whose backward reached it
@@ -179,7 +180,8 @@ class Layer:
         if batch.size == 0 or self._is_plain(x, g, batch, again, rows) or not told:
             return None
         self.weighed = True
-        self.by_sizes = self.by_sizes or (rows is None and batch.size > 1 and not self.kernel.finds_samples)
+        unseen = rows is None or (self.probed is not None and batch.calls[self.place] > self.probed)
+        self.by_sizes = self.by_sizes or (unseen and batch.size > 1 and not self.kernel.finds_samples)
         weights = batch.make_weights() if again or batch.weights is None else batch.weights
         w = weights.weigh(self.place, _Samples(kernel or self.kernel, x, g, has_bias, rows, batch.size))
         return w if w is None or rows is None else rows.of_rows(w, count)

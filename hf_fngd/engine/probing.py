@@ -87,6 +87,7 @@ class Probing:
                 for layer in self._layers:
                     if layer.place in found.verdicts:
                         layer.told(found.verdicts[layer.place])
+                        layer.probed = found.calls[layer.place]
                     if layer.view is not None and layer.place in found.shares and layer.shares is None:
                         layer.shares = Shares(found.shares[layer.place], sizes)
                 if all(layer.unfit in (None, COUPLED) for layer in self._layers):

@@ -53,11 +53,13 @@ class Found(NamedTuple):
         dim: the batch's dimension in the model's inputs.
         verdicts: one for each layer that was called, by its place.
         shares: of layers whose samples have several rows, how many a sample had in each call.
+        calls: how often each of these layers was called.
     """
 
     dim: int
     verdicts: dict[int, Verdict]
     shares: dict[int, frozenset[int]]
+    calls: dict[int, int]
 
 
 class Outcome(NamedTuple):
@@ -99,7 +101,7 @@ def probe(
         raise CannotProbeError("torch.jit.trace is under way")
     only = known if batch_dim is None else batch_dim
     dims = [only] if only is not None else [0, 1][: 1 if len(sample) == 1 else sample.dim()]
-    best, most = Found(dims[0], {}, {}), -1
+    best, most = Found(dims[0], {}, {}, {}), -1
     failure: Exception | None = None
     with untouched(model):
         for dim in dims:
@@ -175,7 +177,7 @@ def _compared(run: Run, inputs: tuple[Any, Any], samples: int, dim: int, trusted
             found[place] = verdicts[0]
             if isinstance(verdicts[0], View) and not verdicts[0].dim and verdicts[0].order != "one":
                 shares[place] = frozenset(shape[0] // samples for shape, _ in calls)
-    return Outcome(Found(dim, found, shares), passed, grown, mixed)
+    return Outcome(Found(dim, found, shares, {place: len(calls) for place, calls in seen.items()}), passed, grown, mixed)
 
 
 def _compare(full: Digest, fewer: Digest, samples: int, trusted: int | None, reverse: bool) -> Verdict:

@@ -191,14 +191,16 @@ def test_a_probe_leaves_no_casts_without_a_graph_behind() -> None:
     assert preconditioner.coverage().note == ""
 
 
-class InTraining(Attention):
-    """A layer of it runs in training alone, as an auxiliary head does."""
+class CalledAgain(Attention):
+    """A layer of it is called once more in training."""
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x) + self.fc3(x).mean(1) if self.training else super().forward(x)
 
 
 class AnotherLayer(Attention):
+    """A layer of it runs in training alone, as an auxiliary head does."""
+
     def __init__(self) -> None:
         super().__init__()
         self.auxiliary = nn.Linear(WIDTH, CLASSES)
@@ -207,16 +209,16 @@ class AnotherLayer(Attention):
         return super().forward(x) + self.auxiliary(x).mean(1) if self.training else super().forward(x)
 
 
-def test_a_layer_that_the_probe_did_not_reach_is_named() -> None:
-    for model, named in ((InTraining(), False), (AnotherLayer(), True)):
+def test_a_layer_of_which_the_probe_did_not_see_a_call_is_named() -> None:
+    for model, name in ((Attention(), ""), (CalledAgain(), "fc3"), (AnotherLayer(), "auxiliary")):
         preconditioner = FNGDPreconditioner(model.double(), strict=True)
         for sizes in ((5, 7), (6, 4)):
             x, y = batch(*sizes, "batch first")
             F.cross_entropy(model(x), y).backward()
             preconditioner.step()
-        note = "which rows are whose sample was told by sizes alone for auxiliary.weight, as the probe, in evaluation"
-        assert (note in str(preconditioner.coverage())) == named
-        assert preconditioner.coverage().note.startswith(note * named)
+        note = f"which rows are whose sample was told by sizes alone for {name}.weight, as the probe, in evaluation"
+        assert (note in str(preconditioner.coverage())) == bool(name)
+        assert preconditioner.coverage().note.startswith(note * bool(name))
 
 
 @dataclasses.dataclass
