@@ -3,7 +3,6 @@
 import inspect
 import logging
 import weakref
-from collections import Counter
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -15,14 +14,13 @@ from torch.autograd import forward_ad
 from hf_fngd.distributed.environment import refuse_replica, refuse_split_weight, refuse_unfrozen
 from hf_fngd.engine.attach import Attachment, unsupported
 from hf_fngd.engine.backward import GraphHandle, LayerCall, begin, numbered
-from hf_fngd.engine.graph import before_batch_norms, uses_in_graph
+from hf_fngd.engine.inspection import Inspection
 from hf_fngd.engine.layer import Layer
 from hf_fngd.engine.probing import Probing, obstacle, shown
-from hf_fngd.engine.reasons import COUPLED, NO_BATCH, ON_TOP_OF_ANOTHER, OTHER_INPUT, USED_ELSEWHERE
+from hf_fngd.engine.reasons import NO_BATCH, ON_TOP_OF_ANOTHER, OTHER_INPUT, USED_ELSEWHERE
 from hf_fngd.engine.recomputed import Regions
 from hf_fngd.engine.rehearsal import Rehearsal, packed, rehearsing
 from hf_fngd.engine.window import MicroBatch, Window, in_backward
-from hf_fngd.layers.embedding import EmbeddingKernel
 from hf_fngd.layers.modules import is_frozen, plain_class, weight_of
 from hf_fngd.samples.batch import find_sample
 from hf_fngd.samples.ids import COLUMN, Ids, find_ids, is_one_row, of_tokens, read_ids
@@ -58,10 +56,9 @@ class Forwards:
         self._whole = False  # whether it is that of the whole model, of which a batch is rehearsed
         own = model.__dict__.get("forward") or plain_class(model).forward
         self._own_ids = COLUMN in inspect.signature(own).parameters
-        self._inspected = self._inside = self._rehearsing = False
-        self._of_one = False  # whether the batch that was inspected had one row, which shows no table of positions
-        self._regions, self._uncoupled = Regions(), uncoupled
-        self._tables = [layer.kernel for layer in layers if isinstance(layer.kernel, EmbeddingKernel)]
+        self._inside = self._rehearsing = False
+        self._regions = Regions()
+        self._inspection = Inspection(layers, uncoupled)
         self._model = weakref.ref(model)
         self.probing = Probing(layers, batch_dim)
         self._frozen = [layer for layer in layers if is_frozen(layer.selected.module)]  # from the beginning
@@ -93,7 +90,7 @@ class Forwards:
     def _begin_in_graph(self, size: int, ids: Ids | None, rehearsal: Rehearsal) -> MicroBatch:
         self._look_for_unfrozen()
         dim = self.probing.dim
-        if self.probing.left or not self._inspected:
+        if self.probing.left or not self._inspection.done:
             self._rehearse(rehearsal)
         self.probing.settle()
         if self.probing.dim != dim:  # this graph was made for another batch dimension: its step stays plain
@@ -104,8 +101,8 @@ class Forwards:
 
     def _rehearse(self, rehearsal: Rehearsal) -> None:
         """Run a compiled model's batch eagerly: first the probe's passes, then one whose autograd graph is read."""
-        model, was_inspected = self._model(), self._inspected
-        self._inspected = True
+        model, inspected = self._model(), self._inspection.done
+        self._inspection.done = True
         if model is None or in_backward():
             return
         reason = obstacle(model)
@@ -113,14 +110,14 @@ class Forwards:
             reason = "the compiled model has inputs that are no tensors, integers or containers of these"
         if reason is None and rehearsal.arguments is not None:
             args, kwargs = copied(rehearsal.arguments)  # a model may change its inputs in place
-            self._rehearsing, self._inspected = True, was_inspected
+            self._rehearsing, self._inspection.done = True, inspected
             try:
                 with rehearsing(model, rehearsal):
                     model.forward(*args, **kwargs)
             except Exception as error:  # whatever a model does where it is not compiled
                 reason = f"an eager forward pass failed ({shown(error)})"
             finally:
-                self._rehearsing, self._inspected, self.batch, self._number = False, True, None, None
+                self._rehearsing, self._inspection.done, self.batch, self._number = False, True, None, None
         if reason is not None:
             self.probing.left = 0
             self.probing.fail(reason)
@@ -139,7 +136,7 @@ class Forwards:
             if layer not in still:
                 self._attachment.refuse_left(layer.selected.module)
         self._frozen, self.live = still, [layer for layer in self._layers if layer not in still]
-        self._inspected, self.probing.left = False, self.probing.PROBES
+        self._inspection.done, self.probing.left = False, self.probing.PROBES
 
     def _model_forward(self, module: nn.Module, own: Callable[..., Any], *args: Any, **given: Any) -> Any:
         kwargs = given if self._own_ids else {key: value for key, value in given.items() if key != COLUMN}
@@ -160,18 +157,8 @@ class Forwards:
         told = None if sample is None else find_ids(given, sample, dim)
         self._tokens = sample is not None and told is not None and of_tokens(*told, sample)
         if compiling:
-            if sample is None:
-                self._number = None
-            else:
-                cast = torch.is_autocast_enabled(sample.device.type)
-                autocast = torch.get_autocast_dtype(sample.device.type) if cast else None
-                by = told or ("", [])
-                self._number = begin(sample, self._handle.number, *by, *packed(args, given), autocast)
-            self._inside = True
-            try:
-                return own(*args, **kwargs)
-            finally:
-                self._inside = False
+            self._number = None if sample is None else self._begin_traced(sample, told, args, given)
+            return self._of_batch(own, args, kwargs)
         batch = self.batch = None
         if sample is not None:
             ids = None if told is None else read_ids(*told, sample)
@@ -180,19 +167,30 @@ class Forwards:
             batch.tokens, batch.sizes = self._tokens, self.probing.sizes(args, kwargs, len(sample))
         # Layers that are compiled one by one find the micro-batch by its number.
         self._number = None if batch is None else numbered(batch)
-        inspects = batch is not None and (not self._inspected or (self._of_one and batch.rows > 1))
-        for table in self._tables if inspects else ():
-            table.outputs = []
-        self._inside = True
-        try:
-            output = own(*args, **kwargs)
-        finally:
-            self._inside = False
+        inspects = self._inspection.begin(batch)
+        output = self._of_batch(own, args, kwargs)
         if batch is not None:
             self._window.passed()
             if inspects:
-                self._inspect(output, batch)
+                self._inspection.read(output, batch, rehearsed=self._rehearsing)
         return output
+
+    def _begin_traced(
+        self, sample: Tensor, told: tuple[str, list[Tensor]] | None, args: Any, given: dict[str, Any]
+    ) -> Tensor:
+        """In a traced graph: the operator that begins a micro-batch whenever the graph runs."""
+        cast = torch.is_autocast_enabled(sample.device.type)
+        autocast = torch.get_autocast_dtype(sample.device.type) if cast else None
+        number: Tensor = begin(sample, self._handle.number, *(told or ("", [])), *packed(args, given), autocast)
+        return number
+
+    def _of_batch(self, own: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run a training forward pass: its layers belong to the micro-batch that has begun."""
+        self._inside = True
+        try:
+            return own(*args, **kwargs)
+        finally:
+            self._inside = False
 
     def _of_no_batch(self, own: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Run a forward pass that is no training pass: its layers must not take the last micro-batch for theirs."""
@@ -216,44 +214,53 @@ class Forwards:
         # A layer in evaluation mode, as of a body without dropout, belongs to the model's training pass all the same.
         training = module.training or self._inside or recomputes
         trains = training and torch.is_grad_enabled() and weight is not None and weight.requires_grad
-        # A call that is not weighed reports whether a gradient came through it.
-        follow = layer.follow if _is_followed() else _as_it_is
+        call = partial(own, *args, **kwargs)
         if not trains or not x or not layer.kernel.takes(*x):
-            return follow(own(*args, **kwargs), OTHER_INPUT if self._inside and not layer.kernel.fault else None)
-        batch = self._number if compiling else self._batch_of_call(recomputes)
-        if not compiling and not (layer.selected.preconditioned or self._inside or recomputes):
+            return _followed(layer, call(), OTHER_INPUT if self._inside and not layer.kernel.fault else None)
+        if compiling:
+            return call() if self._number is None else self._traced_call(layer, module, call, x[0], self._number)
+        assert weight is not None
+        return self._eager_call(layer, module, call, x[0], weight, recomputes)
+
+    def _traced_call(self, layer: Layer, module: nn.Module, own: partial[Any], x: Tensor, number: Tensor) -> Any:
+        """A call in a traced graph: the engine decides at run time, by the number of the micro-batch."""
+        # What a later probe finds is left to `sample_weights`: here it would cause a recompilation.
+        rows: Rows | None = View(layer.dim, "last") if layer.kernel.by_rows and layer.dim else None
+        tokens = self._tokens and x.dim() + layer.kernel.of_ids > 2
+        if layer.kernel.by_rows and tokens and layer.kernel.folds(1):
+            rows = TOKENS
+        call = LayerCall(layer.kernel, layer.place, number, self._handle.number, rows, self._whole)
+        return layer.kernel.run(module, own, x, call)
+
+    def _eager_call(
+        self, layer: Layer, module: nn.Module, own: partial[Any], x: Tensor, weight: Tensor, recomputes: bool
+    ) -> Any:
+        """A call in eager mode; ``recomputes``: activation checkpointing makes it, in a backward pass."""
+        batch = self._batch_of_call(recomputes)
+        if not (layer.selected.preconditioned or self._inside or recomputes):
             layer.shared.reasons.add(USED_ELSEWHERE)  # nothing tells which batch the call belongs to
         if batch is None:
-            return follow(own(*args, **kwargs), NO_BATCH if self._inside else None)
+            # A call that is not weighed reports whether a gradient came through it.
+            return _followed(layer, own(), NO_BATCH if self._inside else None)
         # A matrix keeps its kernel although its samples are not weighed: checkpointing expects the call that it saved.
-        if not compiling and not layer.selected.preconditioned and USED_ELSEWHERE in layer.shared.reasons:
-            return own(*args, **kwargs)
-        own = partial(own, *args, **kwargs)
-        if isinstance(batch, Tensor):
-            # What a later probe finds is left to `sample_weights`: here it would cause a recompilation.
-            over: Rows | None = View(layer.dim, "last") if layer.kernel.by_rows and layer.dim else None
-            tokens = self._tokens and x[0].dim() + layer.kernel.of_ids > 2
-            if layer.kernel.by_rows and tokens and layer.kernel.folds(1):
-                over = TOKENS
-            call = LayerCall(layer.kernel, layer.place, batch, self._handle.number, over, self._whole)
-            return layer.kernel.run(module, own, x[0], call)
-        rows, unfit = layer.locate(x[0], batch)
+        if not layer.selected.preconditioned and USED_ELSEWHERE in layer.shared.reasons:
+            return own()
+        rows, unfit = layer.locate(x, batch)
         if unfit is not None:
             batch.calls[layer.place] += self._inside or not recomputes
             layer.shared.reasons.add(unfit)
             return own()
-        assert weight is not None
         refuse_split_weight(weight)
         if torch._C._are_functorch_transforms_active():
             raise unsupported("A transform of torch.func")
-        if forward_ad._current_level >= 0 and forward_ad.unpack_dual(x[0]).tangent is not None:  # type: ignore[no-untyped-call]
+        if forward_ad._current_level >= 0 and forward_ad.unpack_dual(x).tangent is not None:  # type: ignore[no-untyped-call]
             raise unsupported("A forward-mode derivative")
         if recomputes and not batch.recomputed and self._window.mixed_up(layer.place):
             layer.shared.reasons.add(ON_TOP_OF_ANOTHER)
             return own()
         # A recomputed call is not a second call, unless checkpointing recomputes the whole model's forward pass.
         batch.calls[layer.place] += self._inside or not recomputes
-        return layer.kernel.run(module, own, x[0], LayerCall(layer, layer.place, batch, self._handle.number, rows))
+        return layer.kernel.run(module, own, x, LayerCall(layer, layer.place, batch, self._handle.number, rows))
 
     def _batch_of_call(self, recomputes: bool) -> MicroBatch | None:
         """The micro-batch that a layer's call belongs to; None for a call that is in no forward pass of the model."""
@@ -263,33 +270,9 @@ class Forwards:
         self._regions.note(batch)
         return batch
 
-    def _inspect(self, output: Any, batch: MicroBatch) -> None:
-        """Read the first autograd graph: which weights are used outside their layers, and where tables are expanded."""
-        self._inspected, self._of_one = True, batch.rows == 1
-        found = {table: table.outputs for table in self._tables if table.outputs}
-        leaves, consumers = uses_in_graph(output, {node for nodes in found.values() for node in nodes})
-        for table in self._tables:
-            table.outputs = None
-        for table, nodes in found.items():
-            if not self._rehearsing:  # no compiled graph expands them
-                table.inspect([consumers[node] for node in nodes], batch.rows)
-        for place in before_batch_norms(output, self._rehearsing) if self._uncoupled else ():
-            self._layers[place].leave_out(COUPLED)
-        keys = [[id(parameter) for parameter in layer.selected.module.parameters(False)] for layer in self._layers]
-        calls = Counter[int]()
-        for layer, own in zip(self._layers, keys, strict=True):
-            calls.update(dict.fromkeys(own, batch.calls[layer.place]))
-        for layer, own in zip(self._layers, keys, strict=True):
-            # A layer that is compiled by itself has no counted calls.
-            if any(leaves[key] > max(calls[key], int(layer.selected.preconditioned)) for key in own):
-                layer.shared.reasons.add(USED_ELSEWHERE)
 
-
-def _is_followed() -> bool:
-    """Whether a layer's output can have a hook here."""
+def _followed(layer: Layer, y: Any, reason: str | None) -> Any:
+    """`Layer.follow`, where the output of a call can have a hook."""
     transformed = torch._C._are_functorch_transforms_active() or torch._C._get_tracing_state() is not None
-    return torch.is_grad_enabled() and not torch.compiler.is_compiling() and not transformed
-
-
-def _as_it_is(y: Any, _: str | None) -> Any:
-    return y
+    hooked = torch.is_grad_enabled() and not torch.compiler.is_compiling() and not transformed
+    return layer.follow(y, reason) if hooked else y

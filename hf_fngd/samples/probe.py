@@ -177,7 +177,9 @@ def _compared(run: Run, inputs: tuple[Any, Any], samples: int, dim: int, trusted
             found[place] = verdicts[0]
             if isinstance(verdicts[0], View) and not verdicts[0].dim and verdicts[0].order != "one":
                 shares[place] = frozenset(shape[0] // samples for shape, _ in calls)
-    return Outcome(Found(dim, found, shares, {place: len(calls) for place, calls in seen.items()}), passed, grown, mixed)
+    return Outcome(
+        Found(dim, found, shares, {place: len(calls) for place, calls in seen.items()}), passed, grown, mixed
+    )
 
 
 def _compare(full: Digest, fewer: Digest, samples: int, trusted: int | None, reverse: bool) -> Verdict:

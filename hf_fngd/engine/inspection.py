@@ -1,0 +1,62 @@
+"""What the first training pass's autograd graph says about the layers."""
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+from hf_fngd.engine.graph import before_batch_norms, uses_in_graph
+from hf_fngd.engine.layer import Layer
+from hf_fngd.engine.reasons import COUPLED, USED_ELSEWHERE
+from hf_fngd.engine.window import MicroBatch
+from hf_fngd.layers.embedding import EmbeddingKernel
+
+
+class Inspection:
+    """Reads the graph of the first batch, and that of the first batch of several rows, if the first has one.
+
+    It finds weights that are used outside their layers' forward, tables that are expanded over the batch, and, with
+    ``uncoupled``, layers whose output a BatchNorm reads.
+
+    Attributes:
+        done: whether a graph was read. Set it to False to have the next one read too.
+    """
+
+    def __init__(self, layers: Sequence[Layer], uncoupled: bool) -> None:
+        self.done = False
+        self._of_one = False  # whether that batch had one row, which shows no table of positions
+        self._layers, self._uncoupled = layers, uncoupled
+        self._tables = [layer.kernel for layer in layers if isinstance(layer.kernel, EmbeddingKernel)]
+
+    def begin(self, batch: MicroBatch | None) -> bool:
+        """Before a forward pass: whether its graph is to be read. The tables then keep what they return."""
+        due = batch is not None and (not self.done or (self._of_one and batch.rows > 1))
+        for table in self._tables if due else ():
+            table.outputs = []
+        return due
+
+    def read(self, output: Any, batch: MicroBatch, rehearsed: bool) -> None:
+        """After the forward pass.
+
+        Args:
+            output: what the model returned.
+            batch: the micro-batch.
+            rehearsed: whether the pass stands for those of a compiled model, which can be in another mode.
+        """
+        self.done, self._of_one = True, batch.rows == 1
+        found = {table: table.outputs for table in self._tables if table.outputs}
+        leaves, consumers = uses_in_graph(output, {node for nodes in found.values() for node in nodes})
+        for table in self._tables:
+            table.outputs = None
+        for table, nodes in found.items():
+            if not rehearsed:  # no compiled graph expands them
+                table.inspect([consumers[node] for node in nodes], batch.rows)
+        for place in before_batch_norms(output, rehearsed) if self._uncoupled else ():
+            self._layers[place].leave_out(COUPLED)
+        keys = [[id(parameter) for parameter in layer.selected.module.parameters(False)] for layer in self._layers]
+        calls = Counter[int]()
+        for layer, own in zip(self._layers, keys, strict=True):
+            calls.update(dict.fromkeys(own, batch.calls[layer.place]))
+        for layer, own in zip(self._layers, keys, strict=True):
+            # A layer that is compiled by itself has no counted calls.
+            if any(leaves[key] > max(calls[key], int(layer.selected.preconditioned)) for key in own):
+                layer.shared.reasons.add(USED_ELSEWHERE)
