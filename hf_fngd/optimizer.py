@@ -155,7 +155,7 @@ class FNGD(torch.optim.Optimizer, Joins):
             with torch.enable_grad():
                 loss = closure()
         if self._checked != (now := trainable(self.preconditioner.model)):
-            check_parameters(self.preconditioner.model, self.param_groups)
+            check_parameters(self.preconditioner.model, self.param_groups, self.preconditioner.window.complete)
             self._checked = now
         natural = "momentum" in self.settings.updates
         squared = squared_norms(self.param_groups, exact=natural)
@@ -170,7 +170,7 @@ class FNGD(torch.optim.Optimizer, Joins):
                     self.skipped,
                 )
             return loss
-        replicas = self.preconditioner.replicas
+        replicas = self.preconditioner.window.replicas
         self.preconditioner.step()
         keep_positions(self.param_groups, self.preconditioner.positions.count)
         scales = None

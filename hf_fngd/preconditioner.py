@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd import Variable
-from torch.distributed import ProcessGroup
 from torch.distributed.fsdp import FSDPModule
 from torch.utils.hooks import RemovableHandle
 
@@ -78,13 +77,13 @@ class FNGDPreconditioner(Joins):
         self._model, self._edge = weakref.ref(model), EpochEdge()
         self.joining = JoinState()
         self._closing = -1  # the backward pass at whose end a step is closed
-        self._window, self._gradients = Window(), Gradients()  # these as the last backward pass left them
+        self.window, self._gradients = Window(), Gradients()  # these as the last backward pass left them
         self.epoch_ended = self._told_of_loaders = False
         self._fsdp: bool | None = None  # not known before the first forward pass
         self._hooks: list[RemovableHandle] = []
         self._coverage = Coverage(selection, self._attached, own.strict, self.policy.compares)
         begin = weakref.WeakMethod(self._begin)
-        self._forwards = Forwards(model, self._attached, self._window, begin, own.batch_dim, self.policy.uncoupled)
+        self._forwards = Forwards(model, self._attached, self.window, begin, own.batch_dim, self.policy.uncoupled)
         self._coverage.note = self._forwards.probing.told
         self.positions = Positions(self._attached, len(self._forwards.live))
         # The model keeps none of this alive: without the optimizer it is plain again.
@@ -117,9 +116,9 @@ class FNGDPreconditioner(Joins):
         ``sharing="clipped"`` norms in every step.
         """
         _, world = rank_and_world()
-        begun, multiplications = self._window.begun, self._window.multiplications
+        begun, multiplications = self.window.begun, self.window.multiplications
         self.joining.announce(begun // world, True, self.device)
-        batches = self._window.close()
+        batches = self.window.close()
         self._forwards.batch, self.epoch_ended = None, self._edge.passed()
         compared = self.policy.close(batches, begun, self._like()) if batches or world > 1 else 0
         self.positions.find(multiplications, self.device)
@@ -128,8 +127,8 @@ class FNGDPreconditioner(Joins):
 
     def skip(self) -> None:
         """Close an optimizer step that is not taken: its micro-batches leave no trace."""
-        self.joining.announce(self._window.begun // rank_and_world()[1], False, self.device)
-        self._window.close()
+        self.joining.announce(self.window.begun // rank_and_world()[1], False, self.device)
+        self.window.close()
         self._forwards.batch, self.epoch_ended = None, self._edge.passed()
         self._heed_epoch()
 
@@ -200,11 +199,6 @@ class FNGDPreconditioner(Joins):
         self.positions.find(0, self.device)
 
     @property
-    def replicas(self) -> ProcessGroup | None:
-        """The processes that take the same step, if DistributedDataParallel shows them; ask before `step`."""
-        return self._window.replicas
-
-    @property
     def device(self) -> torch.device:
         """The device of the sample weights."""
         return self._like().device
@@ -214,7 +208,7 @@ class FNGDPreconditioner(Joins):
     def detach(self) -> None:
         """Restore the model: afterwards it is the model that it was before attaching."""
         self._forwards.detach()
-        self._window.close()
+        self.window.close()
         while self._hooks:
             self._hooks.pop().remove()
 
@@ -227,21 +221,21 @@ class FNGDPreconditioner(Joins):
             self._fsdp = any(isinstance(module, FSDPModule) for module in self.model.modules())
         self.joining.enter(self.policy.exchanges)
         if self._edge.missed():  # the last step of the epoch was skipped
-            self._window.close()
+            self.window.close()
             self.end_epoch()
         self.positions.trains(len(self._forwards.live))
-        self._window.make_room(self._has_gradients)
-        begin = functools.partial(self.policy.begin, size, self._window.next_offset)
+        self.window.make_room(self._has_gradients)
+        begin = functools.partial(self.policy.begin, size, self.window.next_offset)
         calls, asked = [0] * len(self._attached), 0 if self.positions.unknown else None
         again = weakref.WeakMethod(self._look_again)  # a model holds its last micro-batch
         batch = MicroBatch(size, begin, calls, again, ids, recomputed=in_backward(), multiplications=asked)
-        self._window.add(batch, weight_of(self._first))
+        self.window.add(batch, weight_of(self._first))
         return batch
 
     def _look_again(self, batch: MicroBatch) -> None:
         """A backward pass begins: gradients may have been cleared since its forward pass began."""
-        if self._window.complete and not self._has_gradients() and self._window.forget_before(batch):
-            batch.restart(functools.partial(self.policy.begin, batch.size, self._window.offset_of(batch)))
+        if self.window.complete and not self._has_gradients() and self.window.forget_before(batch):
+            batch.restart(functools.partial(self.policy.begin, batch.size, self.window.offset_of(batch)))
         Variable._execution_engine.queue_callback(lambda: self._gradients.note(self._forwards.live))
 
     def _has_gradients(self) -> bool:
@@ -294,7 +288,7 @@ class FNGDPreconditioner(Joins):
             if isinstance(value, Tensor)
         }
         self.policy.load_state_dict({**state["policy"], **moved})
-        self._window.close()
+        self.window.close()
         self._forwards.batch, self.positions.trained = None, state.get("trained", self.positions.trained)
         for layer in self._attached:
             layer.load_state(state["layers"][layer.selected.name])

@@ -232,6 +232,24 @@ def test_another_model_than_the_optimizers_is_seen_in_any_step(
         optimizer.step()
 
 
+@pytest.mark.parametrize("loaded", [False, True])
+def test_a_first_step_whose_gradients_were_dropped_changes_nothing(loaded: bool) -> None:
+    """As a loop does that leaves out a step after seeing its gradient, in the first step of a resumed run as well."""
+    model, optimizer = with_fngd()
+    if loaded:
+        one_step(model, optimizer, *data(6))
+        state = copy.deepcopy(optimizer.state_dict())
+        model, optimizer = with_fngd()
+        optimizer.load_state_dict(state)
+    before = [p.clone() for p in model.parameters()]
+    loss(model, *data(6)).backward()
+    optimizer.zero_grad()
+    optimizer.step()
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))
+    one_step(model, optimizer, *data(6))
+    assert not any(torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))
+
+
 @pytest.mark.parametrize("sharing", policy_names())
 def test_layers_may_be_frozen_and_unfrozen(sharing: str) -> None:
     """Gradual unfreezing: FNGD is built while everything is trainable."""

@@ -75,7 +75,7 @@ class Probing:
         if reason is None:
             try:
                 inputs = (args, dict(kwargs))
-                found = probe(model, self._run(own), inputs, sample, self._batch_dim, self._found)
+                found = probe(model, self._run(own), inputs, sample, self._batch_dim, self._found, own)
             except Exception as error:  # whatever a model does with a batch that is not its trainer's
                 reason = f"a forward pass on a batch of another size failed ({shown(error)})"
             else:

@@ -172,6 +172,7 @@ def select_layers(
                 if preconditioned
                 else ""
             )
+            + ". Where an adapter trains no such layer, as IA3 and prompt tuning do not, AdamW is the optimizer for it"
         )
     among = Counter(id(weight_of(layer.module)) for layer in others)
     others = [layer for layer in others if among[id(weight_of(layer.module))] == uses[id(weight_of(layer.module))]]

@@ -1,21 +1,22 @@
 """Find the batch among a model's inputs."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-# Where the batch is to be looked for among a model's inputs, before any other tensor.
-_BATCH_KEYS = ("input_ids", "inputs_embeds", "pixel_values", "input_features", "input_values")
+# Where the batch is to be looked for among a model's inputs, before any other tensor; and how many dimensions it has.
+_BATCH_KEYS = {"input_ids": 2, "inputs_embeds": 3, "pixel_values": 4, "input_features": 3, "input_values": 2}
 
 
 def find_sample(args: tuple[Any, ...], kwargs: Mapping[str, Any], depth: int = 4) -> Tensor | None:
     """The input whose first dimension counts the samples; None where no input is a tensor with a dimension.
 
     The search goes through mappings, lists, tuples and dataclasses, nested ones included. For a list of several
-    mappings or dataclasses, one for each sample, an empty tensor stands.
+    mappings or dataclasses, one for each sample, an empty tensor stands. Mappings that hold batches, one for each
+    column, as sentence-transformers gives its losses, are searched.
     """
     for key in _BATCH_KEYS:
         if isinstance(value := kwargs.get(key), Tensor) and not value.is_nested and value.dim() > 0:
@@ -25,10 +26,22 @@ def find_sample(args: tuple[Any, ...], kwargs: Mapping[str, Any], depth: int = 4
         if is_dataclass(value) and not isinstance(value, type):
             inside = {field.name: getattr(value, field.name, None) for field in fields(value)}
         items = tuple(value) if isinstance(value, list | tuple) else ()
-        if len(items) > 1 and all(isinstance(one, Mapping) or is_dataclass(one) for one in items):
+        records = all(isinstance(one, Mapping) or is_dataclass(one) for one in items) and not holds_batches(items)
+        if len(items) > 1 and records:
             return torch.empty(len(items), device="cpu")
         if (items or inside) and (found := find_sample(items, inside, depth - 1)) is not None:
             return found
         if isinstance(value, Tensor) and not value.is_nested and value.dim() > 0:
             return value
     return None
+
+
+def holds_batches(items: Sequence[Any]) -> bool:
+    """Whether each item is a mapping of a whole batch, and none of one sample."""
+
+    def whole(one: Any) -> bool:
+        found = [one.get(key) for key in _BATCH_KEYS] if isinstance(one, Mapping) else []
+        dims = zip(found, _BATCH_KEYS.values(), strict=True) if found else ()
+        return any(isinstance(value, Tensor) and value.dim() >= dim for value, dim in dims)
+
+    return len(items) > 0 and all(whole(one) for one in items)

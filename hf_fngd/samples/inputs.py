@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hf_fngd.samples.batch import holds_batches
+
 _PLAIN = (int, float, complex, str, bytes, torch.dtype, torch.device)
 
 
@@ -100,7 +102,7 @@ def resized(value: Any, samples: int, dim: int, reverse: bool = False) -> Any:
 
 def _of_samples(value: Sequence[Any], samples: int) -> bool:
     """Whether a sequence has one object for each sample, such as a dictionary of its labels or an image."""
-    if len(value) != samples:
+    if len(value) != samples or holds_batches(value):
         return False
     return not any(one is None or isinstance(one, (Tensor, list, tuple, *_PLAIN)) for one in value)
 

@@ -83,6 +83,7 @@ def probe(
     sample: Tensor,
     batch_dim: int | None,
     known: int | None = None,
+    own: Any = None,
 ) -> Found:
     """Find the samples in the inputs of a model's layers.
 
@@ -93,6 +94,7 @@ def probe(
         sample: the input that counts the samples.
         batch_dim: the dimension in which it does, if the user said so.
         known: the dimension that an earlier probe found.
+        own: the model's forward, if that may keep something.
 
     Raises:
         CannotProbeError: see there. Any error of the model on a batch of another size comes through as well.
@@ -103,7 +105,7 @@ def probe(
     dims = [only] if only is not None else [0, 1][: 1 if len(sample) == 1 else sample.dim()]
     best, most = Found(dims[0], {}, {}, {}), -1
     failure: Exception | None = None
-    with untouched(model):
+    with untouched(model, own=own):
         for dim in dims:
             try:
                 outcome = _try(run, inputs, sample.shape[dim], dim, trusted=batch_dim is not None)

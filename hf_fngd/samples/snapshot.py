@@ -129,9 +129,13 @@ def _is_the_users(value: Any) -> bool:
 
 
 @contextlib.contextmanager
-def untouched(model: nn.Module, training: bool = False) -> Iterator[None]:
-    """Let a model run without gradients, in eval mode unless ``training``; then undo all that it changed."""
+def untouched(model: nn.Module, training: bool = False, own: Any = None) -> Iterator[None]:
+    """Let a model run without gradients, in eval mode unless ``training``; then undo all that it changed.
+
+    ``own`` is its forward, which may be an object with a state of its own.
+    """
     snapshot, modules = Snapshot(), list(model.modules())
+    snapshot.take(own)
     for module in modules:
         snapshot.take(vars(module))
     numpy = sys.modules.get("numpy")

@@ -166,10 +166,10 @@ def trainable(model: nn.Module) -> list[int]:
     return found
 
 
-def check_parameters(model: nn.Module, groups: Sequence[Mapping[str, Any]]) -> None:
+def check_parameters(model: nn.Module, groups: Sequence[Mapping[str, Any]], reached: bool) -> None:
     """After a backward pass: raise RuntimeError if a trainable parameter of the model is in no group.
 
-    Also if no parameter has a gradient.
+    Also if no parameter has a gradient, unless ``reached``: a backward pass made some, and somebody dropped them.
     """
     held = {id(p) for group in groups for p in group["params"]}
     if missing := [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in held]:
@@ -185,7 +185,7 @@ def check_parameters(model: nn.Module, groups: Sequence[Mapping[str, Any]]) -> N
             f"{len(foreign)} parameters of this optimizer are not parameters of its model: build FNGD after the model "
             "is complete, on the very instance that is trained, or through FNGDFactory"
         )
-    if all(p.grad is None for p in model.parameters()):
+    if not reached and all(p.grad is None for p in model.parameters()):
         raise RuntimeError(
             "no gradient reached any parameter of this optimizer: it was built on another instance of the model "
             "than the one that is trained, or step() came before backward()"

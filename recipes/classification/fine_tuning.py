@@ -175,8 +175,8 @@ def with_own_rates(run: Run, model: nn.Module, optimizer: str, chosen: FineTunin
     name = "--layer_decay" if chosen.layer_decay else "--head_factor"
     rates = layer_rates(model, chosen.layer_decay, chosen.head_factor)
     if run.config is not None:
-        if run.config.fallback_lr is not None and chosen.layer_decay is not None:
-            raise ValueError("--layer_decay sets the rates of all parameters of a layer: leave out --fallback_lr.")
+        if run.config.fallback_lr is not None:
+            raise ValueError(f"{name} sets rates as parts or multiples of --learning_rate: leave out --fallback_lr.")
         if run.config.param_groups is not None:
             raise ValueError(f"{name} makes parameter groups of its own: take a --fngd_config without any.")
         groups = [

@@ -318,6 +318,7 @@ def test_a_resumed_configuration_has_the_layers_rates(argv, tmp_path):
         (["--layer_decay=1"], "layer_decay is 1.0"),
         (["--layer_decay=0.5", "--optimizer=sgd"], "sgd has no use for --layer_decay"),
         (["--layer_decay=0.5", "--fallback_lr=1"], "leave out --fallback_lr"),
+        (["--head_factor=2", "--fallback_lr=1"], "leave out --fallback_lr"),
         (["--validation_shots=2", "--max_eval_samples=3"], "leave out --validation_split and --max_eval_samples"),
         (["--early_stopping_patience=1"], "needs --load_best_model_at_end"),
         (["--shots=17"], "Class 0 has 16 training rows to draw 17"),

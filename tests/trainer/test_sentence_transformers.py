@@ -1,6 +1,7 @@
 """FNGD under sentence-transformers' Trainer: a step has several forward passes, and a loss that couples the samples."""
 
 import copy
+import random
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,9 @@ from sentence_transformers import (
     SentenceTransformerTrainingArguments,
 )
 from sentence_transformers.sentence_transformer.losses import (
+    AdaptiveLayerLoss,
     CachedMultipleNegativesRankingLoss,
+    MatryoshkaLoss,
     MultipleNegativesRankingLoss,
     SoftmaxLoss,
 )
@@ -161,3 +164,48 @@ def test_parameters_of_the_loss_are_trained_or_an_error(model: SentenceTransform
         return
     trainer.train()
     assert not torch.equal(loss.classifier.weight, before)
+
+
+def columns(model: SentenceTransformer) -> list[dict[str, Tensor]]:
+    data = pairs()[:BATCH]
+    return [dict(model.tokenize(data[name])) for name in ("anchor", "positive")]
+
+
+def test_samples_of_a_loss_that_is_a_model_are_clipped(model: SentenceTransformer) -> None:
+    loss = SoftmaxLoss(model, WIDTH, num_labels=2)
+    copied = copy.deepcopy(model).double()
+    optimizer, recorder = FNGD(loss, lr=1e-2, exclude_modules=["embeddings"]), Recorder(model)
+    for _ in range(2):
+        optimizer.zero_grad()
+        loss(columns(model), torch.tensor([0, 1] * (BATCH // 2))).backward()
+    assert all("pooler" in name for name in optimizer.coverage().missed)
+    gradients = {
+        name: p.grad for name, p in model.named_parameters() if p.grad is not None and "embeddings" not in name
+    }
+    names = [*dict.fromkeys(name.rpartition(".")[0] for name in gradients)]
+    weighed = [name for name in names if not isinstance(model.get_submodule(name), nn.LayerNorm)]
+    of_passes = [measured(copied, *one, list(gradients)) for one in recorder.pending[2:]]
+    found = [clipped(copied, [one], weighed, Clipping(), inspected=True) for one in of_passes]
+    contrast = 0.0
+    for name, gradient in gradients.items():
+        exact, plain = (sum(one[which][name] for one in found) for which in (0, 1))
+        if plain.norm() > 1e-9:
+            assert relative_error(gradient.flatten().double(), exact) < 1e-4, name
+            contrast = max(contrast, float(relative_error(plain, exact)))
+    assert contrast > 0.1, "plain gradients would have passed"
+
+
+@pytest.mark.parametrize("loss", [MatryoshkaLoss, AdaptiveLayerLoss])
+def test_a_loss_that_keeps_what_the_model_returned_sees_no_probe(
+    model: SentenceTransformer, loss: type[nn.Module]
+) -> None:
+    plain, found = copy.deepcopy(model), []
+    optimizer = FNGD(model, sharing="uniform")
+    for one in (model, plain):
+        random.seed(0)  # which layers AdaptiveLayerLoss takes
+        inner = MultipleNegativesRankingLoss(one)
+        whole = loss(one, inner, [WIDTH, 4, 2]) if loss is MatryoshkaLoss else loss(one, inner)
+        whole(columns(one), None).backward()
+        found.append({name: p.grad for name, p in one.named_parameters() if p.grad is not None})
+    torch.testing.assert_close(*found)
+    assert optimizer.coverage().preconditioned
