@@ -108,6 +108,17 @@ def _(x: Tensor | None, g: Tensor, *_: Any) -> Tensor:
     return g.new_empty((g if x is None else x).shape[0])
 
 
+@library.custom_op("hf_fngd::passed_on", mutates_args=(), **_TAGS)
+def passed_on(w: Tensor, engine: int, place: int) -> Tensor:
+    """The sample weights that a layer puts on the gradient of its input: ``w``, or ones (`Layer.clips_all`)."""
+    return w.clone() if _engines[engine].layers[place].clips_all else torch.ones_like(w)
+
+
+@passed_on.register_fake
+def _(w: Tensor, *_: Any) -> Tensor:
+    return torch.empty_like(w)
+
+
 @dataclass(slots=True)
 class LayerCall:
     """What the engine offers a kernel for one call of its layer (`hf_fngd.layers.base.Call`)."""
@@ -118,6 +129,7 @@ class LayerCall:
     engine: int  # its number
     rows: Rows | None = None  # where the samples are; None: neither a probe nor ids said
     rehearsed: bool = False  # see `Call`
+    coupled: bool = False  # whether the model of a compiled graph has a BatchNorm
 
     @property
     def samples(self) -> int | None:
@@ -157,6 +169,7 @@ class LayerCall:
         # Not as a saved tensor: checkpointing would replace the micro-batch's number by that of its last forward.
         ctx.batch = None if isinstance(self.batch, Tensor) else self.batch
         ctx.layer, ctx.engine, ctx.place, ctx.again = self.layer, self.engine, self.place, False
+        ctx.coupled = self.coupled
         ctx.rows, ctx.kernel = self.rows, self.layer.kernel if isinstance(self.layer, Layer) else self.layer
 
 
@@ -195,7 +208,11 @@ class WeighedLayer(torch.autograd.Function):
         edges = ctx.next_functions[1 : 2 + has_bias]
         if number is not None or any(torch._C._will_engine_execute_node(edge) for edge, _ in edges):
             w = _weights(ctx, x, g, number, has_bias)
+            if number is None and ctx.layer.clips_all:
+                g, w = scaled(g, w), None
             of_weight = ctx.kernel.weighted_gradient(saved, g, w, has_bias)
+            if number is not None and ctx.coupled:
+                g = scaled(g, passed_on(w, ctx.engine, ctx.place))
         if number is None and torch.is_grad_enabled() and ctx.needs_input_grad[0] and weight.requires_grad:
             ctx.layer.differentiated = True
         # Last, so that the norms are taken while g is in the cache.

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from hf_fngd.engine.gradients import Gradients
 from hf_fngd.engine.layer import Layer
-from hf_fngd.engine.reasons import NEVER_CALLED
+from hf_fngd.engine.reasons import CLIPPED_BEHIND, NEVER_CALLED
 from hf_fngd.layers.modules import is_frozen
 from hf_fngd.layers.select import Selection
 
@@ -72,7 +72,7 @@ class Coverage:
         heads: list[str] = []
         weighed: dict[str, None] = {}
         missed: dict[str, str] = {}
-        plain = dict(self._selection.plain)
+        plain, stepped, told_of_rules = dict(self._selection.plain), set(self.stepped), self.stepped | self.fallback
         for layer in self._layers:
             if is_frozen(layer.selected.module):
                 continue
@@ -80,14 +80,17 @@ class Coverage:
             unreached = layer.shared.unreached and not layer.shared.ever
             if not reasons and not layer.weighed and unreached:
                 reasons = [NEVER_CALLED]
-            if reasons:
+            if reasons == [CLIPPED_BEHIND]:
+                plain.update(dict.fromkeys(names, CLIPPED_BEHIND))
+                stepped |= {name for name in names if told_of_rules and name not in self.fallback}
+            elif reasons:
                 (missed if matrix else plain).update(dict.fromkeys(names, "; ".join(reasons)))
             else:
                 heads += [name for name in names if matrix and name in self.fallback]
                 preconditioned += [name for name in names if matrix and name not in self.fallback]
                 weighed.update(dict.fromkeys(name for name in names if not matrix or name in self.fallback))
         plain = {
-            name: f"{reason}, and the update rule steps it" if name in self.stepped else reason
+            name: f"{reason}, and the update rule steps it" if name in stepped else reason
             for name, reason in plain.items()
             if name not in weighed
         }
@@ -139,8 +142,9 @@ class Coverage:
         worse, self._told = self._told, True
         self._said |= said
         report = self.report()
-        if reasons and self._strict:
+        faults = [layer for layer in live if layer.reasons and layer.reasons != [CLIPPED_BEHIND]]
+        if faults and self._strict:
             raise RuntimeError(f"strict=True: {report}\nExclude these layers with exclude_modules.")
         # An output head that no batch has used is reported, but is no reason for a warning.
-        missed = any(layer.selected.preconditioned and layer.reasons for layer in self._layers)
+        missed = any(layer.selected.preconditioned for layer in faults)
         logger.log(logging.WARNING if missed or worse else logging.INFO, "%s", report)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from hf_fngd.distributed.environment import refuse_replica, refuse_split_weight, refuse_unfrozen
 from hf_fngd.engine.attach import Attachment, unsupported
@@ -36,7 +37,8 @@ class Forwards:
 
     ``opened`` refers to the function that begins a training forward pass of N samples. ``batch`` is the micro-batch of
     the last such pass; None where that had no samples, or its step is done. ``live`` lists the layers that are
-    trained, or once were. With ``uncoupled`` layers are left plain whose output a BatchNorm reads.
+    trained, or once were. With ``uncoupled`` a layer behind the BatchNorms
+    weighs the samples for those before them.
     """
 
     def __init__(
@@ -59,6 +61,7 @@ class Forwards:
         self._inside = self._rehearsing = False
         self._regions = Regions()
         self._inspection = Inspection(layers, uncoupled)
+        self._coupled = uncoupled and any(isinstance(module, _BatchNorm) for module in model.modules())
         self._model = weakref.ref(model)
         self.probing = Probing(layers, batch_dim)
         self._frozen = [layer for layer in layers if is_frozen(layer.selected.module)]  # from the beginning
@@ -229,7 +232,9 @@ class Forwards:
         tokens = self._tokens and x.dim() + layer.kernel.of_ids > 2
         if layer.kernel.by_rows and tokens and layer.kernel.folds(1):
             rows = TOKENS
-        call = LayerCall(layer.kernel, layer.place, number, self._handle.number, rows, self._whole)
+        call = LayerCall(
+            layer.kernel, layer.place, number, self._handle.number, rows, self._whole, coupled=self._coupled
+        )
         return layer.kernel.run(module, own, x, call)
 
     def _eager_call(

@@ -1,7 +1,7 @@
 """Reading an autograd graph."""
 
 from collections import Counter, defaultdict
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -29,7 +29,7 @@ def uses_in_graph(output: Any, nodes: Collection[Any] = ()) -> tuple[Counter[int
         that read its output, with the shape of what each of them makes.
     """
     leaves, consumers = Counter[int](), defaultdict[Any, list[tuple[str, tuple[int, ...]]]](list)
-    for current in _nodes(output):
+    for current in _nodes(_ends(output)):
         for node, _ in current.next_functions:
             if node in nodes:
                 # The shape is that of the gradient that it is given.
@@ -40,29 +40,75 @@ def uses_in_graph(output: Any, nodes: Collection[Any] = ()) -> tuple[Counter[int
 
 
 def before_batch_norms(output: Any, any_mode: bool = False) -> set[int]:
-    """The places of weighed layers whose output a BatchNorm reads, in training mode or (``any_mode``) in any."""
+    """The places of layers whose output a BatchNorm reads, in training mode or (``any_mode``) in any."""
     places = set[int]()
-    for current in _nodes(output):
-        couples = "BatchNorm" in current.name() and (any_mode or getattr(current, "_saved_training", True))
-        if couples and current._input_metadata[0].shape[0] != 1:  # an InstanceNorm is one on a batch of one
-            node = current.next_functions[0][0]
-            while node is not None and node.name().rstrip("0123456789") in _SHAPES:
-                node = node.next_functions[0][0]
-            if isinstance(place := getattr(node, "place", None), int):
-                places.add(place)
-    return places
+    for norm in _batch_norms(output, any_mode):
+        node = norm.next_functions[0][0]
+        while node is not None and node.name().rstrip("0123456789") in _SHAPES:
+            node = node.next_functions[0][0]
+        places.add(_place(node))
+    return places - {-1}
 
 
-def _nodes(output: Any) -> Iterator[Any]:
-    """Every operation of the graph, once."""
-    stack = [tensor.grad_fn for tensor in _tensors(output) if tensor.grad_fn is not None]
+def behind_batch_norms(output: Any, weighed: Collection[int], any_mode: bool = False) -> set[int]:
+    """The places of layers behind the last BatchNorms: the first ones on each way from there to the output.
+
+    Args:
+        output: as of `uses_in_graph`.
+        weighed: the places of the layers that count.
+        any_mode: as of `before_batch_norms`.
+    """
+    norms = _batch_norms(output, any_mode)
+    coupled = set(_nodes(norms))
+    behind = dict[Any, int]()
+
+    def counts(node: Any) -> bool:
+        return _place(node) in weighed and node not in coupled
+
+    for node in _nodes(_ends(output)) if norms else ():
+        if counts(node) and not coupled.isdisjoint(_nodes(_inputs(node), until=counts)):
+            behind[node] = _place(node)
+    for node in [*behind]:  # a shortcut may lead around a layer to one that is nearer to the output
+        for one in _nodes(_inputs(node)):
+            behind.pop(one, None)
+    return {*behind.values()}
+
+
+def _batch_norms(output: Any, any_mode: bool) -> list[Any]:
+    return [
+        node
+        for node in _nodes(_ends(output))
+        if "BatchNorm" in node.name()
+        and (any_mode or getattr(node, "_saved_training", True))
+        and node._input_metadata[0].shape[0] != 1  # an InstanceNorm is one on a batch of one
+    ]
+
+
+def _place(node: Any) -> int:
+    """The place of the layer whose operation it is; -1 for any other operation."""
+    place = getattr(node, "place", None)
+    return place if isinstance(place, int) else -1
+
+
+def _ends(output: Any) -> list[Any]:
+    return [tensor.grad_fn for tensor in _tensors(output) if tensor.grad_fn is not None]
+
+
+def _inputs(node: Any) -> list[Any]:
+    return [one for one, _ in node.next_functions if one is not None]
+
+
+def _nodes(begin: Iterable[Any], until: Callable[[Any], bool] = lambda _: False) -> Iterator[Any]:
+    """Every operation behind these, once, they included; none behind one for which ``until`` holds."""
+    stack = list(dict.fromkeys(begin))
     seen = set(stack)
     while stack:
         current = stack.pop()
         yield current
-        found = {node for node, _ in current.next_functions if node is not None} - seen
-        seen |= found
-        stack += found
+        if not until(current):
+            found = set(_inputs(current)) - seen
+            seen |= found
+            stack += found
 
 
 def _tensors(output: Any) -> Iterator[Tensor]:

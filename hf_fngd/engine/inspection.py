@@ -4,9 +4,9 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
-from hf_fngd.engine.graph import before_batch_norms, uses_in_graph
+from hf_fngd.engine.graph import before_batch_norms, behind_batch_norms, uses_in_graph
 from hf_fngd.engine.layer import Layer
-from hf_fngd.engine.reasons import COUPLED, USED_ELSEWHERE
+from hf_fngd.engine.reasons import CLIPPED_BEHIND, COUPLED, USED_ELSEWHERE
 from hf_fngd.engine.window import MicroBatch
 from hf_fngd.layers.embedding import EmbeddingKernel
 
@@ -15,7 +15,7 @@ class Inspection:
     """Reads the graph of the first batch, and that of the first batch of several rows, if the first has one.
 
     It finds weights that are used outside their layers' forward, tables that are expanded over the batch, and, with
-    ``uncoupled``, layers whose output a BatchNorm reads.
+    ``uncoupled``, layers whose output a BatchNorm reads, and those that clip in their place.
 
     Attributes:
         done: whether a graph was read. Set it to False to have the next one read too.
@@ -50,8 +50,6 @@ class Inspection:
         for table, nodes in found.items():
             if not rehearsed:  # no compiled graph expands them
                 table.inspect([consumers[node] for node in nodes], batch.rows)
-        for place in before_batch_norms(output, rehearsed) if self._uncoupled else ():
-            self._layers[place].leave_out(COUPLED)
         keys = [[id(parameter) for parameter in layer.selected.module.parameters(False)] for layer in self._layers]
         calls = Counter[int]()
         for layer, own in zip(self._layers, keys, strict=True):
@@ -60,3 +58,15 @@ class Inspection:
             # A layer that is compiled by itself has no counted calls.
             if any(leaves[key] > max(calls[key], int(layer.selected.preconditioned)) for key in own):
                 layer.shared.reasons.add(USED_ELSEWHERE)
+        if self._uncoupled:
+            self._uncouple(output, rehearsed)
+
+    def _uncouple(self, output: Any, rehearsed: bool) -> None:
+        before = [self._layers[place] for place in before_batch_norms(output, rehearsed)]
+        shared = [layer.shared for layer in before]
+        able = [layer for layer in self._layers if layer.selected.preconditioned and layer.shared not in shared]
+        behind = behind_batch_norms(output, {layer.place for layer in able if not layer.reasons}, rehearsed)
+        for layer in self._layers:
+            layer.clips_all = layer.place in behind
+        for layer in before:
+            layer.leave_out(CLIPPED_BEHIND if behind else COUPLED)

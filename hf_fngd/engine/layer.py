@@ -10,7 +10,14 @@ from torch.autograd.graph import get_gradient_edge
 
 from hf_fngd.distributed.sharded import local
 from hf_fngd.engine.attach import unsupported
-from hf_fngd.engine.reasons import CALLED_AGAIN, COUPLED, NEVER_CALLED, NOT_ITS_ROWS, PASSED_BY, USED_ELSEWHERE
+from hf_fngd.engine.reasons import (
+    BEFORE_BATCH_NORM,
+    CALLED_AGAIN,
+    NEVER_CALLED,
+    NOT_ITS_ROWS,
+    PASSED_BY,
+    USED_ELSEWHERE,
+)
 from hf_fngd.engine.window import MicroBatch
 from hf_fngd.layers.base import AMBIGUOUS, LayerKernel, MatrixKernel
 from hf_fngd.layers.modules import is_frozen, weight_of
@@ -44,6 +51,7 @@ class Layer:
     weighed: bool = False  # whether its samples were ever weighed
     by_sizes: bool = False  # whether in any call the sizes of tensors alone told the samples
     probed: int | None = None  # how often a probe saw it called; None: no probe told
+    clips_all: bool = False  # whether the gradient of its input is weighed too, for layers before a BatchNorm
     differentiated: bool = False  # whether the gradient of its input can be differentiated, by its weight as well
     repeated: bool = False  # whether backward found a call that forward did not count
     seen: MicroBatch | None = None  # the last micro-batch whose backward reached it
@@ -70,7 +78,7 @@ class Layer:
 
     def told(self, verdict: View | str | None) -> None:
         """Take the probe's verdict on the layer; None means that the whole batch shares its input."""
-        if self.view is not None or self.unfit in (NO_EQUAL_SHARES, COUPLED):
+        if self.view is not None or self.unfit in {NO_EQUAL_SHARES, *BEFORE_BATCH_NORM}:
             return
         finds = self.kernel.finds_samples
         if isinstance(verdict, View) and (self.kernel.by_rows or not finds):

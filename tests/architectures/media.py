@@ -66,6 +66,7 @@ family(
     batch=images(16, 16),
     oracle="captured",
     remark="the batch statistics couple the samples",
+    behind="classifier.1",
 )
 
 family(
@@ -109,6 +110,7 @@ family(
     oracle="captured",
     square=16,
     remark="the decoder's batch statistics couple the samples",
+    behind="decode_head.classifier",
 )
 
 

@@ -142,6 +142,10 @@ def clipping_oracle(
     def alone(model: nn.Module, n: int) -> Tensor:
         return model(**sample(batch, n)).loss / samples
 
+    if family.behind is not None:
+        own = {name: plain[name] for name in own_parameters(family.behind, model.get_submodule(family.behind))}
+        clip_behind(model.get_submodule(family.behind))
+        plain = gradients(model, batch) | own
     with float64():
         if family.oracle == "alone":
             uses = [uses_of(model, modules, alone, n, plain) for n in range(samples)]
@@ -149,6 +153,24 @@ def clipping_oracle(
             uses = captured_uses(model, batch, modules)
     weighted, _ = Clipping().gradients(uses)
     return plain, {name: g.view_as(plain[name]) for name, g in weighted.items()}
+
+
+def clip_behind(module: nn.Module) -> None:
+    """From now on the samples' gradients at the output of this module are clipped for all modules before it."""
+
+    def hook(module: nn.Module, args: Any, y: Tensor) -> Tensor:
+        a = args[0].detach()
+
+        def clipped(g: Tensor) -> Tensor:
+            rows = [(a[n : n + 1], g[n : n + 1]) for n in range(len(g))]
+            found = [norm_of(module, *row, (), module.bias is not None, tied=False) for row in rows]
+            norms = torch.tensor(found, dtype=g.dtype)
+            return g * (norms.mean() / norms).clamp(max=1).view(-1, *[1] * (g.dim() - 1))
+
+        y.register_hook(clipped)
+        return y.clone()  # what is captured of this module's own output gradient is not clipped yet
+
+    module.register_forward_hook(hook)
 
 
 def check_mean(names: Sequence[str], u: Gradients, plain: Gradients) -> None:

@@ -48,6 +48,7 @@ class Family:
         square: a number of samples that is also the number of positions of some layer (of the text, where the model
             reads one).
         remark: for the table.
+        behind: the layer behind the BatchNorms, which clips for those before them.
     """
 
     name: str
@@ -57,6 +58,7 @@ class Family:
     oracle: Oracle
     square: int
     remark: str
+    behind: str | None = None
 
     def model(self, dtype: torch.dtype = torch.float64) -> nn.Module:
         """The model in training mode, with parameters far enough from their initial ones for all to matter."""
@@ -119,6 +121,7 @@ def family(
     oracle: Oracle = "alone",
     square: int = 8,
     remark: str = "",
+    behind: str | None = None,
 ) -> None:
     """Register a family: the patterns of what is preconditioned, of those that share a weight, and other outcomes.
 
@@ -126,7 +129,7 @@ def family(
     """
     assert name not in FAMILIES
     outcomes = {PRECONDITIONED: preconditioned, TIED: tied} | (others or {})
-    FAMILIES[name] = Family(name, build, batch or language, outcomes, oracle, square, remark)
+    FAMILIES[name] = Family(name, build, batch or language, outcomes, oracle, square, remark, behind)
 
 
 # Sizes of all models that have a size of this name.

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from hf_fngd import FNGD, FNGDPreconditioner
-from hf_fngd.engine.reasons import COUPLED
+from hf_fngd.engine.reasons import CLIPPED_BEHIND
 from hf_fngd.layers.base import find_kernel
 from hf_fngd.layers.embedding import A_TABLE
 from hf_fngd.samples.probe import EQUAL_ROWS
@@ -34,7 +34,7 @@ from tests.architectures.table import FIRST, LONGER, SMALLER, TABLE, clipped, pa
 from tests.nets import EVERY_TYPE
 
 SAMPLES = 5
-REASONS = (*MISSED, A_TABLE, EQUAL_ROWS, COUPLED)
+REASONS = (*MISSED, A_TABLE, EQUAL_ROWS, CLIPPED_BEHIND)
 COUNTED = ("preconditioned", "plain", "missed")
 
 of_every_family = pytest.mark.parametrize("family", [pytest.param(one, id=name) for name, one in FAMILIES.items()])

@@ -1,6 +1,8 @@
-"""Under "clipped" a layer is plain whose output a BatchNorm reads: there the samples' gradients cancel each other."""
+"""Under "clipped" a layer before a BatchNorm does not clip: one behind the BatchNorms does so for it."""
 
 import copy
+from collections.abc import Sequence
+from functools import partial
 
 import pytest
 import torch
@@ -8,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint_sequential
 
 from hf_fngd import FNGD, FNGDPreconditioner
-from hf_fngd.engine.reasons import COUPLED
+from hf_fngd.engine.reasons import CLIPPED_BEHIND, COUPLED
 from tests.nets import settings_of
 
 PLAIN = {"0.weight", "7.weight", "7.bias"}
@@ -36,13 +38,43 @@ def images(seed: int = 0) -> Tensor:
     return x
 
 
-def steps(model: nn.Module, called: nn.Module, preconditioner: FNGDPreconditioner) -> set[str]:
-    """Three of them; returns the names whose gradients were those of the plain model in each."""
+def clipping(layer: nn.Linear) -> None:
+    """Clip the samples at a linear layer's output, for itself and for everything before it."""
+    size = 0.0 if layer.bias is None else 1.0
+
+    def forward_hook(_: nn.Module, args: tuple[Tensor], y: Tensor) -> None:
+        of_x = torch.hypot(args[0].detach().norm(dim=1), torch.tensor(size, dtype=y.dtype))
+
+        def clipped(g: Tensor) -> Tensor:
+            norms = of_x * g.norm(dim=1)
+            assert norms.max() > 1.5 * norms.mean()
+            return g * (norms.mean() / norms).clamp(max=1)[:, None]
+
+        y.register_hook(clipped)
+
+    layer.register_forward_hook(forward_hook)
+
+
+def loss(y: Tensor) -> Tensor:
+    """The first sample counts 20 times."""
+    of_samples = y.square().sum(dim=1)
+    return of_samples.sum() + 19 * of_samples[0]
+
+
+def steps(
+    model: nn.Module, called: nn.Module, preconditioner: FNGDPreconditioner, behind: Sequence[str] = ()
+) -> set[str]:
+    """Three of them; returns the names whose gradients were those of a plain model in each.
+
+    The plain model clips at the layers ``behind``.
+    """
     plain, names = copy.deepcopy(model), {name for name, _ in model.named_parameters()}
+    for name in behind:
+        clipping(plain.get_submodule(name))
     for seed in range(3):
         for one, own in ((model, called), (plain, plain)):
             one.zero_grad()
-            own(images(seed)).square().sum().backward()
+            loss(own(images(seed))).backward()
         preconditioner.step()
         for name, p in plain.named_parameters():
             if not torch.allclose(model.get_parameter(name).grad, p.grad, rtol=1e-9):
@@ -53,12 +85,11 @@ def steps(model: nn.Module, called: nn.Module, preconditioner: FNGDPreconditione
 @pytest.mark.parametrize("cls", [nn.Sequential, Checkpointed])
 def test_a_layer_before_a_batch_norm_is_plain_and_reported(cls: type[nn.Sequential]) -> None:
     model = network(cls)
-    preconditioner = FNGDPreconditioner(model)
-    plain = steps(model, model, preconditioner)
-    assert plain >= PLAIN
-    assert not plain & {"3.weight", "10.weight"}
+    preconditioner = FNGDPreconditioner(model, strict=True)
+    plain = steps(model, model, preconditioner, ["10"])
+    assert plain == {name for name, _ in model.named_parameters()} - {"3.weight", "3.bias"}
     report = preconditioner.coverage()
-    assert {name for name, reason in report.missed.items() if reason == COUPLED} == PLAIN
+    assert {name for name, reason in report.plain.items() if reason == CLIPPED_BEHIND} == PLAIN
     assert {"3.weight", "3.bias", "10.weight"} <= set(report.preconditioned) | set(report.weighed)
 
 
@@ -67,10 +98,10 @@ def test_a_layer_before_a_batch_norm_is_plain_and_reported(cls: type[nn.Sequenti
 def test_in_a_compiled_model_too() -> None:
     model = network()
     preconditioner = FNGDPreconditioner(model)
-    plain = steps(model, torch.compile(model, backend="aot_eager", fullgraph=True), preconditioner)
-    assert plain >= PLAIN
-    assert not plain & {"3.weight", "10.weight"}
-    assert {name for name, reason in preconditioner.coverage().missed.items() if reason == COUPLED} == PLAIN
+    plain = steps(model, torch.compile(model, backend="aot_eager", fullgraph=True), preconditioner, ["10"])
+    assert plain == {name for name, _ in model.named_parameters()} - {"3.weight", "3.bias"}
+    report = preconditioner.coverage()
+    assert {name for name, reason in report.plain.items() if reason == CLIPPED_BEHIND} == PLAIN
 
 
 def test_before_one_in_evaluation_mode_it_is_weighed() -> None:
@@ -95,7 +126,51 @@ def test_layers_that_share_their_weight_are_plain_in_all_uses_from_the_first_ste
         *(nn.Conv2d(3, 3, 3, padding=1, bias=False), nn.Flatten(), nn.Linear(3 * 64, 2)),
     ).double()
     model[3].weight = model[0].weight
-    assert "0.weight" in steps(model, model, FNGDPreconditioner(model))
+    assert steps(model, model, FNGDPreconditioner(model), ["5"]) == {name for name, _ in model.named_parameters()}
+
+
+class Heads(nn.Module):
+    """One or two heads behind the last BatchNorm, the second behind a layer with a shortcut around it."""
+
+    def __init__(self, cls: type[nn.Module] = nn.BatchNorm2d) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.body = nn.Sequential(nn.Conv2d(3, 8, 3, bias=False), cls(8), nn.ReLU(), nn.AdaptiveAvgPool2d(1))
+        self.one, self.between, self.two = nn.Linear(8, 2), nn.Linear(8, 8), nn.Linear(8, 2, bias=False)
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        h = self.body(x).flatten(1)
+        return {"one": self.one(h), "two": self.two(h + torch.tanh(self.between(h)))}
+
+
+class Sum(nn.Module):
+    def __init__(self, model: Heads) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.model(x)
+        return torch.cat([y["one"], 3 * y["two"]], dim=1)
+
+
+def test_each_head_clips_for_what_is_before_it() -> None:
+    model = Sum(Heads()).double()
+    plain = steps(model, model, FNGDPreconditioner(model), ["model.one", "model.two"])
+    assert plain == {name for name, _ in model.named_parameters()} - {"model.between.weight", "model.between.bias"}
+
+
+def test_a_layer_behind_no_batch_norm_clips_for_itself_alone() -> None:
+    model = Sum(Heads(partial(nn.GroupNorm, 2))).double()  # type: ignore[arg-type]
+    report = FNGDPreconditioner(model)
+    assert not steps(model, model, report, ["model.one", "model.two"]) & {"model.body.0.weight", "model.between.weight"}
+
+
+def test_where_the_first_layer_behind_is_left_out_the_next_one_clips() -> None:
+    model = network()
+    model.insert(10, nn.Linear(8, 8).double())
+    preconditioner = FNGDPreconditioner(model, exclude_modules=["10"])
+    plain = steps(model, model, preconditioner, ["11"])
+    assert plain == {name for name, _ in model.named_parameters()} - {"3.weight", "3.bias"}
 
 
 @pytest.mark.parametrize("sharing", ["never", "replay"])
@@ -119,8 +194,23 @@ def test_the_update_rule_moves_it_all_the_same_and_a_resumed_run_goes_on() -> No
                 own.zero_grad()
                 one(images(seed)).square().sum().backward()
                 own.step()
+    assert optimizer.coverage().plain["0.weight"] == f"{CLIPPED_BEHIND}, and the update rule steps it"
     assert optimizer.param_groups[0]["rule"] == "block_muon"
     assert "0.weight" in optimizer.param_groups[0]["param_names"]
     assert not torch.equal(model[0].weight, network()[0].weight)
     for p, q in zip(model.parameters(), other.parameters(), strict=True):
         assert torch.equal(p, q)
+
+
+def test_without_a_layer_behind_it_is_missed() -> None:
+    model = network()[:9]
+    preconditioner = FNGDPreconditioner(model)
+    steps(model, model, preconditioner)
+    assert {name for name, reason in preconditioner.coverage().missed.items() if reason == COUPLED} == PLAIN
+    with pytest.raises(RuntimeError, match="strict=True"):
+        steps(model, model, strict(model, preconditioner))
+
+
+def strict(model: nn.Module, other: FNGDPreconditioner) -> FNGDPreconditioner:
+    other.detach()
+    return FNGDPreconditioner(model, strict=True)
