@@ -37,8 +37,7 @@ class Forwards:
 
     ``opened`` refers to the function that begins a training forward pass of N samples. ``batch`` is the micro-batch of
     the last such pass; None where that had no samples, or its step is done. ``live`` lists the layers that are
-    trained, or once were. With ``uncoupled`` a layer behind the BatchNorms
-    weighs the samples for those before them.
+    trained, or once were. With ``uncoupled`` a layer behind the BatchNorms weighs the samples for those before them.
     """
 
     def __init__(

@@ -10,14 +10,7 @@ from torch.autograd.graph import get_gradient_edge
 
 from hf_fngd.distributed.sharded import local
 from hf_fngd.engine.attach import unsupported
-from hf_fngd.engine.reasons import (
-    BEFORE_BATCH_NORM,
-    CALLED_AGAIN,
-    NEVER_CALLED,
-    NOT_ITS_ROWS,
-    PASSED_BY,
-    USED_ELSEWHERE,
-)
+from hf_fngd.engine.reasons import CALLED_AGAIN, NEVER_CALLED, NOT_ITS_ROWS, PASSED_BY, USED_ELSEWHERE
 from hf_fngd.engine.window import MicroBatch
 from hf_fngd.layers.base import AMBIGUOUS, LayerKernel, MatrixKernel
 from hf_fngd.layers.modules import is_frozen, weight_of
@@ -57,6 +50,7 @@ class Layer:
     seen: MicroBatch | None = None  # the last micro-batch whose backward reached it
     view: View | None = None  # where the samples are, by the probe; None: by the sizes of tensors
     unfit: str | None = None  # why the samples of its input cannot be told apart, if the probe found so
+    left_out: bool = False  # whether it stays plain, whatever a probe says
     shares: Shares | None = None  # if the view has several rows for each sample
     dim: int = 0  # the view's; a compiled graph depends on nothing else of it
 
@@ -78,7 +72,7 @@ class Layer:
 
     def told(self, verdict: View | str | None) -> None:
         """Take the probe's verdict on the layer; None means that the whole batch shares its input."""
-        if self.view is not None or self.unfit in {NO_EQUAL_SHARES, *BEFORE_BATCH_NORM}:
+        if self.view is not None or self.left_out:
             return
         finds = self.kernel.finds_samples
         if isinstance(verdict, View) and (self.kernel.by_rows or not finds):
@@ -91,7 +85,7 @@ class Layer:
 
     def leave_out(self, reason: str) -> None:
         """Keep the plain gradient from now on, whatever a probe says."""
-        self.view, self.unfit = None, reason
+        self.view, self.unfit, self.left_out = None, reason, True
         self.shared.reasons.add(reason)
 
     def follow(self, y: Any, reason: str | None) -> Any:

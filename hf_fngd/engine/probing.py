@@ -9,7 +9,6 @@ from torch.distributed.fsdp import FSDPModule
 
 from hf_fngd.engine.coverage import listed
 from hf_fngd.engine.layer import Layer
-from hf_fngd.engine.reasons import BEFORE_BATCH_NORM
 from hf_fngd.engine.window import in_backward
 from hf_fngd.samples.inputs import sizes_of
 from hf_fngd.samples.probe import Calls, digest, probe
@@ -90,7 +89,7 @@ class Probing:
                         layer.probed = found.calls[layer.place]
                     if layer.view is not None and layer.place in found.shares and layer.shares is None:
                         layer.shares = Shares(found.shares[layer.place], sizes)
-                if all(layer.unfit in {None, *BEFORE_BATCH_NORM} for layer in self._layers):
+                if all(layer.unfit is None or layer.left_out for layer in self._layers):
                     self.left = 0
                 return
             finally:

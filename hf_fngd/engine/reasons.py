@@ -16,7 +16,6 @@ _CANCELS = (
 )
 COUPLED = f"{_CANCELS}; behind the BatchNorms there is no layer that can clip the samples in its place"
 CLIPPED_BEHIND = f"{_CANCELS}; a layer behind the BatchNorms clips the samples in its place"
-BEFORE_BATCH_NORM = frozenset((COUPLED, CLIPPED_BEHIND))
 NO_BATCH = (
     "no input of the model is a tensor, or a mapping, list, tuple or dataclass that holds one, so that nothing tells "
     "how many samples there are"
