@@ -8,10 +8,10 @@ from torch import Tensor, nn
 
 _DEPTH = 8  # how deep containers and objects are followed
 
-# Operations that change the shape or the dtype of a tensor alone.
-_SHAPES = {
+# Operations that hand a layer's output on to a BatchNorm as it is: in another shape or dtype, in a sum, beside others.
+_HANDS_ON = {
     *("ViewBackward", "ReshapeBackward", "UnsafeViewBackward", "TBackward", "TransposeBackward", "PermuteBackward"),
-    *("SqueezeBackward", "UnsqueezeBackward", "ToCopyBackward"),
+    *("SqueezeBackward", "UnsqueezeBackward", "ToCopyBackward", "AddBackward", "SubBackward", "CatBackward"),
 }
 
 Consumers = dict[Any, list[tuple[str, tuple[int, ...]]]]
@@ -40,14 +40,16 @@ def uses_in_graph(output: Any, nodes: Collection[Any] = ()) -> tuple[Counter[int
 
 
 def before_batch_norms(output: Any, any_mode: bool = False) -> set[int]:
-    """The places of layers whose output a BatchNorm reads, in training mode or (``any_mode``) in any."""
-    places = set[int]()
-    for norm in _batch_norms(output, any_mode):
-        node = norm.next_functions[0][0]
-        while node is not None and node.name().rstrip("0123456789") in _SHAPES:
-            node = node.next_functions[0][0]
-        places.add(_place(node))
-    return places - {-1}
+    """The places of layers whose output a BatchNorm reads, in training mode or (``any_mode``) in any.
+
+    It may read a sum that the output is a part of.
+    """
+
+    def ends(node: Any) -> bool:
+        return node.name().rstrip("0123456789") not in _HANDS_ON
+
+    inputs = [norm.next_functions[0][0] for norm in _batch_norms(output, any_mode)]
+    return {_place(node) for node in _nodes(filter(None, inputs), until=ends)} - {-1}
 
 
 def behind_batch_norms(output: Any, weighed: Collection[int], any_mode: bool = False) -> set[int]:

@@ -143,6 +143,33 @@ class Heads(nn.Module):
         return {"one": self.one(h), "two": self.two(h + torch.tanh(self.between(h)))}
 
 
+class Residual(nn.Module):
+    """Pre-activation: each BatchNorm reads the sum, or the channels, of all outputs so far."""
+
+    def __init__(self, cat: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.cat, more = cat, 4 if cat else 0
+        self.stem, self.norm = nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4)
+        self.inner, self.conv = nn.Conv2d(4, 4, 1), nn.Conv2d(4, 4, 3, padding=1)
+        self.last, self.head = nn.BatchNorm2d(4 + more), nn.Linear(4 + more, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        y = self.conv(torch.tanh(self.inner(torch.relu(self.norm(x)))))
+        y = torch.cat([x, y], dim=1) if self.cat else x + y
+        out: Tensor = self.head(torch.relu(self.last(y)).mean((2, 3)))
+        return out
+
+
+@pytest.mark.parametrize("cat", [False, True])
+def test_a_batch_norm_may_read_a_sum_or_several_outputs(cat: bool) -> None:
+    model = Residual(cat).double()
+    preconditioner = FNGDPreconditioner(model, strict=True)
+    plain = steps(model, model, preconditioner, ["head"])
+    assert plain == {name for name, _ in model.named_parameters()} - {"inner.weight", "inner.bias"}
+
+
 class Sum(nn.Module):
     def __init__(self, model: Heads) -> None:
         super().__init__()
