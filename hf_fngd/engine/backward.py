@@ -208,7 +208,7 @@ class WeighedLayer(torch.autograd.Function):
         edges = ctx.next_functions[1 : 2 + has_bias]
         if number is not None or any(torch._C._will_engine_execute_node(edge) for edge, _ in edges):
             w = _weights(ctx, x, g, number, has_bias)
-            if number is None and ctx.layer.clips_all:
+            if number is None and ctx.layer.clips_all and not ctx.batch.leads_on:
                 g, w = scaled(g, w), None
             of_weight = ctx.kernel.weighted_gradient(saved, g, w, has_bias)
             if number is not None and ctx.coupled:

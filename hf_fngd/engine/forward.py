@@ -60,6 +60,7 @@ class Forwards:
         self._inside = self._rehearsing = False
         self._regions = Regions()
         self._inspection = Inspection(layers, uncoupled)
+        self._leads_on = False  # whether an input of the model has a gradient in this pass
         self._coupled = uncoupled and any(isinstance(module, _BatchNorm) for module in model.modules())
         self._model = weakref.ref(model)
         self.probing = Probing(layers, batch_dim)
@@ -148,6 +149,7 @@ class Forwards:
             return own(*args, **kwargs)
         refuse_replica(module)
         sample = find_sample(args, kwargs)
+        self._leads_on = any(isinstance(one, Tensor) and one.requires_grad for one in (sample, *args, *kwargs.values()))
         self._whole = compiling = torch.compiler.is_compiling()
         if not compiling and self._frozen:
             self._look_for_unfrozen()
@@ -167,6 +169,7 @@ class Forwards:
             size = len(sample) if ids is None else ids.samples
             batch = self.batch = (self._begin_rehearsed if self._rehearsing else self._begin)(size, ids)
             batch.tokens, batch.sizes = self._tokens, self.probing.sizes(args, kwargs, len(sample))
+            batch.leads_on = self._leads_on
         # Layers that are compiled one by one find the micro-batch by its number.
         self._number = None if batch is None else numbered(batch)
         inspects = self._inspection.begin(batch)
@@ -232,7 +235,13 @@ class Forwards:
         if layer.kernel.by_rows and tokens and layer.kernel.folds(1):
             rows = TOKENS
         call = LayerCall(
-            layer.kernel, layer.place, number, self._handle.number, rows, self._whole, coupled=self._coupled
+            layer.kernel,
+            layer.place,
+            number,
+            self._handle.number,
+            rows,
+            self._whole,
+            coupled=self._coupled and not self._leads_on,
         )
         return layer.kernel.run(module, own, x, call)
 

@@ -44,7 +44,7 @@ class Layer:
     weighed: bool = False  # whether its samples were ever weighed
     by_sizes: bool = False  # whether in any call the sizes of tensors alone told the samples
     probed: int | None = None  # how often a probe saw it called; None: no probe told
-    clips_all: bool = False  # whether the gradient of its input is weighed too, for layers before a BatchNorm
+    clips_all: bool = False  # whether it weighs the gradient of its input too, for layers before a BatchNorm
     differentiated: bool = False  # whether the gradient of its input can be differentiated, by its weight as well
     repeated: bool = False  # whether backward found a call that forward did not count
     seen: MicroBatch | None = None  # the last micro-batch whose backward reached it

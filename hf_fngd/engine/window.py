@@ -55,6 +55,7 @@ class MicroBatch:
     ids: Ids | None = None  # which sample each row or token belongs to, if the batch says so
     sizes: Mapping[str, frozenset[int]] = field(default_factory=dict)  # of the model's inputs, if a layer has `Shares`
     tokens: bool = False  # whether the rows in a compiled graph are tokens
+    leads_on: bool = False  # whether a gradient goes on through the model's inputs, as to a generator
     recomputed: bool = False  # whether the forward pass is a recomputation of the whole model by checkpointing
     multiplications: int | None = None  # in the forwards of its preconditioned layers; None: nobody asks
     wrapped: Wrapped | None = field(default_factory=wrapped)  # by DistributedDataParallel

@@ -192,6 +192,24 @@ def test_a_layer_behind_no_batch_norm_clips_for_itself_alone() -> None:
     assert not steps(model, model, report, ["model.one", "model.two"]) & {"model.body.0.weight", "model.between.weight"}
 
 
+@pytest.mark.usefixtures("fresh_compiler")
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_gradient_that_goes_on_through_the_inputs_is_the_plain_models(compiled: bool) -> None:
+    """As a generator's, through a discriminator that FNGD trains."""
+    model, plain = network(), network()
+    FNGDPreconditioner(model)
+    called = torch.compile(model, backend="aot_eager", fullgraph=True) if compiled else model
+    loss(called(images(1))).backward()  # the first graph has been read
+    loss(plain(images(1)))
+    found = []
+    for own in (called, plain):
+        x = images(2).requires_grad_()
+        loss(own(x)).backward()
+        found.append(x.grad)
+    torch.testing.assert_close(*found)
+
+
 def test_where_the_first_layer_behind_is_left_out_the_next_one_clips() -> None:
     model = network()
     model.insert(10, nn.Linear(8, 8).double())
