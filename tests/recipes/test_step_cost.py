@@ -191,7 +191,7 @@ def test_images_have_no_prediction(model: str, capsys: pytest.CaptureFixture[str
     if model != "vgg11":  # whose largest factor takes minutes
         names.append("KFAC, by eigenvalues, 10/100")
     words = ["--model", model, "--device", "cpu", "--length", "8", "--batch_size", "4", "--rounds", "1"]
-    step_cost.main([*words, arms.TORCH_MUON])
+    step_cost.main([*words, "--arms", *names, arms.TORCH_MUON])
     text = capsys.readouterr().out
     assert f"{model}, batches of 4 images of 8 x 8 pixels, fp32, cpu" in text
     rows = rows_of(text)[2:]
