@@ -10,12 +10,8 @@ OTHER_INPUT = "it was called with an input that has no batch dimension or is nes
 NOT_ITS_ROWS = "its input has neither the batch's rows nor its tokens, for which ids tell the samples"
 USED_ELSEWHERE = "its weight is used outside of its forward as well"
 ON_TOP_OF_ANOTHER = "reentrant activation checkpointing ran several forward passes before a backward pass"
-_CANCELS = (
-    "a BatchNorm reads its output, so that its samples' gradients cancel each other in part, which clipped ones no "
-    "longer would"
-)
-COUPLED = f"{_CANCELS}; behind the BatchNorms there is no layer that can clip the samples in its place"
-CLIPPED_BEHIND = f"{_CANCELS}; a layer behind the BatchNorms clips the samples in its place"
+COUPLED = "a BatchNorm reads its output, where clipping does harm, and no layer behind the BatchNorms can clip for it"
+CLIPPED_BEHIND = "a BatchNorm reads its output, where clipping does harm: a layer behind the BatchNorms clips for it"
 NO_BATCH = (
     "no input of the model is a tensor, or a mapping, list, tuple or dataclass that holds one, so that nothing tells "
     "how many samples there are"
