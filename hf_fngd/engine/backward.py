@@ -206,10 +206,13 @@ class WeighedLayer(torch.autograd.Function):
         saved, has_bias = Saved(x, weight, tuple(others)), ctx.has_bias
         of_weight: tuple[Tensor | None, Tensor | None] = None, None
         edges = ctx.next_functions[1 : 2 + has_bias]
-        if number is not None or any(torch._C._will_engine_execute_node(edge) for edge, _ in edges):
+        asked = number is not None or any(torch._C._will_engine_execute_node(edge) for edge, _ in edges)
+        clips_all = number is None and ctx.layer.clips_all and not ctx.batch.leads_on
+        if asked or clips_all:
             w = _weights(ctx, x, g, number, has_bias)
-            if number is None and ctx.layer.clips_all and not ctx.batch.leads_on:
-                g, w = scaled(g, w), None
+        if clips_all:
+            g, w = scaled(g, w), None
+        if asked:
             of_weight = ctx.kernel.weighted_gradient(saved, g, w, has_bias)
             if number is not None and ctx.coupled:
                 g = scaled(g, passed_on(w, ctx.engine, ctx.place))

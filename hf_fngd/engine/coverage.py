@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from hf_fngd.engine.gradients import Gradients
 from hf_fngd.engine.layer import Layer
-from hf_fngd.engine.reasons import CLIPPED_BEHIND, NEVER_CALLED
+from hf_fngd.engine.reasons import CLIPPED_BEHIND, COUPLED, NEVER_CALLED
 from hf_fngd.layers.modules import is_frozen
 from hf_fngd.layers.select import Selection
 
@@ -80,6 +80,8 @@ class Coverage:
             unreached = layer.shared.unreached and not layer.shared.ever
             if not reasons and not layer.weighed and unreached:
                 reasons = [NEVER_CALLED]
+            if reasons == [CLIPPED_BEHIND] and not self._clipping():
+                reasons = [COUPLED]  # what clipped for it is frozen now
             if reasons == [CLIPPED_BEHIND]:
                 plain.update(dict.fromkeys(names, CLIPPED_BEHIND))
                 stepped |= {name for name in names if told_of_rules and name not in self.fallback}
@@ -95,8 +97,17 @@ class Coverage:
             if name not in weighed
         }
         told = f"The fallback rule steps {listed(heads)}, as an output head or a depthwise filter" if heads else ""
-        note = "\n  ".join(filter(None, (self.note(), told, self._differentiated())))
+        note = "\n  ".join(filter(None, (self.note(), told, self._scaled(), self._differentiated())))
         return CoverageReport(tuple(preconditioned), plain, missed, tuple(weighed), note)
+
+    def _clipping(self) -> list[str]:
+        """The names of the layers behind BatchNorms that clip for all before them."""
+        layers = [layer.selected for layer in self._layers if layer.clips_all]
+        return [one.parameters[0] for one in layers if not is_frozen(one.module)]
+
+    def _scaled(self) -> str:
+        names = self._clipping()
+        return f"Whatever is before {listed(names)} gets gradients that its sample weights have scaled" if names else ""
 
     def _differentiated(self) -> str:
         names = [layer.selected.parameters[0] for layer in self._layers if layer.differentiated and layer.weighed]

@@ -23,7 +23,7 @@ from hf_fngd.engine.recomputed import Regions
 from hf_fngd.engine.rehearsal import Rehearsal, packed, rehearsing
 from hf_fngd.engine.window import MicroBatch, Window, in_backward
 from hf_fngd.layers.modules import is_frozen, plain_class, weight_of
-from hf_fngd.samples.batch import find_sample
+from hf_fngd.samples.batch import find_sample, requires_grad
 from hf_fngd.samples.ids import COLUMN, Ids, find_ids, is_one_row, of_tokens, read_ids
 from hf_fngd.samples.inputs import copied
 from hf_fngd.samples.rows import TOKENS, Rows, View
@@ -59,9 +59,9 @@ class Forwards:
         self._own_ids = COLUMN in inspect.signature(own).parameters
         self._inside = self._rehearsing = False
         self._regions = Regions()
-        self._inspection = Inspection(layers, uncoupled)
         self._leads_on = False  # whether an input of the model has a gradient in this pass
         self._coupled = uncoupled and any(isinstance(module, _BatchNorm) for module in model.modules())
+        self._inspection = Inspection(layers, uncoupled, self._coupled)
         self._model = weakref.ref(model)
         self.probing = Probing(layers, batch_dim)
         self._frozen = [layer for layer in layers if is_frozen(layer.selected.module)]  # from the beginning
@@ -149,7 +149,7 @@ class Forwards:
             return own(*args, **kwargs)
         refuse_replica(module)
         sample = find_sample(args, kwargs)
-        self._leads_on = any(isinstance(one, Tensor) and one.requires_grad for one in (sample, *args, *kwargs.values()))
+        self._leads_on = requires_grad((args, kwargs))
         self._whole = compiling = torch.compiler.is_compiling()
         if not compiling and self._frozen:
             self._look_for_unfrozen()

@@ -8,12 +8,6 @@ from torch import Tensor, nn
 
 _DEPTH = 8  # how deep containers and objects are followed
 
-# Operations that hand a layer's output on to a BatchNorm as it is: in another shape or dtype, in a sum, beside others.
-_HANDS_ON = {
-    *("ViewBackward", "ReshapeBackward", "UnsafeViewBackward", "TBackward", "TransposeBackward", "PermuteBackward"),
-    *("SqueezeBackward", "UnsqueezeBackward", "ToCopyBackward", "AddBackward", "SubBackward", "CatBackward"),
-}
-
 Consumers = dict[Any, list[tuple[str, tuple[int, ...]]]]
 
 
@@ -40,16 +34,9 @@ def uses_in_graph(output: Any, nodes: Collection[Any] = ()) -> tuple[Counter[int
 
 
 def before_batch_norms(output: Any, any_mode: bool = False) -> set[int]:
-    """The places of layers whose output a BatchNorm reads, in training mode or (``any_mode``) in any.
-
-    It may read a sum that the output is a part of.
-    """
-
-    def ends(node: Any) -> bool:
-        return node.name().rstrip("0123456789") not in _HANDS_ON
-
-    inputs = [norm.next_functions[0][0] for norm in _batch_norms(output, any_mode)]
-    return {_place(node) for node in _nodes(filter(None, inputs), until=ends)} - {-1}
+    """The places of the nearest layers before each BatchNorm in training mode, or (``any_mode``) in any."""
+    inputs = [one for norm in _batch_norms(output, any_mode) for one in _inputs(norm)[:1]]
+    return {_place(node) for node in _nodes(inputs, until=_is_layer)} - {-1}
 
 
 def behind_batch_norms(output: Any, weighed: Collection[int], any_mode: bool = False) -> set[int]:
@@ -60,7 +47,7 @@ def behind_batch_norms(output: Any, weighed: Collection[int], any_mode: bool = F
         weighed: the places of the layers that count.
         any_mode: as of `before_batch_norms`.
     """
-    norms = _batch_norms(output, any_mode)
+    norms = set(_batch_norms(output, any_mode))
     coupled = set(_nodes(norms))
     behind = dict[Any, int]()
 
@@ -68,7 +55,7 @@ def behind_batch_norms(output: Any, weighed: Collection[int], any_mode: bool = F
         return _place(node) in weighed and node not in coupled
 
     for node in _nodes(_ends(output)) if norms else ():
-        if counts(node) and not coupled.isdisjoint(_nodes(_inputs(node), until=counts)):
+        if counts(node) and not norms.isdisjoint(_nodes(_inputs(node), until=counts)):
             behind[node] = _place(node)
     for node in [*behind]:  # a shortcut may lead around a layer to one that is nearer to the output
         for one in _nodes(_inputs(node)):
@@ -90,6 +77,10 @@ def _place(node: Any) -> int:
     """The place of the layer whose operation it is; -1 for any other operation."""
     place = getattr(node, "place", None)
     return place if isinstance(place, int) else -1
+
+
+def _is_layer(node: Any) -> bool:
+    return _place(node) >= 0
 
 
 def _ends(output: Any) -> list[Any]:

@@ -21,10 +21,10 @@ class Inspection:
         done: whether a graph was read. Set it to False to have the next one read too.
     """
 
-    def __init__(self, layers: Sequence[Layer], uncoupled: bool) -> None:
+    def __init__(self, layers: Sequence[Layer], uncoupled: bool, norms: bool) -> None:
         self.done = False
         self._of_one = False  # whether that batch had one row, which shows no table of positions
-        self._layers, self._uncoupled = layers, uncoupled
+        self._layers, self._uncoupled, self._norms = layers, uncoupled, norms
         self._tables = [layer.kernel for layer in layers if isinstance(layer.kernel, EmbeddingKernel)]
 
     def begin(self, batch: MicroBatch | None) -> bool:
@@ -65,7 +65,9 @@ class Inspection:
         before = [self._layers[place] for place in before_batch_norms(output, rehearsed)]
         shared = [layer.shared for layer in before]
         able = [layer for layer in self._layers if layer.selected.preconditioned and layer.shared not in shared]
-        behind = behind_batch_norms(output, {layer.place for layer in able if not layer.reasons}, rehearsed)
+        fit = {layer.place for layer in able if not layer.reasons}
+        clipped = before and (self._norms or not rehearsed)  # else nobody asked for it, or no compiled graph does it
+        behind = behind_batch_norms(output, fit, rehearsed) if clipped else ()
         for layer in self._layers:
             layer.clips_all = layer.place in behind
         for layer in before:

@@ -36,6 +36,18 @@ def find_sample(args: tuple[Any, ...], kwargs: Mapping[str, Any], depth: int = 4
     return None
 
 
+def requires_grad(value: Any, depth: int = 4) -> bool:
+    """Whether a tensor among a model's inputs has a gradient; the search is that of `find_sample`."""
+    if isinstance(value, Tensor):
+        return value.requires_grad
+    inside: Any = value if isinstance(value, list | tuple) else ()
+    if isinstance(value, Mapping):
+        inside = value.values()
+    elif is_dataclass(value) and not isinstance(value, type):
+        inside = [getattr(value, field.name, None) for field in fields(value)]
+    return depth > 0 and any(requires_grad(one, depth - 1) for one in inside)
+
+
 def holds_batches(items: Sequence[Any]) -> bool:
     """Whether each item is a mapping of a whole batch, and none of one sample."""
 

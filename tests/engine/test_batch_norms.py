@@ -1,7 +1,7 @@
 """Under "clipped" a layer before a BatchNorm does not clip: one behind the BatchNorms does so for it."""
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import pytest
@@ -77,7 +77,7 @@ def steps(
             loss(own(images(seed))).backward()
         preconditioner.step()
         for name, p in plain.named_parameters():
-            if not torch.allclose(model.get_parameter(name).grad, p.grad, rtol=1e-9):
+            if p.requires_grad and not torch.allclose(model.get_parameter(name).grad, p.grad, rtol=1e-9):
                 names.discard(name)
     return names
 
@@ -208,6 +208,78 @@ def test_a_gradient_that_goes_on_through_the_inputs_is_the_plain_models(compiled
         loss(own(x)).backward()
         found.append(x.grad)
     torch.testing.assert_close(*found)
+
+
+@pytest.mark.parametrize("left_out", [{"target_modules": ["10"]}, {"exclude_modules": ["0", "7"]}])
+def test_where_no_layer_before_one_is_attached_nothing_is_scaled(left_out: dict[str, list[str]]) -> None:
+    model = network()
+    model[3], model[4] = nn.Conv2d(8, 8, 3, bias=False).double(), nn.BatchNorm2d(8).double()
+    left_out = {name: [*value, "3"] if name == "exclude_modules" else value for name, value in left_out.items()}
+    plain = steps(model, model, FNGDPreconditioner(model, **left_out))
+    assert plain == {name for name, _ in model.named_parameters()} - {"10.weight", "10.bias"}
+
+
+@pytest.mark.parametrize(
+    "between",
+    [
+        lambda x: x.contiguous(memory_format=torch.channels_last),
+        lambda x: nn.functional.max_pool2d(x, 2),
+        lambda x: x[:, :, 1:],
+        torch.relu,
+    ],
+    ids=["copied", "pooled", "cut", "activated"],
+)
+def test_what_is_between_a_layer_and_a_batch_norm_does_not_count(between: Callable[[Tensor], Tensor]) -> None:
+    class Between(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return between(x)
+
+    model = nn.Sequential(
+        *(nn.Conv2d(3, 8, 3, bias=False), Between(), nn.BatchNorm2d(8), nn.ReLU(), nn.AdaptiveAvgPool2d(1)),
+        *(nn.Flatten(), nn.Linear(8, 2)),
+    ).double()
+    plain = steps(model, model, FNGDPreconditioner(model, strict=True), ["6"])
+    assert plain == {name for name, _ in model.named_parameters()}
+
+
+def test_a_branch_without_a_batch_norm_clips_layer_by_layer() -> None:
+    class Branches(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.first, self.body, self.head = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3), nn.Linear(8, 2)
+            self.aside = nn.Sequential(nn.Conv2d(8, 8, 1), nn.BatchNorm2d(8), nn.ReLU())
+            self.other = nn.Linear(8, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = torch.relu(self.first(x))
+            y: Tensor = self.head(torch.relu(self.body(x)).mean((2, 3))) + self.other(self.aside(x).mean((2, 3)))
+            return y
+
+    model = Branches().double()
+    plain = steps(model, model, FNGDPreconditioner(model), ["other"])
+    assert plain == {"aside.0.weight", "aside.0.bias", "aside.1.weight", "aside.1.bias", "other.weight", "other.bias"}
+
+
+def test_gradients_of_some_parameters_alone_are_clipped_too() -> None:
+    model = network()
+    FNGDPreconditioner(model)
+    loss(model(images())).backward()
+    whole = model[0].weight.grad
+    for _ in range(2):
+        (alone,) = torch.autograd.grad(loss(model(images())), model[0].weight)
+        torch.testing.assert_close(alone, whole)
+
+
+def test_a_head_that_is_frozen_later_clips_no_more_and_the_report_says_so() -> None:
+    model = network()
+    preconditioner = FNGDPreconditioner(model)
+    steps(model, model, preconditioner, ["10"])
+    assert "before 10.weight" in preconditioner.coverage().note
+    model[10].requires_grad_(False)
+    plain = steps(model, model, preconditioner)
+    assert plain >= PLAIN
+    assert {name for name, reason in preconditioner.coverage().missed.items() if reason == COUPLED} == PLAIN
 
 
 def test_where_the_first_layer_behind_is_left_out_the_next_one_clips() -> None:
