@@ -107,7 +107,7 @@ class Coverage:
 
     def _scaled(self) -> str:
         names = self._clipping()
-        return f"Whatever is before {listed(names)} gets gradients that its sample weights have scaled" if names else ""
+        return f"The sample weights of {listed(names)} also scale the gradients of everything before" if names else ""
 
     def _differentiated(self) -> str:
         names = [layer.selected.parameters[0] for layer in self._layers if layer.differentiated and layer.weighed]

@@ -15,7 +15,8 @@ class Inspection:
     """Reads the graph of the first batch, and that of the first batch of several rows, if the first has one.
 
     It finds weights that are used outside their layers' forward, tables that are expanded over the batch, and, with
-    ``uncoupled``, layers whose output a BatchNorm reads, and those that clip in their place.
+    ``uncoupled``, layers whose output a BatchNorm reads, and those that clip in their place. ``norms`` says whether the
+    model has BatchNorm modules: without them no compiled graph passes sample weights on.
 
     Attributes:
         done: whether a graph was read. Set it to False to have the next one read too.

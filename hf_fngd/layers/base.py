@@ -4,7 +4,7 @@ A layer type is one file with one function and one `register_layer_type`. The fu
 module that it takes. A kernel forms the weighted gradient in one of two ways:
 
 * the kernel owns forward and backward (`ExplicitKernel`), and its backward returns ``sum_n w_n h_n`` in place of the
-  gradient of the layer's weight, while the input's gradient stays plain (but see `Layer.clips_all`);
+  gradient of the layer's weight, while the input's gradient stays plain (behind a BatchNorm the engine may weigh it);
 * the module's own forward runs, and the gradient of one tensor in it, whose first dimension is the sample, is
   multiplied by the sample weights on its way back (`Call.weigh`).
 """
