@@ -21,8 +21,8 @@ class CoverageReport:
         preconditioned: parameters of Linear, Conv1D and convolution layers. Their samples are weighed, and the update
             rule steps them.
         weighed: all other parameters whose samples are weighed; the fallback rule steps them.
-        plain: parameters whose own samples are not weighed, and why; the fallback rule steps them unless the reason says
-            otherwise. Before a layer that the note names, their gradient is that of losses which its sample weights scale.
+        plain: parameters whose samples are not weighed, and why; the fallback rule steps them unless the reason says
+            otherwise. Before a layer that the note names, that layer's sample weights scale their gradients.
         missed: parameters of Linear, Conv1D and convolution layers that had a plain gradient in some or all steps
             though they should not, and why.
         note: where the sizes of tensors alone told the samples apart, and remarks of the optimizer; often empty.

@@ -51,9 +51,8 @@ def requires_grad(value: Any, depth: int = 4) -> bool:
 def holds_batches(items: Sequence[Any]) -> bool:
     """Whether each item is a mapping of a whole batch, and none of one sample."""
 
-    def whole(one: Any) -> bool:
-        found = [one.get(key) for key in _BATCH_KEYS] if isinstance(one, Mapping) else []
-        dims = zip(found, _BATCH_KEYS.values(), strict=True) if found else ()
-        return any(isinstance(value, Tensor) and value.dim() >= dim for value, dim in dims)
+    def whole(one: Mapping[str, Any]) -> bool:
+        tensors = ((one.get(key), dim) for key, dim in _BATCH_KEYS.items())
+        return any(isinstance(value, Tensor) and value.dim() >= dim for value, dim in tensors)
 
-    return len(items) > 0 and all(whole(one) for one in items)
+    return len(items) > 0 and all(isinstance(one, Mapping) and whole(one) for one in items)
