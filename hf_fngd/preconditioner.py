@@ -84,7 +84,7 @@ class FNGDPreconditioner(Joins):
         self._coverage = Coverage(selection, self._attached, own.strict, self.policy.compares)
         begin = weakref.WeakMethod(self._begin)
         self._forwards = Forwards(model, self._attached, self.window, begin, own.batch_dim, self.policy.uncoupled)
-        self._coverage.note = self._forwards.probing.told
+        self._coverage.notes = (self._forwards.probing.told, self._forwards.inspection.told)
         self.positions = Positions(self._attached, len(self._forwards.live))
         # The model keeps none of this alive: without the optimizer it is plain again.
         weakref.finalize(self, self._forwards.drop).atexit = False

@@ -25,7 +25,8 @@ class CoverageReport:
             otherwise. Before a layer that the note names, that layer's sample weights scale their gradients.
         missed: parameters of Linear, Conv1D and convolution layers that had a plain gradient in some or all steps
             though they should not, and why.
-        note: where the sizes of tensors alone told the samples apart, and remarks of the optimizer; often empty.
+        note: where the sizes of tensors alone told the samples apart, BatchNorms that could not be seen, and remarks of
+            the optimizer; often empty.
     """
 
     preconditioned: tuple[str, ...]
@@ -63,7 +64,7 @@ class Coverage:
         self._told = False
         self._said = set[tuple[int, str]]()  # what the reports in the log said of layers, by their places
         self._gradients = Gradients()  # of the last step
-        self.note: Callable[[], str] = str
+        self.notes: Sequence[Callable[[], str]] = ()
         self.stepped: frozenset[str] = frozenset()  # plain parameters that the update rule steps all the same
         self.fallback: frozenset[str] = frozenset()  # parameters that the fallback rule steps, output heads included
 
@@ -98,7 +99,9 @@ class Coverage:
             if name not in weighed
         }
         told = f"The fallback rule steps {listed(heads)}, as an output head or a depthwise filter" if heads else ""
-        note = "\n  ".join(filter(None, (self.note(), told, self._scaled(), self._differentiated())))
+        note = "\n  ".join(
+            filter(None, (*(note() for note in self.notes), told, self._scaled(), self._differentiated()))
+        )
         return CoverageReport(tuple(preconditioned), plain, missed, tuple(weighed), note)
 
     def _clipping(self) -> list[str]:

@@ -60,8 +60,9 @@ class Forwards:
         self._inside = self._rehearsing = False
         self._regions = Regions()
         self._leads_on = False  # whether an input of the model has a gradient in this pass
-        self._coupled = uncoupled and any(isinstance(module, _BatchNorm) for module in model.modules())
-        self._inspection = Inspection(layers, uncoupled, self._coupled)
+        modules = model.named_modules() if uncoupled else ()
+        norms = {name: module for name, module in modules if isinstance(module, _BatchNorm)}
+        self._coupled, self.inspection = bool(norms), Inspection(layers, uncoupled, norms)
         self._model = weakref.ref(model)
         self.probing = Probing(layers, batch_dim)
         self._frozen = [layer for layer in layers if is_frozen(layer.selected.module)]  # from the beginning
@@ -93,7 +94,7 @@ class Forwards:
     def _begin_in_graph(self, size: int, ids: Ids | None, rehearsal: Rehearsal) -> MicroBatch:
         self._look_for_unfrozen()
         dim = self.probing.dim
-        if self.probing.left or not self._inspection.done:
+        if self.probing.left or not self.inspection.done:
             self._rehearse(rehearsal)
         self.probing.settle()
         if self.probing.dim != dim:  # this graph was made for another batch dimension: its step stays plain
@@ -104,8 +105,8 @@ class Forwards:
 
     def _rehearse(self, rehearsal: Rehearsal) -> None:
         """Run a compiled model's batch eagerly: first the probe's passes, then one whose autograd graph is read."""
-        model, inspected = self._model(), self._inspection.done
-        self._inspection.done = True
+        model, inspected = self._model(), self.inspection.done
+        self.inspection.done = True
         if model is None or in_backward():
             return
         reason = obstacle(model)
@@ -113,14 +114,14 @@ class Forwards:
             reason = "the compiled model has inputs that are no tensors, integers or containers of these"
         if reason is None and rehearsal.arguments is not None:
             args, kwargs = copied(rehearsal.arguments)  # a model may change its inputs in place
-            self._rehearsing, self._inspection.done = True, inspected
+            self._rehearsing, self.inspection.done = True, inspected
             try:
                 with rehearsing(model, rehearsal):
                     model.forward(*args, **kwargs)
             except Exception as error:  # whatever a model does where it is not compiled
                 reason = f"an eager forward pass failed ({shown(error)})"
             finally:
-                self._rehearsing, self._inspection.done, self.batch, self._number = False, True, None, None
+                self._rehearsing, self.inspection.done, self.batch, self._number = False, True, None, None
         if reason is not None:
             self.probing.left = 0
             self.probing.fail(reason)
@@ -139,7 +140,7 @@ class Forwards:
             if layer not in still:
                 self._attachment.refuse_left(layer.selected.module)
         self._frozen, self.live = still, [layer for layer in self._layers if layer not in still]
-        self._inspection.done, self.probing.left = False, self.probing.PROBES
+        self.inspection.done, self.probing.left = False, self.probing.PROBES
 
     def _model_forward(self, module: nn.Module, own: Callable[..., Any], *args: Any, **given: Any) -> Any:
         kwargs = given if self._own_ids else {key: value for key, value in given.items() if key != COLUMN}
@@ -172,12 +173,12 @@ class Forwards:
             batch.leads_on = self._leads_on
         # Layers that are compiled one by one find the micro-batch by its number.
         self._number = None if batch is None else numbered(batch)
-        inspects = self._inspection.begin(batch)
+        inspects = self.inspection.begin(batch)
         output = self._of_batch(own, args, kwargs)
         if batch is not None:
             self._window.passed()
             if inspects:
-                self._inspection.read(output, batch, rehearsed=self._rehearsing)
+                self.inspection.read(output, batch, rehearsed=self._rehearsing)
         return output
 
     def _begin_traced(

@@ -33,21 +33,44 @@ def uses_in_graph(output: Any, nodes: Collection[Any] = ()) -> tuple[Counter[int
     return leaves, consumers
 
 
-def before_batch_norms(output: Any, any_mode: bool = False) -> set[int]:
-    """The places of the nearest layers before each BatchNorm in training mode, or (``any_mode``) in any."""
-    inputs = [one for norm in _batch_norms(output, any_mode) for one in _inputs(norm)[:1]]
-    return {_place(node) for node in _nodes(inputs, until=_is_layer)} - {-1}
+def leaves(output: Any) -> set[int]:
+    """The ``id`` of each leaf of the graph."""
+    return {id(node.variable) for node in _nodes(_ends(output)) if hasattr(node, "variable")}
 
 
-def behind_batch_norms(output: Any, weighed: Collection[int], any_mode: bool = False) -> set[int]:
+def before_batch_norms(output: Any, scales: Collection[int], any_mode: bool = False) -> tuple[set[int], set[int]]:
+    """The nearest layers before each BatchNorm in training mode, or (``any_mode``) in any.
+
+    Args:
+        output: as of `uses_in_graph`.
+        scales: the ``id`` of the BatchNorms' scales. An operation that reads one is a BatchNorm or, as a compiled
+            block, holds one.
+        any_mode: whether BatchNorms in evaluation mode count.
+
+    Returns:
+        The layers' places, and the ``id`` of the leaves in front of them, as of layers in a compiled block.
+    """
+    inputs = [
+        one
+        for norm in _batch_norms(output, scales, any_mode)
+        for one in _inputs(norm)[: 1 if _is_batch_norm(norm) else None]
+    ]
+    found = [*_nodes(inputs, until=_is_layer)]
+    return {_place(node) for node in found} - {-1}, {id(node.variable) for node in found if hasattr(node, "variable")}
+
+
+def behind_batch_norms(
+    output: Any, weighed: Collection[int], scales: Collection[int], any_mode: bool = False
+) -> set[int]:
     """The places of layers behind the last BatchNorms: the first ones on each way from there to the output.
 
     Args:
         output: as of `uses_in_graph`.
         weighed: the places of the layers that count.
+        scales: as of `before_batch_norms`.
         any_mode: as of `before_batch_norms`.
     """
-    norms = set(_batch_norms(output, any_mode))
+    norms = set(_batch_norms(output, scales, any_mode))
     coupled = set(_nodes(norms))
     behind = dict[Any, int]()
 
@@ -63,14 +86,19 @@ def behind_batch_norms(output: Any, weighed: Collection[int], any_mode: bool = F
     return {*behind.values()}
 
 
-def _batch_norms(output: Any, any_mode: bool) -> list[Any]:
-    return [
-        node
-        for node in _nodes(_ends(output))
-        if "BatchNorm" in node.name()
-        and (any_mode or getattr(node, "_saved_training", True))
-        and node._input_metadata[0].shape[0] != 1  # an InstanceNorm is one on a batch of one
-    ]
+def _batch_norms(output: Any, scales: Collection[int], any_mode: bool) -> list[Any]:
+    return [node for node in _nodes(_ends(output)) if _couples(node, scales, any_mode)]
+
+
+def _couples(node: Any, scales: Collection[int], any_mode: bool) -> bool:
+    if not _is_batch_norm(node):
+        return any(id(one.variable) in scales for one in _inputs(node) if hasattr(one, "variable"))
+    trains = any_mode or bool(getattr(node, "_saved_training", True))
+    return trains and node._input_metadata[0].shape[0] != 1  # an InstanceNorm is one on a batch of one
+
+
+def _is_batch_norm(node: Any) -> bool:
+    return "BatchNorm" in node.name()
 
 
 def _place(node: Any) -> int:
