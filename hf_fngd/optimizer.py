@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_fngd.checks import Misplaced
-from hf_fngd.config import TRAINING_ARGS, FNGDConfig, set_in
+from hf_fngd.config import TRAINING_ARGS, FNGDConfig, set_in, tell_of_rate
 from hf_fngd.distributed.join import Joins
 from hf_fngd.distributed.sharded import local
 from hf_fngd.engine.coverage import CoverageReport
@@ -23,7 +23,7 @@ from hf_fngd.updates import FALLBACK_RULES, RULES, Update
 from hf_fngd.updates.block_muon import describe_blocks, keep_positions, known_positions
 from hf_fngd.updates.chosen import by_name
 from hf_fngd.updates.gradients import of_layers, real, squared_norms
-from hf_fngd.updates.groups import check_parameters, in_force, parameter_groups, resized, trainable
+from hf_fngd.updates.groups import check_parameters, in_force, parameter_groups, resized, trainable, with_rate
 from hf_fngd.updates.loaded import check_groups, with_frozen
 from hf_fngd.updates.momentum import natural_scales, scaled_gradients
 from hf_fngd.weights.solve import damping_from_gradient
@@ -56,17 +56,17 @@ class FNGD(torch.optim.Optimizer, Joins):
         ValueError, TypeError, RuntimeError: as `FNGDPreconditioner`, which is the attribute ``preconditioner``.
     """
 
-    def __init__(self, model: nn.Module, lr: float = Settings.lr, **settings: Any) -> None:
+    def __init__(self, model: nn.Module, lr: float | None = None, **settings: Any) -> None:
         self.settings = Settings.of("FNGD", {"lr": lr, **settings})
         self.preconditioner = FNGDPreconditioner(model, **self.settings.values(engine=True))
         self.skipped = 0
         self.built_from_args = False
         self._checked: list[int] = []  # the trainable parameters in the last step
-        fallback = FALLBACK_RULES[self.settings.fallback]
         inner = self.preconditioner.model
+        self.settings = with_rate(self.settings, inner)
         layers, unweighed = self.preconditioner.preconditioned, self.preconditioner.unweighed
         try:
-            groups = parameter_groups(inner, layers, unweighed, self.settings, fallback)
+            groups = parameter_groups(inner, layers, unweighed, self.settings, FALLBACK_RULES[self.settings.fallback])
         except Exception:
             self.preconditioner.detach()  # the model is plain again, which the error says enough about
             raise
@@ -113,6 +113,8 @@ class FNGD(torch.optim.Optimizer, Joins):
                     error.add_note(f"It comes from {TRAINING_ARGS[name]} of TrainingArguments.")
             raise
         optimizer.built_from_args = True
+        if "lr" not in chosen | overrides:
+            tell_of_rate(args, config, optimizer.settings)
         if "momentum" in optimizer.settings.updates and (args.max_grad_norm or 0) > 0:
             warnings.warn(
                 "update='momentum' takes its step from the size of the gradient, which "

@@ -41,8 +41,9 @@ class FNGDPreconditioner(Joins):
 
     Attach it, train with any optimizer, and call `step` once after every optimizer step, or let `follow` do so. Each
     backward pass leaves ``sum_n w_n h_n`` in the ``grad`` of the attached layers: with sharing "never" and "replay"
-    that is ``lambda' (F + lambda I)^-1 g`` (Eq. 9 of arXiv 2403.03473). All other gradients are plain. The attribute
-    ``epoch_ended`` says whether the last step was the last one of an epoch, as far as Accelerate's data loaders show.
+    that is ``lambda' (F + lambda I)^-1 g`` (Eq. 9 of arXiv 2403.03473). All other gradients are plain, but for those
+    before a BatchNorm under "clipped": a layer behind it clips for them. The attribute ``epoch_ended`` says whether the
+    last step was the last one of an epoch, as far as Accelerate's data loaders show.
 
     Args:
         model: the module that is called with the batch; ``batch_dim`` says where in it the samples are.
@@ -83,7 +84,7 @@ class FNGDPreconditioner(Joins):
         self._hooks: list[RemovableHandle] = []
         self._coverage = Coverage(selection, self._attached, own.strict, self.policy.compares)
         begin = weakref.WeakMethod(self._begin)
-        self._forwards = Forwards(model, self._attached, self.window, begin, own.batch_dim, self.policy.uncoupled)
+        self._forwards = Forwards(model, self._attached, self.window, begin, own.batch_dim, self.policy.weighs_behind)
         self._coverage.notes = (self._forwards.probing.told, self._forwards.inspection.told)
         self.positions = Positions(self._attached, len(self._forwards.live))
         # The model keeps none of this alive: without the optimizer it is plain again.

@@ -10,6 +10,7 @@ from hf_fngd.checks import NOT_NEGATIVE, Check, choice, flag, guess, integer, mo
 from hf_fngd.layers.base import layer_type_names
 from hf_fngd.layers.select import ALL_LINEAR
 from hf_fngd.updates import FALLBACK_RULES, RULES
+from hf_fngd.updates.base import RATE, RATE_OF_ADAPTERS
 from hf_fngd.updates.block_muon import FEWEST, PRICE
 from hf_fngd.updates.chosen import chosen_groups
 from hf_fngd.updates.orthogonal import STEPS
@@ -42,6 +43,7 @@ _OF_ENGINE = ("sharing", *READ_BY_POLICIES, "target_modules", "exclude_modules",
 # What other optimizers call some of them.
 _ELSEWHERE = {"learning_rate": "lr", "betas": "momentum and beta2", "beta1": "momentum", "params": "the model"}
 _MEANT_BY_NONE = {
+    "lr": RATE,  # FNGD itself has looked at the model
     "damping": 0.1,
     "ns_steps": STEPS,
     "beta2": 0.999,
@@ -59,11 +61,12 @@ class Settings:
         ValueError: a value is out of range, or nothing reads it under the other settings.
     """
 
-    lr: float = _setting(
-        1e-3,
-        NOT_NEGATIVE,
-        "Learning rate, >= 0. The root mean square of an update is 0.14 to 0.22 lr with update 'block_muon' or 'muon', "
-        "about lr with 'adam', and at most lr with 'momentum', before momentum.",
+    lr: float | None = _setting(
+        None,
+        real("None or a finite number >= 0", lambda x: x >= 0),
+        f"Learning rate, >= 0; None: {RATE:g}, or {RATE_OF_ADAPTERS:g} where LoRA adapters are trained. The root mean "
+        "square of an update is 0.14 to 0.22 lr with update 'block_muon' or 'muon', about lr with 'adam', and at most "
+        "lr with 'momentum', before momentum.",
     )
     momentum: float = _setting(
         0.9, real("a number >= 0 and < 1", lambda x: 0 <= x < 1), "Decay of the first moment, in [0, 1)."

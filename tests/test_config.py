@@ -91,7 +91,7 @@ def test_json_is_sorted_and_ends_in_a_newline() -> None:
 
 
 def test_optimizer_arguments_are_all_of_them_and_a_copy() -> None:
-    config = FNGDConfig(target_modules=["fc1"])
+    config = FNGDConfig(lr=1e-2, target_modules=["fc1"])
     given_to_optimizer = config.optimizer_arguments()
     assert tuple(given_to_optimizer) == setting_names()
     given_to_optimizer["target_modules"].append("fc2")

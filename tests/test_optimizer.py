@@ -134,11 +134,11 @@ def test_configs_and_training_arguments_are_settings_of_their_attributes() -> No
     args = SimpleNamespace(learning_rate=0.25, weight_decay=0.125, max_grad_norm=0.0)
     optimizer = FNGD.from_config(net(), config, damping=0.2)
     assert optimizer.config == dataclasses.replace(config, damping=0.2)
-    assert FNGD.from_config(net(), "paper").config == FNGDConfig.preset("paper")
+    assert FNGD.from_config(net(), "paper").config == FNGDConfig.preset("paper", lr=1e-3)
     assert optimizer.param_groups[0]["lr"] == 0.5
     assert optimizer.param_groups[0]["rule"] == "momentum"
     assert optimizer.settings.damping == 0.2
-    for given, rule in ((None, "block_muon"), (dataclasses.replace(config, lr=1e-3), "momentum")):
+    for given, rule in ((None, "block_muon"), (dataclasses.replace(config, lr=None), "momentum")):
         optimizer = FNGD.from_training_args(net(), args, given)
         group = optimizer.param_groups[0]
         assert (group["lr"], group["weight_decay"], group["rule"]) == (0.25, 0.125, rule)

@@ -43,7 +43,7 @@ PATTERNS = [
 BAD_MODULES = ["", *BAD_PATTERNS, "a" * (MAX_CHARACTERS + 1), [""], ["a"] * (MAX_NAMES + 1), ["a" * 20_000]]
 
 GOOD: dict[str, list[Any]] = {
-    "lr": [0, 0.0, 1, 1e-3, 1e300, numpy.float32(0.5), torch.tensor(0.5), numpy.array(0.5)],
+    "lr": [None, 0, 0.0, 1, 1e-3, 1e300, numpy.float32(0.5), torch.tensor(0.5), numpy.array(0.5)],
     "momentum": [0, 0.0, 0.9, 0.999999],
     "weight_decay": [0, 0.0, 0.1],
     "sharing": list(policy_names()),
@@ -69,7 +69,7 @@ GOOD: dict[str, list[Any]] = {
     "batch_dim": [None, 0, 1, numpy.int64(1)],
 }
 WRONG_TYPES: dict[str, list[Any]] = {
-    "lr": [None, *NOT_A_REAL],
+    "lr": NOT_A_REAL,
     "momentum": [None, *NOT_A_REAL],
     "weight_decay": [None, *NOT_A_REAL],
     "sharing": [*NOT_A_NAME, SharingPolicy],

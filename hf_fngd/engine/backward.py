@@ -129,7 +129,7 @@ class LayerCall:
     engine: int  # its number
     rows: Rows | None = None  # where the samples are; None: neither a probe nor ids said
     rehearsed: bool = False  # see `Call`
-    coupled: bool = False  # whether the model of a compiled graph has a BatchNorm
+    may_pass_on: bool = False  # whether in a compiled graph its sample weights may go on to its input's gradient
 
     @property
     def samples(self) -> int | None:
@@ -169,7 +169,7 @@ class LayerCall:
         # Not as a saved tensor: checkpointing would replace the micro-batch's number by that of its last forward.
         ctx.batch = None if isinstance(self.batch, Tensor) else self.batch
         ctx.layer, ctx.engine, ctx.place, ctx.again = self.layer, self.engine, self.place, False
-        ctx.coupled = self.coupled
+        ctx.may_pass_on = self.may_pass_on
         ctx.rows, ctx.kernel = self.rows, self.layer.kernel if isinstance(self.layer, Layer) else self.layer
 
 
@@ -214,7 +214,7 @@ class WeighedLayer(torch.autograd.Function):
             g, w = scaled(g, w), None
         if asked:
             of_weight = ctx.kernel.weighted_gradient(saved, g, w, has_bias)
-            if number is not None and ctx.coupled:
+            if number is not None and ctx.may_pass_on:
                 g = scaled(g, passed_on(w, ctx.engine, ctx.place))
         if number is None and torch.is_grad_enabled() and ctx.needs_input_grad[0] and weight.requires_grad:
             ctx.layer.differentiated = True

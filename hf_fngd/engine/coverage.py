@@ -78,12 +78,10 @@ class Coverage:
         for layer in self._layers:
             if is_frozen(layer.selected.module):
                 continue
-            names, matrix, reasons = layer.selected.parameters, layer.selected.preconditioned, layer.reasons
+            names, matrix, reasons = layer.selected.parameters, layer.selected.preconditioned, self._reasons(layer)
             unreached = layer.shared.unreached and not layer.shared.ever
             if not reasons and not layer.weighed and unreached:
                 reasons = [NEVER_CALLED]
-            if reasons == [CLIPPED_BEHIND] and not self._clipping():
-                reasons = [COUPLED]  # what clipped for it is frozen now
             if reasons == [CLIPPED_BEHIND]:
                 plain.update(dict.fromkeys(names, CLIPPED_BEHIND))
                 stepped |= {name for name in names if told_of_rules and name not in self.fallback}
@@ -103,6 +101,10 @@ class Coverage:
             filter(None, (*(note() for note in self.notes), told, self._scaled(), self._differentiated()))
         )
         return CoverageReport(tuple(preconditioned), plain, missed, tuple(weighed), note)
+
+    def _reasons(self, layer: Layer) -> list[str]:
+        """Why a layer is plain; what clipped for it may be frozen by now."""
+        return [COUPLED] if layer.reasons == [CLIPPED_BEHIND] and not self._clipping() else layer.reasons
 
     def _clipping(self) -> list[str]:
         """The names of the layers behind BatchNorms that clip for all before them."""
@@ -141,7 +143,7 @@ class Coverage:
             layer.close()
         for layer in live:
             layer.shared.reached = False
-        reasons = {(layer.place, reason) for layer in live for reason in layer.reasons}
+        reasons = {(layer.place, reason) for layer in live for reason in self._reasons(layer)}
         if not (self._told or reasons or samples):
             return  # a step without gradients
         if samples == 1 and self._compares and not self._told:
@@ -157,7 +159,7 @@ class Coverage:
         worse, self._told = self._told, True
         self._said |= said
         report = self.report()
-        faults = [layer for layer in live if layer.reasons and layer.reasons != [CLIPPED_BEHIND]]
+        faults = [layer for layer in live if self._reasons(layer) not in ([], [CLIPPED_BEHIND])]
         if faults and self._strict:
             raise RuntimeError(f"strict=True: {report}\nExclude these layers with exclude_modules.")
         # An output head that no batch has used is reported, but is no reason for a warning.

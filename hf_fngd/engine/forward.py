@@ -37,7 +37,7 @@ class Forwards:
 
     ``opened`` refers to the function that begins a training forward pass of N samples. ``batch`` is the micro-batch of
     the last such pass; None where that had no samples, or its step is done. ``live`` lists the layers that are
-    trained, or once were. With ``uncoupled`` a layer behind the BatchNorms weighs the samples for those before them.
+    trained, or once were. With ``weighs_behind`` a layer behind the BatchNorms weighs samples for those before them.
     """
 
     def __init__(
@@ -47,7 +47,7 @@ class Forwards:
         window: Window,
         opened: Callable[[], Callable[[int, Ids | None], MicroBatch] | None],
         batch_dim: int | None = None,
-        uncoupled: bool = False,
+        weighs_behind: bool = False,
     ) -> None:
         self.batch: MicroBatch | None = None
         self._layers, self._window, self._opened = layers, window, opened
@@ -60,9 +60,9 @@ class Forwards:
         self._inside = self._rehearsing = False
         self._regions = Regions()
         self._leads_on = False  # whether an input of the model has a gradient in this pass
-        modules = model.named_modules() if uncoupled else ()
+        modules = model.named_modules() if weighs_behind else ()
         norms = {name: module for name, module in modules if isinstance(module, _BatchNorm)}
-        self._coupled, self.inspection = bool(norms), Inspection(layers, uncoupled, norms)
+        self._has_norms, self.inspection = bool(norms), Inspection(layers, weighs_behind, norms)
         self._model = weakref.ref(model)
         self.probing = Probing(layers, batch_dim)
         self._frozen = [layer for layer in layers if is_frozen(layer.selected.module)]  # from the beginning
@@ -242,7 +242,7 @@ class Forwards:
             self._handle.number,
             rows,
             self._whole,
-            coupled=self._coupled and not self._leads_on,
+            may_pass_on=self._has_norms and not self._leads_on,
         )
         return layer.kernel.run(module, own, x, call)
 

@@ -23,18 +23,18 @@ class Inspection:
     """Reads the graph of the first batch, and that of the first batch of several rows, if the first has one.
 
     It finds weights that are used outside their layers' forward, tables that are expanded over the batch, and, with
-    ``uncoupled``, layers whose output a BatchNorm reads, and those that clip in their place. ``norms`` has the model's
-    BatchNorms by their names: without them no compiled graph passes sample weights on.
+    ``weighs_behind``, layers whose output a BatchNorm reads, and those that clip in their place. ``norms`` has the
+    model's BatchNorms by their names: without them no compiled graph passes sample weights on.
 
     Attributes:
         done: whether a graph was read. Set it to False to have the next one read too.
         hidden: the names of BatchNorms that train and are not in the graph.
     """
 
-    def __init__(self, layers: Sequence[Layer], uncoupled: bool, norms: Mapping[str, _BatchNorm]) -> None:
+    def __init__(self, layers: Sequence[Layer], weighs_behind: bool, norms: Mapping[str, _BatchNorm]) -> None:
         self.done, self.hidden = False, list[str]()
         self._of_one = False  # whether that batch had one row, which shows no table of positions
-        self._layers, self._uncoupled, self._norms = layers, uncoupled, norms
+        self._layers, self._weighs_behind, self._norms = layers, weighs_behind, norms
         self._tables = [layer.kernel for layer in layers if isinstance(layer.kernel, EmbeddingKernel)]
 
     def begin(self, batch: MicroBatch | None) -> bool:
@@ -68,7 +68,7 @@ class Inspection:
             # A layer that is compiled by itself has no counted calls.
             if any(uses[key] > max(calls[key], int(layer.selected.preconditioned)) for key in own):
                 layer.shared.reasons.add(USED_ELSEWHERE)
-        if self._uncoupled:
+        if self._weighs_behind:
             self._uncouple(output, keys, rehearsed)
         if self._norms and batch.rows > 1:
             shown = leaves(output)

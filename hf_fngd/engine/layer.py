@@ -254,7 +254,7 @@ class Layer:
         self.shared.ambiguous.update([self.place] if AMBIGUOUS in reasons else [])
         if NO_EQUAL_SHARES in reasons:
             self.leave_out(NO_EQUAL_SHARES)
-        if self.kernel.expands != expands:
+        if self.kernel.expands != expands:  # a table's; other kernels cannot be set
             self.kernel.expands = expands
 
 

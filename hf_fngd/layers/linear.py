@@ -22,7 +22,7 @@ class LinearKernel(MatrixKernel):
     """``y = x W^T + b``.
 
     Attributes:
-        tied: whether the layer is an output head that shares its weight with an embedding.
+        tied: whether the layer shares its weight with an embedding, as an output head may.
     """
 
     tied: bool = False

@@ -117,6 +117,7 @@ def select_layers(
     known: dict[int, list[str]] = defaultdict(list)
     for name, parameter in model.named_parameters(remove_duplicate=False):
         known[id(parameter)].append(name)
+    of_tables = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
     uses = Counter(id(parameter) for module in model.modules() for parameter in to_train(module).values())
     wanted = set(layer_type_names(default=True) if layer_types is None else layer_types)
     preconditioned: list[Selected] = []
@@ -140,7 +141,8 @@ def select_layers(
             preconditioned.append(Selected(name, module, kernel, True, names))
             continue
         if kernel is not None and not excluded and (_trains_alone(module, kernel) or reason == TIED):
-            kernel = replace(kernel, tied=True) if isinstance(kernel, LinearKernel) else kernel
+            if isinstance(kernel, LinearKernel) and id(module.weight) in of_tables:
+                kernel = replace(kernel, tied=True)
             others.append(Selected(name, module, kernel, False, names))
         left_out = any(
             isinstance(module, bases) and of not in wanted

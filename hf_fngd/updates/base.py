@@ -1,11 +1,12 @@
 """What an update rule is given, and the registry that names the rules: one file and one `register_rule` each."""
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from hf_fngd.checks import NOT_NEGATIVE, choice
@@ -48,6 +49,11 @@ class UpdateRule(NamedTuple):
 
 RULES: dict[str, UpdateRule] = {}
 
+RATE, RATE_OF_ADAPTERS = 1e-3, 3e-3
+"""What ``lr=None`` stands for, in a model whose own weights are trained, and in one that trains LoRA adapters."""
+
+_ADAPTER = re.compile(r"\.lora_[ab]\b", re.IGNORECASE)
+
 
 def register_rule(
     name: str, *state: str, reads: Sequence[str] = (), matrices: bool = False, over_adamw: float = 1.0
@@ -66,6 +72,15 @@ def register_rule(
         return rule
 
     return register
+
+
+def default_learning_rate(model: nn.Module, update: str) -> float:
+    """What ``lr=None`` means: `RATE_OF_ADAPTERS` where a rule for matrices moves LoRA's, otherwise `RATE`.
+
+    LoRA's parameters go by the names that PEFT gives them, ``lora_A`` and ``lora_B``.
+    """
+    adapters = any(p.requires_grad and _ADAPTER.search(name) for name, p in model.named_parameters())
+    return RATE_OF_ADAPTERS if adapters and RULES[update].matrices else RATE
 
 
 def learning_rate_from_adamw(lr: float, update: str = "block_muon") -> float:

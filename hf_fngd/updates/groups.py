@@ -14,7 +14,7 @@ from hf_fngd.distributed.sharded import is_sharded
 from hf_fngd.layers.base import Matrices, MatrixKernel
 from hf_fngd.layers.modules import is_frozen, may_train
 from hf_fngd.layers.select import ALL_LINEAR, Selected
-from hf_fngd.updates.base import RULES
+from hf_fngd.updates.base import RULES, default_learning_rate
 from hf_fngd.updates.chosen import assigned
 from hf_fngd.updates.heads import depthwise_filters, output_heads
 
@@ -130,6 +130,13 @@ def _split(
 
 def _group(name: str, rule: str, lr: float, weight_decay: float) -> dict[str, Any]:
     return {"params": [], "name": name, "rule": rule, "lr": lr, "weight_decay": weight_decay, "layers": []}
+
+
+def with_rate(settings: Any, model: nn.Module) -> Any:
+    """The settings with the learning rate that None stands for in this model."""
+    if settings.lr is not None:
+        return settings
+    return dataclasses.replace(settings, lr=default_learning_rate(model, settings.update))
 
 
 def resized(moments: Mapping[str, Tensor], parameter: Tensor, name: str) -> dict[str, Tensor]:

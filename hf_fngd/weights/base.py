@@ -52,7 +52,7 @@ class SharingPolicy(ABC):
     name: ClassVar[str]  # its name in the argument ``sharing``
     solves: ClassVar[bool] = False  # whether it solves Eq. 9, so that a layer type has to form Gram matrices
     compares: ClassVar[bool] = True  # whether a sample's weights depend on other samples
-    uncoupled: ClassVar[bool] = False  # whether a layer behind the BatchNorms weighs the samples for those before them
+    weighs_behind: ClassVar[bool] = False  # whether layers before a BatchNorm leave the weighing to one behind it
     reads: ClassVar[tuple[str, ...]] = ()  # the arguments it uses, of "damping", "coefficient_steps", "memory_budget"
 
     def prepare(self, layers: int, *, damping: float, coefficient_steps: int | None, memory_budget: int) -> None:

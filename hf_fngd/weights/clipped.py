@@ -56,7 +56,7 @@ class ClippedSharing(SharingPolicy):
     """
 
     name = "clipped"
-    uncoupled = True
+    weighs_behind = True
     parts: int  # M
     means: Tensor  # mean norms in the last step of M micro-batches ``[P]``, by layer; 0 where none was ever known
     shorter: bool  # whether the last step had fewer micro-batches

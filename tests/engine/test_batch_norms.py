@@ -282,6 +282,15 @@ def test_a_head_that_is_frozen_later_clips_no_more_and_the_report_says_so() -> N
     assert {name for name, reason in preconditioner.coverage().missed.items() if reason == COUPLED} == PLAIN
 
 
+def test_with_strict_that_is_an_error() -> None:
+    model = network()
+    preconditioner = FNGDPreconditioner(model, strict=True)
+    steps(model, model, preconditioner, ["10"])
+    model[10].requires_grad_(False)
+    with pytest.raises(RuntimeError, match="strict=True"):
+        steps(model, model, preconditioner)
+
+
 def test_where_the_first_layer_behind_is_left_out_the_next_one_clips() -> None:
     model = network()
     model.insert(10, nn.Linear(8, 8).double())

@@ -56,7 +56,7 @@ def test_settings_that_fngd_does_not_see_are_told(tmp_path: Path, caplog: pytest
     assert told in caplog.text
     caplog.clear()
     trainer(tmp_path, LINEAR.data(ROWS), callbacks=[FNGDCallback()], factory=True, **changes).train()
-    trainer(tmp_path, LINEAR.data(ROWS), callbacks=[FNGDCallback()], learning_rate=FNGDConfig().lr).train()
+    trainer(tmp_path, LINEAR.data(ROWS), callbacks=[FNGDCallback()], learning_rate=FNGDConfig().effective("lr")).train()
     assert "has no effect" not in caplog.text
 
 

@@ -4,9 +4,9 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from hf_fngd import FNGDConfig, learning_rate_from_adamw
+from hf_fngd import FNGD, FNGDConfig, learning_rate_from_adamw
 from hf_fngd.updates import FALLBACK_RULES, RULES, register_rule
 from tests.updates.rules import SHAPES, apply, assert_equal, gradients, ours, start, theirs
 
@@ -114,6 +114,38 @@ def test_the_arguments_name_rules() -> None:
 def test_a_learning_rate_from_adamws(rule: str) -> None:
     assert learning_rate_from_adamw(3e-4, rule) == pytest.approx({"adam": 3e-4, "momentum": 3e-5}.get(rule, 6e-4))
     assert learning_rate_from_adamw(3e-4) == learning_rate_from_adamw(3e-4, FNGDConfig().update)
+
+
+class Adapted(nn.Module):
+    """A layer with LoRA's two matrices, under the names that PEFT gives them."""
+
+    def __init__(self, trained: bool, also: bool) -> None:
+        super().__init__()
+        self.base = nn.Linear(4, 4).requires_grad_(also)
+        self.lora_A = nn.ModuleDict({"default": nn.Linear(4, 2).requires_grad_(trained)})
+        self.lora_B = nn.ModuleDict({"default": nn.Linear(2, 4).requires_grad_(trained)})
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.base(x) + self.lora_B["default"](self.lora_A["default"](x))
+        return y
+
+
+@pytest.mark.parametrize(
+    ("model", "given", "found"),
+    [
+        (nn.Linear(4, 4), {}, 1e-3),
+        (nn.Sequential(Adapted(True, False)), {}, 3e-3),
+        (nn.Sequential(Adapted(True, True)), {"lr": None}, 3e-3),
+        (nn.Sequential(Adapted(False, True)), {}, 1e-3),
+        (nn.Sequential(Adapted(True, False)), {"lr": 2e-3}, 2e-3),
+    ],
+)
+def test_the_default_learning_rate_is_larger_for_adapters(
+    model: nn.Module, given: dict[str, Any], found: float
+) -> None:
+    optimizer = FNGD(model, **given)
+    assert {group["lr"] for group in optimizer.param_groups} == {found}
+    assert optimizer.config.lr == optimizer.defaults["lr"] == found
 
 
 @pytest.mark.parametrize(
