@@ -2,7 +2,7 @@
 
 import inspect
 import textwrap
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Self, TypeVar
 
@@ -23,9 +23,13 @@ def _sharing(key: str, value: Any) -> Any:
     return value if isinstance(value, SharingPolicy) else choice(policy_names())(key, value)
 
 
+def _quoted(names: Iterable[str]) -> str:
+    return ", ".join(map(repr, names))
+
+
 def _layer_types(key: str, value: Any) -> list[str]:
     if not isinstance(value, list | tuple) or not value:
-        raise wrong_type(key, value, f"None or a list of some of {', '.join(map(repr, layer_type_names()))}")
+        raise wrong_type(key, value, f"None or a list of some of {_quoted(layer_type_names())}")
     return [choice(layer_type_names())(f"{key}[{index}]", name) for index, name in enumerate(value)]
 
 
@@ -159,8 +163,8 @@ class Settings:
     layer_types: list[str] | None = _setting(  # noqa: RUF009
         None,
         _layer_types,
-        "Types of layers whose samples are weighed: a list of some of 'linear', 'conv1d', 'embedding', 'convolution', "
-        "'norm' and 'table'; None: all of them but 'norm'.",
+        f"Types of layers whose samples are weighed: a list of some of {_quoted(layer_type_names())}; None: all of them "
+        f"but {_quoted(name for name in layer_type_names() if name not in layer_type_names(default=True))}.",
     )
     strict: bool = _setting(
         False, flag, "Raise where the coverage report would only tell of a layer that cannot be weighed."

@@ -20,6 +20,8 @@ from hf_fngd.layers.unweighed import unweighed_matrices
 
 ALL_LINEAR = "all-linear"
 Modules = str | Sequence[str] | None
+_BASES = {"linear": MATRICES[0], "conv1d": MATRICES[1], "convolution": CONVOLUTIONS}  # by the layer type
+
 TIED = "the weight is tied to another module"
 COMPUTED = "the layer's weight is computed from other parameters (as by pruning or weight normalization)"
 FROZEN = "the layer's weight is frozen"
@@ -144,10 +146,7 @@ def select_layers(
             if isinstance(kernel, LinearKernel) and id(module.weight) in of_tables:
                 kernel = replace(kernel, tied=True)
             others.append(Selected(name, module, kernel, False, names))
-        left_out = any(
-            isinstance(module, bases) and of not in wanted
-            for of, bases in (("linear", nn.Linear), ("conv1d", MATRICES[1]), ("convolution", CONVOLUTIONS))
-        )
+        left_out = any(isinstance(module, bases) for of, bases in _BASES.items() if of not in wanted)
         if layer_type is None and named and not excluded and not left_out:
             alone = {
                 leaf: n for leaf, n in unweighed_matrices(module).items() if uses[id(module._parameters[leaf])] == 1
