@@ -163,8 +163,8 @@ class Settings:
     layer_types: list[str] | None = _setting(  # noqa: RUF009
         None,
         _layer_types,
-        f"Types of layers whose samples are weighed: a list of some of {_quoted(layer_type_names())}; None: all of them "
-        f"but {_quoted(name for name in layer_type_names() if name not in layer_type_names(default=True))}.",
+        f"Types of layers whose samples are weighed: a list of some of {_quoted(layer_type_names())}; None: all of "
+        f"them but {_quoted(name for name in layer_type_names() if name not in layer_type_names(default=True))}.",
     )
     strict: bool = _setting(
         False, flag, "Raise where the coverage report would only tell of a layer that cannot be weighed."

@@ -20,7 +20,12 @@ from hf_fngd.layers.unweighed import unweighed_matrices
 
 ALL_LINEAR = "all-linear"
 Modules = str | Sequence[str] | None
-_BASES = {"linear": MATRICES[0], "conv1d": MATRICES[1], "convolution": CONVOLUTIONS}  # by the layer type
+# Of the layer types that are matrices.
+_BASES: dict[str, tuple[type[nn.Module], ...]] = {
+    "linear": MATRICES[:1],
+    "conv1d": MATRICES[1:],
+    "convolution": CONVOLUTIONS,
+}
 
 TIED = "the weight is tied to another module"
 COMPUTED = "the layer's weight is computed from other parameters (as by pruning or weight normalization)"
