@@ -75,10 +75,11 @@ class Coverage:
         weighed: dict[str, None] = {}
         missed: dict[str, str] = {}
         plain, stepped, told_of_rules = dict(self._selection.plain), set(self.stepped), self.stepped | self.fallback
+        clipping = self._clipping()
         for layer in self._layers:
             if is_frozen(layer.selected.module):
                 continue
-            names, matrix, reasons = layer.selected.parameters, layer.selected.preconditioned, self._reasons(layer)
+            names, matrix, reasons = layer.selected.parameters, layer.selected.preconditioned, _reasons(layer, clipping)
             unreached = layer.shared.unreached and not layer.shared.ever
             if not reasons and not layer.weighed and unreached:
                 reasons = [NEVER_CALLED]
@@ -101,10 +102,6 @@ class Coverage:
             filter(None, (*(note() for note in self.notes), told, self._scaled(), self._differentiated()))
         )
         return CoverageReport(tuple(preconditioned), plain, missed, tuple(weighed), note)
-
-    def _reasons(self, layer: Layer) -> list[str]:
-        """Why a layer is plain; what clipped for it may be frozen by now."""
-        return [COUPLED] if layer.reasons == [CLIPPED_BEHIND] and not self._clipping() else layer.reasons
 
     def _clipping(self) -> list[str]:
         """The names of the layers behind BatchNorms that clip for all before them."""
@@ -143,7 +140,9 @@ class Coverage:
             layer.close()
         for layer in live:
             layer.shared.reached = False
-        reasons = {(layer.place, reason) for layer in live for reason in self._reasons(layer)}
+        clipping = self._clipping()
+        found = {layer.place: _reasons(layer, clipping) for layer in live}
+        reasons = {(place, reason) for place, of_layer in found.items() for reason in of_layer}
         if not (self._told or reasons or samples):
             return  # a step without gradients
         if samples == 1 and self._compares and not self._told:
@@ -159,9 +158,14 @@ class Coverage:
         worse, self._told = self._told, True
         self._said |= said
         report = self.report()
-        faults = [layer for layer in live if self._reasons(layer) not in ([], [CLIPPED_BEHIND])]
+        faults = [layer for layer in live if found[layer.place] not in ([], [CLIPPED_BEHIND])]
         if faults and self._strict:
             raise RuntimeError(f"strict=True: {report}\nExclude these layers with exclude_modules.")
         # An output head that no batch has used is reported, but is no reason for a warning.
         missed = any(layer.selected.preconditioned for layer in faults)
         logger.log(logging.WARNING if missed or worse else logging.INFO, "%s", report)
+
+
+def _reasons(layer: Layer, clipping: Sequence[str]) -> list[str]:
+    """Why a layer is plain; what clipped for it may be frozen by now."""
+    return [COUPLED] if layer.reasons == [CLIPPED_BEHIND] and not clipping else layer.reasons

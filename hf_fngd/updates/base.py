@@ -52,7 +52,7 @@ RULES: dict[str, UpdateRule] = {}
 RATE, RATE_OF_ADAPTERS = 1e-3, 3e-3
 """What ``lr=None`` stands for, in a model whose own weights are trained, and in one that trains LoRA adapters."""
 
-_ADAPTER = re.compile(r"\.lora_[ab]\b", re.IGNORECASE)
+_ADAPTER = re.compile(r"(?:^|\.)lora_[ab]\b", re.IGNORECASE)
 
 
 def register_rule(
