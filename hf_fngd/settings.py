@@ -68,9 +68,9 @@ class Settings:
     lr: float | None = _setting(
         None,
         real("None or a finite number >= 0", lambda x: x >= 0),
-        f"Learning rate, >= 0; None: {RATE:g}, or {RATE_OF_ADAPTERS:g} where LoRA adapters are trained. The root mean "
-        "square of an update is 0.14 to 0.22 lr with update 'block_muon' or 'muon', about lr with 'adam', and at most "
-        "lr with 'momentum', before momentum.",
+        f"Learning rate, >= 0; None: {RATE:g}, or {RATE_OF_ADAPTERS:g} where update 'block_muon' or 'muon' moves LoRA "
+        "adapters. The root mean square of an update is 0.14 to 0.22 lr with these two, about lr with 'adam', and at "
+        "most lr with 'momentum', before momentum.",
     )
     momentum: float = _setting(
         0.9, real("a number >= 0 and < 1", lambda x: 0 <= x < 1), "Decay of the first moment, in [0, 1)."
