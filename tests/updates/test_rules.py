@@ -138,6 +138,8 @@ class Adapted(nn.Module):
         (nn.Sequential(Adapted(True, True)), {"lr": None}, 3e-3),
         (nn.Sequential(Adapted(False, True)), {}, 1e-3),
         (nn.Sequential(Adapted(True, False)), {"lr": 2e-3}, 2e-3),
+        (nn.Sequential(Adapted(True, False)), {"update": "adam"}, 1e-3),
+        (Adapted(True, False), {"update": "muon"}, 3e-3),
     ],
 )
 def test_the_default_learning_rate_is_larger_for_adapters(
