@@ -33,11 +33,6 @@ def uses_in_graph(output: Any, nodes: Collection[Any] = ()) -> tuple[Counter[int
     return leaves, consumers
 
 
-def leaves(output: Any) -> set[int]:
-    """The ``id`` of each leaf of the graph."""
-    return {id(node.variable) for node in _nodes(_ends(output)) if hasattr(node, "variable")}
-
-
 def before_batch_norms(output: Any, scales: Collection[int], any_mode: bool = False) -> tuple[set[int], set[int]]:
     """The nearest layers before each BatchNorm in training mode, or (``any_mode``) in any.
 

@@ -10,7 +10,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from hf_fngd.distributed.sharded import is_sharded
 from hf_fngd.engine.coverage import listed
-from hf_fngd.engine.graph import before_batch_norms, behind_batch_norms, leaves, uses_in_graph
+from hf_fngd.engine.graph import before_batch_norms, behind_batch_norms, uses_in_graph
 from hf_fngd.engine.layer import Layer
 from hf_fngd.engine.reasons import CLIPPED_BEHIND, COUPLED, USED_ELSEWHERE
 from hf_fngd.engine.window import MicroBatch
@@ -69,10 +69,9 @@ class Inspection:
             if any(uses[key] > max(calls[key], int(layer.selected.preconditioned)) for key in own):
                 layer.shared.reasons.add(USED_ELSEWHERE)
         if self._weighs_behind:
-            self._uncouple(output, keys, rehearsed)
-        if self._norms and batch.rows > 1:
-            shown = leaves(output)
-            self.hidden = [name for scale, name in self._scales().items() if scale not in shown]
+            scales = self._scales()
+            self._uncouple(output, keys, scales, rehearsed)
+            self.hidden = [name for scale, name in scales.items() if scale not in uses]
             if self.hidden:
                 logger.warning("%s", self.told())
 
@@ -94,11 +93,12 @@ class Inspection:
             if isinstance(scale, nn.Parameter) and scale.requires_grad and not is_sharded(scale)
         }
 
-    def _uncouple(self, output: Any, keys: Sequence[Sequence[int]], rehearsed: bool) -> None:
-        scales = self._scales().keys()
-        places, hidden = before_batch_norms(output, scales, rehearsed)
+    def _uncouple(self, output: Any, keys: Sequence[Sequence[int]], scales: Mapping[int, str], rehearsed: bool) -> None:
+        places, parameters = before_batch_norms(output, scales, rehearsed)
         before = [
-            layer for layer, own in zip(self._layers, keys, strict=True) if layer.place in places or hidden & {*own}
+            layer
+            for layer, own in zip(self._layers, keys, strict=True)
+            if layer.place in places or not parameters.isdisjoint(own)
         ]
         shared = [layer.shared for layer in before]
         able = [layer for layer in self._layers if layer.selected.preconditioned and layer.shared not in shared]
