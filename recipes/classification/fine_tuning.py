@@ -18,8 +18,7 @@ from transformers import PreTrainedModel, Trainer, TrainingArguments
 from common.arguments import at_least_one, option
 from common.run import Run
 from hf_fngd import FNGDFactory
-from hf_fngd.updates.base import default_learning_rate
-from hf_fngd.updates.groups import decays
+from hf_fngd.updates.groups import decays, with_rate
 
 ALL_LINEAR = "all-linear"
 _NUMBERED = re.compile(r"\.(\d+)\.")  # of a layer, in the name of its parameters
@@ -180,7 +179,7 @@ def with_own_rates(run: Run, model: nn.Module, optimizer: str, chosen: FineTunin
             raise ValueError(f"{name} sets rates as parts or multiples of --learning_rate: leave out --fallback_lr.")
         if run.config.param_groups is not None:
             raise ValueError(f"{name} makes parameter groups of its own: take a --fngd_config without any.")
-        lr = default_learning_rate(model, run.config.update) if run.config.lr is None else run.config.lr
+        lr = with_rate(run.config, model).lr
         groups = [{"params": _pattern(names), "lr": factor * lr} for factor, names in rates.items() if factor != 1]
         config = dataclasses.replace(run.config, param_groups=groups or None)
         return dataclasses.replace(run, config=config, optimizer=(FNGDFactory, {"args": run.args, "config": config}))
