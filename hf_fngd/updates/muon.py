@@ -12,8 +12,9 @@ from hf_fngd.updates.orthogonal import STEPS, orthogonalize_blocks, working_dtyp
 
 # The root mean square of an orthogonalized update equals that of a typical AdamW step (Liu et al. 2025, Sec. 2.2).
 _MUON_RMS = 0.2
-# In bytes, of the matrices that are orthogonalized together: beyond it, larger products are no faster.
-_MUON_BYTES = 2**28
+# In bytes, of the matrices that are orthogonalized together: beyond it larger products are no faster, and on a CPU
+# slower, as they leave its caches.
+_MUON_BYTES, _MUON_BYTES_ON_CPU = 2**28, 2**21
 
 
 @register_rule("muon", "momentum_buffer", reads=("ns_steps",), matrices=True, over_adamw=2.0)
@@ -66,9 +67,10 @@ def orthogonalized_momentum(
     }
     # States from before ns_steps was an argument lack it.
     steps = int(update.group.get("ns_steps", STEPS))
+    limit = _MUON_BYTES_ON_CPU if all(kind.device.type == "cpu" for kind in kinds.values()) else _MUON_BYTES
     # The cost of a tensor: orthogonalizing takes operations in proportion.
     for exchange in exchanges(
-        tensors, kinds, lambda kind: kind.shape.numel() * min(kind.height, kind.columns), _MUON_BYTES, replicas
+        tensors, kinds, lambda kind: kind.shape.numel() * min(kind.height, kind.columns), limit, replicas
     ):
         directions: dict[int, Tensor] = {}
         if given := exchange.given:

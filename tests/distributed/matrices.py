@@ -148,7 +148,7 @@ def owned() -> dict[str, Any]:
         sharded, before = split(ones), [p.clone() for p in ones]
         state = [x.to_local() for x in split(buffers)]
         counts: list[int] = []
-        with torch.no_grad(), mock.patch.object(muon, "_MUON_BYTES", limit):
+        with torch.no_grad(), mock.patch.object(muon, "_MUON_BYTES_ON_CPU", limit):
             for step in range(3):
                 grads = [torch.randn_like(p) for p in ones]
                 RULES[update].update(Update(ones, grads, [buffers], [step + 1] * len(ones), ones, matrices, group))
@@ -178,7 +178,7 @@ def replicated() -> dict[str, Any]:
         copies, before = [p.clone() for p in ones], [p.clone() for p in ones]
         states = [[torch.zeros_like(p) for p in ones] for _ in range(2)]
         counts: list[int] = []
-        with torch.no_grad(), mock.patch.object(muon, "_MUON_BYTES", limit):
+        with torch.no_grad(), mock.patch.object(muon, "_MUON_BYTES_ON_CPU", limit):
             for step in range(3):
                 grads, steps = [torch.randn_like(p) for p in ones], [step + 1] * len(ones)
                 muon.muon_update(Update(ones, grads, [states[0]], steps, ones, matrices, group))

@@ -119,7 +119,7 @@ def test_muon_takes_as_many_matrices_together_as_the_memory_allows(monkeypatch: 
 
     expected = ours("muon", [(4, 6)] * 5)
     monkeypatch.setattr(muon, "orthogonalize_blocks", count)
-    monkeypatch.setattr(muon, "_MUON_BYTES", 2 * 4 * 6 * 8)
+    monkeypatch.setattr(muon, "_MUON_BYTES_ON_CPU", 2 * 4 * 6 * 8)
     torch.testing.assert_close(ours("muon", [(4, 6)] * 5), expected)
     assert together == [2, 2, 1] * STEPS
 
