@@ -24,7 +24,7 @@ from tests.modes.nets import bert
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = sorted(
     path.relative_to(ROOT).as_posix()
-    for pattern in ("*.md", "docs/*.md", "examples/*.md", "recipes/results/*.md")
+    for pattern in ("*.md", "docs/*.md", "examples/*.md", "recipes/*.md", "recipes/results/*.md")
     for path in ROOT.glob(pattern)
 )
 SETTINGS_PAGE = "docs/choosing_settings.md"
