@@ -1,8 +1,8 @@
 """The paper's sample weights, and how a factory takes them to Trainer, beside the default and beside AdamW.
 
-A tiny BERT learns topics from sentences. The default clips each sample's gradient at the mean norm of the step's samples. The
-paper's weights come from the Fisher matrix: they are solved for in the first epoch and replayed in all others. Run it
-with
+A tiny BERT learns topics from sentences. The default clips each sample's gradient at the mean norm of the step's
+samples. The paper's weights come from the Fisher matrix: they are solved for in the first epoch and replayed in all
+others. Run it with
 
     python examples/04_paper_weights.py
 

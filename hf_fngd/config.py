@@ -16,7 +16,6 @@ from hf_fngd.checks import guess, shown
 from hf_fngd.engine.state import GONE
 from hf_fngd.hub import HUB_OPTIONS, HubMixin
 from hf_fngd.settings import READ_BY_POLICIES, READ_BY_RULES, Settings, setting_names
-from hf_fngd.updates.base import RATE, RATE_OF_ADAPTERS
 from hf_fngd.weights.base import SharingPolicy, policy_class, policy_names
 
 logger = logging.getLogger(__name__)
@@ -173,12 +172,6 @@ def _of_version_1(values: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in found.items() if key not in unread}
 
 
-def _is_unset(config: Settings, name: str) -> bool:
-    """Whether an argument has a default's value; so has the learning rate of a file that was saved with a default."""
-    value = getattr(config, name)
-    return value == getattr(Settings, name) or (name == "lr" and value in (RATE, RATE_OF_ADAPTERS))
-
-
 def set_in(args: Any, config: FNGDConfig, overrides: Mapping[str, Any]) -> dict[str, Any]:
     """FNGD's arguments that were set in TrainingArguments. Raises ValueError if the config sets another value."""
     defaults = {f.name: f.default for f in dataclasses.fields(args)} if dataclasses.is_dataclass(args) else {}
@@ -187,7 +180,7 @@ def set_in(args: Any, config: FNGDConfig, overrides: Mapping[str, Any]) -> dict[
         if name in overrides or not hasattr(args, theirs) or getattr(args, theirs) == defaults.get(theirs):
             continue
         value, own = getattr(args, theirs), getattr(config, name)
-        if not _is_unset(config, name) and own != value:
+        if own not in (getattr(Settings, name), value):
             raise ValueError(
                 f"TrainingArguments has {theirs}={value!r} and the config has {name}={own!r}: leave one of them at its "
                 "default, or give them the same value"
@@ -199,7 +192,7 @@ def set_in(args: Any, config: FNGDConfig, overrides: Mapping[str, Any]) -> dict[
 def tell_of_rate(args: Any, config: Settings, own: Settings) -> None:
     """Log that FNGD has a default learning rate, where neither the config nor TrainingArguments set one."""
     theirs = getattr(args, "learning_rate", None)
-    if _is_unset(config, "lr") and theirs not in (None, own.lr):
+    if config.lr is None and theirs not in (None, own.lr):
         logger.warning(
             "learning_rate=%g is the default of TrainingArguments, which nobody chose: FNGD takes its own, lr=%g. Set "
             "learning_rate, or lr in the config",

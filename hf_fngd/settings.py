@@ -153,7 +153,8 @@ class Settings:
         ALL_LINEAR,
         modules(f"{ALL_LINEAR!r}, {_NAMES}", fewest=1),
         "Linear, Conv1D and convolution layers to precondition: 'all-linear', which is all of them, a regular "
-        "expression that matches the whole name, or a list of names or dotted suffixes (PEFT's).",
+        "expression that matches the whole name, or a list of names or dotted suffixes (PEFT's), of layers or of "
+        "modules that hold them.",
     )
     exclude_modules: str | list[str] | None = _setting(  # noqa: RUF009
         None,

@@ -6,7 +6,7 @@ import logging
 import pytest
 import torch
 
-from hf_fngd import FNGD, FNGDPreconditioner, policy_names
+from hf_fngd import FNGD, FNGDPreconditioner, detach, policy_names
 from tests.nets import data, loss, net
 from tests.steps import one_step, with_fngd
 
@@ -37,6 +37,21 @@ def test_an_engine_lives_as_long_as_the_optimizer_that_it_follows() -> None:
     del optimizer
     gc.collect()
     assert type(model) is plain
+
+
+@pytest.mark.parametrize("before", ["nothing", "detach", "a step"])
+def test_an_optimizer_that_is_dropped_before_its_first_step_says_so(
+    before: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = net()
+    optimizer = FNGD(model)
+    if before == "detach":
+        detach(model)
+    if before == "a step":
+        one_step(model, optimizer, *data(6))
+    del optimizer
+    gc.collect()
+    assert ("was dropped before its first step" in caplog.text) == (before == "nothing")
 
 
 def test_another_optimizer_on_an_attached_model_is_told_once(caplog: pytest.LogCaptureFixture) -> None:

@@ -56,8 +56,9 @@ class Attachment:
 
     @property
     def active(self) -> bool:
-        """Whether `undo` is still to come."""
-        return bool(self._swapped)
+        """Whether `undo` is still to come, by this object or by `detach`."""
+        modules = ((reference(), attribute, handler) for reference, attribute, handler in self._swapped)
+        return any(module is not None and module.__dict__.get(of) is handler for module, of, handler in modules)
 
     def refuse_left(self, module: nn.Module) -> None:
         """Raise RuntimeError for a layer that was left as it is because it was frozen."""

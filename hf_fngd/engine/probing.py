@@ -11,7 +11,7 @@ from hf_fngd.engine.coverage import listed
 from hf_fngd.engine.layer import Layer
 from hf_fngd.engine.window import in_backward
 from hf_fngd.samples.inputs import sizes_of
-from hf_fngd.samples.probe import Calls, digest, probe
+from hf_fngd.samples.probe import Calls, digest, is_coarse, probe
 from hf_fngd.samples.rows import Shares, View
 
 TOLD_BY_SIZES = "which rows are whose sample was told by sizes alone"
@@ -33,6 +33,7 @@ class Probing:
         self._found: int | None = None  # the dimension that a probe found
         self._settled = False  # whether a probe, or the argument in its place, has told the layers
         self.seen: Calls | None = None  # what the layers see, while a probe is under way
+        self._coarse = False  # whether the model `is_coarse`
         self._layers, self._batch_dim = layers, batch_dim
         self._taken = ""  # the input that counts the samples, in words
 
@@ -53,7 +54,7 @@ class Probing:
     def see(self, layer: Layer, inputs: Sequence[Any]) -> None:
         """A layer is called in a probe."""
         if self.seen is not None and inputs and isinstance(inputs[0], Tensor):
-            self.seen.setdefault(layer.place, []).append(digest(inputs[0]))
+            self.seen.setdefault(layer.place, []).append(digest(inputs[0], self._coarse))
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # a frame that the compiler gave up may be traced later
     def probe(
@@ -68,6 +69,7 @@ class Probing:
         if in_backward() or not len(sample):
             return
         self.left -= 1
+        self._coarse = is_coarse(model)
         reason = obstacle(model)
         key = next((repr(key) for key, value in kwargs.items() if value is sample), "the first tensor")
         self._taken = f"{key} {[*sample.shape]}"

@@ -237,7 +237,10 @@ def _reason(
 
 
 def matches(name: str, modules: Modules) -> bool:
-    """Whether a module's name matches a regular expression, or equals or ends with one of a list of names."""
+    """Whether a module's name matches a regular expression, or it or a module that holds it is one of a list of names.
+
+    A name in a list is whole, or the last dotted parts of one.
+    """
     if modules is None:
         return False
     if isinstance(modules, str):
@@ -248,16 +251,29 @@ def matches(name: str, modules: Modules) -> bool:
                 f"the regular expression {modules[:80]!r} took longer than {_PATTERN_TIMEOUT:g} s to match the module "
                 f"name {name[:80]!r}: use no repetition of repetitions such as '(a+)+', or list the names"
             ) from error
-    return any(name == module or name.endswith(f".{module}") for module in modules)
+    holders = [f".{part}" for part in itertools.accumulate(name.split("."), "{}.{}".format)]
+    return any(holder.endswith(f".{module}") for holder in holders for module in modules)
 
 
 def _check_listed(model: nn.Module, **arguments: Modules) -> None:
     names = [name for name, _ in model.named_modules()]
     for argument, modules in arguments.items():
+        if (
+            argument == "exclude_modules"
+            and isinstance(modules, str)
+            and not any(matches(name, modules) for name in names)
+        ):
+            raise ValueError(
+                f"exclude_modules={shown(modules)} matches the whole name of no module; {_are_named(names)}"
+            )
         for module in () if modules is None or isinstance(modules, str) else modules:
             if not any(matches(name, [module]) for name in names):
                 ends = sorted({name.rpartition(".")[2] for name in names} - {""})
                 raise ValueError(
                     f"{argument} lists {module!r}, which is no module of the model{guess(module, [*ends, *names])}; "
-                    f"its modules are named like {', '.join(map(repr, names[1:6]))}"
+                    + _are_named(names)
                 )
+
+
+def _are_named(names: Sequence[str]) -> str:
+    return f"its modules are named like {', '.join(map(repr, names[1:6]))}"

@@ -229,13 +229,20 @@ def _close(a: Tensor, b: Tensor) -> bool:
     return bool(torch.linalg.vector_norm(a - b) <= tolerance * size)
 
 
+def is_coarse(model: nn.Module) -> bool:
+    """Whether a part of the model computes in half precision, or quantized: its rounding may depend on the batch."""
+    return any(p.element_size() < 4 for p in model.parameters())
+
+
 @torch.no_grad()
-def digest(x: Tensor) -> Digest:
-    """The shape of a layer's input, and one number for each of its rows."""
+def digest(x: Tensor, coarse: bool = False) -> Digest:
+    """The shape of a layer's input, and one number for each of its rows; in bfloat16 where the model `is_coarse`."""
     values = x.detach()
     exact = x.dtype == torch.float64 or not x.is_floating_point()
     values = values.to(widest_dtype(x.device) if exact else torch.float32)
     if x.is_floating_point() and x.dim() > 1:
         with torch.autocast(x.device.type, enabled=False):
             values = values @ torch.cos(1.7 * torch.arange(x.shape[-1], device=x.device, dtype=values.dtype) + 1)
-    return tuple(x.shape), values.to(x.dtype) if x.is_floating_point() else values
+    if x.is_floating_point():
+        values = values.to(torch.bfloat16 if coarse and x.dtype == torch.float32 else x.dtype)
+    return tuple(x.shape), values

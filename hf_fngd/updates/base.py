@@ -52,7 +52,7 @@ RULES: dict[str, UpdateRule] = {}
 RATE, RATE_OF_ADAPTERS = 1e-3, 3e-3
 """What ``lr=None`` stands for, in a model whose own weights are trained, and in one that trains LoRA adapters."""
 
-_ADAPTER = re.compile(r"(?:^|\.)lora_[ab]\b", re.IGNORECASE)
+_ADAPTER = re.compile(r"(?:^|\.)lora_[ab](?:\.[^.]+)?\.weight$", re.IGNORECASE)
 
 
 def register_rule(
@@ -77,7 +77,8 @@ def register_rule(
 def default_learning_rate(model: nn.Module, update: str) -> float:
     """What ``lr=None`` means: `RATE_OF_ADAPTERS` where a rule for matrices moves LoRA's, otherwise `RATE`.
 
-    LoRA's parameters go by the names that PEFT gives them, ``lora_A`` and ``lora_B``.
+    LoRA's go by the names that PEFT and torchtune give the Linear or convolution, ``lora_A`` and ``lora_B``; AdaLoRA's
+    are parameters of these names, which no such rule moves.
     """
     adapters = any(p.requires_grad and _ADAPTER.search(name) for name, p in model.named_parameters())
     return RATE_OF_ADAPTERS if adapters and RULES[update].matrices else RATE

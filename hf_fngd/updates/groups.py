@@ -51,7 +51,7 @@ def parameter_groups(
 
     A rule for matrices also steps the ``unweighed`` matrices, and leaves to others what is none: biases get "adam",
     depthwise filters the fallback rule. So do output heads, unless the user names them in ``target_modules`` or in a
-    group with a rule.
+    group with a rule. Where it moves nothing, a warning is logged.
 
     Raises:
         ValueError: as `hf_fngd.updates.chosen.assigned`, or a user's group has a rule and no matrix.
@@ -100,6 +100,14 @@ def parameter_groups(
                 "is a matrix that this rule steps. Leave it out; exclude_modules gives matrices the fallback rule"
             )
     ordered = [*(group for split in splits for group in split[:2]), *(group for split in splits for group in split[2:])]
+    trained = [group for group in ordered if any(p.requires_grad for _, p in group["params"])]
+    if RULES[settings.update].matrices and not any("matrices" in group for group in trained):
+        logger.warning(
+            "update=%r moves nothing here: what is trained are output heads, norms, embeddings, biases, or adapters "
+            "that are no matrices (as those of IA3 and prompt tuning). fallback=%r moves all of it",
+            settings.update,
+            settings.fallback,
+        )
     return [group for group in ordered if group["params"]]
 
 

@@ -4,6 +4,7 @@ Rules for matrices suit a map from features to features. A row of an output head
 of an embedding does. A depthwise filter mixes no features.
 """
 
+import re
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -11,17 +12,22 @@ from torch import nn
 
 from hf_fngd.layers.convolution import CONVOLUTIONS
 
-# Names of output heads in models that are not of transformers, torchvision's and timm's included.
+# What models call an output head that is a child of their own, torchvision's and timm's included.
 _NAMES = ("lm_head", "classifier", "score", "head", "fc")
+# The same in models of transformers whose heads have other numbers of outputs than the config has labels and tokens, or
+# where no attribute is the base model.
+_NAMES_OF_PRETRAINED = (*_NAMES, "qa_outputs", "ctc_head", "class_labels_classifier", "class_predictor")
+_LORA_A = re.compile(r"(?:^|\.)lora_a(?:\.|$)", re.IGNORECASE)  # in an adapter of a head, a map to features
 
 
 def output_heads(model: nn.Module) -> set[int]:
     """The ``id`` of each parameter of an output head.
 
     In models of transformers, wrapped ones and parts of others included, a head is what ``get_output_embeddings`` says,
-    and each layer outside the base model that has as many outputs as the config has labels or tokens. In other models,
-    which may have one of transformers within, it is a Linear or a convolution, or the last one of a Sequential, that is
-    a child of the model itself and called "lm_head", "classifier", "score", "head" or "fc".
+    each layer outside the base model that has as many outputs as the config has labels or tokens, and a child with the
+    name of a head. In other models, which may have one of transformers within, it is a Linear or a convolution, or the
+    last one of a Sequential, that is a child of the model itself and called "lm_head", "classifier", "score", "head" or
+    "fc". Of an adapter on a head B belongs to it.
     """
     pretrained = [module for module in model.modules() if _is_pretrained(module)]
     heads = [head for module in pretrained for head in _of_pretrained(module)]
@@ -47,13 +53,21 @@ def _is_pretrained(module: nn.Module) -> bool:
 
 
 def _of_pretrained(model: Any) -> Iterator[nn.Module]:
-    if isinstance(head := model.get_output_embeddings(), nn.Module):
-        yield head
-    config = model.config
-    sizes = {getattr(config, name, None) for name in ("num_labels", "vocab_size")} - {None, 0}
+    called = [child for name, child in model.named_children() if name in _NAMES_OF_PRETRAINED]
+    known = [head for head in (model.get_output_embeddings(), *called) if isinstance(head, nn.Module)]
+    # PEFT puts a head, and what it trains in its place, into a wrapper that has the head's number of outputs.
+    within = {id(module): size for head in known if (size := _outputs(head)) for module in head.modules()}
+    sizes = {getattr(model.config, name, None) for name in ("num_labels", "vocab_size")} - {None, 0}
     base = {id(module) for module in model.base_model.modules()}
-    for module in model.modules():
-        sizes_of = (getattr(module, name, None) for name in ("out_features", "nf", "out_channels"))
-        outputs = next((size for size in sizes_of if size is not None), None)
-        if id(module) not in base and isinstance(getattr(module, "weight", None), nn.Parameter) and outputs in sizes:
+    for name, module in model.named_modules():
+        if not isinstance(getattr(module, "weight", None), nn.Parameter) or _LORA_A.search(name):
+            continue
+        outputs = _outputs(module)
+        if outputs is not None and (outputs == within.get(id(module)) or (id(module) not in base and outputs in sizes)):
             yield module
+
+
+def _outputs(module: Any) -> int | None:
+    """How many outputs a Linear, Conv1D or convolution has, or what wraps one; None for any other module."""
+    sizes = (getattr(module, name, None) for name in ("out_features", "nf", "out_channels"))
+    return next((size for size in sizes if isinstance(size, int)), None)

@@ -54,6 +54,9 @@ ALL = ["layers.0.fc1", "layers.0.fc2", "layers.1.fc1", "layers.1.fc2", "myfc1", 
         (("layers.1.fc2",), None, ["layers.1.fc2"]),
         (["fc1"], r"layers\.0\..*", ["layers.1.fc1"]),
         (["fc1", "embedding"], None, ["layers.0.fc1", "layers.1.fc1"]),
+        (["layers.1"], ["fc2"], ["layers.1.fc1"]),  # all in a module
+        (["0", "head"], None, ["layers.0.fc1", "layers.0.fc2", "head"]),
+        (["layers"], ["1"], ["layers.0.fc1", "layers.0.fc2"]),
     ],
 )
 def test_names_choose_as_in_peft(targets: Modules, excluded: Modules, expected: list[str]) -> None:
@@ -160,6 +163,7 @@ NOTHING = [
     (Model(), ["fc1", "head9"], None, "lists 'head9', which is no module of the model; .*'layers.0.fc1'"),
     (Model(), ["c1"], None, "target_modules lists 'c1'"),
     (Model(), "all-linear", ["fc9"], "exclude_modules lists 'fc9'"),
+    (Model(), "all-linear", "fc1", "exclude_modules='fc1' matches the whole name of no module; its modules are named"),
     (Model(), "fc1", None, "target_modules='fc1', exclude_modules=None and layer_types=None select"),
     (Model(), "all-linear", ".*", "nothing to precondition"),
     (Model(), ["norm"], None, "nothing to precondition"),

@@ -64,6 +64,26 @@ def test_samples_are_told_in_bf16_too(order: str, sizes: tuple[int, int]) -> Non
         assert error < 0.1, (name, error)
 
 
+class RoundsByBatch(nn.Linear):
+    """A frozen layer in half precision whose last bits depend on the number of samples, as those of GPU kernels do."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = super().forward(x.to(self.weight.dtype)).float()
+        return y * (1 + 4e-3 * (-1) ** (torch.arange(y.shape[-1]) + len(x)))
+
+
+@pytest.mark.filterwarnings("ignore:FNGD preconditions 0 parameters:UserWarning")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_a_layer_in_half_precision_rounds_does_not_hide_the_samples(dtype: torch.dtype) -> None:
+    """As in adapters in float32 on a model in bfloat16."""
+    torch.manual_seed(0)
+    model = nn.Sequential(RoundsByBatch(8, 8).to(dtype).requires_grad_(False), nn.Linear(8, 3))
+    preconditioner = FNGDPreconditioner(model)
+    model(torch.randn(6, 8)).sum().backward()
+    preconditioner.step()
+    assert bool(preconditioner.coverage().missed) == (dtype == torch.float32)
+
+
 @pytest.mark.usefixtures("fresh_compiler")
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 @pytest.mark.parametrize("sizes", [(5, 7), (6, 6)])

@@ -171,7 +171,9 @@ def test_what_is_set_wins_over_what_is_a_default(by: Any, tmp_path: Path, caplog
     assert made()["lr"] == made("default")["lr"] == 1e-3
     assert "learning_rate=5e-05 is the default of TrainingArguments, which nobody chose" in caplog.text
     assert "FNGD takes its own, lr=0.001. Set learning_rate" in caplog.text
-    assert made(FNGDConfig(lr=1e-3), learning_rate=0.5)["lr"] == 0.5  # as saved by an optimizer that took the default
+    assert made(FNGDConfig(), learning_rate=0.5)["lr"] == 0.5
+    with pytest.raises(ValueError, match=r"TrainingArguments has learning_rate=0\.5 and the config has lr=0\.001"):
+        made(FNGDConfig(lr=1e-3), learning_rate=0.5)  # what the default stands for, but written down
     set_there = {"learning_rate": 1.0, "weight_decay": 2.0}
     set_there |= {"adam_beta1": 0.25, "adam_beta2": 0.5, "adam_epsilon": 0.125}
     found = made(**set_there)

@@ -42,6 +42,27 @@ def lora() -> nn.Module:
     return get_peft_model(bert(), LoraConfig(task_type="SEQ_CLS", r=3, target_modules=["query"]))
 
 
+def clip() -> hf.CLIPForImageClassification:
+    """Its base model is itself."""
+    sizes = {name: size for name, size in SIZES.items() if name != "vocab_size"}
+    vision = {**sizes, "image_size": 8, "patch_size": 4}
+    config = hf.CLIPConfig(text_config=SIZES, vision_config=vision, projection_dim=8, num_labels=3)
+    return hf.CLIPForImageClassification(config)
+
+
+def llava(**adapter: Any) -> nn.Module:
+    """Its config has no number of tokens of its own."""
+    text = hf.LlamaConfig(**SIZES, num_key_value_heads=2, pad_token_id=0)
+    vision = hf.CLIPVisionConfig(**{k: v for k, v in SIZES.items() if k != "vocab_size"}, image_size=8, patch_size=4)
+    model = hf.LlavaForConditionalGeneration(hf.LlavaConfig(text_config=text, vision_config=vision))
+    return get_peft_model(model, LoraConfig(r=3, **adapter))
+
+
+def adapted_head(model: nn.Module) -> nn.Module:
+    """An adapter on the head, of as many rows as the model has labels."""
+    return get_peft_model(model, LoraConfig(r=3, target_modules=["lm_head"]))
+
+
 MODELS: dict[str, tuple[Callable[[], nn.Module], list[str]]] = {
     "BERT, classification": (bert, ["classifier.weight", "classifier.bias"]),
     "the same in PEFT": (
@@ -72,6 +93,23 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], list[str]]] = {
     "question answering": (
         lambda: hf.BertForQuestionAnswering(hf.BertConfig(**SIZES)),
         ["qa_outputs.weight", "qa_outputs.bias"],
+    ),
+    "multiple choice": (
+        lambda: hf.BertForMultipleChoice(hf.BertConfig(**SIZES)),
+        ["classifier.weight", "classifier.bias"],
+    ),
+    "CLIP": (clip, ["classifier.weight", "classifier.bias"]),
+    "LLaVA's head trained beside adapters": (
+        lambda: llava(target_modules=["q_proj"], modules_to_save=["lm_head"]),
+        [f"base_model.model.lm_head.{copy}.weight" for copy in ("original_module", "modules_to_save.default")],
+    ),
+    "LLaVA's head adapted": (
+        lambda: llava(target_modules=["lm_head"]),
+        [f"base_model.model.lm_head.{part}.weight" for part in ("base_layer", "lora_B.default")],
+    ),
+    "GPT-2's head adapted": (
+        lambda: adapted_head(hf.GPT2LMHeadModel(hf.GPT2Config(**GPT2, num_labels=3, tie_word_embeddings=False))),
+        [f"base_model.model.lm_head.{part}.weight" for part in ("base_layer", "lora_B.default")],
     ),
     "GPT-2, untied": (
         lambda: hf.GPT2LMHeadModel(hf.GPT2Config(**GPT2, tie_word_embeddings=False)),
@@ -126,6 +164,27 @@ def test_who_steps_a_head(settings: dict[str, Any], weight: tuple[str, float], b
     found = rules(FNGD(bert(), lr=0.1, fallback_lr=0.2, **settings))
     assert (found["classifier.weight"], found["classifier.bias"]) == (weight, bias)
     assert found["bert.encoder.layer.0.attention.self.query.weight"] == (settings["update"], 0.1)
+
+
+@pytest.mark.parametrize(
+    ("trained", "settings", "told"),
+    [
+        (["classifier"], {}, True),
+        (["classifier", "LayerNorm"], {}, True),
+        (["classifier"], {"update": "adam"}, False),
+        (["classifier"], {"target_modules": ["classifier"]}, False),
+        (["classifier", "query"], {}, False),
+    ],
+)
+def test_an_update_rule_that_moves_nothing_says_so(
+    trained: list[str], settings: dict[str, Any], told: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As where a head alone is trained on a frozen body."""
+    model = bert()
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(any(part in name for part in trained))
+    FNGD(model, **settings)
+    assert ("moves nothing here" in caplog.text) == told
 
 
 def test_a_heads_samples_are_weighed_and_adam_steps_it() -> None:

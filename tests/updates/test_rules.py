@@ -130,10 +130,19 @@ class Adapted(nn.Module):
         return y
 
 
+class AdaptedByParameters(nn.Linear):
+    """As with AdaLoRA, whose matrices are parameters under LoRA's names: no rule for matrices moves them."""
+
+    def __init__(self) -> None:
+        super().__init__(4, 4)
+        self.lora_A = nn.ParameterDict({"default": nn.Parameter(torch.zeros(2, 4))})
+
+
 @pytest.mark.parametrize(
     ("model", "given", "found"),
     [
         (nn.Linear(4, 4), {}, 1e-3),
+        (nn.Sequential(nn.Linear(4, 4), AdaptedByParameters()), {}, 1e-3),
         (nn.Sequential(Adapted(True, False)), {}, 3e-3),
         (nn.Sequential(Adapted(True, True)), {"lr": None}, 3e-3),
         (nn.Sequential(Adapted(False, True)), {}, 1e-3),
