@@ -131,7 +131,7 @@ def select_layers(
     others: list[Selected] = []
     plain: dict[str, Plain] = {}
     unweighed: dict[str, Matrices] = {}
-    _check_listed(model, target_modules=target_modules, exclude_modules=exclude_modules)
+    _check_names(model, target_modules=target_modules, exclude_modules=exclude_modules)
     for name, module in model.named_modules():
         layer_type, kernel = find_kernel(module)
         excluded = matches(name, exclude_modules)
@@ -255,7 +255,7 @@ def matches(name: str, modules: Modules) -> bool:
     return any(holder.endswith(f".{module}") for holder in holders for module in modules)
 
 
-def _check_listed(model: nn.Module, **arguments: Modules) -> None:
+def _check_names(model: nn.Module, **arguments: Modules) -> None:
     names = [name for name, _ in model.named_modules()]
     for argument, modules in arguments.items():
         if (

@@ -52,7 +52,8 @@ RULES: dict[str, UpdateRule] = {}
 RATE, RATE_OF_ADAPTERS = 1e-3, 3e-3
 """What ``lr=None`` stands for, in a model whose own weights are trained, and in one that trains LoRA adapters."""
 
-_ADAPTER = re.compile(r"(?:^|\.)lora_[ab](?:\.[^.]+)?\.weight$", re.IGNORECASE)
+ADAPTER = re.compile(r"(?:^|\.)lora_([ab])(?:\.[^.]+)?\.weight$", re.IGNORECASE)
+"""Names of the weights of LoRA's two matrices, A and B, in PEFT and torchtune."""
 
 
 def register_rule(
@@ -80,7 +81,7 @@ def default_learning_rate(model: nn.Module, update: str) -> float:
     LoRA's go by the names that PEFT and torchtune give the Linear or convolution, ``lora_A`` and ``lora_B``; AdaLoRA's
     are parameters of these names, which no such rule moves.
     """
-    adapters = any(p.requires_grad and _ADAPTER.search(name) for name, p in model.named_parameters())
+    adapters = any(p.requires_grad and ADAPTER.search(name) for name, p in model.named_parameters())
     return RATE_OF_ADAPTERS if adapters and RULES[update].matrices else RATE
 
 

@@ -4,20 +4,19 @@ Rules for matrices suit a map from features to features. A row of an output head
 of an embedding does. A depthwise filter mixes no features.
 """
 
-import re
 from collections.abc import Iterable, Iterator
 from typing import Any
 
 from torch import nn
 
 from hf_fngd.layers.convolution import CONVOLUTIONS
+from hf_fngd.updates.base import ADAPTER
 
 # What models call an output head that is a child of their own, torchvision's and timm's included.
 _NAMES = ("lm_head", "classifier", "score", "head", "fc")
 # The same in models of transformers whose heads have other numbers of outputs than the config has labels and tokens, or
 # where no attribute is the base model.
 _NAMES_OF_PRETRAINED = (*_NAMES, "qa_outputs", "ctc_head", "class_labels_classifier", "class_predictor")
-_LORA_A = re.compile(r"(?:^|\.)lora_a(?:\.|$)", re.IGNORECASE)  # in an adapter of a head, a map to features
 
 
 def output_heads(model: nn.Module) -> set[int]:
@@ -60,7 +59,9 @@ def _of_pretrained(model: Any) -> Iterator[nn.Module]:
     sizes = {getattr(model.config, name, None) for name in ("num_labels", "vocab_size")} - {None, 0}
     base = {id(module) for module in model.base_model.modules()}
     for name, module in model.named_modules():
-        if not isinstance(getattr(module, "weight", None), nn.Parameter) or _LORA_A.search(name):
+        adapter = ADAPTER.search(f"{name}.weight")
+        maps_to_features = adapter is not None and adapter[1] in "aA"
+        if maps_to_features or not isinstance(getattr(module, "weight", None), nn.Parameter):
             continue
         outputs = _outputs(module)
         if outputs is not None and (outputs == within.get(id(module)) or (id(module) not in base and outputs in sizes)):
