@@ -90,7 +90,7 @@ def learning_rate_from_adamw(lr: float, update: str = "block_muon") -> float:
 
     It is a multiple of ``lr``: twice for "block_muon" and "muon", once for "adam", a tenth for "momentum", once for a
     rule that is registered without ``over_adamw``. On the tasks of docs/choosing_settings.md the best learning rate of
-    "block_muon" was 0.5 to 10 times AdamW's (geometric mean: 1.9); so try half of it, and two and five times. For a
+    "block_muon" was 0.5 to 30 times AdamW's (geometric mean: 2.4); so try half of it, and two and five times. For a
     pretrained model begin at ``lr`` itself, and try half of that and three times that.
 
     Raises:
