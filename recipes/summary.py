@@ -88,6 +88,18 @@ PANELS = (
         ("adamw, all scaled", *REMEDIES, "fngd adam"),
     ),
     Panel(
+        "outliers_resnet",
+        "An outlier in every batch (images, ResNet-20)",
+        *PIXELS,
+        ("adamw", "adamw, clipped outputs", "muon", "fngd, w = 1, clipped outputs", "fngd"),
+    ),
+    Panel(
+        "unscaled_resnet",
+        "5 % of the images unscaled (ResNet-20)",
+        *PIXELS,
+        ("adamw", "muon", "fngd, w = 1, clipped outputs", "fngd"),
+    ),
+    Panel(
         "outliers_translation",
         "An outlier in every batch (translation)",
         *PAIRS,
