@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections import deque
 from typing import Any
@@ -10,7 +11,7 @@ import torch
 from transformers import EarlyStoppingCallback, TrainerCallback
 from transformers.trainer_callback import ExportableState
 
-_WINDOW, _LEAST = 100, 10  # steps that the median is of, and that it needs
+_WINDOW = 100  # steps that the median is of
 
 
 class EarlyStopping(EarlyStoppingCallback):
@@ -23,11 +24,14 @@ class EarlyStopping(EarlyStoppingCallback):
 
 
 class SkipSpikes(TrainerCallback, ExportableState):
-    """Drops the gradients of a step whose norm is above `factor` times the median of the last hundred steps taken.
+    """Drops the gradients of a step whose norm is above `factor` times the median of the last hundred steps.
 
-    The first ten steps are all taken. The optimizer then has nothing to do: parameters and moments stay (FNGD closes
-    the step, whose norms stand in for those of the next one's first micro-batches). Where Trainer clips the gradient it
-    does so before, which bounds what is seen here: set `max_grad_norm=0`. Checkpoints keep what it has seen, for
+    Steps that were left out count in the median: if they did not, norms that rise by this factor at the beginning, as
+    LoRA's do, would never be taken again. The first step is taken.
+
+    The optimizer then has nothing to do: parameters and moments stay (FNGD closes the step, whose norms stand in for
+    those of the next one's first micro-batches). Where Trainer clips the gradient it does so before, which bounds what
+    is seen here: set `max_grad_norm=0`. Checkpoints keep what it has seen, for
     `restore_callback_states_from_checkpoint`. `skipped_steps` is logged at the end.
     """
 
@@ -40,12 +44,10 @@ class SkipSpikes(TrainerCallback, ExportableState):
         """Look at the gradient."""
         grads = [p.grad for p in model.parameters() if p.grad is not None]
         norm = float(torch.nn.utils.get_total_norm(grads))
-        spike = len(self.norms) >= _LEAST and not norm <= self.factor * statistics.median(self.norms)
-        if spike:
+        if self.norms and not norm <= self.factor * statistics.median(self.norms):
             self.skipped += 1
             model.zero_grad()
-        else:
-            self.norms.append(norm)
+        self.norms.append(math.inf if math.isnan(norm) else norm)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Log the number of steps that were left out."""

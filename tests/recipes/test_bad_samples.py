@@ -46,13 +46,24 @@ def test_a_share_and_a_kind_need_each_other(share, kind):
         BadSampleArguments(share, kind)
 
 
-def test_a_spiked_step_is_left_out_and_does_not_count_for_the_median():
+@pytest.mark.parametrize(
+    ("norms", "left_out"),
+    [
+        ([*[1.0, 2.0] * 5, 7.6, torch.nan, torch.inf, 7.4], [10, 11, 12]),
+        ([1.0, *[6.0] * 4], [1]),
+        ([1.0] * 3 + [6.0] * 5, [3, 4, 5]),
+    ],
+    ids=["spikes", "a small first norm", "norms that rise"],
+)
+def test_a_spiked_step_is_left_out(norms, left_out):
     model, callback = nn.Linear(2, 2, bias=False), SkipSpikes(5.0)
-    for step, norm in enumerate([*[1.0, 2.0] * 5, 7.6, torch.nan, torch.inf, 7.4]):
+    found = []
+    for step, norm in enumerate(norms):
         model.weight.grad = torch.full((2, 2), norm / 2)
         callback.on_pre_optimizer_step(None, None, None, model=model)
-        assert (model.weight.grad is None) == (step in (10, 11, 12))
-    assert callback.skipped == 3
+        found += [step] * (model.weight.grad is None)
+    assert found == left_out
+    assert callback.skipped == len(left_out)
 
 
 def test_the_card_says_what_was_spoiled(argv, tmp_path):  # noqa: F811
