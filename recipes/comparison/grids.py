@@ -13,7 +13,8 @@ from comparison.results import Results, screened
 
 def grid_sections(comparison: Comparison, results: Results) -> list[str]:
     """Return a table for each option that arms are pivoted by: a row an arm and its other options, a column a value."""
-    grids = {arm: declared for arm, declared in comparison.arms.items() if len(declared.points()) > 1}
+    ended = {run.arm for run in comparison.screen_runs() if results.finished(run) or results.failed(run)}
+    grids = {arm: declared for arm, declared in comparison.arms.items() if len(declared.points()) > 1 and arm in ended}
     common = Counter(option for declared in grids.values() for option in _varied(declared))
     pivots: dict[str, list[str]] = {}
     for arm, declared in grids.items():

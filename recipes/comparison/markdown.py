@@ -14,6 +14,12 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
+def filled_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Return a table without the columns in which every row has a dash."""
+    kept = [place for place in range(len(head)) if any(row[place] != "-" for row in rows)]
+    return table([head[place] for place in kept], [[row[place] for place in kept] for row in rows])
+
+
 def number(value: float | None) -> str:
     """Return a number in four digits."""
     return "-" if value is None else f"{value:.4g}"

@@ -12,7 +12,7 @@ import yaml
 
 from comparison import speed
 from comparison.grids import grid_sections
-from comparison.markdown import as_number, number, spread, table
+from comparison.markdown import as_number, filled_table, number, spread, table
 from comparison.plan import Comparison, in_words, recorded
 from comparison.results import (
     Record,
@@ -42,9 +42,13 @@ def report(comparison: Comparison, results: Results) -> str:
     parts = [f"# {comparison.name}", _introduction(comparison, results)]
     if found := remarks(comparison, results, finals):
         parts.append("**Mind:**\n\n" + "\n".join(f"- {remark}" for remark in found))
-    parts += ["## Best grid points", _best_table(comparison, finals), *_signatures(finals)]
+    finals = {arm: of_arm for arm, of_arm in finals.items() if of_arm}
+    if finals:
+        parts += ["## Best grid points", _best_table(comparison, finals), *_signatures(finals)]
     parts += _unfinished_section(comparison, results)
-    parts += speed.speed(comparison, finals) + _gap_section(finals) + grid_sections(comparison, results)
+    if finals:
+        parts += speed.speed(comparison, finals) + _gap_section(finals)
+    parts += grid_sections(comparison, results)
     set_elsewhere = {*comparison.screen.options, *comparison.final.options}
     set_elsewhere.update(*(arm.grid for arm in comparison.arms.values()))
     common = {key: item for key, item in recorded(comparison.options).items() if key not in set_elsewhere}
@@ -66,13 +70,13 @@ def remarks(comparison: Comparison, results: Results, finals: dict[str, list[Rec
         found.append(f"Of one point, without a grid: {', '.join(alone)}.")
     runs = comparison.screen_runs() + comparison.final_runs(best_points(comparison, results))
     found += [f"Failed: {run} ({record['error']})." for run in runs if (record := results.failed(run))]
+    if missing := [f"`{arm}`" for arm, of_arm in finals.items() if not of_arm]:
+        found.append(f"No finished final run: {', '.join(missing)}.")
     for arm, of_arm in finals.items():
-        if not of_arm:
-            found.append(f"`{arm}` has no finished final run.")
-            continue
-        if len(of_arm) < len(comparison.final.seeds):
+        if 0 < len(of_arm) < len(comparison.final.seeds):
             found.append(f"`{arm}` has {len(of_arm)} of {len(comparison.final.seeds)} seeds.")
-        found += _edges(comparison, arm, of_arm[0]["point"])
+        if of_arm:
+            found += _edges(comparison, arm, of_arm[0]["point"])
     screens = [run for run in comparison.screen_runs() if not results.finished(run) and not results.failed(run)]
     if screens:
         found.append(f"{len(screens)} runs of the screening are missing.")
@@ -142,12 +146,11 @@ def _best_table(comparison: Comparison, finals: dict[str, list[Record]]) -> str:
     measures += [partial(value, metric=metric) for metric in comparison.test_metrics]
     rows = []
     for arm, records in finals.items():
-        point = in_words(records[0]["point"]) if records else "-"
-        cells = [arm, point, str(len(comparison.arms[arm].points())), str(len(records))]
+        cells = [arm, in_words(records[0]["point"]), str(len(comparison.arms[arm].points())), str(len(records))]
         cells += [spread(map(measure, records)) for measure in measures]
         cells += [number(mean(map(measure, records))) for measure in (training_seconds, step_seconds)]
         rows.append(cells)
-    return table(head, rows)
+    return filled_table(head, rows)
 
 
 def _unfinished_section(comparison: Comparison, results: Results) -> list[str]:
@@ -176,7 +179,11 @@ def _gap_section(finals: dict[str, list[Record]]) -> list[str]:
         "the start of the training split and in the validation split. The gap is their difference. The logged loss is "
         "Trainer's last one, with both."
     )
-    return ["## Training and validation loss", caption, table(["optimizer", "logged loss", *_TRAINING, "gap"], rows)]
+    return [
+        "## Training and validation loss",
+        caption,
+        filled_table(["optimizer", "logged loss", *_TRAINING, "gap"], rows),
+    ]
 
 
 def _logged_loss(record: Record) -> float | None:

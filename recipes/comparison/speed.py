@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from common.timer import PARTS
-from comparison.markdown import number, table
+from comparison.markdown import filled_table, number, table
 from comparison.plan import Comparison
 from comparison.results import Record, best_epoch, first_reaching, mean, step_seconds, training_seconds, value
 
@@ -81,7 +81,7 @@ def _reached(comparison: Comparison, records: Sequence[Record], target: float) -
 
 
 def _step_section(comparison: Comparison, finals: Finals) -> list[str]:
-    reference = _mean_of(finals[comparison.reference], "step_seconds_mean")
+    reference = _mean_of(finals.get(comparison.reference, []), "step_seconds_mean")
     head = ["optimizer", "seconds a step", "seconds an epoch", f"ratio to {comparison.reference}", *PARTS]
     rows = []
     for arm, records in finals.items():
@@ -97,7 +97,7 @@ def _step_section(comparison: Comparison, finals: Finals) -> list[str]:
     )
     if silent := sum("hardware" not in record["metrics"] for records in finals.values() for record in records):
         caption += f" {silent} of the runs do not say on which hardware they were timed."
-    return ["## Time of a step", caption, table(head, rows)]
+    return ["## Time of a step", caption, filled_table(head, rows)]
 
 
 def _epoch_seconds(record: Record) -> float | None:

@@ -96,7 +96,7 @@ def test_a_failure_is_recorded_the_others_go_on_and_it_is_tried_again(toy, capsy
     assert "screen a lr 5 seed 0: FAILED, exit code 1: lr 5.0 is too large (see " in out
     assert "c: no grid point finished with a number" in out
     assert "- Failed: screen a lr 5 seed 0 (exit code 1: lr 5.0 is too large)." in toy.page()
-    assert "- `c` has no finished final run." in toy.page()
+    assert "- No finished final run: `c`." in toy.page()
     assert toy.row("a")[1] == "lr 0.2"
     assert toy.row("a", "## Grids")[1:3] == ["1", "2"]
     assert "failed" in toy.row("a", "## Grids")
@@ -156,7 +156,7 @@ def test_a_run_that_the_time_cuts_off_leaves_its_curve_and_goes_on(toy, capsys):
     assert line["curve"] == [{"epoch": 1, "step": 4, "loss": 1}, {"epoch": 1, "step": 4, "eval_score": 7.0}]
     assert series(line, "eval_score", "seconds") == ([2.0], [7.0])
     assert toy.row("a", "## Unfinished runs") == ["a", "-", "1", "4", "12", "7", "7", "0.5"]
-    assert "- `a` has no finished final run." in toy.page()
+    assert "- No finished final run: `a`, `b`." in toy.page()
     toy.run("--list")
     assert "cut off  final a seed 1\nto do    final b seed 1\n" in capsys.readouterr().out
 
@@ -247,7 +247,8 @@ def test_a_report_on_what_has_not_run_says_so(toy):
     comparison = load(Path(toy.argv[0]))
     page = report(comparison, Results(toy.folder / "nothing.jsonl"))
     assert "- 6 runs of the screening are missing." in page
-    assert "| a | - | 3 | 0 | - | - | - | - | - |" in page
+    assert "- No finished final run: `a`, `b`." in page
+    assert "| a |" not in page
 
 
 def test_an_arm_of_one_point_is_not_screened_and_a_run_of_both_stages_is_made_once(toy):

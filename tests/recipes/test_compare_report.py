@@ -126,9 +126,9 @@ def test_the_gap_is_that_of_each_run(page):
     page.final("a", 1, 1, train_nll=1.0, eval_nll=3.0)
     page.final("a", 2, 1, train_nll=2.0, eval_nll=3.0)
     page.final("b", 1, 1)
-    assert page.row("optimizer", GAP) == ["optimizer", "logged loss", "train_nll", "eval_nll", "gap"]
-    assert page.row("a", GAP)[1:] == ["-", "1.5 ± 0.71 (1 to 2)", "3 ± 0 (3 to 3)", "1.5 ± 0.71 (1 to 2)"]
-    assert page.row("b", GAP)[1:] == ["-"] * 4
+    assert page.row("optimizer", GAP) == ["optimizer", "train_nll", "eval_nll", "gap"]  # no logged loss
+    assert page.row("a", GAP)[1:] == ["1.5 ± 0.71 (1 to 2)", "3 ± 0 (3 to 3)", "1.5 ± 0.71 (1 to 2)"]
+    assert page.row("b", GAP)[1:] == ["-"] * 3
 
 
 def test_the_logged_loss_is_the_last_one(page):
@@ -145,17 +145,20 @@ def test_grids_are_pivoted_by_the_common_option(tmp_path):
         "a": {"grid": {"lr": ["1e-1", 0.2, 0.4], "width": [1, 2]}},
         "b": {"grid": {"lr": [0.1, 0.2]}},
         "c": {"grid": {"depth": [3, 4]}},
+        "d": {"grid": {"lr": [0.1, 0.8]}},
     }
     page = Page(tmp_path, arms=arms)
     page.screen("a", [1, 2, 3, 8, 5, None])
     page.screen("b", [7, 9])
+    page.screen("c", [6, None])
     table = page.text().partition(GRIDS)[2]
     assert "| optimizer | point | lr 0.1 | lr 0.2 | lr 0.4 | mean loss | largest loss |" in table
     assert "| a | width 1 | 1 | 3 | 5 | 3 | 4 |" in table
     assert "| a | width 2 | 2 | 8 | failed | - | - |" in table
     assert "| b | - | 7 | 9 |  | 2 | 2 |" in table
     assert "| optimizer | depth 3 | depth 4 | mean loss | largest loss |" in table
-    assert "| c | - | - | - | - |" in table  # nothing has run
+    assert "| c | 6 | failed | - | - |" in table
+    assert "| d |" not in table  # nothing has run
     assert "the largest lr it is a factor of a: 4; b: 2." in table
 
 
@@ -163,6 +166,7 @@ def test_the_loss_of_a_metric_that_is_minimized_is_positive_too(tmp_path):
     arms = {"a": {"grid": {"lr": [1, 2, 4]}}, "b": {"grid": {"lr": [2, 4, 8]}}}
     page = Page(tmp_path, arms=arms, maximize=False)
     page.screen("a", [6, 2, 3])
+    page.screen("b", [2, 2, 2])
     assert page.row("a", GRIDS) == ["a", "6", "2", "3", "", "2.5", "4"]
     assert "factor" not in page.text()  # both span 4
 
